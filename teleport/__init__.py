@@ -1,0 +1,34 @@
+"""Teleportation with null-space gradient projection, derived, verified and measured.
+
+`Teleporter` moves a model to other parameters with the same loss on a batch and a larger gradient.
+The book in ``chapters/`` derives why that works, what is wrong in the paper it comes from
+(arXiv 2502.11362), and what it is worth.
+"""
+
+from importlib.metadata import version
+
+from teleport.errors import (
+    ClosureError,
+    DataError,
+    NonFiniteLossError,
+    RunError,
+    TeleportError,
+    UnsupportedModelError,
+)
+from teleport.report import LayerReport, TeleportReport
+from teleport.teleporter import Teleporter
+
+__version__ = version("nullspace-teleport")
+
+__all__ = [
+    "ClosureError",
+    "DataError",
+    "LayerReport",
+    "NonFiniteLossError",
+    "RunError",
+    "TeleportError",
+    "TeleportReport",
+    "Teleporter",
+    "UnsupportedModelError",
+    "__version__",
+]

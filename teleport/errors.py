@@ -1,0 +1,25 @@
+"""The errors of the package: one small tree, every message says what to do."""
+
+
+class TeleportError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class ClosureError(TeleportError):
+    """The closure does not return a usable loss of the teleported model."""
+
+
+class NonFiniteLossError(ClosureError):
+    """The closure returned NaN or an infinite loss."""
+
+
+class UnsupportedModelError(TeleportError):
+    """The model has no layer that teleportation could move."""
+
+
+class DataError(TeleportError):
+    """A data set is missing, cannot be fetched, or is not what its checksum says."""
+
+
+class RunError(TeleportError):
+    """An experiment cannot be run, or its records cannot be written or read."""

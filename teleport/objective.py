@@ -1,0 +1,60 @@
+"""The teleport objective T = half the squared gradient norm, and its ascent direction by definition.
+
+`ascent_double_backward` differentiates through the gradient, as the paper does: the reference for
+`teleport.tangent`, and the method of choice where forward-mode differentiation lacks an operation.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from teleport.capture import Closure, evaluate
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters the gradient is taken in: all that require one."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def gradient(
+    closure: Closure, parameters: Sequence[nn.Parameter], create_graph: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Loss and its gradient; zeros where the loss does not depend on a parameter.
+
+    Args:
+        closure: returns the scalar loss.
+        parameters: what to differentiate in.
+        create_graph: keep the graph, so that the gradient can be differentiated again.
+
+    Returns:
+        The loss (detached) and one tensor per parameter. ``.grad`` is not touched.
+
+    Raises:
+        ClosureError: if the closure does not return one finite number.
+    """
+    with torch.enable_grad():
+        loss = evaluate(closure)
+        grads = torch.autograd.grad(
+            loss, parameters, create_graph=create_graph, materialize_grads=True
+        )
+    return loss.detach(), list(grads)
+
+
+def grad_norm(closure: Closure, parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
+    """Loss and the Euclidean norm of its gradient over all ``parameters``."""
+    loss, grads = gradient(closure, parameters)
+    return float(loss), float(nn.utils.get_total_norm(grads))
+
+
+def ascent_double_backward(
+    closure: Closure, parameters: Sequence[nn.Parameter]
+) -> list[Tensor]:
+    """The gradient of T = ½‖∇L‖² (paper equation 4), which is H ∇L, one tensor per parameter."""
+    _, grads = gradient(closure, parameters, create_graph=True)
+    with torch.enable_grad():
+        objective = sum((g.square().sum() for g in grads), torch.zeros(())) / 2
+        if not objective.requires_grad:
+            return [torch.zeros_like(p) for p in parameters]
+        ascent = torch.autograd.grad(objective, parameters, materialize_grads=True)
+    return list(ascent)

@@ -1,0 +1,132 @@
+"""What a teleport did: `TeleportReport`, printed as a table."""
+
+import html
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a teleport.
+
+    Attributes:
+        name: as in ``model.named_modules()``.
+        kind: layer type.
+        d_in: input width, the bias column included; None for a layer that was not covered.
+        d_out: output width.
+        rank: dimensions the batch's inputs span; None if it was not needed.
+        null_dim: ``d_in - rank``, the dimensions free to move in.
+        move_norm: Frobenius norm of the weight change.
+        status: ``moved``, or why not.
+    """
+
+    name: str
+    kind: str
+    d_in: int | None
+    d_out: int | None
+    rank: int | None
+    null_dim: int | None
+    move_norm: float
+    status: str
+
+
+@dataclass(frozen=True)
+class TeleportReport:
+    """One call of `Teleporter.step`.
+
+    Attributes:
+        loss_before, loss_after: loss on the teleport batch.
+        grad_norm_before, grad_norm_after: norm of its gradient over all trainable parameters.
+        held_out_before, held_out_after: loss of the ``held_out`` closure; None without one.
+        tolerance: how far the loss was allowed to move.
+        steps: directions taken.
+        step_sizes: how far along each of them.
+        rolled_back: whether the model is as before because a check failed.
+        reason: why the teleport ended.
+        seconds: wall-clock time, everything included.
+        layers: one entry per layer that holds parameters.
+    """
+
+    loss_before: float
+    loss_after: float
+    grad_norm_before: float
+    grad_norm_after: float
+    held_out_before: float | None
+    held_out_after: float | None
+    tolerance: float
+    steps: int
+    step_sizes: tuple[float, ...]
+    rolled_back: bool
+    reason: str
+    seconds: float
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def growth(self) -> float:
+        """Factor by which the gradient norm grew."""
+        if self.grad_norm_before == 0.0:
+            return 1.0
+        return self.grad_norm_after / self.grad_norm_before
+
+    @property
+    def drift(self) -> float:
+        """How far the loss on the teleport batch moved."""
+        return abs(self.loss_after - self.loss_before)
+
+    @property
+    def held_out_drift(self) -> float | None:
+        """How far the held-out loss moved; None without a held-out closure."""
+        if self.held_out_before is None or self.held_out_after is None:
+            return None
+        return abs(self.held_out_after - self.held_out_before)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return "\n".join([*self._summary(), "", *_table(self.layers), f"{self.seconds:.3f} s"])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{c}</th>" for c in _COLUMNS)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(layer)) + "</tr>"
+            for layer in self.layers
+        )
+        lines = "<br>".join(html.escape(line) for line in self._summary())
+        return f"<p>{lines}</p><table><tr>{head}</tr>{body}</table>"
+
+    def _summary(self) -> list[str]:
+        verdict = "rolled back" if self.rolled_back else "teleported" if self.steps else "not moved"
+        lines = [
+            f"{verdict}: {self.reason}",
+            f"gradient norm  {self.grad_norm_before:.6g} -> {self.grad_norm_after:.6g}"
+            f"  (x {self.growth:.6g})",
+            f"loss           {self.loss_before:.6g} -> {self.loss_after:.6g}"
+            f"  (drift {self.drift:.1e}, allowed {self.tolerance:.1e})",
+        ]
+        if self.held_out_before is not None and self.held_out_after is not None:
+            lines.append(
+                f"held-out loss  {self.held_out_before:.6g} -> {self.held_out_after:.6g}"
+                f"  (drift {self.held_out_drift:.1e})"
+            )
+        return lines
+
+
+_COLUMNS = ("layer", "kind", "d_out x d_in", "rank", "free", "moved by", "status")
+
+
+def _cells(layer: LayerReport) -> tuple[str, ...]:
+    shape = "-" if layer.d_in is None else f"{layer.d_out} x {layer.d_in}"
+    rank, free = ("-" if n is None else str(n) for n in (layer.rank, layer.null_dim))
+    moved = f"{layer.move_norm:.3g}" if layer.move_norm else "-"
+    return (layer.name or "(model)", layer.kind, shape, rank, free, moved, layer.status)
+
+
+def _table(layers: tuple[LayerReport, ...]) -> list[str]:
+    rows = [_COLUMNS, *map(_cells, layers)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,94 @@
+"""Everything a teleport could disturb in a model, and how it is put back.
+
+Inside a `Transaction` the model is in the state teleportation needs: dropout off, everything else
+in the user's mode. Afterwards only the moved weights may differ, and only if the move was kept.
+"""
+
+import random
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+
+class Transaction:
+    """Context manager over one teleport: on leaving it the model is as before, but for commits.
+
+    Kept bit for bit: buffers (BatchNorm statistics), ``.grad``, train and eval modes, the random
+    states of torch (CPU and GPU), NumPy and Python; and the parameters, unless `commit` was called.
+    An exception never commits.
+
+    Costs one copy of the parameters, buffers and gradients.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._committed = False
+
+    def __enter__(self) -> "Transaction":
+        self._random = _random_state()
+        self._parameters = [(p, p.detach().clone()) for p in self.model.parameters()]
+        self._buffers = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._grads = [(p, p.grad, _copy(p.grad)) for p in self.model.parameters()]
+        self._modes = [(m, m.training) for m in self.model.modules()]
+        for module in self.model.modules():
+            if isinstance(module, _DropoutNd):
+                module.training = False
+        return self
+
+    def commit(self) -> None:
+        """Keep the parameters as they are now."""
+        self._committed = True
+
+    def rewind_random(self) -> None:
+        """Back to the random state at entry, so that every call of a closure draws the same."""
+        _set_random_state(self._random)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with torch.no_grad():
+            if not self._committed or kind is not None:
+                for parameter, copy in self._parameters:
+                    parameter.copy_(copy)
+            for module, name, buffer, copy in self._buffers:
+                module._buffers[name] = buffer.detach_().copy_(copy)
+            for parameter, grad, values in self._grads:
+                parameter.grad = grad
+                if grad is not None and values is not None:
+                    grad.copy_(values)
+        for module, training in self._modes:
+            module.training = training
+        _set_random_state(self._random)
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().clone()
+
+
+def _random_state() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
