@@ -33,15 +33,18 @@ class Block:
 
     name: str
     module: nn.Module
-    rule: LayerRule
+    rule: LayerRule[Any]
 
     def rows(self, x: Tensor, bias_input: float = 1.0) -> Float[Tensor, "rows d_in"]:
+        """See `LayerRule.rows`."""
         return self.rule.rows(self.module, x, bias_input)
 
     def out_rows(self, z: Tensor) -> Float[Tensor, "rows d_out"]:
+        """See `LayerRule.out_rows`."""
         return self.rule.out_rows(self.module, z)
 
     def join(self, tensors: Sequence[Tensor]) -> Float[Tensor, "d_out d_in"]:
+        """See `LayerRule.join`."""
         return self.rule.join(self.module, tensors)
 
     def matrix(self) -> Float[Tensor, "d_out d_in"]:
@@ -49,9 +52,11 @@ class Block:
         return self.join([p.detach() for p in self.parameters()])
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
+        """See `LayerRule.parameters`."""
         return self.rule.parameters(self.module)
 
     def split(self, matrix: Float[Tensor, "d_out d_in"]) -> tuple[Tensor, ...]:
+        """See `LayerRule.split`."""
         return self.rule.split(self.module, matrix)
 
 
@@ -100,6 +105,7 @@ class Tape:
         return list(dict.fromkeys(call.block for call in self.calls))
 
     def calls_of(self, block: Block) -> list[Call]:
+        """The calls of one block, in order of execution."""
         return [call for call in self.calls if call.block is block]
 
     def rows(self, block: Block) -> Float[Tensor, "rows d_in"]:
@@ -134,7 +140,7 @@ class Tape:
         return any(call.x.requires_grad for call in self.calls_of(block))
 
     def backward(self) -> None:
-        """Propagate dL/dz to every call through ``matrices``; fill ``delta``, ``other_gradients``."""
+        """Carry dL/dz to every call through ``matrices``; fill ``delta``, ``other_gradients``."""
         self._differentiate([])
 
     def _differentiate(self, suspects: Sequence[nn.Parameter]) -> set[nn.Parameter]:
@@ -236,7 +242,9 @@ def _record(model: nn.Module, blocks: Sequence[Block], closure: Closure) -> Tape
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             (x,) = (*args, *kwargs.values())
             if x.numel() == 0:
-                raise ClosureError(f"layer {block.name!r} received an empty batch {tuple(x.shape)}")
+                raise ClosureError(
+                    f"layer {block.name!r} received an empty batch of shape {tuple(x.shape)}"
+                )
             with torch.no_grad():
                 z = original(x)
             call = Call(block, x, z)
@@ -406,7 +414,7 @@ def _dual_parameters(model: nn.Module, velocity: dict[nn.Parameter, Tensor]) -> 
     try:
         for module, name, parameter in slots:
             dual = forward_ad.make_dual(parameter.detach(), velocity[parameter])
-            module._parameters[name] = dual  # type: ignore[assignment]
+            module._parameters[name] = dual
         yield
     finally:
         for module, name, parameter in slots:

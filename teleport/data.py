@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pooch  # type: ignore[import-untyped]
+import pooch
 import torch
 from torch import Tensor
 
@@ -430,7 +430,7 @@ def _checksum(source: Source) -> str:
 
 
 def _as_inputs(images: npt.NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(images.reshape(len(images), -1) / np.float32(255))
+    return torch.from_numpy(images.reshape(len(images), -1).astype(np.float32)).div_(255)
 
 
 def _source(name: str) -> Source:

@@ -15,68 +15,68 @@ After that ``z = rows @ matrix.T``, and the weight gradient is ``delta.T @ rows`
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
 
-class LayerRule(ABC):
+
+class LayerRule(ABC, Generic[M]):
     """What the package must know about one layer type. All methods are pure."""
 
     kind: str
 
     @abstractmethod
-    def parameters(self, module: nn.Module) -> tuple[nn.Parameter, ...]:
+    def parameters(self, module: M) -> tuple[nn.Parameter, ...]:
         """The parameters that make up the matrix; the ones that move."""
 
     @abstractmethod
     def rows(
-        self, module: nn.Module, x: Float[Tensor, "..."], bias_input: float = 1.0
+        self, module: M, x: Float[Tensor, "..."], bias_input: float = 1.0
     ) -> Float[Tensor, "rows d_in"]:
         """Inputs ``x`` as rows; ``bias_input`` is 1 for inputs and 0 for their tangents."""
 
     @abstractmethod
-    def out_rows(
-        self, module: nn.Module, z: Float[Tensor, "..."]
-    ) -> Float[Tensor, "rows d_out"]:
+    def out_rows(self, module: M, z: Float[Tensor, "..."]) -> Float[Tensor, "rows d_out"]:
         """Outputs, or cotangents of outputs, as rows in the order of `rows`."""
 
     @abstractmethod
     def from_out_rows(
-        self, module: nn.Module, rows: Float[Tensor, "rows d_out"], like: Float[Tensor, "..."]
+        self, module: M, rows: Float[Tensor, "rows d_out"], like: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
         """Rows in the shape of the output ``like``: undoes `out_rows`."""
 
     @abstractmethod
     def join(
-        self, module: nn.Module, tensors: Sequence[Float[Tensor, "..."]]
+        self, module: M, tensors: Sequence[Float[Tensor, "..."]]
     ) -> Float[Tensor, "d_out d_in"]:
         """Tensors in the shapes (and order) of `parameters` as one new matrix."""
 
     @abstractmethod
     def split(
-        self, module: nn.Module, matrix: Float[Tensor, "d_out d_in"]
+        self, module: M, matrix: Float[Tensor, "d_out d_in"]
     ) -> tuple[Float[Tensor, "..."], ...]:
         """A matrix as tensors in the shapes (and order) of `parameters`: undoes `join`."""
 
     @abstractmethod
     def push(
-        self, module: nn.Module, x: Float[Tensor, "..."], matrix: Float[Tensor, "d_out d_in"]
+        self, module: M, x: Float[Tensor, "..."], matrix: Float[Tensor, "d_out d_in"]
     ) -> Float[Tensor, "..."]:
         """``W x`` without the bias: carries a tangent of the inputs to the outputs."""
 
     @abstractmethod
     def pull(
-        self, module: nn.Module, delta: Float[Tensor, "..."], matrix: Float[Tensor, "d_out d_in"]
+        self, module: M, delta: Float[Tensor, "..."], matrix: Float[Tensor, "d_out d_in"]
     ) -> Float[Tensor, "..."]:
         """``Wᵀ δ``: carries a cotangent of the outputs to the inputs."""
 
 
-RULES: dict[type[nn.Module], LayerRule] = {}
+RULES: dict[type[nn.Module], LayerRule[Any]] = {}
 
-_Rule = TypeVar("_Rule", bound=type[LayerRule])
+_Rule = TypeVar("_Rule", bound=type[LayerRule[Any]])
 
 
 def register(*module_types: type[nn.Module]) -> Callable[[_Rule], _Rule]:
@@ -107,13 +107,13 @@ def register(*module_types: type[nn.Module]) -> Callable[[_Rule], _Rule]:
     return add
 
 
-def rule_for(module: nn.Module) -> LayerRule | None:
+def rule_for(module: nn.Module) -> LayerRule[Any] | None:
     """The rule of this module's exact type, or None."""
     return RULES.get(type(module))
 
 
 @register(nn.Linear)
-class LinearRule(LayerRule):
+class LinearRule(LayerRule[nn.Linear]):
     """``z = W x + b`` over any leading axes: ``x [..., features]`` gives one row per position.
 
     A bias that does not require a gradient is a constant: it gets no column and does not move.
@@ -121,34 +121,36 @@ class LinearRule(LayerRule):
 
     kind = "Linear"
 
-    def parameters(self, module: nn.Module) -> tuple[nn.Parameter, ...]:
-        return (module.weight, module.bias) if _bias_moves(module) else (module.weight,)
+    def parameters(self, module: nn.Linear) -> tuple[nn.Parameter, ...]:
+        moving = (module.weight, module.bias) if _bias_moves(module) else (module.weight,)
+        return cast(tuple[nn.Parameter, ...], moving)
 
-    def rows(self, module: nn.Module, x: Tensor, bias_input: float = 1.0) -> Tensor:
+    def rows(self, module: nn.Linear, x: Tensor, bias_input: float = 1.0) -> Tensor:
         rows = x.reshape(-1, module.in_features)
         if not _bias_moves(module):
             return rows
         return torch.cat([rows, rows.new_full((len(rows), 1), bias_input)], dim=1)
 
-    def out_rows(self, module: nn.Module, z: Tensor) -> Tensor:
+    def out_rows(self, module: nn.Linear, z: Tensor) -> Tensor:
         return z.reshape(-1, module.out_features)
 
-    def from_out_rows(self, module: nn.Module, rows: Tensor, like: Tensor) -> Tensor:
+    def from_out_rows(self, module: nn.Linear, rows: Tensor, like: Tensor) -> Tensor:
         return rows.reshape(like.shape)
 
-    def join(self, module: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
+    def join(self, module: nn.Linear, tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([t.reshape(module.out_features, -1) for t in tensors], dim=1)
 
-    def split(self, module: nn.Module, matrix: Tensor) -> tuple[Tensor, ...]:
+    def split(self, module: nn.Linear, matrix: Tensor) -> tuple[Tensor, ...]:
         weight = matrix[:, : module.in_features]
         return (weight, matrix[:, module.in_features]) if _bias_moves(module) else (weight,)
 
-    def push(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+    def push(self, module: nn.Linear, x: Tensor, matrix: Tensor) -> Tensor:
         return x @ matrix[:, : module.in_features].T
 
-    def pull(self, module: nn.Module, delta: Tensor, matrix: Tensor) -> Tensor:
+    def pull(self, module: nn.Linear, delta: Tensor, matrix: Tensor) -> Tensor:
         return delta @ matrix[:, : module.in_features]
 
 
-def _bias_moves(module: nn.Module) -> bool:
-    return module.bias is not None and module.bias.requires_grad
+def _bias_moves(module: nn.Linear) -> bool:
+    bias: Tensor | None = module.bias
+    return bias is not None and bias.requires_grad

@@ -1,4 +1,4 @@
-"""The teleport objective T = half the squared gradient norm, and its ascent direction by definition.
+"""The teleport objective T, half the squared gradient norm, and its gradient by definition.
 
 `ascent_double_backward` differentiates through the gradient, as the paper does: the reference for
 `teleport.tangent`, and the method of choice where forward-mode differentiation lacks an operation.
@@ -47,9 +47,7 @@ def grad_norm(closure: Closure, parameters: Sequence[nn.Parameter]) -> tuple[flo
     return float(loss), float(nn.utils.get_total_norm(grads))
 
 
-def ascent_double_backward(
-    closure: Closure, parameters: Sequence[nn.Parameter]
-) -> list[Tensor]:
+def ascent_double_backward(closure: Closure, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """The gradient of T = ½‖∇L‖² (paper equation 4), which is H ∇L, one tensor per parameter."""
     _, grads = gradient(closure, parameters, create_graph=True)
     with torch.enable_grad():

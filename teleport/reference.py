@@ -145,7 +145,7 @@ def equation_3(representation: Tensor, tau: float) -> int:
 
 def significant_basis(representation: Tensor, tau: float) -> Tensor:
     """Step 2: ``B_l = [u_1, …, u_k]``, the leading left singular vectors of R, ``[d, k]``."""
-    left, _, _ = torch.linalg.svd(representation, full_matrices=False)
+    left: Tensor = torch.linalg.svd(representation, full_matrices=False).U
     return left[:, : equation_3(representation, tau)]
 
 
@@ -237,7 +237,7 @@ def _backward_dots(
 ) -> list[list[Tensor]]:
     """δ̇ by the product rule on ``δ_l = σ'(z_l) ∘ (W_{l+1}ᵀ δ_{l+1})``."""
     last = torch.stack(seen.outputs[-1])
-    _, last_dot = torch.func.jvp(torch.func.grad(loss), (last,), (torch.stack(z_dots[-1]),))
+    last_dot = torch.func.jvp(torch.func.grad(loss), (last,), (torch.stack(z_dots[-1]),))[1]
     dots = [list(last_dot)]
     for layer in reversed(range(len(network) - 1)):
         weight, weight_dot = network[layer + 1], velocity[layer + 1]

@@ -19,18 +19,19 @@ class Basis:
     Attributes:
         vectors: ``[d_in, rank]``, orthonormal columns, float64; the paper's ``B_l``.
         singular_values: ``[min(rows, d_in)]`` of the rows at most, largest first, float64.
-        rank: how many directions are kept; ``d_in - rank`` stay free to move in.
     """
 
     vectors: Float[Tensor, "d_in rank"]
-    singular_values: Float[Tensor, "values"]
+    singular_values: Float[Tensor, " values"]
 
     @property
     def rank(self) -> int:
+        """How many directions are kept."""
         return self.vectors.shape[1]
 
     @property
     def null_dim(self) -> int:
+        """How many directions stay free to move in."""
         return self.vectors.shape[0] - self.rank
 
     def project(self, matrix: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
@@ -116,7 +117,7 @@ class RowSpace:
 
 
 def numerical_rank(
-    singular_values: Float[Tensor, "values"], shape: tuple[int, int], dtype: torch.dtype
+    singular_values: Float[Tensor, " values"], shape: tuple[int, int], dtype: torch.dtype
 ) -> int:
     """How many singular values exceed ``max(shape) * eps(dtype) * largest`` (``thm-rank``).
 
@@ -131,7 +132,7 @@ def numerical_rank(
     return int((singular_values > cut).sum())
 
 
-def energy_rank(singular_values: Float[Tensor, "values"], tau: float) -> int:
+def energy_rank(singular_values: Float[Tensor, " values"], tau: float) -> int:
     """Smallest k whose first k squared singular values reach ``tau`` of their sum (equation 3).
 
     For ``tau`` = 1 use `numerical_rank`: a cumulated sum in floating point need not reach its own
@@ -150,5 +151,5 @@ def _singular_from_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Fewer rows than columns: decompose the smaller Gram, then carry its vectors over."""
     values, left = _singular_from_gram(rows @ rows.T)
     resolved = int((values > 1e-7 * values[0]).sum())  # beyond it the Gram holds only rounding
-    vectors, triangle = torch.linalg.qr(rows.T @ left[:, :resolved])
+    vectors, _ = torch.linalg.qr(rows.T @ left[:, :resolved])
     return values, vectors

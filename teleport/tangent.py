@@ -83,7 +83,6 @@ def step_to_norm(
     Returns:
         The step, or None if no step up to 2⁶⁰ times the first guess reaches the target.
     """
-
     seen = {0.0: start / target - 1.0}
 
     def excess(step: float) -> float:

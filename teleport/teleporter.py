@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -135,10 +135,11 @@ class Teleporter:
 
             held = None if held_out is None else repeatable(held_out)
             attempt = _Attempt(self, repeatable(joined), held)
-            report = attempt.run(started)
+            report = attempt.run()
             if report.steps and not report.rolled_back:
                 transaction.commit()
-        return report
+        spent = time.perf_counter() - started - attempt.held_out_seconds
+        return replace(report, seconds=spent)
 
     def run(
         self, closures: Iterable[Closure], *, held_out: Closure | None = None
@@ -195,7 +196,9 @@ class _Walk:
             rows = self.tape.rows(block)
             size = rows.norm() * self.tape.deltas(block).norm()
             cut = max(rows.shape) * self.move_norm(block)
-            total += float(size) * (2 * rows.shape[1] ** 0.5 * float(self.start[block].norm()) + cut)
+            total += float(size) * (
+                2 * rows.shape[1] ** 0.5 * float(self.start[block].norm()) + cut
+            )
         return torch.finfo(loss.dtype).eps * total
 
     def _look_at(self, moved: Direction) -> None:
@@ -232,8 +235,9 @@ class _Attempt:
         self.held_out = held_out
         self.bases: dict[Block, Basis] = {}
         self.step_sizes: list[float] = []
+        self.held_out_seconds = 0.0
 
-    def run(self, started: float) -> TeleportReport:
+    def run(self) -> TeleportReport:
         settings = self.settings
         self.walk = _Walk(settings.model, settings._blocks, self.closure, settings.tau == 1.0)
         before = self._measure_start()
@@ -256,7 +260,7 @@ class _Attempt:
             step_sizes=tuple(self.step_sizes),
             rolled_back=bool(failure),
             reason=failure or reason,
-            seconds=time.perf_counter() - started,
+            seconds=0.0,
             layers=tuple(self._layer_reports(bool(failure))),
         )
 
@@ -267,8 +271,11 @@ class _Attempt:
     def _held_out_loss(self) -> float | None:
         if self.held_out is None:
             return None
+        started = time.perf_counter()
         with torch.no_grad():
-            return float(evaluate(self.held_out))
+            loss = float(evaluate(self.held_out))
+        self.held_out_seconds += time.perf_counter() - started
+        return loss
 
     def _make_bases(self) -> dict[Block, Basis]:
         """Bases of the layers that may move and have room to; full-rank layers are kept for show.

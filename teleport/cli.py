@@ -1,0 +1,317 @@
+"""The ``teleport`` command."""
+
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import teleport
+from teleport import data as datasets
+from teleport.errors import TeleportError
+from teleport.experiment import (
+    EXPERIMENTS,
+    OPTIMIZERS,
+    PAPER_TELEPORT,
+    TUNED,
+    Arm,
+    Settings,
+    TeleportSettings,
+    default_arms,
+    new_folder,
+    run_arms,
+    steps_per_run,
+)
+from teleport.models import INITS
+from teleport.plots import loss_figure
+from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
+from teleport.schedule import SCHEDULES, Schedule
+
+app = typer.Typer(
+    name="teleport",
+    help="Teleportation with null-space gradient projection: experiments, figures, data.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Fetch, list and verify data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code (130 after Ctrl-C, 1 after an error)."""
+    try:
+        code = app(arguments, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except (TeleportError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return int(code or 0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"teleport {teleport.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_experiments() -> None:
+    """List the experiments, their presets and the default arms."""
+    table = Table("name", "what", "data", "presets (epochs)")
+    for e in EXPERIMENTS.values():
+        presets = ", ".join(f"{name} ({p.epochs})" for name, p in e.presets.items())
+        table.add_row(e.name, e.title, e.data, presets)
+    _console().print(table)
+    arms = Table("optimizer", "low lr", "tuned lr", "tuned initial gain")
+    for name, t in TUNED.items():
+        gain = f"lr {t.gain_lr:g}, {t.init} init, head x {t.head_gain:g}"
+        arms.add_row(name, f"{t.low:g}", f"{t.tuned:g}", gain)
+    _console().print(arms)
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")] = "mnist-sample",
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "sgd",
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(help="Learning rate; may be repeated. Replaces the default arms."),
+    ] = None,
+    init: Annotated[
+        str, typer.Option(help=f"With --lr: initialisation, {' or '.join(INITS)}.")
+    ] = "default",
+    head_gain: Annotated[
+        float, typer.Option(help="With --lr: factor on the initial weights of the last layer.")
+    ] = 1.0,
+    teleports: Annotated[
+        bool, typer.Option("--teleport/--no-teleport", help="Run the arms that teleport.")
+    ] = True,
+    epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 1,
+    schedule: Annotated[
+        str, typer.Option(help="default: once after 50 steps. paper: first 5 epochs, 32 x 8.")
+    ] = "default",
+    batches: Annotated[
+        int | None, typer.Option(help="Teleport batches each time; default from the schedule.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Directions per teleport batch; default 1, paper 8.")
+    ] = None,
+    teleport_lr: Annotated[
+        float | None, typer.Option(help="Fixed teleport step size, the paper's eta.")
+    ] = None,
+    growth: Annotated[
+        float | None, typer.Option(help="Wanted factor on the gradient norm; default 1.5.")
+    ] = None,
+    cap: Annotated[float | None, typer.Option(help="Upper bound on the gradient norm.")] = None,
+    tau: Annotated[float, typer.Option(help="Share of input energy kept fixed, in (0, 1].")] = 1.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
+    ] = None,
+) -> None:
+    """Train with and without teleportation; print a table, write records and a figure."""
+    options = _teleport_settings(schedule, batches, steps, teleport_lr, growth, cap, tau)
+    settings = Settings(name, preset, optimizer, epochs, device=device, teleport=options)
+    settings.size()  # names are checked before any folder is made
+    options.check()
+    arms = _arms(optimizer, lr, init, head_gain)
+    arms = [arm for arm in arms if teleports or not arm.teleport]
+    dataset = datasets.load(EXPERIMENTS[name].data)
+    total = steps_per_run(settings, dataset) * len(arms) * seeds
+    folder = new_folder(name, out)
+    command = shlex.join(["teleport", *sys.argv[1:]])
+    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log needs no line per step
+    with tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
+
+        def progress(what: str, done: int) -> None:
+            bar.set_description(what, refresh=False)
+            bar.update(done)
+
+        try:
+            run_arms(settings, arms, range(seeds), folder, command=command, progress=progress)
+        except KeyboardInterrupt:
+            bar.close()
+            typer.echo(f"interrupted; the records so far are complete in {folder}", err=True)
+            raise typer.Exit(130) from None
+    _show(folder, f"{EXPERIMENTS[name].title}, {optimizer}, {seeds} seed(s)")
+
+
+@app.command()
+def figure(
+    folders: Annotated[list[Path], typer.Argument(help="Folders written by `teleport run`.")],
+) -> None:
+    """Redraw the figures and print the tables of finished runs from their records."""
+    for folder in folders:
+        _show(folder, "")
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """List the data sets and where their files are."""
+    table = Table("name", "images", "where")
+    for info in datasets.available():
+        table.add_row(info.name, f"{info.images:,}", info.where)
+    _console().print(table)
+
+
+@data_app.command("fetch")
+def data_fetch(names: Annotated[list[str], typer.Argument(help="Data sets.")]) -> None:
+    """Download data sets to $TELEPORT_DATA or the user's cache folder and check them."""
+    for name in names:
+        typer.echo(f"{name}: {datasets.fetch(name)}")
+
+
+@data_app.command("verify")
+def data_verify(names: Annotated[list[str], typer.Argument(help="Data sets.")]) -> None:
+    """Check the files of data sets against their checksums; exit code 1 if one is not ok."""
+    statuses = [status for name in names for status in datasets.verify(name)]
+    table = Table("file", "state", "detail")
+    for status in statuses:
+        table.add_row(str(status.path), status.state, status.detail)
+    _console().print(table)
+    if any(status.state != "ok" for status in statuses):
+        raise typer.Exit(1)
+
+
+def _teleport_settings(
+    schedule: str,
+    batches: int | None,
+    steps: int | None,
+    lr: float | None,
+    growth: float | None,
+    cap: float | None,
+    tau: float,
+) -> TeleportSettings:
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}; there are: {', '.join(SCHEDULES)}")
+    chosen = SCHEDULES[schedule]
+    if batches is not None:
+        chosen = Schedule(chosen.epochs, batches, chosen.warmup_steps)
+    own_control = lr is not None or growth is not None
+    if schedule == "paper" and not own_control:
+        lr, cap = PAPER_TELEPORT.lr, cap or PAPER_TELEPORT.cap
+        steps = steps or PAPER_TELEPORT.steps
+    return TeleportSettings(chosen, tau=tau, growth=growth, cap=cap, lr=lr, steps=steps)
+
+
+def _arms(optimizer: str, lrs: list[float] | None, init: str, head_gain: float) -> list[Arm]:
+    if not lrs:
+        return default_arms(optimizer)
+    for lr in lrs:
+        if not 0.0 < lr < math.inf:
+            raise ValueError(f"lr must be > 0 and finite, got {lr}")
+    return [Arm(lr, teleports, init, head_gain) for lr in lrs for teleports in (False, True)]
+
+
+def _show(folder: Path, title: str) -> None:
+    """Print the tables of a folder, keep them as text, draw the figure, say where."""
+    runs = read_runs(folder)
+    tables = [_losses(runs), _summaries(summarise(runs))]
+    for table in tables:
+        _console().print(table)
+    with (folder / "table.txt").open("w", encoding="utf-8") as file:
+        _console(file=file).print(*tables)
+    loss_figure(runs, title or str(runs[0].config["experiment"])).savefig(
+        folder / "figure.png", dpi=150
+    )
+    typer.echo(f"records, table.txt and figure.png are in {folder}")
+
+
+def _losses(runs: list[Run]) -> Table:
+    """Train and test loss of every arm at each evaluation, averaged over seeds."""
+    groups = by_arm(runs)
+    table = Table("step", *groups, title="train loss / test loss")
+    rows = max(len(run.evaluations) for run in runs)
+    for i in range(rows):
+        step = next(r.evaluations[i]["step"] for r in runs if i < len(r.evaluations))
+        table.add_row(str(step), *(_loss_cell(group, i) for group in groups.values()))
+    return table
+
+
+def _loss_cell(group: list[Run], i: int) -> str:
+    rows = [run.evaluations[i] for run in group if i < len(run.evaluations)]
+    if not rows:
+        return "-"
+    train, test = (sum(r[c] for r in rows) / len(rows) for c in ("train_loss", "test_loss"))
+    return f"{train:.4f} / {test:.4f}"
+
+
+_SUMMARY: dict[str, Callable[[ArmSummary], str]] = {
+    "ended": lambda s: s.status,
+    "final train loss": lambda s: f"{s.train_loss:.4f}",
+    "final test loss": lambda s: f"{s.test_loss:.4f}",
+    "final test accuracy": lambda s: f"{s.test_accuracy:.4f}",
+    "seconds training": lambda s: f"{s.train_seconds:.2f}",
+    "seconds teleporting": lambda s: f"{s.teleport_seconds:.2f}",
+    "gradient-norm growth": lambda s: _number(s.growth, "x {:.4f}"),
+    "drift, teleport batches": lambda s: _number(s.drift, "{:.1e}"),
+    "drift, held-out data": lambda s: _number(s.held_out_drift, "{:+.4f}"),
+    "to own baseline: steps": lambda s: _ratio(s.to_own, "steps"),
+    "to own baseline: seconds": lambda s: _ratio(s.to_own, "seconds"),
+    "to own baseline: log loss": lambda s: _gap(s.to_own),
+    "to best baseline: steps": lambda s: _ratio(s.to_best, "steps"),
+    "to best baseline: seconds": lambda s: _ratio(s.to_best, "seconds"),
+    "to best baseline: log loss": lambda s: _gap(s.to_best),
+}
+
+_CAPTION = (
+    "Own baseline: the same arm without teleport; best baseline: the lowest final train loss of "
+    "all arms without. Steps and seconds (teleporting included) are ratios of the way to the "
+    "baseline's final train loss; log loss is the mean difference of log train loss, -0.1 being "
+    "10 % lower. '-': does not apply, or never reached."
+)
+
+
+def _summaries(summaries: list[ArmSummary]) -> Table:
+    """One column per arm."""
+    table = Table("", *(s.arm for s in summaries), title="summary", caption=_CAPTION)
+    for name, cell in _SUMMARY.items():
+        table.add_row(name, *map(cell, summaries))
+    return table
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else form.format(value)
+
+
+def _ratio(comparison: Comparison | None, axis: str) -> str:
+    return "-" if comparison is None else _number(getattr(comparison, axis), "x {:.2f}")
+
+
+def _gap(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "-"
+    spread = _number(comparison.log_loss_spread, " ± {:.3f}").replace("-", "")
+    return f"{comparison.log_loss:+.3f}{spread}"
+
+
+def _console(**options: object) -> Console:
+    """A console wide enough for the tables where the output is not a terminal."""
+    console = Console(**options)  # type: ignore[arg-type]
+    return console if console.is_terminal else Console(width=140, **options)  # type: ignore[arg-type]

@@ -1,0 +1,70 @@
+"""Figures from records: numbers in, `Axes` out; no file is read or written here."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from teleport.records import FloatArray, Run, by_arm
+
+_SHADES = ("#0b3c5d", "#c8553d", "#5b8e7d", "#8d6a9f", "#c49a1a", "#4a4a4a")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def loss_figure(runs: Sequence[Run], title: str = "") -> Figure:
+    """Train loss (top) and test loss (bottom), against steps (left) and seconds (right).
+
+    Args:
+        runs: records of one folder; several seeds of an arm become a mean with a band of one
+            standard deviation.
+        title: above the figure.
+
+    Returns:
+        A figure of its own, not known to pyplot; save it with ``savefig``.
+    """
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    panels = figure.subplots(2, 2, sharey="row")
+    groups = by_arm(runs)
+    for row, column in enumerate(("train_loss", "test_loss")):
+        for axes, against in zip(panels[row], ("step", "seconds"), strict=True):
+            draw_losses(axes, groups, column, against)
+    panels[0][0].legend(fontsize=9)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, against: str) -> None:
+    """One panel: ``column`` of every arm on a log axis, against ``"step"`` or ``"seconds"``.
+
+    Arms with a teleport are drawn solid, baselines dashed, so that the figure reads in grey.
+    Seconds exclude evaluation and include teleporting; over seeds they are averaged.
+    """
+    for number, (arm, runs) in enumerate(groups.items()):
+        count = min(len(run.evaluations) for run in runs)
+        x = np.mean([_axis(run, against)[:count] for run in runs], axis=0)
+        logs = np.log([run.column(column)[:count] for run in runs])
+        middle, spread = logs.mean(0), logs.std(0)
+        teleports = bool(runs[0].config["training"]["teleport"])
+        colour = _SHADES[number % len(_SHADES)]
+        axes.plot(
+            x,
+            np.exp(middle),
+            label=arm,
+            color=colour,
+            linestyle="-" if teleports else "--",
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=3,
+        )
+        if len(runs) > 1:
+            band = np.exp(middle - spread), np.exp(middle + spread)
+            axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
+    axes.set_yscale("log")
+    axes.set_xlabel("training step" if against == "step" else "seconds (teleporting included)")
+    axes.set_ylabel(column.replace("_", " "))
+    axes.grid(alpha=0.25, which="both")
+
+
+def _axis(run: Run, against: str) -> FloatArray:
+    return run.seconds if against == "seconds" else run.column(against)

@@ -1,0 +1,313 @@
+"""Records of training runs: JSON lines on disk, and what can be read off them.
+
+One file per run. The first line is the configuration (``"type": "config"``: arm, seed, versions,
+hardware, data checksum, command), then one line per evaluation and per teleport, last a line that
+says how the run ended. Lines are written whole and at once, so a record is complete up to the
+moment a run stops, whatever stops it.
+"""
+
+import json
+import math
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from teleport.errors import RunError
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class RecordWriter:
+    """Appends rows to a new file, each flushed as one line.
+
+    Raises:
+        RunError: if the file exists already or cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("x", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write the record {path}: {error.strerror}") from error
+
+    def write(self, kind: str, **row: Any) -> None:
+        """Write one row; numbers that are not finite become null, as JSON has no name for them."""
+        line = json.dumps({"type": kind, **_finite(row)}, allow_nan=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"cannot write the record {self.path}: {error.strerror}") from error
+
+    def __enter__(self) -> "RecordWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as read from its record.
+
+    Attributes:
+        path: the record.
+        config: its first line.
+        evaluations: rows with ``step``, ``epoch``, ``train_seconds``, ``teleport_seconds``,
+            ``train_loss``, ``test_loss``, ``test_accuracy``, ``grad_norm``.
+        teleports: rows with ``step`` and the fields of `teleport.TeleportReport`.
+        status: ``finished``, ``diverged``, ``interrupted``, or ``unfinished`` without an end line.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+    teleports: list[dict[str, Any]]
+    status: str
+
+    @property
+    def arm(self) -> str:
+        """Name of the way it was trained."""
+        return str(self.config["arm"])
+
+    @property
+    def seed(self) -> int:
+        """Seed of the initialisation and the order of the data."""
+        return int(self.config["seed"])
+
+    def column(self, name: str) -> FloatArray:
+        """One column of the evaluations, float64 ``[evaluations]``; missing values are NaN."""
+        values = [row.get(name) for row in self.evaluations]
+        return np.array([math.nan if v is None else v for v in values], dtype=float)
+
+    @property
+    def seconds(self) -> FloatArray:
+        """Seconds spent training and teleporting, evaluation excluded, ``[evaluations]``."""
+        return self.column("train_seconds") + self.column("teleport_seconds")
+
+    def first_below(self, loss: float, axis: FloatArray) -> float:
+        """Where on ``axis`` the train loss first reaches ``loss``; NaN if it never does.
+
+        Between two evaluations log loss is interpolated linearly.
+        """
+        losses = self.column("train_loss")
+        reached = np.flatnonzero(losses <= loss)
+        if len(reached) == 0:
+            return math.nan
+        i = reached[0]
+        if i == 0:
+            return float(axis[0])
+        above, below = np.log(losses[i - 1]), np.log(losses[i])
+        share = (above - np.log(loss)) / (above - below)
+        return float(axis[i - 1] + share * (axis[i] - axis[i - 1]))
+
+
+def read_run(path: Path) -> Run:
+    """Read one record.
+
+    Raises:
+        RunError: if the file cannot be read, or a line other than a torn last one is damaged.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RunError(f"cannot read the record {path}: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break  # a killed run may leave half a line; what is before it counts
+            raise RunError(f"{path}, line {number}: not a JSON record ({error.msg})") from error
+    if not rows or rows[0].get("type") != "config":
+        raise RunError(f"{path}: the first line is not a run's configuration")
+    ends = [row["status"] for row in rows if row["type"] == "end"]
+    return Run(
+        path=path,
+        config=rows[0],
+        evaluations=[row for row in rows if row["type"] == "evaluation"],
+        teleports=[row for row in rows if row["type"] == "teleport"],
+        status=ends[-1] if ends else "unfinished",
+    )
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """All records of a folder, in the order they were run.
+
+    Raises:
+        RunError: if the folder does not exist or holds no record.
+    """
+    if not folder.is_dir():
+        raise RunError(f"{folder} is not a folder; give one that `teleport run` has written")
+    runs = [read_run(path) for path in sorted(folder.glob("*.jsonl"))]
+    if not runs:
+        raise RunError(f"{folder} holds no records (*.jsonl); give one `teleport run` has written")
+    return sorted(runs, key=lambda run: (run.config["order"], run.seed))
+
+
+def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """Runs grouped by arm, arms in the order they were run."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.arm, []).append(run)
+    return groups
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against a baseline with the same seeds; each number is a mean over seeds.
+
+    Attributes:
+        steps: steps to the baseline's final train loss over the baseline's own; NaN if not reached.
+        seconds: the same in seconds, teleporting included.
+        log_loss: mean over evaluations of log(train loss) minus the baseline's: -0.1 is 10 % lower.
+        log_loss_spread: standard deviation of that over seeds; NaN for one seed.
+    """
+
+    steps: float
+    seconds: float
+    log_loss: float
+    log_loss_spread: float
+
+
+def compare(arm: list[Run], baseline: list[Run]) -> Comparison:
+    """Pair the runs by seed and compare; a run that never gets there makes the ratio NaN."""
+    partner = {run.seed: run for run in baseline}
+    pairs = [(run, partner[run.seed]) for run in arm if run.seed in partner]
+    steps = [_ratio(run, base, run.column("step"), base.column("step")) for run, base in pairs]
+    seconds = [_ratio(run, base, run.seconds, base.seconds) for run, base in pairs]
+    gaps = [_log_gap(run, base) for run, base in pairs]
+    spread = float(np.std(gaps, ddof=1)) if len(gaps) > 1 else math.nan
+    return Comparison(float(np.mean(steps)), float(np.mean(seconds)), float(np.mean(gaps)), spread)
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One arm over its seeds; each number is a mean, NaN where there is nothing to average.
+
+    Attributes:
+        arm: its name.
+        runs: number of runs, and ``status`` what they ended as.
+        train_loss, test_loss, test_accuracy: at the last evaluation.
+        train_seconds, teleport_seconds: spent in all.
+        growth: factor by which one teleport enlarged the gradient norm.
+        drift: change of the loss on the teleport batch, in absolute value.
+        held_out_drift: change of the loss on held-out data, with its sign.
+        to_own: against the same arm without teleportation; None for a baseline.
+        to_best: against the best baseline; None for that baseline itself.
+    """
+
+    arm: str
+    runs: int
+    status: str
+    train_loss: float
+    test_loss: float
+    test_accuracy: float
+    train_seconds: float
+    teleport_seconds: float
+    growth: float
+    drift: float
+    held_out_drift: float
+    to_own: Comparison | None
+    to_best: Comparison | None
+
+
+def summarise(runs: Sequence[Run]) -> list[ArmSummary]:
+    """One line per arm, in the order they were run."""
+    groups = by_arm(runs)
+    best = best_baseline(groups)
+    return [_summary(arm, group, groups, best) for arm, group in groups.items()]
+
+
+def best_baseline(groups: dict[str, list[Run]]) -> str | None:
+    """The arm without teleport whose runs all finished with the lowest mean log train loss."""
+    scores = {
+        arm: float(np.mean([np.log(run.column("train_loss")[-1]) for run in runs]))
+        for arm, runs in groups.items()
+        if not runs[0].config["training"]["teleport"]
+        and all(run.status == "finished" for run in runs)
+    }
+    return min(scores, key=lambda arm: scores[arm]) if scores else None
+
+
+def _summary(
+    arm: str, runs: list[Run], groups: dict[str, list[Run]], best: str | None
+) -> ArmSummary:
+    def last(column: str) -> float:
+        return float(np.mean([run.column(column)[-1] for run in runs if run.evaluations]))
+
+    def teleports(value: Callable[[dict[str, Any]], float]) -> float:
+        values = [value(row) for run in runs for row in run.teleports]
+        return float(np.mean(values)) if values else math.nan
+
+    own = runs[0].config["baseline"]
+    return ArmSummary(
+        arm=arm,
+        runs=len(runs),
+        status=", ".join(sorted({run.status for run in runs})),
+        train_loss=last("train_loss"),
+        test_loss=last("test_loss"),
+        test_accuracy=last("test_accuracy"),
+        train_seconds=last("train_seconds"),
+        teleport_seconds=last("teleport_seconds"),
+        growth=teleports(lambda row: row["grad_norm_after"] / row["grad_norm_before"]),
+        drift=teleports(lambda row: abs(row["loss_after"] - row["loss_before"])),
+        held_out_drift=teleports(lambda row: row["held_out_after"] - row["held_out_before"]),
+        to_own=compare(runs, groups[own]) if own != arm and own in groups else None,
+        to_best=compare(runs, groups[best]) if best not in (arm, None) else None,
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the configuration line."""
+    return {
+        "versions": {
+            "teleport": version("nullspace-teleport"),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _ratio(run: Run, base: Run, axis: FloatArray, base_axis: FloatArray) -> float:
+    goal = base.column("train_loss")[-1]
+    return run.first_below(goal, axis) / base.first_below(goal, base_axis)
+
+
+def _log_gap(run: Run, base: Run) -> float:
+    """Mean log-loss difference over the evaluations both have, the common start left out."""
+    count = min(len(run.evaluations), len(base.evaluations))
+    losses, base_losses = run.column("train_loss"), base.column("train_loss")
+    return float(np.mean(np.log(losses[1:count]) - np.log(base_losses[1:count])))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
