@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +28,7 @@ from teleport.experiment import (
     run_arms,
     steps_per_run,
 )
-from teleport.models import INITS
+from teleport.models import INITS, mlp
 from teleport.plots import loss_figure
 from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
 from teleport.schedule import SCHEDULES, Schedule
@@ -49,16 +48,15 @@ app.add_typer(data_app, name="data")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code (130 after Ctrl-C, 1 after an error)."""
     try:
-        code = app(arguments, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+        app(arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
         return 130
     except (TeleportError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        typer.echo(f"error: {error}", err=True)
         return 1
-    return int(code or 0)
+    return 0
 
 
 def _version(wanted: bool) -> None:
@@ -140,8 +138,7 @@ def run(
     settings = Settings(name, preset, optimizer, epochs, device=device, teleport=options)
     settings.size()  # names are checked before any folder is made
     options.check()
-    arms = _arms(optimizer, lr, init, head_gain)
-    arms = [arm for arm in arms if teleports or not arm.teleport]
+    arms = [a for a in _arms(optimizer, lr, init, head_gain) if teleports or not a.teleport]
     dataset = datasets.load(EXPERIMENTS[name].data)
     total = steps_per_run(settings, dataset) * len(arms) * seeds
     folder = new_folder(name, out)
@@ -223,6 +220,7 @@ def _teleport_settings(
 def _arms(optimizer: str, lrs: list[float] | None, init: str, head_gain: float) -> list[Arm]:
     if not lrs:
         return default_arms(optimizer)
+    mlp(1, 1, hidden=(), init=init)  # an unknown initialisation is refused now
     for lr in lrs:
         if not 0.0 < lr < math.inf:
             raise ValueError(f"lr must be > 0 and finite, got {lr}")

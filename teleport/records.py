@@ -292,8 +292,10 @@ def environment() -> dict[str, Any]:
 
 
 def _ratio(run: Run, base: Run, axis: FloatArray, base_axis: FloatArray) -> float:
+    """Way to the baseline's final loss over the baseline's own; NaN if that never improved."""
     goal = base.column("train_loss")[-1]
-    return run.first_below(goal, axis) / base.first_below(goal, base_axis)
+    way = base.first_below(goal, base_axis)
+    return run.first_below(goal, axis) / way if way > 0 else math.nan
 
 
 def _log_gap(run: Run, base: Run) -> float:

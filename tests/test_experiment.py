@@ -1,0 +1,193 @@
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from teleport.errors import RunError
+from teleport.experiment import (
+    OPTIMIZERS,
+    Arm,
+    Settings,
+    TeleportSettings,
+    default_arms,
+    new_folder,
+    run_arms,
+)
+from teleport.models import mlp
+from teleport.plots import loss_figure
+from teleport.records import Run, read_runs
+from teleport.schedule import Schedule
+
+EARLY = TeleportSettings(schedule=Schedule(warmup_steps=20), batch_size=100, held_out_size=100)
+TINY = Settings(preset="tiny", teleport=EARLY)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    folder = tmp_path_factory.mktemp("runs")
+    run_arms(TINY, [Arm(0.05), Arm(0.05, teleport=True)], [0, 1], folder)
+    return read_runs(folder)
+
+
+def test_arms_of_a_seed_share_everything_until_the_teleport(runs: list[Run]) -> None:
+    plain, moved = (run for run in runs if run.seed == 0)
+    before = plain.column("step") <= EARLY.schedule.warmup_steps
+    assert before.sum() >= 2
+    assert (plain.column("train_loss") == moved.column("train_loss"))[before].all()
+    assert (plain.column("train_loss") != moved.column("train_loss"))[~before].all()
+
+
+def test_seeds_differ(runs: list[Run]) -> None:
+    first, second = (run for run in runs if run.arm == "lr 0.05")
+    assert first.column("train_loss")[0] != second.column("train_loss")[0]
+
+
+def test_the_same_run_again_gives_the_same_numbers(runs: list[Run], tmp_path: Path) -> None:
+    run_arms(TINY, [Arm(0.05, teleport=True)], [0], tmp_path)
+    again = read_runs(tmp_path)[0]
+    first = next(run for run in runs if run.seed == 0 and run.teleports)
+    for column in ("train_loss", "test_loss", "grad_norm"):
+        assert np.array_equal(first.column(column), again.column(column))
+
+
+def test_the_record_tells_what_the_teleport_did(runs: list[Run]) -> None:
+    for run in runs:
+        assert run.status == "finished"
+        assert len(run.teleports) == int(run.config["training"]["teleport"])
+    (row,) = next(run for run in runs if run.teleports).teleports
+    assert not row["rolled_back"]
+    assert row["grad_norm_after"] / row["grad_norm_before"] == pytest.approx(1.5, rel=1e-5)
+    assert abs(row["loss_after"] - row["loss_before"]) <= row["tolerance"]
+
+
+def test_seconds_of_training_and_teleporting_are_apart(runs: list[Run]) -> None:
+    for run in runs:
+        assert (np.diff(run.column("train_seconds")) > 0).all()
+        teleported = run.column("teleport_seconds")[-1]
+        assert teleported == sum(row["seconds"] for row in run.teleports)
+
+
+def test_a_diverging_run_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
+    run_arms(TINY, [Arm(1e6), Arm(0.05)], [0], tmp_path)
+    assert [run.status for run in read_runs(tmp_path)] == ["diverged", "finished"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_default_arms_hold_a_baseline_for_every_teleport(optimizer: str) -> None:
+    arms = default_arms(optimizer)
+    assert {arm.baseline for arm in arms if arm.teleport} <= set(arms)
+    assert len({arm.name for arm in arms}) == len(arms)
+    parameter = nn.Parameter(torch.ones(1))
+    OPTIMIZERS[optimizer]([parameter], arms[0].lr)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experiment": "nope"}, "mnist-sample"),
+        ({"preset": "huge"}, "tiny"),
+        ({"optimizer": "sdg"}, "sgd"),
+        ({"epochs": 0}, ">= 1"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_known_ones(
+    change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(Settings(), **change).size()  # type: ignore[arg-type]
+
+
+def test_an_absent_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not available"):
+        run_arms(replace(TINY, device="no-such-device"), [Arm(0.1)], [0], tmp_path)
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = new_folder("x", None), new_folder("x", None)
+    assert first != second
+    with pytest.raises(RunError, match="--out"):
+        new_folder("x", first)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot write to"):
+        new_folder("x", tmp_path / "file" / "below")
+
+
+def test_ctrl_c_leaves_complete_records_and_exit_code_130(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "teleport", "run", "--epochs", "50", "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_for(lambda: any(p.read_text().count("evaluation") > 1 for p in out.glob("*.jsonl")))
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr.decode()
+    assert b"complete" in stderr
+    (run,) = read_runs(out)
+    assert run.status == "interrupted"
+
+
+def wait_for(condition: object, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():  # type: ignore[operator]
+            return
+        time.sleep(0.05)
+    raise TimeoutError("the run wrote no evaluation")
+
+
+@given(
+    epochs=st.integers(0, 6),
+    warmup=st.integers(0, 50),
+    per_epoch=st.integers(1, 20),
+)
+def test_a_schedule_never_teleports_before_its_warm_up(
+    epochs: int, warmup: int, per_epoch: int
+) -> None:
+    due = Schedule(epochs=epochs, warmup_steps=warmup).due_steps(per_epoch)
+    assert all(step >= warmup for step in due)
+    assert {e * per_epoch for e in range(epochs) if e * per_epoch >= warmup} <= due
+    assert bool(due) == bool(epochs)
+
+
+@pytest.mark.parametrize("bad", [{"epochs": -1}, {"batches": 0}, {"warmup_steps": -1}])
+def test_a_schedule_refuses_negative_counts(bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Schedule(**bad)
+
+
+@given(gain=st.floats(0.1, 10), init=st.sampled_from(["default", "he"]), seed=st.integers(0, 99))
+def test_the_head_gain_scales_the_outputs_without_bias(gain: float, init: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    plain = mlp(6, 3, hidden=(8,), init=init)
+    torch.manual_seed(seed)
+    scaled = mlp(6, 3, hidden=(8,), init=init, head_gain=gain)
+    assert torch.equal(plain[0].weight, scaled[0].weight)
+    assert torch.allclose(scaled[-1].weight, gain * plain[-1].weight, rtol=1e-6)
+
+
+def test_an_unknown_initialisation_is_refused() -> None:
+    with pytest.raises(ValueError, match="default"):
+        mlp(4, 2, init="xavier")
+
+
+def test_the_figure_shows_every_arm_on_both_axes(runs: list[Run]) -> None:
+    panels = loss_figure(runs, "title").axes
+    assert len(panels) == 4
+    labels = [axes.get_xlabel() for axes in panels]
+    assert sum("seconds" in label for label in labels) == 2
+    for axes in panels:
+        drawn = {line.get_label() for line in axes.get_lines()}
+        assert drawn == {"lr 0.05", "lr 0.05 + teleport"}
+        assert axes.get_yscale() == "log"

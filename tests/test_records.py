@@ -1,0 +1,138 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teleport.errors import RunError
+from teleport.records import (
+    RecordWriter,
+    Run,
+    best_baseline,
+    by_arm,
+    compare,
+    read_run,
+    read_runs,
+    summarise,
+)
+
+
+def make_run(
+    losses: list[float], arm: str = "a", teleport: bool = False, seed: int = 0, pace: float = 1.0
+) -> Run:
+    """A run with one evaluation every 10 steps, each step taking ``pace`` seconds."""
+    rows: list[dict[str, Any]] = [
+        {
+            "step": 10 * i,
+            "train_seconds": 10 * i * pace,
+            "teleport_seconds": 0.0,
+            "train_loss": loss,
+            "test_loss": loss,
+            "test_accuracy": 0.5,
+        }
+        for i, loss in enumerate(losses)
+    ]
+    config = {
+        "arm": arm,
+        "seed": seed,
+        "order": int(teleport),
+        "baseline": "a",
+        "training": {"teleport": teleport},
+    }
+    return Run(Path(f"{arm}.jsonl"), config, rows, [], "finished")
+
+
+losses = st.lists(st.floats(1e-3, 10), min_size=2, max_size=8)
+
+
+@given(losses)
+def test_a_run_compared_with_itself_is_at_ratio_one_and_gap_zero(values: list[float]) -> None:
+    run = make_run(values)
+    result = compare([run], [run])
+    assert result.steps == result.seconds == 1.0 or math.isnan(result.steps)
+    assert result.log_loss == 0.0
+
+
+@given(losses, st.floats(0.5, 0.99))
+def test_a_lower_loss_gives_the_log_of_the_factor(values: list[float], factor: float) -> None:
+    lower = make_run([values[0], *(factor * v for v in values[1:])], teleport=True)
+    gap = compare([lower], [make_run(values)]).log_loss
+    assert gap == pytest.approx(math.log(factor), rel=1e-9)
+
+
+def test_the_way_to_a_loss_is_interpolated_in_log_loss() -> None:
+    run = make_run([4.0, 1.0])
+    assert run.first_below(2.0, run.column("step")) == pytest.approx(5.0)
+
+
+def test_a_loss_that_is_never_reached_gives_nan() -> None:
+    run = make_run([4.0, 3.0])
+    assert math.isnan(run.first_below(1.0, run.column("step")))
+
+
+def test_seconds_count_the_teleport_and_the_pace() -> None:
+    slow = make_run([4.0, 2.0, 1.0], teleport=True, pace=3.0)
+    result = compare([slow], [make_run([4.0, 2.0, 1.0])])
+    assert result.steps == 1.0
+    assert result.seconds == pytest.approx(3.0)
+
+
+def test_the_best_baseline_is_the_lowest_finished_one_without_teleport() -> None:
+    runs = [
+        make_run([4.0, 2.0], "a"),
+        make_run([4.0, 1.0], "b"),
+        make_run([4.0, 0.5], "c", teleport=True),
+    ]
+    assert best_baseline(by_arm(runs)) == "b"
+    lines = {line.arm: line for line in summarise(runs)}
+    assert lines["b"].to_best is None
+    assert lines["c"].to_own is not None
+    assert lines["c"].to_own.log_loss == pytest.approx(math.log(0.25))
+
+
+def test_what_is_written_is_read_back_and_not_finite_becomes_missing(tmp_path: Path) -> None:
+    with RecordWriter(tmp_path / "r.jsonl") as writer:
+        writer.write("config", arm="a", seed=3, order=0)
+        writer.write("evaluation", step=0, train_loss=math.nan, test_loss=1.5)
+        writer.write("end", status="diverged")
+    run = read_run(tmp_path / "r.jsonl")
+    assert (run.arm, run.seed, run.status) == ("a", 3, "diverged")
+    assert np.isnan(run.column("train_loss")).all()
+    assert run.column("test_loss").tolist() == [1.5]
+
+
+def test_a_torn_last_line_loses_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    rows = [{"type": "config", "arm": "a", "seed": 0}, {"type": "evaluation", "step": 0}]
+    path.write_text("\n".join(map(json.dumps, rows)) + '\n{"type": "evalu')
+    run = read_run(path)
+    assert len(run.evaluations) == 1
+    assert run.status == "unfinished"
+
+
+def test_damage_elsewhere_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"type": "config"}\nnot json\n{"type": "end"}\n')
+    with pytest.raises(RunError, match=r"r\.jsonl, line 2"):
+        read_run(path)
+
+
+def test_a_record_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text("kept")
+    with pytest.raises(RunError, match="cannot write the record"):
+        RecordWriter(path)
+    assert path.read_text() == "kept"
+
+
+@pytest.mark.parametrize("make", [False, True])
+def test_a_folder_without_records_is_refused(tmp_path: Path, make: bool) -> None:
+    folder = tmp_path / "f"
+    if make:
+        folder.mkdir()
+    with pytest.raises(RunError, match="teleport run"):
+        read_runs(folder)
