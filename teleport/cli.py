@@ -156,7 +156,7 @@ def run(
             bar.close()
             typer.echo(f"interrupted; the records so far are complete in {folder}", err=True)
             raise typer.Exit(130) from None
-    _show(folder, f"{EXPERIMENTS[name].title}, {optimizer}, {seeds} seed(s)")
+    _show(folder, f"{EXPERIMENTS[name].title} - {optimizer}, {_count(seeds, 'seed')}")
 
 
 @app.command()
@@ -292,6 +292,10 @@ def _summaries(summaries: list[ArmSummary]) -> Table:
     for name, cell in _SUMMARY.items():
         table.add_row(name, *map(cell, summaries))
     return table
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
 
 
 def _number(value: float, form: str) -> str:

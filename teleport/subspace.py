@@ -34,6 +34,11 @@ class Basis:
         """How many directions stay free to move in."""
         return self.vectors.shape[0] - self.rank
 
+    @property
+    def residual(self) -> float:
+        """Root of the energy left out: the norm of the rows' part outside the kept space."""
+        return float(self.singular_values[self.rank :].norm())
+
     def project(self, matrix: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         """``M - M B Bᵀ``: the rows of ``matrix`` with their part in the kept space removed.
 
@@ -148,8 +153,11 @@ def _singular_from_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _singular_from_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Fewer rows than columns: decompose the smaller Gram, then carry its vectors over."""
+    """Fewer rows than columns: decompose the smaller Gram, then carry its vectors over.
+
+    Columns of ``rowsᵀ U`` are orthogonal with lengths σ up to 1e-16 σ₁² absolute, so normalised ones
+    are orthonormal to 1e-8 where σ is as small as the rank cut of float32 allows.
+    """
     values, left = _singular_from_gram(rows @ rows.T)
     resolved = int((values > 1e-7 * values[0]).sum())  # beyond it the Gram holds only rounding
-    vectors, _ = torch.linalg.qr(rows.T @ left[:, :resolved])
-    return values, vectors
+    return values, rows.T @ (left[:, :resolved] / values[:resolved])

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -161,18 +161,28 @@ class _Walk:
         self.tape: Tape = record(model, blocks, closure)
         self.start = dict(self.tape.matrices)
         self.matrices = dict(self.tape.matrices)
+        self._ahead: float | None = None
 
     def norm_squared(self) -> float:
+        """The squared gradient norm where the tape was last looked at."""
         return grad_norm_squared(self.tape)
 
     def norm_squared_at(self, along: Direction, step: float) -> float:
-        self._look_at({b: torch.add(self.matrices[b], d, alpha=step) for b, d in along.items()})
+        """Look ahead: the squared norm at a step along a direction; the position stays."""
+        self._look_at(self._moved(along, step))
+        self._ahead = step
         return self.norm_squared()
 
     def advance(self, along: Direction, step: float) -> None:
-        moved = {b: torch.add(self.matrices[b], d, alpha=step) for b, d in along.items()}
+        """Go there; where the last look ahead was is already on the tape."""
+        moved = self._moved(along, step)
         self.matrices.update(moved)
-        self._look_at(moved)
+        if step != self._ahead:
+            self._look_at(moved)
+        self._ahead = None
+
+    def _moved(self, along: Direction, step: float) -> Direction:
+        return {b: torch.add(self.matrices[b], d, alpha=step) for b, d in along.items()}
 
     def write(self) -> None:
         """Put the position into the model's parameters."""
@@ -183,23 +193,25 @@ class _Walk:
             return 0.0
         return float((self.matrices[block] - self.start[block]).norm())
 
-    def rounding(self) -> float:
-        """How far the loss may move by rounding, to first order in the cotangents δ.
+    def rounding(self, bases: Mapping[Block, Basis]) -> float:
+        """How far the loss may move at τ = 1, to first order in the cotangents δ.
 
-        Forward pass: an output is a sum of d products, whose rounding grows like √d (probabilistic
-        bound), twice because two losses are compared. Null space: what the rank rule cuts off may
-        be as large as max(rows, d) · eps · σ₁, and ΔW acts on it.
+        An output is a sum of d products; with probability 1 - 7e-4 its rounding error is at most
+        2 √d eps ‖w‖ ‖x‖ (Higham and Mary 2019, λ = 4), before the move and after it. It reaches
+        the loss through δ; outputs of one row add in quadrature, rows may share their errors. What
+        the rank rule cut off (`Basis.residual`) is not in the basis, and ΔW acts on it.
         """
         loss = self.tape.loss
-        total = abs(float(loss.detach()))
+        eps = torch.finfo(loss.dtype).eps
+        total = 8 * eps * abs(float(loss.detach()))
         for block in self.tape.blocks:
-            rows = self.tape.rows(block)
-            size = rows.norm() * self.tape.deltas(block).norm()
-            cut = max(rows.shape) * self.move_norm(block)
-            total += float(size) * (
-                2 * rows.shape[1] ** 0.5 * float(self.start[block].norm()) + cut
-            )
-        return torch.finfo(loss.dtype).eps * total
+            rows, deltas = self.tape.rows(block), self.tape.deltas(block)
+            weights = self.start[block].square().sum(1) + self.matrices[block].square().sum(1)
+            spread = (deltas.square() @ weights).sqrt() @ rows.norm(dim=1)
+            total += 2 * eps * rows.shape[1] ** 0.5 * float(spread)
+            if block in bases:
+                total += float(deltas.norm()) * self.move_norm(block) * bases[block].residual
+        return total
 
     def _look_at(self, moved: Direction) -> None:
         if self._frozen:
@@ -320,10 +332,9 @@ class _Attempt:
 
     def _step_size(self, along: Direction, slope: float, target: float) -> float | None:
         """The fixed step, or where the norm reaches ``target`` if that comes first."""
-        lr = self.settings.lr
+        lr, start = self.settings.lr, self.walk.norm_squared()
         if lr is not None and self.walk.norm_squared_at(along, lr) <= target**2:
             return lr
-        start = self.walk.norm_squared_at(along, 0.0)
         eps = torch.finfo(self.walk.tape.loss.dtype).eps
         return step_to_norm(
             lambda s: self.walk.norm_squared_at(along, s), start, 2 * slope, target**2, 8 * eps
@@ -368,7 +379,7 @@ class _Attempt:
             return self.settings.max_drift * abs(before.loss)
         if self.settings.tau < 1.0:
             return DEFAULT_MAX_DRIFT * abs(before.loss)
-        return self.walk.rounding()
+        return self.walk.rounding(self.bases)
 
     def _layer_reports(self, failed: bool) -> Iterable[LayerReport]:
         for block in self.settings._blocks:
