@@ -7,6 +7,7 @@ The book in ``chapters/`` derives why that works, what is wrong in the paper it 
 
 from importlib.metadata import version
 
+from teleport import data, layers, reference
 from teleport.errors import (
     ClosureError,
     DataError,
@@ -16,6 +17,7 @@ from teleport.errors import (
     UnsupportedModelError,
 )
 from teleport.report import LayerReport, TeleportReport
+from teleport.schedule import Schedule
 from teleport.teleporter import Teleporter
 
 __version__ = version("nullspace-teleport")
@@ -26,9 +28,13 @@ __all__ = [
     "LayerReport",
     "NonFiniteLossError",
     "RunError",
+    "Schedule",
     "TeleportError",
     "TeleportReport",
     "Teleporter",
     "UnsupportedModelError",
     "__version__",
+    "data",
+    "layers",
+    "reference",
 ]

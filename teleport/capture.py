@@ -66,7 +66,7 @@ class Call:
 
     Attributes:
         x, z: input and output as the layer saw them.
-        delta: dL/dz for the matrices of the last `Tape.backward`.
+        delta: dL/dz for the matrices of the last `Tape.backward`; None if the loss ignores ``z``.
         x_dot: tangent of ``x`` from the last `Tape.push_tangents`; None if ``x`` does not depend
             on trainable parameters (theorem ``thm-fixed``).
     """
@@ -123,9 +123,10 @@ class Tape:
         return self._grams[block]
 
     def deltas(self, block: Block) -> Float[Tensor, "rows d_out"]:
-        """Cotangents of a block's outputs, rows in the order of `rows`."""
+        """Cotangents of a block's outputs in the order of `rows`; 0 where the loss ignores them."""
         calls = self.calls_of(block)
-        return torch.cat([block.out_rows(_known(call.delta)) for call in calls])
+        deltas = (torch.zeros_like(c.z) if c.delta is None else c.delta for c in calls)
+        return torch.cat([block.out_rows(delta) for delta in deltas])
 
     def tangents(self, block: Block) -> Float[Tensor, "rows d_in"] | None:
         """Tangents of a block's input rows, bias column 0; None if no call has one."""
@@ -357,12 +358,6 @@ def _changed(what: str) -> ClosureError:
         f"the closure is not deterministic: {what}. It must compute the same loss at every call; "
         "draw the batch before the closure, not inside it"
     )
-
-
-def _known(delta: Tensor | None) -> Tensor:
-    if delta is None:
-        raise RuntimeError("Tape.backward() has to run before its cotangents are read")
-    return delta
 
 
 @contextmanager

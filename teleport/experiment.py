@@ -117,9 +117,9 @@ class Tuning:
 
 TUNED = {
     "sgd": Tuning(low=0.05, tuned=0.3, gain_lr=0.2, init="he", head_gain=3.0),
-    "momentum": Tuning(low=0.002, tuned=0.02, gain_lr=0.02, init="he", head_gain=3.0),
-    "adagrad": Tuning(low=0.001, tuned=0.01, gain_lr=0.01, init="he", head_gain=3.0),
-    "adam": Tuning(low=0.0001, tuned=0.001, gain_lr=0.001, init="he", head_gain=3.0),
+    "momentum": Tuning(low=0.005, tuned=0.05, gain_lr=0.02, init="he", head_gain=3.0),
+    "adagrad": Tuning(low=0.001, tuned=0.02, gain_lr=0.01, init="he", head_gain=3.0),
+    "adam": Tuning(low=0.0001, tuned=0.001, gain_lr=0.0003, init="he", head_gain=3.0),
 }
 
 

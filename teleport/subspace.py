@@ -155,8 +155,8 @@ def _singular_from_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
 def _singular_from_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Fewer rows than columns: decompose the smaller Gram, then carry its vectors over.
 
-    Columns of ``rowsᵀ U`` are orthogonal with lengths σ up to 1e-16 σ₁² absolute, so normalised ones
-    are orthonormal to 1e-8 where σ is as small as the rank cut of float32 allows.
+    The columns of ``rowsᵀ U`` have inner products of 1e-16 σ₁², so normalised they are orthonormal
+    to 1e-8 even where σ is as small as the rank cut of float32 allows.
     """
     values, left = _singular_from_gram(rows @ rows.T)
     resolved = int((values > 1e-7 * values[0]).sum())  # beyond it the Gram holds only rounding

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport.capture import Block, Closure, Tape, evaluate, find_blocks, record
 from teleport.errors import NonFiniteLossError, UnsupportedModelError
@@ -124,7 +125,8 @@ class Teleporter:
         """
         started = time.perf_counter()
         joined = _join(closure)
-        with Transaction(self.model) as transaction:
+        # Fused attention has neither a forward-mode nor a second derivative.
+        with Transaction(self.model) as transaction, sdpa_kernel(SDPBackend.MATH):
 
             def repeatable(closure: Closure) -> Closure:
                 def call() -> Tensor:
