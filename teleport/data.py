@@ -23,7 +23,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import pooch
 import torch
 from torch import Tensor
 
@@ -450,8 +449,14 @@ def _remedy(name: str) -> str:
 def _folder(name: str, root: str | Path | None) -> Path:
     if _source(name).embedded:
         return Path(str(resources.files("teleport") / "sample"))
-    chosen = root or os.environ.get(ROOT_VARIABLE) or pooch.os_cache(CACHE_NAME)
+    chosen = root or os.environ.get(ROOT_VARIABLE) or _cache()
     return Path(chosen).expanduser() / name
+
+
+def _cache() -> Path:
+    import pooch  # late: it loads widgets, which warn in a notebook that has none
+
+    return Path(pooch.os_cache(CACHE_NAME))
 
 
 def _where(name: str, root: str | Path | None) -> str:
@@ -501,6 +506,8 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 
 def _download(source: Source, file: SourceFile, folder: Path) -> None:
+    import pooch
+
     # Without this header some servers unpack the .gz on the way, which changes its checksum.
     downloader = pooch.HTTPDownloader(
         progressbar=sys.stderr.isatty(),
