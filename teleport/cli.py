@@ -83,10 +83,10 @@ def list_experiments() -> None:
         presets = ", ".join(f"{name} ({p.epochs})" for name, p in e.presets.items())
         table.add_row(e.name, e.title, e.data, presets)
     _console().print(table)
-    arms = Table("optimizer", "low lr", "tuned lr", "tuned initial gain")
-    for name, t in TUNED.items():
+    arms = Table("experiment", "optimizer", "low lr", "tuned lr", "tuned initial gain")
+    for (name, optimizer), t in TUNED.items():
         gain = f"lr {t.gain_lr:g}, {t.init} init, head x {t.head_gain:g}"
-        arms.add_row(name, f"{t.low:g}", f"{t.tuned:g}", gain)
+        arms.add_row(name, optimizer, f"{t.low:g}", f"{t.tuned:g}", gain)
     _console().print(arms)
 
 
@@ -138,7 +138,7 @@ def run(
     settings = Settings(name, preset, optimizer, epochs, device=device, teleport=options)
     settings.size()  # names are checked before any folder is made
     options.check()
-    arms = [a for a in _arms(optimizer, lr, init, head_gain) if teleports or not a.teleport]
+    arms = [a for a in _arms(name, optimizer, lr, init, head_gain) if teleports or not a.teleport]
     dataset = datasets.load(EXPERIMENTS[name].data)
     total = steps_per_run(settings, dataset) * len(arms) * seeds
     folder = new_folder(name, out)
@@ -217,9 +217,11 @@ def _teleport_settings(
     return TeleportSettings(chosen, tau=tau, growth=growth, cap=cap, lr=lr, steps=steps)
 
 
-def _arms(optimizer: str, lrs: list[float] | None, init: str, head_gain: float) -> list[Arm]:
+def _arms(
+    experiment: str, optimizer: str, lrs: list[float] | None, init: str, head_gain: float
+) -> list[Arm]:
     if not lrs:
-        return default_arms(optimizer)
+        return default_arms(experiment, optimizer)
     mlp(1, 1, hidden=(), init=init)  # an unknown initialisation is refused now
     for lr in lrs:
         if not 0.0 < lr < math.inf:

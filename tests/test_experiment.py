@@ -14,6 +14,7 @@ from torch import nn
 
 from teleport.errors import RunError
 from teleport.experiment import (
+    EXPERIMENTS,
     OPTIMIZERS,
     Arm,
     Settings,
@@ -82,8 +83,9 @@ def test_a_diverging_run_is_recorded_and_the_next_one_runs(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_default_arms_hold_a_baseline_for_every_teleport(optimizer: str) -> None:
-    arms = default_arms(optimizer)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_default_arms_hold_a_baseline_for_every_teleport(experiment: str, optimizer: str) -> None:
+    arms = default_arms(experiment, optimizer)
     assert {arm.baseline for arm in arms if arm.teleport} <= set(arms)
     assert len({arm.name for arm in arms}) == len(arms)
     parameter = nn.Parameter(torch.ones(1))
