@@ -121,7 +121,7 @@ TUNED: dict[tuple[str, str], Tuning] = {
     ("mnist-sample", "adagrad"): Tuning(0.001, 0.02, gain_lr=0.01, init="he", head_gain=3.0),
     ("mnist-sample", "adam"): Tuning(0.0001, 0.001, gain_lr=0.0003, init="he", head_gain=3.0),
     ("mnist-mlp", "sgd"): Tuning(0.05, 0.2, gain_lr=0.2, init="he", head_gain=3.0),
-    ("fashion-mlp", "sgd"): Tuning(0.05, 0.1, gain_lr=0.1, init="he", head_gain=3.0),
+    ("fashion-mlp", "sgd"): Tuning(0.05, 0.3, gain_lr=0.05, init="he", head_gain=3.0),
 }
 """Per experiment and optimizer, by final train loss of the ``cpu`` preset.
 
