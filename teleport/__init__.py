@@ -7,7 +7,8 @@ The book in ``chapters/`` derives why that works, what is wrong in the paper it 
 
 from importlib.metadata import version
 
-from teleport import data, layers, reference
+from teleport import attention, convolution, data, layers, recurrent, reference
+from teleport.coverage import supported
 from teleport.errors import (
     ClosureError,
     DataError,
@@ -34,7 +35,11 @@ __all__ = [
     "Teleporter",
     "UnsupportedModelError",
     "__version__",
+    "attention",
+    "convolution",
     "data",
     "layers",
+    "recurrent",
     "reference",
+    "supported",
 ]

@@ -13,6 +13,7 @@ backward pass is repeated.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,43 +22,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
+from teleport.coverage import Block, Site
 from teleport.errors import ClosureError, NonFiniteLossError
-from teleport.layers import LayerRule, rule_for
 
 Closure = Callable[[], Tensor]
-
-
-@dataclass(eq=False, frozen=True)
-class Block:
-    """One weight matrix of the model: a layer and the rule that reads it."""
-
-    name: str
-    module: nn.Module
-    rule: LayerRule[Any]
-
-    def rows(self, x: Tensor, bias_input: float = 1.0) -> Float[Tensor, "rows d_in"]:
-        """See `LayerRule.rows`."""
-        return self.rule.rows(self.module, x, bias_input)
-
-    def out_rows(self, z: Tensor) -> Float[Tensor, "rows d_out"]:
-        """See `LayerRule.out_rows`."""
-        return self.rule.out_rows(self.module, z)
-
-    def join(self, tensors: Sequence[Tensor]) -> Float[Tensor, "d_out d_in"]:
-        """See `LayerRule.join`."""
-        return self.rule.join(self.module, tensors)
-
-    def matrix(self) -> Float[Tensor, "d_out d_in"]:
-        """The present weights, copied."""
-        return self.join([p.detach() for p in self.parameters()])
-
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """See `LayerRule.parameters`."""
-        return self.rule.parameters(self.module)
-
-    def split(self, matrix: Float[Tensor, "d_out d_in"]) -> tuple[Tensor, ...]:
-        """See `LayerRule.split`."""
-        return self.rule.split(self.module, matrix)
 
 
 @dataclass(eq=False)
@@ -86,12 +54,14 @@ class Tape:
         loss: scalar, still attached to the graph.
         calls: one entry per use of a covered layer.
         others: trainable parameters that no covered layer holds (or that leak out of one).
-        matrices: the weights `backward` uses, ``[d_out, d_in]`` per block; may be replaced.
+        matrices: the weights `backward` uses, ``[*groups, d_out, d_in]`` per block; may be
+            replaced.
         other_gradients: dL/dp of ``others`` from the last `backward`.
     """
 
     loss: Float[Tensor, ""]
     calls: list[Call]
+    sites: list[Site]
     others: list[nn.Parameter]
     matrices: dict[Block, Tensor]
     anchor: Tensor
@@ -108,33 +78,52 @@ class Tape:
         """The calls of one block, in order of execution."""
         return [call for call in self.calls if call.block is block]
 
-    def rows(self, block: Block) -> Float[Tensor, "rows d_in"]:
+    def rows(self, block: Block) -> Float[Tensor, "*groups rows d_in"]:
         """Input rows of all calls of a block, one below the other: the transpose of R_l (8)."""
         if block not in self._rows:
             calls = self.calls_of(block)
-            self._rows[block] = torch.cat([block.rows(call.x.detach()) for call in calls])
+            rows = [block.part.rows(call.x.detach()) for call in calls]
+            self._rows[block] = torch.cat(rows, dim=-2)
         return self._rows[block]
 
-    def row_gram(self, block: Block) -> Float[Tensor, "rows rows"]:
+    def row_gram(self, block: Block) -> Float[Tensor, "*groups rows rows"]:
         """Inner products of all pairs of input rows."""
         if block not in self._grams:
             rows = self.rows(block)
-            self._grams[block] = rows @ rows.T
+            self._grams[block] = rows @ rows.mT
         return self._grams[block]
 
-    def deltas(self, block: Block) -> Float[Tensor, "rows d_out"]:
+    def row_count(self, block: Block) -> int:
+        """Number of input rows, without forming them."""
+        return sum(block.part.out_rows(call.z).shape[-2] for call in self.calls_of(block))
+
+    def weight_gradient(self, block: Block) -> Float[Tensor, "*groups d_out d_in"]:
+        """``Σ δ xᵀ`` over all calls (theorem ``thm-span``)."""
+        pairs = ((c.x.detach(), c.delta) for c in self.calls_of(block) if c.delta is not None)
+        return self._sum(block, [block.part.weight_gradient(x, delta) for x, delta in pairs])
+
+    def survivor(self, block: Block) -> Float[Tensor, "*groups d_out d_in"]:
+        """``Σ δ ẋᵀ`` over all calls, not projected (theorem ``thm-survivor``)."""
+        calls = [c for c in self.calls_of(block) if None not in (c.delta, c.x_dot)]
+        gradient = block.part.weight_gradient
+        return self._sum(block, [gradient(c.x_dot, c.delta, bias_input=0.0) for c in calls])  # type: ignore[arg-type]
+
+    def _sum(self, block: Block, terms: list[Tensor]) -> Tensor:
+        return sum(terms[1:], terms[0]) if terms else torch.zeros_like(self.matrices[block])
+
+    def deltas(self, block: Block) -> Float[Tensor, "*groups rows d_out"]:
         """Cotangents of a block's outputs in the order of `rows`; 0 where the loss ignores them."""
         calls = self.calls_of(block)
         deltas = (torch.zeros_like(c.z) if c.delta is None else c.delta for c in calls)
-        return torch.cat([block.out_rows(delta) for delta in deltas])
+        return torch.cat([block.part.out_rows(delta) for delta in deltas], dim=-2)
 
-    def tangents(self, block: Block) -> Float[Tensor, "rows d_in"] | None:
+    def tangents(self, block: Block) -> Float[Tensor, "*groups rows d_in"] | None:
         """Tangents of a block's input rows, bias column 0; None if no call has one."""
         calls = self.calls_of(block)
         if all(call.x_dot is None for call in calls):
             return None
         dots = (torch.zeros_like(c.x) if c.x_dot is None else c.x_dot for c in calls)
-        return torch.cat([block.rows(x_dot, bias_input=0.0) for x_dot in dots])
+        return torch.cat([block.part.rows(x_dot, bias_input=0.0) for x_dot in dots], dim=-2)
 
     def depends_on_parameters(self, block: Block) -> bool:
         """Whether any input of the block depends on a trainable parameter."""
@@ -156,7 +145,7 @@ class Tape:
         return {p for p, g in reached if g is not None}
 
     def push_tangents(
-        self, model: nn.Module, closure: Closure, drive: dict[Block, Float[Tensor, "rows d_out"]]
+        self, model: nn.Module, closure: Closure, drive: dict[Block, list[Tensor]]
     ) -> None:
         """One forward-mode pass: fill ``x_dot`` of every call.
 
@@ -167,8 +156,8 @@ class Tape:
         Args:
             model: the model of the closure.
             closure: the closure this tape was recorded from.
-            drive: ``[rows, d_out]`` per block, the part of the output's tangent due to the
-                velocity of the block's own weights. ``others`` move with ``other_gradients``.
+            drive: per block and call, in the shape of the output, the part of its tangent due to
+                the velocity of the block's own weights. ``others`` move with ``other_gradients``.
 
         Raises:
             ClosureError: if the closure calls other layers than when it was recorded.
@@ -178,7 +167,7 @@ class Tape:
             torch.no_grad(),
             forward_ad.dual_level(),
             _dual_parameters(model, dict(zip(self.others, self.other_gradients, strict=True))),
-            _replaced_forwards(self.blocks, replay.forward_of),
+            _replaced_forwards(self.sites, replay.product),
         ):
             try:
                 closure()
@@ -187,12 +176,12 @@ class Tape:
         raise _changed(f"{len(self.calls)} layer calls became {replay.position}")
 
 
-def record(model: nn.Module, blocks: Sequence[Block], closure: Closure) -> Tape:
-    """Run a closure once and record every call of the given blocks.
+def record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
+    """Run a closure once and record every product of the given sites.
 
     Args:
         model: the model whose parameters the gradient is taken in.
-        blocks: the layers to cover. A block whose parameters also reach the loss by another way
+        sites: the layers to cover. A block whose parameters also reach the loss by another way
             is left out of the tape, and its parameters join ``others``.
         closure: returns the scalar loss; must not call ``backward``.
 
@@ -203,11 +192,11 @@ def record(model: nn.Module, blocks: Sequence[Block], closure: Closure) -> Tape:
         ClosureError: if the closure calls ``backward`` or does not return one finite number that
             depends on the model, or if a layer receives an empty batch.
     """
-    tape = _record(model, blocks, closure)
-    leaking = tape._differentiate([p for block in tape.blocks for p in block.parameters()])
+    tape = _record(model, sites, closure)
+    leaking = tape._differentiate([p for block in tape.blocks for p in block.parameters])
     if leaking:
-        sound = [b for b in blocks if leaking.isdisjoint(b.parameters())]
-        tape = _record(model, sound, closure)
+        left_out = {b for b in tape.blocks if not leaking.isdisjoint(b.parameters)}
+        tape = _record(model, [site.without(left_out) for site in sites], closure)
         tape.backward()
     return tape
 
@@ -234,31 +223,27 @@ def evaluate(closure: Closure) -> Float[Tensor, ""]:
     return loss.reshape(())
 
 
-def _record(model: nn.Module, blocks: Sequence[Block], closure: Closure) -> Tape:
+def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
     calls: list[Call] = []
     matrices: dict[Block, Tensor] = {}
     anchor = torch.zeros((), requires_grad=True)
 
-    def forward_of(block: Block, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            (x,) = (*args, *kwargs.values())
-            if x.numel() == 0:
-                raise ClosureError(
-                    f"layer {block.name!r} received an empty batch of shape {tuple(x.shape)}"
-                )
-            with torch.no_grad():
-                z = original(x)
-            call = Call(block, x, z)
-            calls.append(call)
-            output: Tensor = _Relay.apply(x, anchor, call, matrices)
-            return output
-
-        return forward
+    def product(block: Block, x: Tensor) -> Tensor:
+        if x.numel() == 0:
+            raise ClosureError(
+                f"layer {block.name!r} received an empty batch of shape {tuple(x.shape)}"
+            )
+        with torch.no_grad():
+            z = block.part.compute(x)
+        call = Call(block, x, z)
+        calls.append(call)
+        output: Tensor = _Relay.apply(x, anchor, call, matrices)
+        return output
 
     with (
         torch.enable_grad(),
         _backward_forbidden(model),
-        _replaced_forwards(blocks, forward_of),
+        _replaced_forwards(sites, product),
     ):
         loss = evaluate(closure)
     if not _depends_on(loss, model, calls):
@@ -266,10 +251,10 @@ def _record(model: nn.Module, blocks: Sequence[Block], closure: Closure) -> Tape
             "the loss does not depend on this model's parameters: the closure must call the model "
             "that was given to the Teleporter, with gradients enabled"
         )
-    matrices.update({call.block: call.block.matrix() for call in calls})
-    covered = {p for block in matrices for p in block.parameters()}
+    matrices.update({call.block: call.block.part.matrix() for call in calls})
+    covered = {p for block in matrices for p in block.parameters}
     others = [p for p in model.parameters() if p.requires_grad and p not in covered]
-    return Tape(loss, calls, others, matrices, anchor)
+    return Tape(loss, calls, list(sites), others, matrices, anchor)
 
 
 def _depends_on(loss: Tensor, model: nn.Module, calls: list[Call]) -> bool:
@@ -300,32 +285,25 @@ class _Relay(torch.autograd.Function):
         ctx.call.delta = delta
         grad = None
         if ctx.needs_input_grad[0]:
-            grad = block.rule.pull(block.module, delta, ctx.matrices[block])
+            grad = block.part.pull(delta, ctx.matrices[block], ctx.call.x.detach())
         return grad, torch.zeros_like(ctx.anchor_shape), None, None
 
 
 class _Replay:
-    """Answers the layer calls of a second run with recorded outputs and new tangents."""
+    """Answers the products of a second run with recorded outputs and new tangents."""
 
-    def __init__(self, tape: Tape, drive: dict[Block, Tensor]) -> None:
+    def __init__(self, tape: Tape, drive: dict[Block, list[Tensor]]) -> None:
         self.tape = tape
         self.position = 0
-        self._pieces = {
-            block: list(rows.split([len(block.out_rows(c.z)) for c in tape.calls_of(block)]))
-            for block, rows in drive.items()
-        }
+        self._drive = {block: iter(tangents) for block, tangents in drive.items()}
 
-    def forward_of(self, block: Block, _: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            (x,) = (*args, *kwargs.values())
-            call = self._next(block, x)
-            call.x_dot = forward_ad.unpack_dual(x).tangent
-            if self.position == len(self.tape.calls):
-                raise _LastCallReached
-            dual: Tensor = forward_ad.make_dual(call.z.clone(), self._output_tangent(call))
-            return dual
-
-        return forward
+    def product(self, block: Block, x: Tensor) -> Tensor:
+        call = self._next(block, x)
+        call.x_dot = forward_ad.unpack_dual(x).tangent
+        if self.position == len(self.tape.calls):
+            raise _LastCallReached
+        dual: Tensor = forward_ad.make_dual(call.z.clone(), self._output_tangent(call))
+        return dual
 
     def _next(self, block: Block, x: Tensor) -> Call:
         calls = self.tape.calls
@@ -336,11 +314,10 @@ class _Replay:
         return call
 
     def _output_tangent(self, call: Call) -> Tensor:
-        rule, module = call.block.rule, call.block.module
-        own = rule.from_out_rows(module, self._pieces[call.block].pop(0), call.z)
+        own = next(self._drive[call.block])
         if call.x_dot is None:
             return own
-        return own + rule.push(module, call.x_dot, self.tape.matrices[call.block])
+        return own + call.block.part.push(call.x_dot, self.tape.matrices[call.block])
 
 
 class _LastCallReached(BaseException):
@@ -362,24 +339,20 @@ def _changed(what: str) -> ClosureError:
 
 @contextmanager
 def _replaced_forwards(
-    blocks: Sequence[Block],
-    forward_of: Callable[[Block, Callable[..., Tensor]], Callable[..., Tensor]],
+    sites: Sequence[Site], product: Callable[[Block, Tensor], Tensor]
 ) -> Iterator[None]:
-    """Replace the ``forward`` of each block's module; put everything back in any case.
+    """Replace the ``forward`` of each site's module; put everything back in any case.
 
     Replacing ``forward`` rather than hooking it lets the user's own hooks run as always, before
     and after the layer.
     """
-    before = {block.module: block.module.__dict__.get("forward") for block in blocks}
     try:
-        for block in blocks:
-            block.module.__dict__["forward"] = forward_of(block, block.module.forward)
+        for site in sites:
+            site.module.__dict__["forward"] = partial(site.forward, product)
         yield
     finally:
-        for module, own in before.items():
-            module.__dict__.pop("forward", None)
-            if own is not None:
-                module.__dict__["forward"] = own
+        for site in sites:
+            site.module.__dict__.pop("forward", None)
 
 
 @contextmanager
@@ -414,34 +387,3 @@ def _dual_parameters(model: nn.Module, velocity: dict[nn.Parameter, Tensor]) -> 
     finally:
         for module, name, parameter in slots:
             module._parameters[name] = parameter
-
-
-def find_blocks(model: nn.Module) -> tuple[list[Block], dict[str, str]]:
-    """The layers teleportation can cover, and why it leaves the others alone.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The blocks in the order of ``named_modules``, and for every other module that holds
-        parameters of its own its name and the reason it stays frozen.
-    """
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter, []).append(name)
-    blocks, frozen = [], {}
-    for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
-        if not own:
-            continue
-        rule = rule_for(module)
-        if rule is None:
-            frozen[name] = f"no rule for {type(module).__name__}"
-        elif shared := [o for p in own for o in owners[p] if o != name]:
-            frozen[name] = f"shares a parameter with {shared[0]!r}"
-        elif not rule.parameters(module)[0].requires_grad:
-            frozen[name] = "its weight does not require a gradient"
-        else:
-            blocks.append(Block(name, module, rule))
-    return blocks, frozen

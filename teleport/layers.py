@@ -1,77 +1,171 @@
 """Layer rules: how a layer that is linear in its weights becomes ``z = W x`` on rows.
 
-One shape convention for the whole package. A layer call is turned into
+One shape convention for the whole package. Every product of a weight matrix with inputs, a `Part`
+of a layer, is turned into
 
-- ``rows``   ``[rows, d_in]``   one row per position the weights act on, with the bias as an extra
-  input that is 1 (so ``d_in`` counts the bias column);
-- ``matrix`` ``[d_out, d_in]``  the weights, bias included as the last column;
-- outputs and their cotangents as ``[rows, d_out]``.
+- ``rows``   ``[*groups, rows, d_in]``   one row per position the weights act on, with the bias as
+  an extra input that is 1 (so ``d_in`` counts the bias column);
+- ``matrix`` ``[*groups, d_out, d_in]``  the weights, bias included as the last column;
+- outputs and their cotangents as ``[*groups, rows, d_out]``.
 
-After that ``z = rows @ matrix.T``, and the weight gradient is ``delta.T @ rows`` (theorem
-``thm-span``). Gram matrix, basis and projection never ask what the layer was.
+``*groups`` is empty but for grouped convolutions, where every group has inputs, weights and so a
+null space of its own. Then ``z = rows @ matrix.mT``, and the weight gradient is ``delta.mT @ rows``
+(theorem ``thm-span``). Gram matrix, basis and projection never ask what the layer was.
 
-`RULES` is the support matrix; `register` adds a line to it.
+`RULES` is the support matrix; `register` adds a line to it. A rule names the parts of a module, and
+writes its forward pass as a function of them: ``apply(part, x)`` in place of each product.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A parameter, or some of its rows, that is one piece of a part's matrix."""
+
+    parameter: nn.Parameter
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same piece of a tensor in the parameter's shape (a view)."""
+        return tensor[self.rows]
+
+    @property
+    def key(self) -> tuple[int, range]:
+        """Equal for two slots exactly if they are the same piece."""
+        return id(self.parameter), self._range()
+
+    def overlaps(self, other: "Slot") -> bool:
+        """Whether two pieces of one parameter have rows in common."""
+        return bool(set(self._range()) & set(other._range()))
+
+    def _range(self) -> range:
+        return range(*self.rows.indices(len(self.parameter)))
+
+
+class Part(ABC):
+    """One weight matrix of a module. All methods are pure.
+
+    Attributes:
+        name: distinguishes the parts of a module; empty if there is one.
+        slots: the pieces of parameters the matrix is made of, weight first. A bias that does not
+            require a gradient is a constant: it has no slot, no column, and does not move.
+    """
+
+    def __init__(self, name: str, weight: Slot, bias: Slot | None) -> None:
+        self.name = name
+        self.weight = weight
+        self.bias = bias
+        moves = bias is not None and bias.parameter.requires_grad
+        self.slots = (weight, bias) if bias is not None and moves else (weight,)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for two parts exactly if one matrix with one set of rows can stand for both."""
+        return (type(self), *(slot.key for slot in self.slots))
+
+    @property
+    def has_bias_column(self) -> bool:
+        """Whether the bias moves with the weights."""
+        return len(self.slots) == 2
+
+    @abstractmethod
+    def compute(self, x: Tensor) -> Tensor:
+        """``W x + b`` with the present parameters, as the module computes it."""
+
+    @abstractmethod
+    def rows(self, x: Tensor, bias_input: float = 1.0) -> Float[Tensor, "*groups rows d_in"]:
+        """Inputs as rows; ``bias_input`` is 1 for inputs and 0 for their tangents."""
+
+    @abstractmethod
+    def out_rows(self, z: Tensor) -> Float[Tensor, "*groups rows d_out"]:
+        """Outputs, or cotangents of outputs, as rows in the order of `rows`."""
+
+    @abstractmethod
+    def from_out_rows(self, rows: Float[Tensor, "*groups rows d_out"], like: Tensor) -> Tensor:
+        """Rows in the shape of the output ``like``: undoes `out_rows`."""
+
+    @abstractmethod
+    def join(self, tensors: Sequence[Tensor]) -> Float[Tensor, "*groups d_out d_in"]:
+        """Tensors in the shapes (and order) of `slots` as one new matrix."""
+
+    @abstractmethod
+    def split(self, matrix: Float[Tensor, "*groups d_out d_in"]) -> tuple[Tensor, ...]:
+        """A matrix as tensors in the shapes (and order) of `slots`: undoes `join`."""
+
+    def push(self, x: Tensor, matrix: Float[Tensor, "*groups d_out d_in"]) -> Tensor:
+        """``W x`` without the bias: carries a tangent of the inputs to the outputs."""
+        rows = self.rows(x, bias_input=0.0)
+        return self.from_out_rows(rows @ matrix.mT, like=self.compute(x))
+
+    def push_affine(
+        self, x: Tensor, matrix: Float[Tensor, "*groups d_out d_in"], like: Tensor
+    ) -> Tensor:
+        """``W x + b`` for a given matrix, in the shape of the output ``like``."""
+        z = self.push(x, matrix)
+        if not self.has_bias_column:
+            return z
+        bias = matrix[..., None, :, -1].expand(
+            *matrix.shape[:-2], self.out_rows(like).shape[-2], -1
+        )
+        return z + self.from_out_rows(bias, like)
+
+    def pull(self, delta: Tensor, matrix: Float[Tensor, "*groups d_out d_in"], x: Tensor) -> Tensor:
+        """``Wᵀ δ``: carries a cotangent of the outputs to the inputs, in the shape of ``x``."""
+        pulled: Tensor = torch.func.vjp(lambda x: self.push(x, matrix), x)[1](delta)[0]
+        return pulled
+
+    def weight_gradient(
+        self, x: Tensor, delta: Tensor, bias_input: float = 1.0
+    ) -> Float[Tensor, "*groups d_out d_in"]:
+        """``Σ δ xᵀ`` over the rows."""
+        return self.out_rows(delta).mT @ self.rows(x, bias_input)
+
+    def of(self, tensors: Mapping[nn.Parameter, Tensor]) -> Float[Tensor, "*groups d_out d_in"]:
+        """The part's matrix of a value per parameter, for example of a gradient."""
+        return self.join([slot.of(tensors[slot.parameter]) for slot in self.slots])
+
+    def matrix(self) -> Float[Tensor, "*groups d_out d_in"]:
+        """The present weights, copied."""
+        return self.join([slot.of(slot.parameter.detach()) for slot in self.slots])
+
+    def write(self, matrix: Float[Tensor, "*groups d_out d_in"]) -> None:
+        """Put a matrix into the parameters, in place."""
+        with torch.no_grad():
+            for slot, piece in zip(self.slots, self.split(matrix), strict=True):
+                slot.of(slot.parameter).copy_(piece)
+
+
+Apply = Callable[[str, Tensor], Tensor]
+"""``apply(part name, x)``: the part's ``W x + b``, recorded."""
+
+
 class LayerRule(ABC, Generic[M]):
-    """What the package must know about one layer type. All methods are pure."""
+    """What the package must know about one layer type."""
 
     kind: str
 
     @abstractmethod
-    def parameters(self, module: M) -> tuple[nn.Parameter, ...]:
-        """The parameters that make up the matrix; the ones that move."""
+    def parts(self, module: M) -> Sequence[Part]:
+        """The weight matrices of the module; called once per model."""
 
-    @abstractmethod
-    def rows(
-        self, module: M, x: Float[Tensor, "..."], bias_input: float = 1.0
-    ) -> Float[Tensor, "rows d_in"]:
-        """Inputs ``x`` as rows; ``bias_input`` is 1 for inputs and 0 for their tangents."""
+    def forward(self, module: M, apply: Apply, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass with every product with a part's matrix left to ``apply``.
 
-    @abstractmethod
-    def out_rows(self, module: M, z: Float[Tensor, "..."]) -> Float[Tensor, "rows d_out"]:
-        """Outputs, or cotangents of outputs, as rows in the order of `rows`."""
-
-    @abstractmethod
-    def from_out_rows(
-        self, module: M, rows: Float[Tensor, "rows d_out"], like: Float[Tensor, "..."]
-    ) -> Float[Tensor, "..."]:
-        """Rows in the shape of the output ``like``: undoes `out_rows`."""
-
-    @abstractmethod
-    def join(
-        self, module: M, tensors: Sequence[Float[Tensor, "..."]]
-    ) -> Float[Tensor, "d_out d_in"]:
-        """Tensors in the shapes (and order) of `parameters` as one new matrix."""
-
-    @abstractmethod
-    def split(
-        self, module: M, matrix: Float[Tensor, "d_out d_in"]
-    ) -> tuple[Float[Tensor, "..."], ...]:
-        """A matrix as tensors in the shapes (and order) of `parameters`: undoes `join`."""
-
-    @abstractmethod
-    def push(
-        self, module: M, x: Float[Tensor, "..."], matrix: Float[Tensor, "d_out d_in"]
-    ) -> Float[Tensor, "..."]:
-        """``W x`` without the bias: carries a tangent of the inputs to the outputs."""
-
-    @abstractmethod
-    def pull(
-        self, module: M, delta: Float[Tensor, "..."], matrix: Float[Tensor, "d_out d_in"]
-    ) -> Float[Tensor, "..."]:
-        """``Wᵀ δ``: carries a cotangent of the outputs to the inputs."""
+        This default is for a module that is nothing but its one part.
+        """
+        (x,) = (*args, *kwargs.values())
+        return apply("", x)
 
 
 RULES: dict[type[nn.Module], LayerRule[Any]] = {}
@@ -92,6 +186,22 @@ def register(*module_types: type[nn.Module]) -> Callable[[_Rule], _Rule]:
 
     Raises:
         TypeError: if an argument is not a subclass of ``nn.Module``.
+
+    Example:
+        >>> class Gated(nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.eye(width))
+        ...     def forward(self, x):
+        ...         return torch.sigmoid(x) * (x @ self.weight.T)
+        >>> @register(Gated)
+        ... class GatedRule(LayerRule):
+        ...     kind = "Gated"
+        ...     def parts(self, module):
+        ...         return [LinearPart("", Slot(module.weight), None)]
+        ...     def forward(self, module, apply, x):
+        ...         return torch.sigmoid(x) * apply("", x)
+        >>> del RULES[Gated]
     """
     for module_type in module_types:
         if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
@@ -107,50 +217,111 @@ def register(*module_types: type[nn.Module]) -> Callable[[_Rule], _Rule]:
     return add
 
 
+BY_NAME: dict[str, LayerRule[Any]] = {}
+"""Rules for types of packages that need not be installed: ``module.qualified_name`` → rule."""
+
+
 def rule_for(module: nn.Module) -> LayerRule[Any] | None:
     """The rule of this module's exact type, or None."""
-    return RULES.get(type(module))
+    kind = type(module)
+    return RULES.get(kind) or BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+class LinearPart(Part):
+    """``z = W x + b`` over any leading axes: ``x [..., features]`` gives one row per position.
+
+    ``W`` is ``[out, in]``, or with ``transposed`` ``[in, out]`` as GPT-2 stores it; axes of the
+    weight after the first count as one.
+    """
+
+    def __init__(
+        self, name: str, weight: Slot, bias: Slot | None, transposed: bool = False
+    ) -> None:
+        super().__init__(name, weight, bias)
+        self.transposed = transposed
+        self.shape = weight.of(weight.parameter).shape
+        self.d_out, self.features = self._upright(weight.of(weight.parameter)).shape
+
+    def compute(self, x: Tensor) -> Tensor:
+        weight = self._upright(self.weight.of(self.weight.parameter))
+        bias = None if self.bias is None else self.bias.of(self.bias.parameter)
+        return functional.linear(x, weight, bias)
+
+    def rows(self, x: Tensor, bias_input: float = 1.0) -> Tensor:
+        return with_bias_column(x.reshape(-1, self.features), bias_input, self.has_bias_column)
+
+    def out_rows(self, z: Tensor) -> Tensor:
+        return z.reshape(-1, self.d_out)
+
+    def from_out_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        return rows.reshape(like.shape)
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([self._upright(tensors[0]), *(t[:, None] for t in tensors[1:])], dim=1)
+
+    def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        weight = matrix[:, : self.features]
+        weight = (weight.T if self.transposed else weight).reshape(self.shape)
+        return (weight, matrix[:, self.features]) if self.has_bias_column else (weight,)
+
+    def push(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return x @ matrix[:, : self.features].T
+
+    def pull(self, delta: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
+        return delta @ matrix[:, : self.features]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (*super().key, self.transposed)
+
+    def _upright(self, weight: Tensor) -> Tensor:
+        return weight.T if self.transposed else weight.flatten(1)
 
 
 @register(nn.Linear)
 class LinearRule(LayerRule[nn.Linear]):
-    """``z = W x + b`` over any leading axes: ``x [..., features]`` gives one row per position.
-
-    A bias that does not require a gradient is a constant: it gets no column and does not move.
-    """
+    """``z = W x + b``; representation matrix as in the paper's equation (8)."""
 
     kind = "Linear"
 
-    def parameters(self, module: nn.Linear) -> tuple[nn.Parameter, ...]:
-        moving = (module.weight, module.bias) if _bias_moves(module) else (module.weight,)
-        return cast(tuple[nn.Parameter, ...], moving)
-
-    def rows(self, module: nn.Linear, x: Tensor, bias_input: float = 1.0) -> Tensor:
-        rows = x.reshape(-1, module.in_features)
-        if not _bias_moves(module):
-            return rows
-        return torch.cat([rows, rows.new_full((len(rows), 1), bias_input)], dim=1)
-
-    def out_rows(self, module: nn.Linear, z: Tensor) -> Tensor:
-        return z.reshape(-1, module.out_features)
-
-    def from_out_rows(self, module: nn.Linear, rows: Tensor, like: Tensor) -> Tensor:
-        return rows.reshape(like.shape)
-
-    def join(self, module: nn.Linear, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([t.reshape(module.out_features, -1) for t in tensors], dim=1)
-
-    def split(self, module: nn.Linear, matrix: Tensor) -> tuple[Tensor, ...]:
-        weight = matrix[:, : module.in_features]
-        return (weight, matrix[:, module.in_features]) if _bias_moves(module) else (weight,)
-
-    def push(self, module: nn.Linear, x: Tensor, matrix: Tensor) -> Tensor:
-        return x @ matrix[:, : module.in_features].T
-
-    def pull(self, module: nn.Linear, delta: Tensor, matrix: Tensor) -> Tensor:
-        return delta @ matrix[:, : module.in_features]
+    def parts(self, module: nn.Linear) -> Sequence[Part]:
+        return [LinearPart("", Slot(cast(nn.Parameter, module.weight)), slot(module.bias))]
 
 
-def _bias_moves(module: nn.Linear) -> bool:
-    bias: Tensor | None = module.bias
-    return bias is not None and bias.requires_grad
+@register(nn.Bilinear)
+class BilinearRule(LayerRule[nn.Bilinear]):
+    """``z_k = x1ᵀ A_k x2 + b_k``: linear in A, with the outer product of x1 and x2 as the row."""
+
+    kind = "Bilinear"
+
+    def parts(self, module: nn.Bilinear) -> Sequence[Part]:
+        return [LinearPart("", Slot(cast(nn.Parameter, module.weight)), slot(module.bias))]
+
+    def forward(self, module: nn.Bilinear, apply: Apply, x1: Tensor, x2: Tensor) -> Tensor:
+        return apply("", (x1[..., :, None] * x2[..., None, :]).flatten(-2))
+
+
+class TransposedLinearRule(LayerRule[Any]):
+    """Hugging Face's ``Conv1D`` (GPT-2): a linear layer that stores its weight as ``[in, out]``."""
+
+    kind = "Conv1D"
+
+    def parts(self, module: Any) -> Sequence[Part]:
+        return [LinearPart("", Slot(module.weight), slot(module.bias), transposed=True)]
+
+
+BY_NAME["transformers.pytorch_utils.Conv1D"] = TransposedLinearRule()
+
+
+def slot(parameter: Tensor | None, rows: slice | None = None) -> Slot | None:
+    """A slot for a parameter that may be absent, as biases may."""
+    if parameter is None:
+        return None
+    return Slot(cast(nn.Parameter, parameter), slice(None) if rows is None else rows)
+
+
+def with_bias_column(rows: Tensor, bias_input: float, wanted: bool) -> Tensor:
+    """Rows with the bias as one more input, if it moves."""
+    if not wanted:
+        return rows
+    return torch.cat([rows, rows.new_full((*rows.shape[:-1], 1), bias_input)], dim=-1)

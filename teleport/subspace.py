@@ -8,7 +8,7 @@ of that batch (theorem ``thm-invariance``). The rows span a space; `RowSpace` co
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -17,37 +17,42 @@ class Basis:
     """Orthonormal basis of the kept part of a layer's input space (paper equation 3, step 2).
 
     Attributes:
-        vectors: ``[d_in, rank]``, orthonormal columns, float64; the paper's ``B_l``.
-        singular_values: ``[min(rows, d_in)]`` of the rows at most, largest first, float64.
+        vectors: ``[*groups, d_in, width]``, float64; the paper's ``B_l``. The first ``ranks``
+            columns are orthonormal, the others zero.
+        singular_values: ``[*groups, min(rows, d_in)]`` of the rows at most, largest first, float64.
+        ranks: ``[*groups]``, how many directions each group keeps.
     """
 
-    vectors: Float[Tensor, "d_in rank"]
-    singular_values: Float[Tensor, " values"]
+    vectors: Float[Tensor, "*groups d_in width"]
+    singular_values: Float[Tensor, "*groups values"]
+    ranks: Int[Tensor, "*groups"]
 
     @property
     def rank(self) -> int:
-        """How many directions are kept."""
-        return self.vectors.shape[1]
+        """How many directions are kept, in all groups together."""
+        return int(self.ranks.sum())
 
     @property
     def null_dim(self) -> int:
-        """How many directions stay free to move in."""
-        return self.vectors.shape[0] - self.rank
+        """How many directions stay free to move in, in all groups together."""
+        return self.ranks.numel() * self.vectors.shape[-2] - self.rank
 
     @property
     def residual(self) -> float:
         """Root of the energy left out: the norm of the rows' part outside the kept space."""
-        return float(self.singular_values[self.rank :].norm())
+        return float((self.singular_values * ~_first(self.ranks, self.singular_values)).norm())
 
-    def project(self, matrix: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
+    def project(
+        self, matrix: Float[Tensor, "*groups rows d_in"]
+    ) -> Float[Tensor, "*groups rows d_in"]:
         """``M - M B Bᵀ``: the rows of ``matrix`` with their part in the kept space removed.
 
         This is paper equation (11), applied twice: one pass leaves a remainder of the size of the
         rounding of ``matrix`` itself, which is not small beside a result that is.
         """
         vectors = self.vectors.to(matrix.dtype)
-        once = matrix - (matrix @ vectors) @ vectors.T
-        return once - (once @ vectors) @ vectors.T
+        once = matrix - (matrix @ vectors) @ vectors.mT
+        return once - (once @ vectors) @ vectors.mT
 
 
 class RowSpace:
@@ -65,12 +70,12 @@ class RowSpace:
         self._reduced: Tensor | None = None
         self._dtype = torch.float64
 
-    def add(self, rows: Float[Tensor, "rows d_in"]) -> None:
+    def add(self, rows: Float[Tensor, "*groups rows d_in"]) -> None:
         """Take in more rows; they are copied or reduced, never kept by reference to a graph."""
         self._dtype = rows.dtype
-        self.count += len(rows)
+        self.count += rows.shape[-2]
         self._pending.append(rows.detach().double())
-        if sum(map(len, self._pending)) > rows.shape[1]:
+        if sum(pending.shape[-2] for pending in self._pending) > rows.shape[-1]:
             self._reduce()
 
     def basis(self, tau: float = 1.0) -> Basis:
@@ -90,22 +95,23 @@ class RowSpace:
         if self.count == 0:
             raise ValueError("no rows were added: a basis needs at least one input row")
         values, vectors = self._decompose()
-        rank = numerical_rank(values, (self.count, vectors.shape[0]), self._dtype)
+        ranks = numerical_rank(values, (self.count, vectors.shape[-2]), self._dtype)
         if tau < 1.0:
-            rank = min(rank, energy_rank(values, tau))
-        return Basis(vectors[:, :rank].contiguous(), values)
+            ranks = torch.minimum(ranks, energy_rank(values, tau))
+        kept = vectors[..., : int(ranks.max())]
+        return Basis(kept * _first(ranks, kept[..., 0, :])[..., None, :], values, ranks)
 
     def _exact(self) -> bool:
         return self._dtype == torch.float64
 
     def _reduce(self) -> None:
-        rows = torch.cat(self._pending)
+        rows = torch.cat(self._pending, dim=-2)
         self._pending = []
         if self._exact():
-            stacked = rows if self._reduced is None else torch.cat([self._reduced, rows])
+            stacked = rows if self._reduced is None else torch.cat([self._reduced, rows], dim=-2)
             self._reduced = torch.linalg.qr(stacked, mode="r").R
         else:
-            gram = rows.T @ rows
+            gram = rows.mT @ rows
             self._reduced = gram if self._reduced is None else self._reduced + gram
 
     def _decompose(self) -> tuple[Tensor, Tensor]:
@@ -113,43 +119,50 @@ class RowSpace:
         if self._reduced is not None and self._pending:
             self._reduce()
         if self._exact():
-            rows = torch.cat(self._pending) if self._reduced is None else self._reduced
-            _, values, vectors_t = torch.linalg.svd(rows, full_matrices=False)
-            return values, vectors_t.T
+            rows = torch.cat(self._pending, dim=-2) if self._reduced is None else self._reduced
+            _, values, transposed = torch.linalg.svd(rows, full_matrices=False)
+            return values, transposed.mT
         if self._reduced is not None:
             return _singular_from_gram(self._reduced)
-        return _singular_from_rows(torch.cat(self._pending))
+        return _singular_from_rows(torch.cat(self._pending, dim=-2))
 
 
 def numerical_rank(
-    singular_values: Float[Tensor, " values"], shape: tuple[int, int], dtype: torch.dtype
-) -> int:
+    singular_values: Float[Tensor, "*groups values"], shape: tuple[int, int], dtype: torch.dtype
+) -> Int[Tensor, "*groups"]:
     """How many singular values exceed ``max(shape) * eps(dtype) * largest`` (``thm-rank``).
 
-    Strictly: a zero matrix has rank 0. ``dtype`` is that of the inputs, not of the values: rounding
-    of the inputs is what a smaller singular value cannot be told from. Half precision inputs are
-    cut like float32: their stored values are exact there, and their own eps would cut everything.
+    Group by group, and strictly: a zero matrix has rank 0. ``dtype`` is that of the inputs, not of
+    the values: rounding of the inputs is what a smaller singular value cannot be told from. Half
+    precision inputs are cut like float32: their stored values are exact there, and their own eps
+    would cut everything.
     """
     eps = torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
-    if singular_values.numel() == 0:
-        return 0
-    cut = max(shape) * eps * singular_values.max()
-    return int((singular_values > cut).sum())
+    cut = max(shape) * eps * singular_values.amax(dim=-1, keepdim=True)
+    return (singular_values > cut).sum(dim=-1)
 
 
-def energy_rank(singular_values: Float[Tensor, " values"], tau: float) -> int:
+def energy_rank(
+    singular_values: Float[Tensor, "*groups values"], tau: float
+) -> Int[Tensor, "*groups"]:
     """Smallest k whose first k squared singular values reach ``tau`` of their sum (equation 3).
 
     For ``tau`` = 1 use `numerical_rank`: a cumulated sum in floating point need not reach its own
     total (``thm-rank``).
     """
-    energy = singular_values.square().cumsum(0)
-    return int((energy < tau * energy[-1]).sum()) + 1 if energy[-1] > 0 else 0
+    energy = singular_values.square().cumsum(dim=-1)
+    total = energy[..., -1:]
+    return ((energy < tau * total).sum(dim=-1) + 1) * (total[..., 0] > 0)
+
+
+def _first(counts: Tensor, like: Tensor) -> Tensor:
+    """Marks the first ``counts`` entries along the last axis of ``like``, group by group."""
+    return torch.arange(like.shape[-1], device=like.device) < counts[..., None]
 
 
 def _singular_from_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(gram)
-    return values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    return values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
 
 
 def _singular_from_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,6 +171,7 @@ def _singular_from_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     The columns of ``rowsᵀ U`` have inner products of 1e-16 σ₁², so normalised they are orthonormal
     to 1e-8 even where σ is as small as the rank cut of float32 allows.
     """
-    values, left = _singular_from_gram(rows @ rows.T)
-    resolved = int((values > 1e-7 * values[0]).sum())  # beyond it the Gram holds only rounding
-    return values, rows.T @ (left[:, :resolved] / values[:resolved])
+    values, left = _singular_from_gram(rows @ rows.mT)
+    # Beyond this the Gram holds only rounding; the rank rule cuts those vectors off.
+    resolved = values > 1e-7 * values[..., :1]
+    return values, rows.mT @ (left / torch.where(resolved, values, torch.inf)[..., None, :])

@@ -25,10 +25,11 @@ from jaxtyping import Float
 from scipy.optimize import toms748
 from torch import Tensor, nn
 
-from teleport.capture import Block, Closure, Tape
+from teleport.capture import Closure, Tape
+from teleport.coverage import Block
 from teleport.subspace import Basis
 
-Direction = dict[Block, Float[Tensor, "d_out d_in"]]
+Direction = dict[Block, Float[Tensor, "*groups d_out d_in"]]
 
 
 def grad_norm_squared(tape: Tape) -> float:
@@ -102,31 +103,34 @@ def step_to_norm(
 
 
 def _block_norm_squared(tape: Tape, block: Block) -> float:
-    deltas = tape.deltas(block)
     if _prefers_gram(tape, block):
-        return float(((deltas @ deltas.T) * tape.row_gram(block)).double().sum())
-    return float((deltas.T @ tape.rows(block)).double().square().sum())
+        deltas = tape.deltas(block)
+        return float(((deltas @ deltas.mT) * tape.row_gram(block)).double().sum())
+    return float(tape.weight_gradient(block).double().square().sum())
 
 
-def _drive(tape: Tape, block: Block) -> Float[Tensor, "rows d_out"]:
-    """G x for every input row x: the outputs' tangent due to the block's own weights."""
-    deltas = tape.deltas(block)
+def _drive(tape: Tape, block: Block) -> list[Tensor]:
+    """G x for every call of a block: the outputs' tangent due to the block's own weights."""
+    calls, part = tape.calls_of(block), block.part
     if _prefers_gram(tape, block):
-        return tape.row_gram(block) @ deltas
-    rows = tape.rows(block)
-    return rows @ (rows.T @ deltas)
+        counts = [part.out_rows(call.z).shape[-2] for call in calls]
+        pieces = (tape.row_gram(block) @ tape.deltas(block)).split(counts, dim=-2)
+        return [part.from_out_rows(p, c.z) for p, c in zip(pieces, calls, strict=True)]
+    gradient = tape.weight_gradient(block)
+    return [part.push_affine(call.x.detach(), gradient, call.z) for call in calls]
 
 
 def _prefers_gram(tape: Tape, block: Block) -> bool:
-    rows, width = tape.rows(block).shape
-    return rows < width
+    return tape.row_count(block) < tape.matrices[block].shape[-1]
 
 
-def _survivor(tape: Tape, block: Block, basis: Basis) -> Float[Tensor, "d_out d_in"]:
-    x_dot = tape.tangents(block)
+def _survivor(tape: Tape, block: Block, basis: Basis) -> Float[Tensor, "*groups d_out d_in"]:
+    """Σ δ (P ẋ)ᵀ; the projection is done on rows or on the sum, whichever is smaller."""
+    x_dot = tape.tangents(block) if _prefers_gram(tape, block) else None
     if x_dot is None:
-        return torch.zeros_like(tape.matrices[block])
-    return tape.deltas(block).T @ _without_rounding(basis.project(x_dot), x_dot)
+        whole = tape.survivor(block)
+        return _without_rounding(basis.project(whole), whole)
+    return tape.deltas(block).mT @ _without_rounding(basis.project(x_dot), x_dot)
 
 
 def _without_rounding(projected: Tensor, original: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from teleport.capture import Block, Closure, Tape, evaluate, find_blocks, record
+from teleport.capture import Closure, Tape, evaluate, record
+from teleport.coverage import Block, Coverage, Site, cover, supported
 from teleport.errors import NonFiniteLossError, UnsupportedModelError
 from teleport.layers import RULES
 from teleport.objective import ascent_double_backward, grad_norm, trainable
@@ -55,10 +57,12 @@ class Teleporter:
         exclude: do not move layers whose name matches one of these.
         max_drift: largest relative change of the batch loss; beyond it the model is rolled back.
             Default: rounding at ``tau`` = 1, 0.01 below.
+        strict: raise if a layer with parameters is frozen, rather than name it in the report.
 
     Raises:
         ValueError: for an argument out of range, with its value and the range.
-        UnsupportedModelError: if the model has no layer that could move.
+        UnsupportedModelError: if the model has no layer that could move, or if ``strict`` and a
+            layer is frozen; the layers are named.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -83,6 +87,7 @@ class Teleporter:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         max_drift: float | None = None,
+        strict: bool = False,
     ) -> None:
         _check("tau", tau, 0.0 < tau <= 1.0, "in (0, 1]")
         _check("steps", steps, steps is None or steps >= 1, "an integer >= 1")
@@ -100,10 +105,15 @@ class Teleporter:
         self.cap = cap
         self.method = method
         self.max_drift = max_drift
-        self._blocks, self._frozen = find_blocks(model)
-        if not self._blocks:
-            raise UnsupportedModelError(_no_layer(model, self._frozen))
-        self._movable = _select([b.name for b in self._blocks], include, exclude)
+        self._coverage: Coverage = cover(model)
+        if not self._coverage.blocks:
+            raise UnsupportedModelError(_no_layer(model, self._coverage.frozen))
+        if strict and self._coverage.frozen:
+            raise UnsupportedModelError(
+                f"strict=True and some layers are frozen:\n{supported(model)}\n"
+                "Use strict=False, or add a rule with teleport.layers.register"
+            )
+        self._movable = _select([b.name for b in self._coverage.blocks], include, exclude)
 
     def step(
         self, closure: Closure | Sequence[Closure], *, held_out: Closure | None = None
@@ -125,8 +135,7 @@ class Teleporter:
         """
         started = time.perf_counter()
         joined = _join(closure)
-        # Fused attention has neither a forward-mode nor a second derivative.
-        with Transaction(self.model) as transaction, sdpa_kernel(SDPBackend.MATH):
+        with Transaction(self.model) as transaction, _unfused():
 
             def repeatable(closure: Closure) -> Closure:
                 def call() -> Tensor:
@@ -157,10 +166,10 @@ class _Walk:
     tape. Below, outputs drift, so every norm is taken on a freshly recorded tape.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], closure: Closure, frozen: bool):
-        self._model, self._blocks, self._closure = model, blocks, closure
+    def __init__(self, model: nn.Module, sites: Sequence[Site], closure: Closure, frozen: bool):
+        self._model, self._sites, self._closure = model, sites, closure
         self._frozen = frozen
-        self.tape: Tape = record(model, blocks, closure)
+        self.tape: Tape = record(model, sites, closure)
         self.start = dict(self.tape.matrices)
         self.matrices = dict(self.tape.matrices)
         self._ahead: float | None = None
@@ -208,9 +217,9 @@ class _Walk:
         total = 8 * eps * abs(float(loss.detach()))
         for block in self.tape.blocks:
             rows, deltas = self.tape.rows(block), self.tape.deltas(block)
-            weights = self.start[block].square().sum(1) + self.matrices[block].square().sum(1)
-            spread = (deltas.square() @ weights).sqrt() @ rows.norm(dim=1)
-            total += 2 * eps * rows.shape[1] ** 0.5 * float(spread)
+            weights = self.start[block].square().sum(-1) + self.matrices[block].square().sum(-1)
+            errors = (deltas.square() @ weights[..., None])[..., 0].sqrt() * rows.norm(dim=-1)
+            total += 2 * eps * rows.shape[-1] ** 0.5 * float(errors.sum())
             if block in bases:
                 total += float(deltas.norm()) * self.move_norm(block) * bases[block].residual
         return total
@@ -221,14 +230,11 @@ class _Walk:
             self.tape.backward()
         else:
             self._write(moved)
-            self.tape = record(self._model, self._blocks, self._closure)
+            self.tape = record(self._model, self._sites, self._closure)
 
     def _write(self, matrices: Direction) -> None:
-        with torch.no_grad():
-            for block, matrix in matrices.items():
-                pieces = block.split(matrix)
-                for parameter, piece in zip(block.parameters(), pieces, strict=True):
-                    parameter.copy_(piece)
+        for block, matrix in matrices.items():
+            block.part.write(matrix)
 
 
 @dataclass
@@ -253,7 +259,9 @@ class _Attempt:
 
     def run(self) -> TeleportReport:
         settings = self.settings
-        self.walk = _Walk(settings.model, settings._blocks, self.closure, settings.tau == 1.0)
+        self.walk = _Walk(
+            settings.model, settings._coverage.sites, self.closure, settings.tau == 1.0
+        )
         before = self._measure_start()
         self.bases = self._make_bases()
         try:
@@ -351,7 +359,7 @@ class _Attempt:
         ascent = dict(
             zip(parameters, ascent_double_backward(self.closure, parameters), strict=True)
         )
-        return project_ascent({b: b.join([ascent[p] for p in b.parameters()]) for b in room}, room)
+        return project_ascent({block: block.part.of(ascent) for block in room}, room)
 
     def _limit(self, start: float) -> float:
         """The gradient norm the walk must not exceed."""
@@ -384,20 +392,20 @@ class _Attempt:
         return self.walk.rounding(self.bases)
 
     def _layer_reports(self, failed: bool) -> Iterable[LayerReport]:
-        for block in self.settings._blocks:
+        coverage = self.settings._coverage
+        for block in coverage.blocks:
             yield self._layer_report(block, failed)
-        for name, why in self.settings._frozen.items():
-            kind = type(self.settings.model.get_submodule(name)).__name__
-            yield LayerReport(name, kind, None, None, None, None, 0.0, f"frozen: {why}")
+        for name, why in coverage.frozen.items():
+            yield LayerReport(name, "", None, None, None, None, 0.0, f"frozen: {why}")
 
     def _layer_report(self, block: Block, failed: bool) -> LayerReport:
-        matrix, basis = block.matrix(), self.bases.get(block)
+        matrix, basis = block.part.matrix(), self.bases.get(block)
         moved = 0.0 if failed else self.walk.move_norm(block)
         return LayerReport(
             name=block.name,
-            kind=block.rule.kind,
-            d_in=matrix.shape[1],
-            d_out=matrix.shape[0],
+            kind=block.kind,
+            d_in=matrix.shape[-1],
+            d_out=matrix.shape[-2],
             rank=None if basis is None else basis.rank,
             null_dim=None if basis is None else basis.null_dim,
             move_norm=moved,
@@ -415,6 +423,18 @@ class _Attempt:
         if self.walk.move_norm(block) == 0.0:
             return "fixed point" if self.step_sizes or basis is None else "not moved"
         return "rolled back" if failed else "moved"
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """No fused attention: it has neither a forward-mode nor a second derivative."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 _NO_ROOM = (

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+_WITH_DROPOUT = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)
+"""What uses its ``training`` flag for dropout and for nothing else."""
+
 
 class Transaction:
     """Context manager over one teleport: on leaving it the model is as before, but for commits.
@@ -40,7 +43,7 @@ class Transaction:
         self._grads = [(p, p.grad, _copy(p.grad)) for p in self.model.parameters()]
         self._modes = [(m, m.training) for m in self.model.modules()]
         for module in self.model.modules():
-            if isinstance(module, _DropoutNd):
+            if isinstance(module, _WITH_DROPOUT):
                 module.training = False
         return self
 
