@@ -13,10 +13,12 @@ from teleport.errors import (
     ClosureError,
     DataError,
     NonFiniteLossError,
+    NullSpaceError,
     RunError,
     TeleportError,
     UnsupportedModelError,
 )
+from teleport.nullspace import NullSpace, null_space
 from teleport.report import LayerReport, TeleportReport
 from teleport.schedule import Schedule
 from teleport.teleporter import Teleporter
@@ -28,6 +30,8 @@ __all__ = [
     "DataError",
     "LayerReport",
     "NonFiniteLossError",
+    "NullSpace",
+    "NullSpaceError",
     "RunError",
     "Schedule",
     "TeleportError",
@@ -39,6 +43,7 @@ __all__ = [
     "convolution",
     "data",
     "layers",
+    "null_space",
     "recurrent",
     "reference",
     "supported",

@@ -201,6 +201,20 @@ def record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
     return tape
 
 
+def watch(
+    sites: Sequence[Site], closure: Callable[[], Any], see: Callable[[Block, Tensor], None]
+) -> None:
+    """Run a closure without gradients and show every input of a covered product to ``see``."""
+
+    def product(block: Block, x: Tensor) -> Tensor:
+        if x.numel():
+            see(block, x)
+        return block.part.compute(x)
+
+    with torch.no_grad(), _replaced_forwards(sites, product):
+        closure()
+
+
 def evaluate(closure: Closure) -> Float[Tensor, ""]:
     """Call the closure and check that it returned one finite number.
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from teleport.layers import LayerRule, Part, Slot, rule_for
+from teleport.errors import UnsupportedModelError
+from teleport.layers import RULES, LayerRule, Part, Slot, rule_for
 
 
 @dataclass(eq=False, frozen=True)
@@ -72,11 +73,15 @@ class Coverage:
 _Found = tuple[str, nn.Module, LayerRule[Any], dict[str, Part]]
 
 
-def cover(model: nn.Module) -> Coverage:
+def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
     """Find the layers teleportation can cover, and why it leaves the others alone.
 
     Args:
         model: any module.
+        at_least_one: refuse a model without any such layer.
+
+    Raises:
+        UnsupportedModelError: for such a model, naming its layers.
 
     Returns:
         Sites, blocks and reasons. Layers that share a whole weight matrix share a block; layers
@@ -113,7 +118,18 @@ def cover(model: nn.Module) -> Coverage:
             else:
                 mine[part.name] = blocks.setdefault(part.key, Block(full, rule.kind, part))
         sites.append(Site(module, rule, parts, mine))
+    if at_least_one and not blocks:
+        raise UnsupportedModelError(_no_layer(model, frozen))
     return Coverage(sites, list(blocks.values()), frozen)
+
+
+def _no_layer(model: nn.Module, frozen: dict[str, str]) -> str:
+    kinds = ", ".join(sorted(t.__name__ for t in RULES))
+    found = "; ".join(f"{name or '(model)'}: {why}" for name, why in frozen.items())
+    return (
+        f"{type(model).__name__} has no layer that can move. Covered are {kinds}; a rule for "
+        f"another type is added with teleport.layers.register. Found: {found or 'no parameters'}"
+    )
 
 
 def _join(module: str, part: str) -> str:

@@ -17,6 +17,10 @@ class UnsupportedModelError(TeleportError):
     """The model has no layer that teleportation could move."""
 
 
+class NullSpaceError(TeleportError):
+    """A null space does not fit the model, or its file cannot be read."""
+
+
 class DataError(TeleportError):
     """A data set is missing, cannot be fetched, or is not what its checksum says."""
 

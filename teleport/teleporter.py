@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from teleport.capture import Closure, Tape, evaluate, record
 from teleport.coverage import Block, Coverage, Site, cover, supported
 from teleport.errors import NonFiniteLossError, UnsupportedModelError
-from teleport.layers import RULES
 from teleport.objective import ascent_double_backward, grad_norm, trainable
 from teleport.report import LayerReport, TeleportReport
 from teleport.subspace import Basis, RowSpace
@@ -105,9 +104,7 @@ class Teleporter:
         self.cap = cap
         self.method = method
         self.max_drift = max_drift
-        self._coverage: Coverage = cover(model)
-        if not self._coverage.blocks:
-            raise UnsupportedModelError(_no_layer(model, self._coverage.frozen))
+        self._coverage: Coverage = cover(model, at_least_one=True)
         if strict and self._coverage.frozen:
             raise UnsupportedModelError(
                 f"strict=True and some layers are frozen:\n{supported(model)}\n"
@@ -473,12 +470,3 @@ def _select(
 
     wanted = (n for n in names if include is None or matches(n, include))
     return {n for n in wanted if not matches(n, exclude or ())}
-
-
-def _no_layer(model: nn.Module, frozen: dict[str, str]) -> str:
-    kinds = ", ".join(sorted(t.__name__ for t in RULES))
-    found = "; ".join(f"{name or '(model)'}: {why}" for name, why in frozen.items())
-    return (
-        f"{type(model).__name__} has no layer that can move. Covered are {kinds}; a rule for "
-        f"another type is added with teleport.layers.register. Found: {found or 'no parameters'}"
-    )

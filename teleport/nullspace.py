@@ -1,0 +1,250 @@
+"""The null space as a tool of its own: change a model without changing what it does on given data.
+
+Teleportation moves in the null space of a batch's inputs. The same space keeps an old function
+while something new is learned (theorem ``thm-keep``): project gradients (`NullSpace.project_`) or
+the displacement of any optimizer (`NullSpace.keep`) out of the span of the old data's inputs.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from teleport.capture import watch
+from teleport.coverage import Block, cover
+from teleport.errors import ClosureError, NullSpaceError
+from teleport.subspace import Basis, RowSpace
+from teleport.transaction import Transaction
+
+
+class NullSpace:
+    """Bases of a model's layer inputs on some data; what is orthogonal to them is free.
+
+    Made by `null_space`. It holds no reference to the model: it is applied to any model whose
+    covered layers have the same names and shapes.
+
+    Attributes:
+        bases: one `Basis` per covered layer, by name. A layer the data never reached has rank 0.
+    """
+
+    def __init__(self, bases: dict[str, Basis]) -> None:
+        self.bases = bases
+
+    def project_(self, model: nn.Module) -> None:
+        """Project the ``.grad`` of every covered layer in place; other gradients become zero.
+
+        After it a step of SGD, with or without momentum, keeps the outputs on the data: exactly
+        at tau = 1 (``thm-keep``). For optimizers that rescale gradients use `keep`.
+
+        Raises:
+            NullSpaceError: if the model's layers are not those of this space.
+        """
+        blocks = self._match(model)
+        with torch.no_grad():
+            covered = {p for block in blocks for p in block.parameters}
+            grads = {p: _grad(p) for p in covered}
+            for block in blocks:
+                projected = self.bases[block.name].project(block.part.of(grads))
+                for slot, piece in zip(block.part.slots, block.part.split(projected), strict=True):
+                    slot.of(grads[slot.parameter]).copy_(piece)
+            for parameter in model.parameters():
+                if parameter not in covered and parameter.grad is not None:
+                    parameter.grad.zero_()
+
+    def keep(self, model: nn.Module, every: int = 1) -> "Keeper":
+        """A context in which whatever changes the parameters is projected afterwards.
+
+        ``with space.keep(model): optimizer.step()`` keeps the outputs on the data for every
+        optimizer. With ``every=k`` hold on to the keeper and use it around each step: the whole
+        displacement since it was made is projected once every k uses, nearly the price of a plain
+        step, and by `Keeper.project` at the end.
+
+        Args:
+            model: the model; parameters outside the covered layers are put back.
+            every: uses between projections, >= 1.
+
+        Raises:
+            ValueError: if ``every`` < 1.
+            NullSpaceError: if the model's layers are not those of this space.
+        """
+        return Keeper(model, self._match(model), self.bases, every)
+
+    def merge(self, other: "NullSpace") -> "NullSpace":
+        """The space that keeps both: bases of the joint span, re-factorized.
+
+        Raises:
+            NullSpaceError: if the two are of different layers.
+        """
+        if self._shapes() != other._shapes():
+            raise NullSpaceError(
+                "these null spaces are of different layers: "
+                f"{_difference(self._shapes(), other._shapes())}"
+            )
+        merged = {}
+        for name, basis in self.bases.items():
+            joint = RowSpace()
+            joint.add(basis.vectors.mT)
+            joint.add(other.bases[name].vectors.mT)
+            merged[name] = joint.basis()
+        return NullSpace(merged)
+
+    def save(self, path: str | Path) -> None:
+        """Write the bases to a safetensors file."""
+        tensors = {}
+        for name, basis in self.bases.items():
+            tensors[f"{name}/vectors"] = basis.vectors.contiguous()
+            tensors[f"{name}/singular_values"] = basis.singular_values.contiguous()
+            tensors[f"{name}/ranks"] = basis.ranks.contiguous()
+        save_file(tensors, str(path), metadata={"layers": json.dumps(list(self.bases))})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "NullSpace":
+        """Read bases written by `save`.
+
+        Raises:
+            NullSpaceError: if the file is not one.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                names = json.loads((file.metadata() or {})["layers"])
+                fields = ("vectors", "singular_values", "ranks")
+                return cls(
+                    {
+                        name: Basis(*(file.get_tensor(f"{name}/{f}") for f in fields))
+                        for name in names
+                    }
+                )
+        except Exception as error:
+            raise NullSpaceError(f"{path} holds no saved null space: {error}") from error
+
+    def drift(self, before: nn.Module, after: nn.Module, inputs: Iterable[Tensor]) -> float:
+        """Largest absolute difference between the outputs of two models, in evaluation mode.
+
+        Args:
+            before: the model as it was.
+            after: the model as it is.
+            inputs: batches for both.
+        """
+        worst = 0.0
+        with Transaction(before), Transaction(after), torch.no_grad():
+            before.eval()
+            after.eval()
+            for x in inputs:
+                worst = max(worst, float((before(x) - after(x)).abs().max()))
+        return worst
+
+    def __str__(self) -> str:
+        rows = [("layer", "inputs", "rank", "free")]
+        for name, basis in self.bases.items():
+            total = basis.rank + basis.null_dim
+            rows.append((name, str(total), str(basis.rank), str(basis.null_dim)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {n: (*b.vectors.shape[:-2], b.vectors.shape[-2]) for n, b in self.bases.items()}
+
+    def _match(self, model: nn.Module) -> list[Block]:
+        blocks = cover(model).blocks
+        found = {}
+        for block in blocks:
+            shape = block.part.matrix().shape
+            found[block.name] = (*shape[:-2], shape[-1])
+        if found != self._shapes():
+            raise NullSpaceError(
+                f"the model's layers are not those of this null space: "
+                f"{_difference(self._shapes(), found)}"
+            )
+        return blocks
+
+
+class Keeper:
+    """Projects what happened to a model's parameters; see `NullSpace.keep`."""
+
+    def __init__(
+        self, model: nn.Module, blocks: list[Block], bases: dict[str, Basis], every: int
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be an integer >= 1, got {every}")
+        self._model, self._blocks, self._bases, self._every = model, blocks, bases, every
+        self._uses = 0
+        self._remember()
+
+    def project(self) -> None:
+        """Project the displacement since the last projection now."""
+        with torch.no_grad():
+            for block, start in zip(self._blocks, self._matrices, strict=True):
+                moved = block.part.matrix() - start
+                block.part.write(start + self._bases[block.name].project(moved))
+            for parameter, value in self._others:
+                parameter.copy_(value)
+        self._remember()
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._uses += 1
+        if self._uses % self._every == 0:
+            self.project()
+
+    def _remember(self) -> None:
+        covered = {p for block in self._blocks for p in block.parameters}
+        self._matrices = [block.part.matrix() for block in self._blocks]
+        self._others = [
+            (p, p.detach().clone()) for p in self._model.parameters() if p not in covered
+        ]
+
+
+def null_space(
+    model: nn.Module, closures: Iterable[Callable[[], Any]], tau: float = 1.0
+) -> NullSpace:
+    """The null space of a model's layer inputs over any amount of data.
+
+    Args:
+        model: the model.
+        closures: each runs the model on some of the data; what it returns does not matter. They
+            are taken one at a time, so a generator over a data loader needs the memory of one
+            batch and of one ``d_in x d_in`` matrix per layer.
+        tau: share of each layer's input energy to keep, in (0, 1].
+
+    Returns:
+        The space. Layers the data never reach are free in all directions.
+
+    Raises:
+        ValueError: if ``tau`` is outside (0, 1].
+        UnsupportedModelError: if the model has no covered layer.
+        ClosureError: if no closure calls a covered layer.
+    """
+    coverage = cover(model, at_least_one=True)
+    spaces = {block: RowSpace() for block in coverage.blocks}
+    with Transaction(model):
+        for closure in closures:
+            watch(coverage.sites, closure, lambda block, x: spaces[block].add(block.part.rows(x)))
+    if not any(space.count for space in spaces.values()):
+        raise ClosureError("no closure called a covered layer of this model; do they call it?")
+    return NullSpace({block.name: _basis(block, spaces[block], tau) for block in spaces})
+
+
+def _basis(block: Block, space: RowSpace, tau: float) -> Basis:
+    """The basis, of rank 0 for a layer that no data reached."""
+    if space.count == 0:
+        matrix = block.part.matrix()
+        space.add(matrix.new_zeros(*matrix.shape[:-2], 1, matrix.shape[-1]))
+    return space.basis(tau)
+
+
+def _grad(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:
+    names = [n for n in {**wanted, **found} if wanted.get(n) != found.get(n)]
+    parts = (f"{n}: {wanted.get(n, 'absent')} against {found.get(n, 'absent')}" for n in names)
+    return "; ".join(parts)
