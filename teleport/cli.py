@@ -156,7 +156,7 @@ def run(
             bar.close()
             typer.echo(f"interrupted; the records so far are complete in {folder}", err=True)
             raise typer.Exit(130) from None
-    _show(folder, f"{EXPERIMENTS[name].title} - {optimizer}, {_count(seeds, 'seed')}")
+    _show(folder)
 
 
 @app.command()
@@ -165,7 +165,7 @@ def figure(
 ) -> None:
     """Redraw the figures and print the tables of finished runs from their records."""
     for folder in folders:
-        _show(folder, "")
+        _show(folder)
 
 
 @data_app.command("list")
@@ -229,7 +229,7 @@ def _arms(
     return [Arm(lr, teleports, init, head_gain) for lr in lrs for teleports in (False, True)]
 
 
-def _show(folder: Path, title: str) -> None:
+def _show(folder: Path) -> None:
     """Print the tables of a folder, keep them as text, draw the figure, say where."""
     runs = read_runs(folder)
     tables = [_losses(runs), _summaries(summarise(runs))]
@@ -237,10 +237,14 @@ def _show(folder: Path, title: str) -> None:
         _console().print(table)
     with (folder / "table.txt").open("w", encoding="utf-8") as file:
         _console(file=file).print(*tables)
-    loss_figure(runs, title or str(runs[0].config["experiment"])).savefig(
-        folder / "figure.png", dpi=150
-    )
+    loss_figure(runs, _title(runs)).savefig(folder / "figure.png", dpi=150)
     typer.echo(f"records, table.txt and figure.png are in {folder}")
+
+
+def _title(runs: list[Run]) -> str:
+    name, optimizer = runs[0].config["experiment"], runs[0].config["settings"]["optimizer"]
+    what = EXPERIMENTS[name].title if name in EXPERIMENTS else name
+    return f"{what} - {optimizer}, {_count(len({run.seed for run in runs}), 'seed')}"
 
 
 def _losses(runs: list[Run]) -> Table:

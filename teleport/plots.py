@@ -56,6 +56,7 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
             linestyle="-" if teleports else "--",
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=3,
+            markevery=max(1, count // 15),
         )
         if len(runs) > 1:
             band = np.exp(middle - spread), np.exp(middle + spread)
