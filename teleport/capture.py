@@ -10,7 +10,7 @@ joint null space guarantees (theorem ``thm-invariance``): the forward pass is fr
 backward pass is repeated.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,6 +57,7 @@ class Tape:
         matrices: the weights `backward` uses, ``[*groups, d_out, d_in]`` per block; may be
             replaced.
         other_gradients: dL/dp of ``others`` from the last `backward`.
+        left_out: blocks whose parameters reach the loss by another way too.
     """
 
     loss: Float[Tensor, ""]
@@ -66,6 +67,7 @@ class Tape:
     matrices: dict[Block, Tensor]
     anchor: Tensor
     other_gradients: list[Tensor] = field(default_factory=list)
+    left_out: set[Block] = field(default_factory=set)
     _rows: dict[Block, Tensor] = field(default_factory=dict)
     _grams: dict[Block, Tensor] = field(default_factory=dict)
 
@@ -145,7 +147,11 @@ class Tape:
         return {p for p, g in reached if g is not None}
 
     def push_tangents(
-        self, model: nn.Module, closure: Closure, drive: dict[Block, list[Tensor]]
+        self,
+        model: nn.Module,
+        closure: Closure,
+        drive: dict[Block, list[Tensor]],
+        velocity: Mapping[nn.Parameter, Tensor],
     ) -> None:
         """One forward-mode pass: fill ``x_dot`` of every call.
 
@@ -157,7 +163,8 @@ class Tape:
             model: the model of the closure.
             closure: the closure this tape was recorded from.
             drive: per block and call, in the shape of the output, the part of its tangent due to
-                the velocity of the block's own weights. ``others`` move with ``other_gradients``.
+                the velocity of the block's own weights.
+            velocity: tangents of the parameters in ``others``.
 
         Raises:
             ClosureError: if the closure calls other layers than when it was recorded.
@@ -166,7 +173,7 @@ class Tape:
         with (
             torch.no_grad(),
             forward_ad.dual_level(),
-            _dual_parameters(model, dict(zip(self.others, self.other_gradients, strict=True))),
+            _dual_parameters(model, {p: velocity[p] for p in self.others}),
             _replaced_forwards(self.sites, replay.product),
         ):
             try:
@@ -198,6 +205,7 @@ def record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
         left_out = {b for b in tape.blocks if not leaking.isdisjoint(b.parameters)}
         tape = _record(model, [site.without(left_out) for site in sites], closure)
         tape.backward()
+        tape.left_out = left_out
     return tape
 
 

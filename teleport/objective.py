@@ -41,12 +41,24 @@ def gradient(
     return loss.detach(), list(grads)
 
 
+def mean_grad_norm(
+    closures: Sequence[Closure], parameters: Sequence[nn.Parameter]
+) -> tuple[float, float]:
+    """Mean loss of some closures and the Euclidean norm of its gradient, one closure at a time."""
+    total, summed = 0.0, [torch.zeros_like(p).detach() for p in parameters]
+    for closure in closures:
+        loss, grads = gradient(closure, parameters)
+        total += float(loss)
+        for place, grad in zip(summed, grads, strict=True):
+            place.add_(grad)
+    # float64 sums: a float32 norm over a million entries is wrong in the fifth digit
+    squares = (torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in summed)
+    return total / len(closures), float(sum(squares)) ** 0.5 / len(closures)
+
+
 def grad_norm(closure: Closure, parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
     """Loss and the Euclidean norm of its gradient over all ``parameters``."""
-    loss, grads = gradient(closure, parameters)
-    # float64 sums: a float32 norm over a million entries is wrong in the fifth digit
-    squares = (torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads)
-    return float(loss), float(sum(squares)) ** 0.5
+    return mean_grad_norm([closure], parameters)
 
 
 def ascent_double_backward(closure: Closure, parameters: Sequence[nn.Parameter]) -> list[Tensor]:

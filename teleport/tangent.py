@@ -55,14 +55,16 @@ def direction(
     Returns:
         One matrix per block, zero where nothing but rounding survives the projection.
     """
-    tape.push_tangents(model, closure, {block: _drive(tape, block) for block in tape.blocks})
+    velocity = dict(zip(tape.others, tape.other_gradients, strict=True))
+    drive = {block: _drive(tape, block) for block in tape.blocks}
+    tape.push_tangents(model, closure, drive, velocity)
     return {block: _survivor(tape, block, basis) for block, basis in bases.items()}
 
 
 def project_ascent(ascent: Direction, bases: Mapping[Block, Basis]) -> Direction:
     """π of a full ascent direction (paper equation 11): the reference for `direction`."""
     return {
-        block: _without_rounding(basis.project(ascent[block]), ascent[block])
+        block: without_rounding(basis.project(ascent[block]), ascent[block])
         for block, basis in bases.items()
     }
 
@@ -116,8 +118,13 @@ def _drive(tape: Tape, block: Block) -> list[Tensor]:
         counts = [part.out_rows(call.z).shape[-2] for call in calls]
         pieces = (tape.row_gram(block) @ tape.deltas(block)).split(counts, dim=-2)
         return [part.from_out_rows(p, c.z) for p, c in zip(pieces, calls, strict=True)]
-    gradient = tape.weight_gradient(block)
-    return [part.push_affine(call.x.detach(), gradient, call.z) for call in calls]
+    return drive_of(tape, block, tape.weight_gradient(block))
+
+
+def drive_of(tape: Tape, block: Block, velocity: Tensor) -> list[Tensor]:
+    """Ẇ x for every call of a block, in the shape of the outputs."""
+    calls = tape.calls_of(block)
+    return [block.part.push_affine(call.x.detach(), velocity, call.z) for call in calls]
 
 
 def _prefers_gram(tape: Tape, block: Block) -> bool:
@@ -129,11 +136,11 @@ def _survivor(tape: Tape, block: Block, basis: Basis) -> Float[Tensor, "*groups 
     x_dot = tape.tangents(block) if _prefers_gram(tape, block) else None
     if x_dot is None:
         whole = tape.survivor(block)
-        return _without_rounding(basis.project(whole), whole)
-    return tape.deltas(block).mT @ _without_rounding(basis.project(x_dot), x_dot)
+        return without_rounding(basis.project(whole), whole)
+    return tape.deltas(block).mT @ without_rounding(basis.project(x_dot), x_dot)
 
 
-def _without_rounding(projected: Tensor, original: Tensor) -> Tensor:
+def without_rounding(projected: Tensor, original: Tensor) -> Tensor:
     """Zero if what is left is no larger than the rounding of what was projected.
 
     Without this a layer that must not move (``thm-fixed``) would move along its own rounding.

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -11,20 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from teleport.capture import Closure, Tape, evaluate, record
-from teleport.coverage import Block, Coverage, Site, cover, supported
+from teleport.capture import Closure, evaluate
+from teleport.coverage import Block, Coverage, cover, supported
 from teleport.errors import NonFiniteLossError, UnsupportedModelError
-from teleport.objective import ascent_double_backward, grad_norm, trainable
+from teleport.objective import mean_grad_norm, trainable
 from teleport.report import LayerReport, TeleportReport
-from teleport.subspace import Basis, RowSpace
-from teleport.tangent import (
-    Direction,
-    direction,
-    grad_norm_squared,
-    project_ascent,
-    step_to_norm,
-)
+from teleport.subspace import Basis
+from teleport.tangent import Direction, step_to_norm
 from teleport.transaction import Transaction
+from teleport.walk import FrozenWalk, StreamedWalk, Walk
 
 DEFAULT_GROWTH = 1.5
 """Gradient-norm growth where the user sets no bound: null-space ascent itself has none."""
@@ -131,7 +126,7 @@ class Teleporter:
             ClosureError: if a closure is unusable; the model is exactly as before.
         """
         started = time.perf_counter()
-        joined = _join(closure)
+        parts = _parts(closure)
         with Transaction(self.model) as transaction, _unfused():
 
             def repeatable(closure: Closure) -> Closure:
@@ -142,7 +137,7 @@ class Teleporter:
                 return call
 
             held = None if held_out is None else repeatable(held_out)
-            attempt = _Attempt(self, repeatable(joined), held)
+            attempt = _Attempt(self, [repeatable(part) for part in parts], held)
             report = attempt.run()
             if report.steps and not report.rolled_back:
                 transaction.commit()
@@ -154,84 +149,6 @@ class Teleporter:
     ) -> list[TeleportReport]:
         """Teleport on several batches, one after the other (Algorithm 1's loop over batches)."""
         return [self.step(closure, held_out=held_out) for closure in closures]
-
-
-class _Walk:
-    """The position of one teleport in parameter space, and the gradient norm around it.
-
-    At τ = 1 activations are frozen (``thm-invariance``): a norm costs one backward pass over the
-    tape. Below, outputs drift, so every norm is taken on a freshly recorded tape.
-    """
-
-    def __init__(self, model: nn.Module, sites: Sequence[Site], closure: Closure, frozen: bool):
-        self._model, self._sites, self._closure = model, sites, closure
-        self._frozen = frozen
-        self.tape: Tape = record(model, sites, closure)
-        self.start = dict(self.tape.matrices)
-        self.matrices = dict(self.tape.matrices)
-        self._ahead: float | None = None
-
-    def norm_squared(self) -> float:
-        """The squared gradient norm where the tape was last looked at."""
-        return grad_norm_squared(self.tape)
-
-    def norm_squared_at(self, along: Direction, step: float) -> float:
-        """Look ahead: the squared norm at a step along a direction; the position stays."""
-        self._look_at(self._moved(along, step))
-        self._ahead = step
-        return self.norm_squared()
-
-    def advance(self, along: Direction, step: float) -> None:
-        """Go there; where the last look ahead was is already on the tape."""
-        moved = self._moved(along, step)
-        self.matrices.update(moved)
-        if step != self._ahead:
-            self._look_at(moved)
-        self._ahead = None
-
-    def _moved(self, along: Direction, step: float) -> Direction:
-        return {b: torch.add(self.matrices[b], d, alpha=step) for b, d in along.items()}
-
-    def write(self) -> None:
-        """Put the position into the model's parameters."""
-        self._write(self.matrices)
-
-    def move_norm(self, block: Block) -> float:
-        if block not in self.start:
-            return 0.0
-        return float((self.matrices[block] - self.start[block]).norm())
-
-    def rounding(self, bases: Mapping[Block, Basis]) -> float:
-        """How far the loss may move at τ = 1, to first order in the cotangents δ.
-
-        An output is a sum of d products; with probability 1 - 7e-4 its rounding error is at most
-        2 √d eps ‖w‖ ‖x‖ (Higham and Mary 2019, λ = 4), before the move and after it. It reaches
-        the loss through δ; outputs of one row add in quadrature, rows may share their errors. What
-        the rank rule cut off (`Basis.residual`) is not in the basis, and ΔW acts on it.
-        """
-        loss = self.tape.loss
-        eps = torch.finfo(loss.dtype).eps
-        total = 8 * eps * abs(float(loss.detach()))
-        for block in self.tape.blocks:
-            rows, deltas = self.tape.rows(block), self.tape.deltas(block)
-            weights = self.start[block].square().sum(-1) + self.matrices[block].square().sum(-1)
-            errors = (deltas.square() @ weights[..., None])[..., 0].sqrt() * rows.norm(dim=-1)
-            total += 2 * eps * rows.shape[-1] ** 0.5 * float(errors.sum())
-            if block in bases:
-                total += float(deltas.norm()) * self.move_norm(block) * bases[block].residual
-        return total
-
-    def _look_at(self, moved: Direction) -> None:
-        if self._frozen:
-            self.tape.matrices.update(moved)
-            self.tape.backward()
-        else:
-            self._write(moved)
-            self.tape = record(self._model, self._sites, self._closure)
-
-    def _write(self, matrices: Direction) -> None:
-        for block, matrix in matrices.items():
-            block.part.write(matrix)
 
 
 @dataclass
@@ -246,19 +163,18 @@ class _Outcome:
 class _Attempt:
     """One call of `Teleporter.step`, inside its transaction."""
 
-    def __init__(self, settings: Teleporter, closure: Closure, held_out: Closure | None) -> None:
+    def __init__(
+        self, settings: Teleporter, closures: list[Closure], held_out: Closure | None
+    ) -> None:
         self.settings = settings
-        self.closure = closure
+        self.closures = closures
         self.held_out = held_out
         self.bases: dict[Block, Basis] = {}
         self.step_sizes: list[float] = []
         self.held_out_seconds = 0.0
 
     def run(self) -> TeleportReport:
-        settings = self.settings
-        self.walk = _Walk(
-            settings.model, settings._coverage.sites, self.closure, settings.tau == 1.0
-        )
+        self.walk = self._start_walk()
         before = self._measure_start()
         self.bases = self._make_bases()
         try:
@@ -284,8 +200,14 @@ class _Attempt:
         )
 
     def _measure_start(self) -> _Outcome:
-        loss = float(self.walk.tape.loss.detach())
-        return _Outcome(loss, math.sqrt(self.walk.norm_squared()), self._held_out_loss())
+        norm = math.sqrt(self.walk.norm_squared())
+        return _Outcome(self.walk.loss, norm, self._held_out_loss())
+
+    def _start_walk(self) -> Walk:
+        settings, sites = self.settings, self.settings._coverage.sites
+        if settings.tau == 1.0 and len(self.closures) == 1:
+            return FrozenWalk(settings.model, sites, self.closures[0])
+        return StreamedWalk(settings.model, sites, self.closures, settings._movable)
 
     def _held_out_loss(self) -> float | None:
         if self.held_out is None:
@@ -302,15 +224,13 @@ class _Attempt:
         The tangent direction of a layer whose inputs depend on no parameter is zero, so it needs
         no basis (``thm-fixed``).
         """
-        tape, settings = self.walk.tape, self.settings
-        bases = {}
-        for block in tape.blocks:
-            fixed = settings.method == "tangent" and not tape.depends_on_parameters(block)
-            if block.name in settings._movable and not fixed:
-                space = RowSpace()
-                space.add(tape.rows(block))
-                bases[block] = space.basis(settings.tau)
-        return bases
+        walk, settings = self.walk, self.settings
+        skipped = walk.fixed if settings.method == "tangent" else set()
+        return {
+            block: walk.basis(block, settings.tau)
+            for block in walk.start
+            if block.name in settings._movable and block not in skipped
+        }
 
     def _ascend(self, start: float) -> str:
         """Take the steps; return why they ended."""
@@ -342,21 +262,15 @@ class _Attempt:
         lr, start = self.settings.lr, self.walk.norm_squared()
         if lr is not None and self.walk.norm_squared_at(along, lr) <= target**2:
             return lr
-        eps = torch.finfo(self.walk.tape.loss.dtype).eps
+        eps = torch.finfo(self.walk.dtype).eps
         return step_to_norm(
             lambda s: self.walk.norm_squared_at(along, s), start, 2 * slope, target**2, 8 * eps
         )
 
     def _direction(self, room: dict[Block, Basis]) -> Direction:
-        settings = self.settings
-        if settings.method == "tangent":
-            return direction(self.walk.tape, settings.model, self.closure, room)
-        self.walk.write()
-        parameters = trainable(settings.model)
-        ascent = dict(
-            zip(parameters, ascent_double_backward(self.closure, parameters), strict=True)
-        )
-        return project_ascent({block: block.part.of(ascent) for block in room}, room)
+        if self.settings.method == "tangent":
+            return self.walk.tangent_direction(room)
+        return self.walk.double_backward_direction(room)
 
     def _limit(self, start: float) -> float:
         """The gradient norm the walk must not exceed."""
@@ -372,7 +286,7 @@ class _Attempt:
     def _check(self, before: _Outcome) -> tuple[_Outcome, str]:
         """Measure the new position from scratch; say what is wrong with it, if anything."""
         self.walk.write()
-        loss, norm = grad_norm(self.closure, trainable(self.settings.model))
+        loss, norm = mean_grad_norm(self.closures, trainable(self.settings.model))
         after = _Outcome(loss, norm, self._held_out_loss())
         if not math.isfinite(norm):
             return after, f"the gradient norm became {norm}"
@@ -449,13 +363,11 @@ def _check(name: str, value: object, valid: bool, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def _join(closure: Closure | Sequence[Closure]) -> Closure:
-    if callable(closure):
-        return closure
-    parts = list(closure)
+def _parts(closure: Closure | Sequence[Closure]) -> list[Closure]:
+    parts = [closure] if callable(closure) else list(closure)
     if not parts:
         raise ValueError("step() needs at least one closure, got an empty list")
-    return lambda: torch.stack([evaluate(part) for part in parts]).mean()
+    return parts
 
 
 def _select(

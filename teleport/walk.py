@@ -1,0 +1,264 @@
+"""A walk: the position of one teleport in parameter space, and the gradient norm around it.
+
+Two ways to know the norm at another position. At τ = 1 and on one batch activations are frozen
+(``thm-invariance``): `FrozenWalk` keeps one tape, and a norm costs one backward pass over it. In
+all other cases `StreamedWalk` runs the closures again, one at a time, so that memory stays at what
+one of them needs.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+
+import torch
+from torch import Tensor, nn
+
+from teleport.capture import Closure, Tape, record
+from teleport.coverage import Block, Site
+from teleport.objective import ascent_double_backward, trainable
+from teleport.subspace import Basis, RowSpace
+from teleport.tangent import (
+    Direction,
+    direction,
+    drive_of,
+    grad_norm_squared,
+    project_ascent,
+    without_rounding,
+)
+
+Gradient = dict[nn.Parameter, Tensor]
+
+
+class Walk(ABC):
+    """Where a teleport is, in matrices, and how it looks around.
+
+    Attributes:
+        loss: at the start.
+        start, matrices: ``[*groups, d_out, d_in]`` per covered block, at the start and now.
+        fixed: blocks whose inputs depend on no parameter (``thm-fixed``).
+    """
+
+    loss: float
+    dtype: torch.dtype
+    fixed: set[Block]
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
+        self._model = model
+        self.start = {block: block.part.matrix() for block in blocks}
+        self.matrices = dict(self.start)
+        self._ahead: float | None = None
+
+    @abstractmethod
+    def norm_squared(self) -> float:
+        """The squared gradient norm where the walk last looked."""
+
+    @abstractmethod
+    def basis(self, block: Block, tau: float) -> Basis:
+        """Basis of the block's inputs at the start."""
+
+    @abstractmethod
+    def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+        """π(Hg) of the given blocks at the present position (``thm-survivor``)."""
+
+    @abstractmethod
+    def ascent(self) -> Gradient:
+        """∇T at the present position by double backward, with the position in the model."""
+
+    @abstractmethod
+    def _look_at(self, moved: Direction) -> None:
+        """Make ``moved`` where `norm_squared` is."""
+
+    @abstractmethod
+    def _tapes(self) -> Iterator[tuple[Tape, float]]:
+        """Tapes at the present position, and the share of each in the loss."""
+
+    def norm_squared_at(self, along: Direction, step: float) -> float:
+        """Look ahead: the squared norm at a step along a direction; the position stays."""
+        self._look_at(self._moved(along, step))
+        self._ahead = step
+        return self.norm_squared()
+
+    def advance(self, along: Direction, step: float) -> None:
+        """Go there; where the last look ahead was need not be looked at again."""
+        moved = self._moved(along, step)
+        self.matrices.update(moved)
+        if step != self._ahead:
+            self._look_at(moved)
+        self._ahead = None
+
+    def write(self) -> None:
+        """Put the position into the model's parameters."""
+        _write(self.matrices)
+
+    def double_backward_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+        """π(∇T) by definition: the reference for `tangent_direction`."""
+        self.write()
+        ascent = self.ascent()
+        return project_ascent({block: block.part.of(ascent) for block in bases}, bases)
+
+    def move_norm(self, block: Block) -> float:
+        """Frobenius norm of the block's change since the start."""
+        if block not in self.start:
+            return 0.0
+        return float((self.matrices[block] - self.start[block]).norm())
+
+    def rounding(self, bases: Mapping[Block, Basis]) -> float:
+        """How far the loss may move at τ = 1, to first order in the cotangents δ.
+
+        An output is a sum of d products; with probability 1 - 7e-4 its rounding error is at most
+        2 √d eps ‖w‖ ‖x‖ (Higham and Mary 2019, λ = 4), before the move and after it. It reaches
+        the loss through δ; outputs of one row add in quadrature, rows may share their errors. What
+        the rank rule cut off (`Basis.residual`) is not in the basis, and ΔW acts on it.
+        """
+        eps = torch.finfo(self.dtype).eps
+        total = 8 * eps * abs(self.loss)
+        for tape, share in self._tapes():
+            for block in tape.blocks:
+                rows, deltas = tape.rows(block), share * tape.deltas(block)
+                weights = self.start[block].square().sum(-1) + self.matrices[block].square().sum(-1)
+                errors = (deltas.square() @ weights[..., None])[..., 0].sqrt() * rows.norm(dim=-1)
+                total += 2 * eps * rows.shape[-1] ** 0.5 * float(errors.sum())
+                if block in bases:
+                    total += float(deltas.norm()) * self.move_norm(block) * bases[block].residual
+        return total
+
+    def _moved(self, along: Direction, step: float) -> Direction:
+        return {b: torch.add(self.matrices[b], d, alpha=step) for b, d in along.items()}
+
+
+class FrozenWalk(Walk):
+    """One batch at τ = 1: one tape for the whole walk."""
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], closure: Closure) -> None:
+        self._closure = closure
+        self._tape = record(model, sites, closure)
+        super().__init__(model, self._tape.blocks)
+        self.loss = float(self._tape.loss.detach())
+        self.dtype = self._tape.loss.dtype
+        self.fixed = {b for b in self._tape.blocks if not self._tape.depends_on_parameters(b)}
+
+    def norm_squared(self) -> float:
+        return grad_norm_squared(self._tape)
+
+    def basis(self, block: Block, tau: float) -> Basis:
+        space = RowSpace()
+        space.add(self._tape.rows(block))
+        return space.basis(tau)
+
+    def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+        return direction(self._tape, self._model, self._closure, bases)
+
+    def ascent(self) -> Gradient:
+        parameters = trainable(self._model)
+        return dict(zip(parameters, ascent_double_backward(self._closure, parameters), strict=True))
+
+    def _look_at(self, moved: Direction) -> None:
+        self._tape.matrices.update(moved)
+        self._tape.backward()
+
+    def _tapes(self) -> Iterator[tuple[Tape, float]]:
+        yield self._tape, 1.0
+
+
+class StreamedWalk(Walk):
+    """Micro-batches of one batch, or τ < 1: closures run again wherever the walk looks.
+
+    The loss is the mean of the closures. Each is recorded, used and forgotten in turn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        closures: Sequence[Closure],
+        movable: AbstractSet[str],
+    ) -> None:
+        self._sites, self._closures, self._movable = sites, closures, movable
+        self._model = model
+        self._gradient: Gradient = {}
+        while left_out := self._survey():
+            self._sites = [site.without(left_out) for site in self._sites]
+        super().__init__(model, list(self._spaces))
+        self.fixed = {block for block, depends in self._depends.items() if not depends}
+
+    def norm_squared(self) -> float:
+        return sum(float(g.double().square().sum()) for g in self._gradient.values())
+
+    def basis(self, block: Block, tau: float) -> Basis:
+        return self._spaces[block].basis(tau)
+
+    def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+        self.write()
+        whole = {block: torch.zeros_like(self.matrices[block]) for block in bases}
+        for closure in self._closures:
+            tape = record(self._model, self._sites, closure)
+            drive = {b: drive_of(tape, b, b.part.of(self._gradient)) for b in tape.blocks}
+            tape.push_tangents(self._model, closure, drive, self._gradient)
+            for block in whole.keys() & set(tape.blocks):
+                whole[block] += tape.survivor(block) / len(self._closures)
+        return {b: without_rounding(bases[b].project(sum_), sum_) for b, sum_ in whole.items()}
+
+    def ascent(self) -> Gradient:
+        parameters = trainable(self._model)
+
+        def mean() -> Tensor:
+            return torch.stack([closure() for closure in self._closures]).mean()
+
+        return dict(zip(parameters, ascent_double_backward(mean, parameters), strict=True))
+
+    def _survey(self) -> set[Block]:
+        """Loss, gradient and row spaces at the start; blocks that have to be left out, if any."""
+        self._spaces: dict[Block, RowSpace] = {}
+        self._depends: dict[Block, bool] = {}
+        losses = []
+
+        def note(tape: Tape) -> None:
+            losses.append(float(tape.loss.detach()))
+            self.dtype = tape.loss.dtype
+            for block in tape.blocks:
+                space = self._spaces.setdefault(block, RowSpace())
+                depends = tape.depends_on_parameters(block)
+                self._depends[block] = self._depends.get(block, False) or depends
+                if block.name in self._movable:
+                    space.add(tape.rows(block))
+
+        left_out: set[Block] = set()
+        self._gradient = {}
+        for closure in self._closures:
+            tape = record(self._model, self._sites, closure)
+            left_out |= tape.left_out
+            note(tape)
+            self._add(tape)
+        self.loss = sum(losses) / len(losses)
+        return left_out
+
+    def _look_at(self, moved: Direction) -> None:
+        _write(moved)
+        self._gradient = {}
+        for closure in self._closures:
+            self._add(record(self._model, self._sites, closure))
+
+    def _add(self, tape: Tape) -> None:
+        """Add one micro-batch's share to the gradient."""
+        share = 1.0 / len(self._closures)
+        for block in tape.blocks:
+            pieces = block.part.split(tape.weight_gradient(block))
+            for slot, piece in zip(block.part.slots, pieces, strict=True):
+                slot.of(self._grad(slot.parameter)).add_(piece, alpha=share)
+        for parameter, grad in zip(tape.others, tape.other_gradients, strict=True):
+            self._grad(parameter).add_(grad, alpha=share)
+
+    def _grad(self, parameter: nn.Parameter) -> Tensor:
+        if parameter not in self._gradient:
+            self._gradient[parameter] = torch.zeros_like(parameter, requires_grad=False)
+        return self._gradient[parameter]
+
+    def _tapes(self) -> Iterator[tuple[Tape, float]]:
+        self.write()
+        for closure in self._closures:
+            yield record(self._model, self._sites, closure), 1.0 / len(self._closures)
+
+
+def _write(matrices: Direction) -> None:
+    for block, matrix in matrices.items():
+        block.part.write(matrix)
