@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport.capture import Closure, evaluate
@@ -130,7 +131,7 @@ class Teleporter:
         with Transaction(self.model) as transaction, _unfused():
 
             def repeatable(closure: Closure) -> Closure:
-                def call() -> Tensor:
+                def call() -> Any:  # what a user's closure returns is checked where it is used
                     transaction.rewind_random()
                     return closure()
 
