@@ -1,0 +1,181 @@
+"""Capture: the tape of a closure holds its layers' inputs, cotangents and tangents."""
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor, nn
+
+from teleport.capture import Tape, record
+from teleport.coverage import cover
+from teleport.tangent import drive_of
+from tests.fingerprint import fingerprint
+from tests.networks import GRAPHS, Task, task, without_dropout
+from tests.strategies import (
+    Case,
+    Problem,
+    cases,
+    gradient,
+    join_like,
+    layer_rows,
+    matrix_gradients,
+)
+
+TOLERANCE = 1e-12
+"""A few hundred roundings in float64 of gradients of size 1."""
+
+
+def tape_of(problem: Problem | Task) -> Tape:
+    return record(problem.model, cover(problem.model).sites, problem.closure)
+
+
+def products(tape: Tape) -> list[Tensor]:
+    return [tape.deltas(b).T @ tape.rows(b) for b in tape.blocks]
+
+
+def close(found: Tensor, wanted: Tensor, size: float | None = None) -> bool:
+    scale = 1.0 + float(wanted.norm()) if size is None else size
+    return bool((found - wanted).norm() <= TOLERANCE * scale)
+
+
+@pytest.mark.verifies("thm-span")
+@given(cases())
+def test_cotangents_times_inputs_are_the_gradient(case: Case) -> None:
+    problem = case.build()
+    assert all(map(close, products(tape_of(problem)), matrix_gradients(problem)))
+
+
+@pytest.mark.verifies("thm-span")
+@given(cases())
+def test_gradient_rows_lie_in_the_span_of_the_inputs(case: Case) -> None:
+    problem = case.build()
+    for own, rows in zip(matrix_gradients(problem), layer_rows(problem), strict=True):
+        coefficients = torch.linalg.lstsq(rows.T, own.T, driver="gelsd").solution
+        assert (rows.T @ coefficients - own.T).norm() <= 1e-9 * (1 + own.norm())
+
+
+@pytest.mark.verifies("thm-span")
+@pytest.mark.parametrize("name", GRAPHS)
+def test_gradient_of_any_graph_is_on_the_tape(name: str) -> None:
+    problem = task(name)
+    without_dropout(problem.model)
+    tape = tape_of(problem)
+    own = gradient(problem.model, problem.closure)
+    wanted = dict(zip(problem.model.parameters(), own, strict=True))
+    for block, product in zip(tape.blocks, products(tape), strict=True):
+        assert close(product, block.part.of(wanted))
+        assert close(tape.weight_gradient(block), block.part.of(wanted))
+    for parameter, own in zip(tape.others, tape.other_gradients, strict=True):
+        assert close(own, wanted[parameter])
+
+
+@given(cases())
+def test_rows_are_the_inputs_of_each_layer(case: Case) -> None:
+    problem = case.build()
+    tape = tape_of(problem)
+    assert all(map(torch.equal, map(tape.rows, tape.blocks), layer_rows(problem)))
+
+
+@given(cases())
+def test_loss_is_that_of_the_closure(case: Case) -> None:
+    problem = case.build()
+    assert torch.equal(tape_of(problem).loss.detach(), problem.closure().detach())
+
+
+@given(cases())
+def test_backward_uses_the_matrices_of_the_moment(case: Case) -> None:
+    """Doubling all weights of the backward pass multiplies δ of layer l by 2 per layer above it."""
+    problem = case.build()
+    tape = tape_of(problem)
+    before = [tape.deltas(b).clone() for b in tape.blocks]
+    tape.matrices.update({b: 2 * m for b, m in tape.matrices.items()})
+    tape.backward()
+    for above, (block, old) in enumerate(zip(reversed(tape.blocks), reversed(before), strict=True)):
+        assert torch.equal(tape.deltas(block), 2**above * old)
+
+
+@pytest.mark.verifies("thm-survivor")
+@given(cases())
+def test_input_tangents_are_directional_derivatives(case: Case) -> None:
+    """ẋ along the gradient, against forward-mode through the whole chain by torch.func."""
+    problem = case.build()
+    tape = tape_of(problem)
+    drive = {b: drive_of(tape, b, tape.weight_gradient(b)) for b in tape.blocks}
+    tape.push_tangents(problem.model, problem.closure, drive, {})
+    names = [name for name, _ in problem.model.named_parameters()]
+    velocity = dict(zip(names, gradient(problem.model, problem.closure), strict=True))
+    state = {n: p.detach() for n, p in problem.model.named_parameters()}
+
+    def inputs(parameters: dict[str, Tensor]) -> list[Tensor]:
+        seen: list[Tensor] = []
+        hooks = [
+            m.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for m in problem.linears
+        ]
+        torch.func.functional_call(problem.model, parameters, problem.x)
+        [hook.remove() for hook in hooks]
+        return seen
+
+    _, wanted = torch.func.jvp(inputs, (state,), (velocity,))
+    for block, x_dot in zip(tape.blocks[1:], wanted[1:], strict=True):
+        flat = x_dot.reshape(-1, x_dot.shape[-1])
+        assert close(tape.tangents(block)[:, : flat.shape[1]], flat)
+
+
+@pytest.mark.verifies("thm-fixed")
+@given(cases())
+def test_only_the_first_layer_has_inputs_without_tangent(case: Case) -> None:
+    problem = case.build()
+    tape = tape_of(problem)
+    drive = {b: drive_of(tape, b, tape.matrices[b]) for b in tape.blocks}
+    tape.push_tangents(problem.model, problem.closure, drive, {})
+    assert tape.tangents(tape.blocks[0]) is None
+    assert not tape.depends_on_parameters(tape.blocks[0])
+    assert all(tape.depends_on_parameters(b) for b in tape.blocks[1:])
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_recording_leaves_the_model_as_it_was(name: str) -> None:
+    problem = task(name)
+    problem.model.eval()  # no BatchNorm statistics: those are the transaction's business
+    before = fingerprint(problem.model)
+    tape_of(problem)
+    assert fingerprint(problem.model) == before
+
+
+def test_a_layer_without_effect_on_the_loss_has_no_gradient() -> None:
+    """An auxiliary head that is called but not used: common, and no reason to fail."""
+
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.extra = (nn.Linear(3, 3).double() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.body(x))
+            self.extra(h)
+            return self.head(h)
+
+    model, x = Auxiliary(), torch.randn(2, 3, dtype=torch.float64)
+    tape = record(model, cover(model).sites, lambda: model(x).square().mean())
+    extra = next(b for b in tape.blocks if b.name == "extra")
+    assert not tape.deltas(extra).any()
+
+
+def test_layers_that_share_a_weight_but_not_the_bias_are_no_blocks() -> None:
+    coverage = cover(GRAPHS["tied"]())
+    assert [b.name for b in coverage.blocks] == ["embed", "head"]
+    assert coverage.frozen == dict.fromkeys(
+        ["one", "two"], "shares a parameter with another layer in part"
+    )
+
+
+def test_layers_that_share_everything_are_one_block() -> None:
+    model = GRAPHS["tied"]()
+    model.two.bias = model.one.bias
+    assert [b.name for b in cover(model).blocks] == ["embed", "one", "head"]
+    assert not cover(model).frozen
+
+
+def test_join_like_is_the_inverse_of_splitting() -> None:
+    problem = Case((2, 3, 1), (True, False), seed=1).build()
+    parts = join_like(problem, list(problem.model.parameters()))
+    assert [tuple(p.shape) for p in parts] == [(3, 3), (1, 3)]

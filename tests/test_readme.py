@@ -1,0 +1,92 @@
+"""What the README says is what the records and the library say.
+
+``python tests/test_readme.py`` prints the generated parts.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import teleport
+from teleport import data
+from teleport.models import mlp
+from teleport.records import ArmSummary, Comparison, read_runs, summarise
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "chapters" / "results"
+HEAD = [
+    "| arm | final train loss | final test loss | steps | seconds |",
+    "|---|---|---|---|---|",
+]
+
+
+def result_lines(folder: Path) -> list[str]:
+    return HEAD + [result_line(summary) for summary in summarise(read_runs(folder))]
+
+
+def result_line(summary: ArmSummary) -> str:
+    losses = f"{summary.train_loss:.4f} | {summary.test_loss:.4f}"
+    return f"| {summary.arm} | {losses} | {ratios(summary.to_own)} |"
+
+
+def ratios(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "1 | 1"
+    return f"× {comparison.steps:.2f} | × {comparison.seconds:.2f}"
+
+
+def example_report() -> str:
+    """The report of the README's five lines, for the paper's network at its initialisation."""
+    torch.manual_seed(0)
+    sample = data.load("mnist-sample")
+    model: nn.Module = mlp(sample.width, sample.classes)
+    inputs, targets = sample.train_inputs[:200], sample.train_targets[:200]
+    teleporter = teleport.Teleporter(model, growth=1.5)
+    report = teleporter.step(lambda: cross_entropy(model(inputs), targets))
+    return str(report)
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def between(start: str, end: str) -> list[str]:
+    found = re.search(rf"<!-- {start}.*?-->\n(.*?)<!-- {end}", readme(), re.DOTALL)
+    assert found is not None
+    return [line for line in found.group(1).splitlines() if line]
+
+
+def test_the_results_are_those_of_the_records() -> None:
+    assert between("results", "end of results") == result_lines(RESULTS / "mnist-mlp")
+
+
+def test_the_report_has_the_layers_and_ranks_the_library_prints() -> None:
+    def layers(lines: list[str]) -> list[list[str]]:
+        return [line.split()[:6] for line in lines if "Linear" in line]
+
+    shown = layers(between("report", "end of report"))
+    assert shown == layers(example_report().splitlines())
+    assert len(shown) == 3
+
+
+def test_every_file_the_readme_points_to_exists() -> None:
+    targets = re.findall(r"\]\(((?!http)[^)]+)\)", readme())
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_every_commited_result_is_complete_and_tells_its_command() -> None:
+    folders = {path.parent for path in RESULTS.rglob("*.jsonl")}
+    assert folders
+    for folder in folders:
+        for run in read_runs(folder):
+            assert run.status in ("finished", "diverged"), run.path
+            assert run.config["command"].startswith("teleport run"), run.path
+
+
+if __name__ == "__main__":
+    print(*result_lines(RESULTS / "mnist-mlp"), sep="\n")  # noqa: T201
+    print(example_report())  # noqa: T201

@@ -1,0 +1,213 @@
+"""Row spaces: rank, basis, projector, energy rule (T9, and the projector of T3)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from teleport.subspace import Basis, RowSpace, energy_rank, numerical_rank
+from tests.strategies import Rows, rows_of_rank, seeds
+
+EPS = torch.finfo(torch.float64).eps
+TOLERANCE = 1e3 * EPS
+"""For projectors of at most 9 x 9: a few dozen roundings, and an SVD or QR in front of them."""
+
+GRAM_TOLERANCE = 1e-6
+"""A float64 Gram resolves directions to eps / σ², and σ ≥ 1e-4 of the largest for our integers."""
+
+
+def basis_of(rows: Tensor, tau: float = 1.0) -> Basis:
+    space = RowSpace()
+    space.add(rows)
+    return space.basis(tau)
+
+
+def projector(basis: Basis) -> Tensor:
+    """P as a matrix: what `Basis.project` does to the unit vectors."""
+    return basis.project(torch.eye(basis.vectors.shape[0], dtype=torch.float64))
+
+
+def spectral(matrix: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(matrix, 2)) if matrix.numel() else 0.0
+
+
+@given(rows_of_rank())
+def test_basis_vectors_are_orthonormal(case: Rows) -> None:
+    vectors = basis_of(case.build()).vectors
+    assert vectors.dtype == torch.float64
+    assert spectral(vectors.T @ vectors - torch.eye(vectors.shape[1])) <= TOLERANCE
+
+
+@pytest.mark.verifies("thm-rank")
+@given(rows_of_rank())
+def test_rank_and_null_dimension_are_right(case: Rows) -> None:
+    basis = basis_of(case.build())
+    assert (basis.rank, basis.null_dim) == (case.rank, case.width - case.rank)
+
+
+@pytest.mark.verifies("thm-layerwise")
+@given(rows_of_rank())
+def test_projector_is_idempotent_and_self_adjoint(case: Rows) -> None:
+    p = projector(basis_of(case.build()))
+    assert spectral(p @ p - p) <= TOLERANCE
+    assert spectral(p - p.T) <= TOLERANCE
+
+
+@pytest.mark.verifies("thm-layerwise")
+@given(rows_of_rank(), seeds)
+def test_projector_never_lengthens(case: Rows, seed: int) -> None:
+    matrix = torch.randn(3, case.width, generator=torch.Generator().manual_seed(seed)).double()
+    projected = basis_of(case.build()).project(matrix)
+    assert projected.norm() <= (1 + TOLERANCE) * matrix.norm()
+
+
+@pytest.mark.verifies("thm-layerwise")
+@given(rows_of_rank())
+def test_projector_has_the_rank_of_the_null_space(case: Rows) -> None:
+    trace = float(projector(basis_of(case.build())).trace())
+    assert abs(trace - (case.width - case.rank)) <= TOLERANCE
+
+
+@given(rows_of_rank())
+def test_projector_kills_the_inputs(case: Rows) -> None:
+    rows = case.build().double()
+    left = basis_of(case.build()).project(rows)
+    tolerance = TOLERANCE if case.dtype == torch.float64 else GRAM_TOLERANCE
+    assert left.norm() <= tolerance * rows.norm()
+
+
+@given(rows_of_rank(), seeds)
+def test_projector_keeps_what_is_perpendicular_to_the_inputs(case: Rows, seed: int) -> None:
+    rows = case.build()
+    matrix = torch.randn(3, case.width, generator=torch.Generator().manual_seed(seed)).double()
+    perpendicular = matrix - matrix @ torch.linalg.pinv(rows.double()) @ rows.double()
+    kept = basis_of(rows).project(perpendicular)
+    assert (kept - perpendicular).norm() <= GRAM_TOLERANCE * matrix.norm()
+
+
+@given(rows_of_rank(), st.data())
+def test_rows_in_pieces_in_any_order_give_the_same_projector(
+    case: Rows, data: st.DataObject
+) -> None:
+    rows = case.build()
+    order = data.draw(st.permutations(range(case.count)), label="order")
+    cuts = data.draw(st.lists(st.integers(0, case.count), max_size=4).map(sorted), label="cuts")
+    space = RowSpace()
+    for piece in rows[order].tensor_split(cuts):
+        space.add(piece)
+    difference = projector(space.basis()) - projector(basis_of(rows))
+    assert spectral(difference) <= GRAM_TOLERANCE
+    assert space.count == case.count
+
+
+@given(rows_of_rank())
+def test_asking_for_a_basis_twice_changes_nothing(case: Rows) -> None:
+    space = RowSpace()
+    space.add(case.build())
+    first = projector(space.basis())
+    space.basis(0.5)
+    assert spectral(projector(space.basis()) - first) <= GRAM_TOLERANCE
+
+
+@given(rows_of_rank())
+def test_singular_values_are_those_of_the_rows(case: Rows) -> None:
+    values = basis_of(case.build()).singular_values
+    wanted = torch.linalg.svdvals(case.build().double())
+    count = min(len(values), len(wanted))
+    # The root of a Gram's rounding is √eps of the largest value.
+    tolerance = (TOLERANCE if case.dtype == torch.float64 else 1e-7) * float(wanted[0])
+    assert float((values[:count] - wanted[:count]).abs().max()) <= tolerance
+    assert float(values[count:].sum()) <= 10 * tolerance
+
+
+@given(rows_of_rank(), st.floats(0.01, 0.99))
+def test_energy_rule_keeps_the_fewest_directions_that_reach_tau(case: Rows, tau: float) -> None:
+    rows = case.build().double()
+    values = torch.linalg.svdvals(rows).square().tolist()
+    rank = basis_of(case.build(), tau).rank
+    total, slack = math.fsum(values), 1e-9 * math.fsum(values)
+    assert math.fsum(values[:rank]) >= tau * total - slack
+    assert rank == 0 or math.fsum(values[: rank - 1]) < tau * total + slack
+
+
+@given(rows_of_rank(), st.floats(0.01, 0.99))
+def test_energy_outside_the_kept_space_is_at_most_one_minus_tau(case: Rows, tau: float) -> None:
+    rows = case.build().double()
+    left = basis_of(case.build(), tau).project(rows)
+    # A Gram's rounding adds up to √eps of the norm.
+    assert left.norm() <= (math.sqrt(1 - tau) + GRAM_TOLERANCE) * rows.norm()
+
+
+@pytest.mark.verifies("thm-rank")
+@given(
+    st.integers(2, 40),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.floats(0.05, 0.95),
+    st.floats(1.05, 20.0),
+)
+def test_a_singular_value_below_the_cut_is_dropped_and_one_above_it_is_kept(
+    count: int, dtype: torch.dtype, below: float, above: float
+) -> None:
+    """A diagonal matrix has its entries as singular values, whatever its rounding."""
+    width = 3
+    cut = max(count, width) * torch.finfo(dtype).eps
+    rows = torch.zeros(max(count, width), width, dtype=dtype)
+    rows[0, 2], rows[1, 0], rows[2, 1] = 1.0, cut * above, cut * below
+    basis = basis_of(rows)
+    assert basis.rank == 2
+    kept = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    assert spectral(projector(basis) - torch.diag(1 - kept)) <= TOLERANCE
+
+
+@pytest.mark.verifies("thm-rank")
+@given(st.integers(1, 9), st.sampled_from([torch.float32, torch.float64]))
+def test_a_singular_value_equal_to_the_cut_is_dropped(width: int, dtype: torch.dtype) -> None:
+    cut = width * torch.finfo(dtype).eps
+    values = torch.tensor([1.0, cut], dtype=torch.float64)
+    assert int(numerical_rank(values, (width, 1), dtype)) == 1
+
+
+@pytest.mark.verifies("thm-rank")
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([torch.float32, torch.float64]))
+def test_a_zero_matrix_has_rank_zero(count: int, width: int, dtype: torch.dtype) -> None:
+    rows = torch.zeros(count, width, dtype=dtype)
+    for tau in (1.0, 0.9):
+        basis = basis_of(rows, tau)
+        assert (basis.rank, basis.null_dim) == (0, width)
+        assert torch.equal(projector(basis), torch.eye(width, dtype=torch.float64))
+
+
+@pytest.mark.verifies("thm-rank")
+def test_a_cumulated_float32_sum_gives_the_wrong_rank() -> None:
+    """The failure of the naive rule that T9 replaces, in both directions."""
+
+    def naive(values: Tensor) -> int:
+        share = values.float().square() / values.float().square().sum()
+        return int((share.cumsum(0) < 1.0).sum()) + 1
+
+    equal, steep = torch.ones(41, dtype=torch.float64), torch.tensor([1.0, 1e-4]).double()
+    assert naive(equal) == 42  # the cumulated sum ends below 1: more directions than there are
+    assert naive(steep) == 1  # the second share vanishes beside 1, a thousand times above rounding
+    assert int(numerical_rank(equal, (41, 41), torch.float32)) == 41
+    assert int(numerical_rank(steep, (2, 2), torch.float32)) == 2
+
+
+@pytest.mark.parametrize("tau", [0.0, -0.5, 1.0000001, math.nan, math.inf])
+def test_tau_outside_its_range_is_refused(tau: float) -> None:
+    with pytest.raises(ValueError, match=r"tau must be in \(0, 1\], got"):
+        basis_of(torch.eye(2), tau)
+
+
+def test_a_basis_needs_rows() -> None:
+    with pytest.raises(ValueError, match="at least one input row"):
+        RowSpace().basis()
+
+
+@given(st.integers(1, 6), st.floats(0.5, 1.0))
+def test_energy_rank_of_equal_values_is_their_share(count: int, tau: float) -> None:
+    """Small integers are exact, so "at least tau" is decided without rounding."""
+    rank = energy_rank(torch.ones(count, dtype=torch.float64), tau)
+    assert int(rank) == math.ceil(tau * count)
