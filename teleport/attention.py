@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +23,14 @@ class MultiheadAttentionRule(LayerRule[nn.MultiheadAttention]):
 
     def parts(self, module: nn.MultiheadAttention) -> Sequence[Part]:
         width = module.embed_dim
-        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
         parts: list[Part] = []
-        for i, (name, own) in enumerate(zip("qkv", weights, strict=True)):
+        for i, name in enumerate("qkv"):
             rows = slice(i * width, (i + 1) * width)
-            weight = slot(module.in_proj_weight, rows) if own is None else slot(own)
-            parts.append(LinearPart(name, cast(Slot, weight), slot(module.in_proj_bias, rows)))
+            own = slot(module, f"{name}_proj_weight")
+            weight = Slot(module, "in_proj_weight", rows) if own is None else own
+            parts.append(LinearPart(name, weight, slot(module, "in_proj_bias", rows)))
         out = module.out_proj
-        return [*parts, LinearPart("out", cast(Slot, slot(out.weight)), slot(out.bias))]
+        return [*parts, LinearPart("out", Slot(out, "weight"), slot(out, "bias"))]
 
     def forward(
         self,

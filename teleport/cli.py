@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool | None) -> None:
     if wanted:
         typer.echo(f"teleport {teleport.__version__}")
         raise typer.Exit
@@ -68,9 +68,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
+        bool | None,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
-    ] = False,
+    ] = None,
 ) -> None:
     pass
 
@@ -92,7 +92,6 @@ def list_experiments() -> None:
 
 @app.command()
 def run(
-    context: typer.Context,
     name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")] = "mnist-sample",
     preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
     optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "sgd",

@@ -20,7 +20,7 @@ class ConvPart(Part):
     """
 
     def __init__(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
-        super().__init__("", Slot(cast(nn.Parameter, module.weight)), slot(module.bias))
+        super().__init__("", Slot(module, "weight"), slot(module, "bias"))
         self.module = module
         self.dims = len(module.kernel_size)
         self.groups = module.groups
@@ -72,30 +72,27 @@ class ConvPart(Part):
         batched = _batched(x, self.dims)
         padded: Tensor
         padded, unpad = torch.func.vjp(self._padded, batched)  # type: ignore[misc]
-        grads = self._backward(delta, padded, self.split(matrix)[0], (True, False, False))
-        pulled: Tensor = unpad(grads[0])[0]
+        (grad,) = self._backward(delta, padded, self.split(matrix)[0], (True, False, False))
+        pulled: Tensor = unpad(grad)[0]
         return pulled.reshape(x.shape)
 
     def weight_gradient(self, x: Tensor, delta: Tensor, bias_input: float = 1.0) -> Tensor:
         padded = self._padded(_batched(x, self.dims))
         weight = self.module.weight.detach()
-        grads = self._backward(delta, padded, weight, (False, True, True))
-        pieces = [grads[1]]
-        if self.has_bias_column:
-            pieces.append(bias_input * grads[2])
-        return self.join(pieces)
+        pieces = self._backward(delta, padded, weight, (False, True, self.has_bias_column))
+        return self.join([pieces[0], *(bias_input * grad for grad in pieces[1:])])
 
     def _backward(
         self, delta: Tensor, padded: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the convolution of a padded input in input, weight and bias."""
+    ) -> list[Tensor]:
+        """Gradients of the convolution of a padded input: those wanted of input, weight, bias."""
         m = self.module
         zeros = [0] * self.dims
-        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        grads: list[Tensor] = torch.ops.aten.convolution_backward(
             _batched(delta, self.dims), padded, weight, [weight.shape[0]],
             m.stride, zeros, m.dilation, False, zeros, m.groups, wanted,
         )  # fmt: skip
-        return grads
+        return [grad for grad, asked in zip(grads, wanted, strict=True) if asked]
 
     def _padded(self, x: Tensor) -> Tensor:
         m = self.module
@@ -130,7 +127,7 @@ class ConvTransposePart(Part):
     """
 
     def __init__(self, module: Any) -> None:
-        super().__init__("", Slot(cast(nn.Parameter, module.weight)), slot(module.bias))
+        super().__init__("", Slot(module, "weight"), slot(module, "bias"))
         self.module = module
         self.dims = len(module.kernel_size)
         self.groups = module.groups

@@ -19,7 +19,7 @@ writes its forward pass as a function of them: ``apply(part, x)`` in place of ea
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -31,10 +31,22 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A parameter, or some of its rows, that is one piece of a part's matrix."""
+    """A parameter of a module, or some of its rows, that is one piece of a part's matrix.
 
-    parameter: nn.Parameter
+    Attributes:
+        module: holds the parameter.
+        name: of the parameter in the module.
+        rows: which rows.
+    """
+
+    module: nn.Module
+    name: str
     rows: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def parameter(self) -> Any:
+        """What the module holds now: its parameter, or in a forward-mode pass a dual tensor."""
+        return getattr(self.module, self.name)
 
     def of(self, tensor: Tensor) -> Tensor:
         """The same piece of a tensor in the parameter's shape (a view)."""
@@ -198,7 +210,7 @@ def register(*module_types: type[nn.Module]) -> Callable[[_Rule], _Rule]:
         ... class GatedRule(LayerRule):
         ...     kind = "Gated"
         ...     def parts(self, module):
-        ...         return [LinearPart("", Slot(module.weight), None)]
+        ...         return [LinearPart("", Slot(module, "weight"), None)]
         ...     def forward(self, module, apply, x):
         ...         return torch.sigmoid(x) * apply("", x)
         >>> del RULES[Gated]
@@ -285,7 +297,7 @@ class LinearRule(LayerRule[nn.Linear]):
     kind = "Linear"
 
     def parts(self, module: nn.Linear) -> Sequence[Part]:
-        return [LinearPart("", Slot(cast(nn.Parameter, module.weight)), slot(module.bias))]
+        return [LinearPart("", Slot(module, "weight"), slot(module, "bias"))]
 
 
 @register(nn.Bilinear)
@@ -295,7 +307,7 @@ class BilinearRule(LayerRule[nn.Bilinear]):
     kind = "Bilinear"
 
     def parts(self, module: nn.Bilinear) -> Sequence[Part]:
-        return [LinearPart("", Slot(cast(nn.Parameter, module.weight)), slot(module.bias))]
+        return [LinearPart("", Slot(module, "weight"), slot(module, "bias"))]
 
     def forward(self, module: nn.Bilinear, apply: Apply, x1: Tensor, x2: Tensor) -> Tensor:
         return apply("", (x1[..., :, None] * x2[..., None, :]).flatten(-2))
@@ -307,17 +319,17 @@ class TransposedLinearRule(LayerRule[Any]):
     kind = "Conv1D"
 
     def parts(self, module: Any) -> Sequence[Part]:
-        return [LinearPart("", Slot(module.weight), slot(module.bias), transposed=True)]
+        return [LinearPart("", Slot(module, "weight"), slot(module, "bias"), transposed=True)]
 
 
 BY_NAME["transformers.pytorch_utils.Conv1D"] = TransposedLinearRule()
 
 
-def slot(parameter: Tensor | None, rows: slice | None = None) -> Slot | None:
+def slot(module: nn.Module, name: str, rows: slice | None = None) -> Slot | None:
     """A slot for a parameter that may be absent, as biases may."""
-    if parameter is None:
+    if getattr(module, name, None) is None:
         return None
-    return Slot(cast(nn.Parameter, parameter), slice(None) if rows is None else rows)
+    return Slot(module, name, slice(None) if rows is None else rows)
 
 
 def with_bias_column(rows: Tensor, bias_input: float, wanted: bool) -> Tensor:

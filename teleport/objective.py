@@ -56,6 +56,12 @@ def mean_grad_norm(
     return total / len(closures), float(sum(squares)) ** 0.5 / len(closures)
 
 
+def mean_loss(closures: Sequence[Closure]) -> float:
+    """Mean of what the closures return, without gradients."""
+    with torch.no_grad():
+        return sum(float(evaluate(closure)) for closure in closures) / len(closures)
+
+
 def grad_norm(closure: Closure, parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
     """Loss and the Euclidean norm of its gradient over all ``parameters``."""
     return mean_grad_norm([closure], parameters)

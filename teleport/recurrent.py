@@ -1,7 +1,7 @@
 """Recurrent layers, unrolled: their input and hidden products as parts, called at every step."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,8 @@ def _cell(module: Any) -> Cell:
 
 
 def _linear(module: nn.Module, name: str, suffix: str) -> Part:
-    weight = cast(Slot, slot(getattr(module, f"weight_{name}{suffix}")))
-    return LinearPart(name + suffix, weight, slot(getattr(module, f"bias_{name}{suffix}", None)))
+    weight = Slot(module, f"weight_{name}{suffix}")
+    return LinearPart(name + suffix, weight, slot(module, f"bias_{name}{suffix}"))
 
 
 @register(nn.RNNCell, nn.LSTMCell, nn.GRUCell)

@@ -237,7 +237,8 @@ def _backward_dots(
 ) -> list[list[Tensor]]:
     """δ̇ by the product rule on ``δ_l = σ'(z_l) ∘ (W_{l+1}ᵀ δ_{l+1})``."""
     last = torch.stack(seen.outputs[-1])
-    last_dot = torch.func.jvp(torch.func.grad(loss), (last,), (torch.stack(z_dots[-1]),))[1]
+    # The Hessian of the loss in the outputs is symmetric, so its transpose times ż_L will do.
+    last_dot = torch.func.vjp(torch.func.grad(loss), last)[1](torch.stack(z_dots[-1]))[0]
     dots = [list(last_dot)]
     for layer in reversed(range(len(network) - 1)):
         weight, weight_dot = network[layer + 1], velocity[layer + 1]

@@ -84,7 +84,7 @@ def step_to_norm(
         rtol: relative accuracy wanted of the norm.
 
     Returns:
-        The step, or None if no step up to 2⁶⁰ times the first guess reaches the target.
+        The step, or None if none reaches the target within a hundred doublings or halvings.
     """
     seen = {0.0: start / target - 1.0}
 
@@ -94,13 +94,14 @@ def step_to_norm(
             seen[step] = 0.0 if abs(ratio) <= rtol else ratio  # toms748 stops at an exact zero
         return seen[step]
 
-    low, high = 0.0, (target - start) / slope
-    for _ in range(60):
+    low, high, ceiling = 0.0, (target - start) / slope, math.inf
+    for _ in range(100):
         if not math.isfinite(excess(high)):
-            return None
-        if excess(high) >= 0.0:
+            ceiling, high = high, (low + high) / 2
+        elif excess(high) >= 0.0:
             return float(toms748(excess, low, high, xtol=1e-300, rtol=1e-15))
-        low, high = high, 2.0 * high
+        else:
+            low, high = high, min(2.0 * high, (high + ceiling) / 2)
     return None
 
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from teleport.capture import Closure, evaluate
 from teleport.coverage import Block, Coverage, cover, supported
 from teleport.errors import NonFiniteLossError, UnsupportedModelError
-from teleport.objective import mean_grad_norm, trainable
+from teleport.objective import mean_grad_norm, mean_loss, trainable
 from teleport.report import LayerReport, TeleportReport
 from teleport.subspace import Basis
 from teleport.tangent import Direction, step_to_norm
@@ -251,6 +251,7 @@ class _Attempt:
             share = number / self.settings.steps if self.settings.lr is None else 1.0
             step = self._step_size(along, slope, start * (limit / start) ** share)
             if step is None:
+                self.walk.look_back()
                 return "no step along the ascent direction reaches the wanted gradient norm"
             self.walk.advance(along, step)
             self.step_sizes.append(step)
@@ -292,9 +293,14 @@ class _Attempt:
         if not math.isfinite(norm):
             return after, f"the gradient norm became {norm}"
         drift, allowed = abs(loss - before.loss), self._tolerance(before)
-        if drift > allowed:
-            return after, f"the loss moved by {drift:.2e}, more than the allowed {allowed:.2e}"
-        return after, ""
+        if drift <= allowed:
+            return after, ""
+        why = f"the loss moved by {drift:.2e}, more than the allowed {allowed:.2e}"
+        self.walk.write_start()
+        again = [mean_loss(self.closures) for _ in range(2)]
+        if any(abs(other - before.loss) > allowed for other in again):
+            why += "; the closure is not deterministic: at the start it now returns another loss"
+        return after, why
 
     def _tolerance(self, before: _Outcome) -> float:
         if self.settings.max_drift is not None:

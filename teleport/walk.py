@@ -86,9 +86,18 @@ class Walk(ABC):
             self._look_at(moved)
         self._ahead = None
 
+    def look_back(self) -> None:
+        """Look at the present position again, after looking ahead in vain."""
+        self._look_at(self.matrices)
+        self._ahead = None
+
     def write(self) -> None:
         """Put the position into the model's parameters."""
         _write(self.matrices)
+
+    def write_start(self) -> None:
+        """Put the start back into the model's parameters."""
+        _write(self.start)
 
     def double_backward_direction(self, bases: Mapping[Block, Basis]) -> Direction:
         """π(∇T) by definition: the reference for `tangent_direction`."""
@@ -108,7 +117,7 @@ class Walk(ABC):
         An output is a sum of d products; with probability 1 - 7e-4 its rounding error is at most
         2 √d eps ‖w‖ ‖x‖ (Higham and Mary 2019, λ = 4), before the move and after it. It reaches
         the loss through δ; outputs of one row add in quadrature, rows may share their errors. What
-        the rank rule cut off (`Basis.residual`) is not in the basis, and ΔW acts on it.
+        the rank rule may cut off (`Basis.residual`) is not in the basis, and ΔW acts on it.
         """
         eps = torch.finfo(self.dtype).eps
         total = 8 * eps * abs(self.loss)
@@ -119,7 +128,10 @@ class Walk(ABC):
                 errors = (deltas.square() @ weights[..., None])[..., 0].sqrt() * rows.norm(dim=-1)
                 total += 2 * eps * rows.shape[-1] ** 0.5 * float(errors.sum())
                 if block in bases:
-                    total += float(deltas.norm()) * self.move_norm(block) * bases[block].residual
+                    values = bases[block].singular_values
+                    cut = max(rows.shape[-2:]) * eps * float(values.max()) * values.numel() ** 0.5
+                    left = min(bases[block].residual, cut)
+                    total += float(deltas.norm()) * self.move_norm(block) * left
         return total
 
     def _moved(self, along: Direction, step: float) -> Direction:

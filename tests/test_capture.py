@@ -175,6 +175,14 @@ def test_layers_that_share_everything_are_one_block() -> None:
     assert not cover(model).frozen
 
 
+def test_block_matrix_holds_weight_and_bias() -> None:
+    layer = nn.Linear(3, 2)
+    (block,) = cover(nn.Sequential(layer)).blocks
+    wanted = torch.cat([layer.weight, layer.bias[:, None]], 1).detach()
+    assert torch.equal(block.part.matrix(), wanted)
+    assert block.parameters == (layer.weight, layer.bias)
+
+
 def test_join_like_is_the_inverse_of_splitting() -> None:
     problem = Case((2, 3, 1), (True, False), seed=1).build()
     parts = join_like(problem, list(problem.model.parameters()))

@@ -179,26 +179,6 @@ def test_the_matrix_is_a_copy(case: Layer) -> None:
 
 
 @given(layers)
-def test_a_written_matrix_is_the_matrix(case: Layer) -> None:
-    module, _ = case.build()
-    part = part_of(module)
-    matrix = torch.randn_like(part.matrix())
-    part.write(matrix)
-    assert torch.equal(part.matrix(), matrix)
-    assert module.weight.requires_grad
-
-
-@given(layers)
-def test_push_affine_adds_the_bias_of_the_matrix(case: Layer) -> None:
-    module, x = case.build()
-    part = part_of(module)
-    matrix = torch.randn_like(part.matrix())
-    found = part.push_affine(x, matrix, like=module(x))
-    wanted = part.rows(x) @ matrix.mT
-    assert (part.out_rows(found) - wanted).abs().max() <= TOLERANCE * 10
-
-
-@given(layers)
 def test_out_rows_are_undone(case: Layer) -> None:
     module, part, x = case.build()
     z = call(module, x).detach()
@@ -411,7 +391,7 @@ def test_register_adds_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
         kind = "Gated"
 
         def parts(self, module: Gated) -> list[Part]:
-            return [LinearPart("", Slot(module.weight), None)]
+            return [LinearPart("", Slot(module, "weight"), None)]
 
         def forward(self, module: Gated, apply: Any, x: Tensor) -> Tensor:
             return torch.sigmoid(x) * apply("", x)

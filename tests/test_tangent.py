@@ -111,18 +111,15 @@ def test_double_backward_is_the_change_of_the_gradient_along_itself(case: Case) 
 def test_layerwise_projection_is_the_projector_on_the_product_space(case: Case) -> None:
     """Dense P from unit vectors of all weights; the product of null spaces from the SVD."""
     tape, bases = recorded(case.build())
-    blocks = [
-        torch.block_diag(
-            *[b.project(torch.eye(len(b.vectors)).double())] * block.part.matrix().shape[0]
-        )
-        for block, b in bases.items()
-    ]
-    p = torch.block_diag(*blocks)
-    free = sum(b.null_dim * block.part.matrix().shape[0] for block, b in bases.items())
+    outputs = {b: b.part.matrix().shape[0] for b in bases}
+    eyes = {b: torch.eye(len(basis.vectors), dtype=torch.float64) for b, basis in bases.items()}
+    projectors = {b: basis.project(eyes[b]) for b, basis in bases.items()}
+    p = torch.block_diag(*[m for b, m in projectors.items() for _ in range(outputs[b])])
+    free = sum(basis.null_dim * outputs[b] for b, basis in bases.items())
     assert (p - p.T).norm() <= 1e-12
     assert (p @ p - p).norm() <= 1e-12
     assert abs(float(p.trace()) - free) <= 1e-10
-    inputs = torch.block_diag(*[r for b in bases for r in [tape.rows(b)] * outputs[b]])
+    inputs = torch.block_diag(*[tape.rows(b) for b in bases for _ in range(outputs[b])])
     assert (inputs @ p).norm() <= 1e-11 * (1 + inputs.norm())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -326,6 +326,7 @@ def test_below_tau_1_the_loss_drifts_within_the_bound(tau: float) -> None:
     assert math.isclose(report.growth, 1.2, rel_tol=REACHED)
 
 
+@settings(max_examples=10)
 @given(roomy, growths)
 def test_micro_batches_are_one_batch(case: Case, growth: float) -> None:
     """The mean of the losses of two equal halves is the loss of the whole."""
