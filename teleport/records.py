@@ -252,7 +252,8 @@ def _summary(
         return float(np.mean([run.column(column)[-1] for run in runs if run.evaluations]))
 
     def teleports(value: Callable[[dict[str, Any]], float]) -> float:
-        values = [value(row) for run in runs for row in run.teleports]
+        rows = [row for run in runs for row in run.teleports]
+        values = [value({k: math.nan if v is None else v for k, v in row.items()}) for row in rows]
         return float(np.mean(values)) if values else math.nan
 
     own = runs[0].config["baseline"]

@@ -85,7 +85,10 @@ class Teleporter:
         strict: bool = False,
     ) -> None:
         _check("tau", tau, 0.0 < tau <= 1.0, "in (0, 1]")
-        _check("steps", steps, steps is None or steps >= 1, "an integer >= 1")
+        whole = steps is None or (isinstance(steps, int) and steps >= 1)
+        _check("steps", steps, whole, "an integer >= 1")
+        for name, patterns in (("include", include), ("exclude", exclude)):
+            _check(name, patterns, not isinstance(patterns, str), "a list of patterns")
         _check("lr", lr, lr is None or 0.0 < lr < math.inf, "> 0 and finite")
         _check("growth", growth, growth is None or 1.0 < growth < math.inf, "> 1 and finite")
         _check("cap", cap, cap is None or 0.0 < cap < math.inf, "> 0 and finite")
@@ -214,8 +217,11 @@ class _Attempt:
         if self.held_out is None:
             return None
         started = time.perf_counter()
-        with torch.no_grad():
-            loss = float(evaluate(self.held_out))
+        try:
+            with torch.no_grad():
+                loss = float(evaluate(self.held_out))
+        except NonFiniteLossError:
+            loss = math.nan  # it is only reported: no reason to undo or to refuse anything
         self.held_out_seconds += time.perf_counter() - started
         return loss
 

@@ -4,6 +4,7 @@
 """
 
 import re
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -18,24 +19,28 @@ from teleport.records import ArmSummary, Comparison, read_runs, summarise
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "chapters" / "results"
 HEAD = [
-    "| arm | final train loss | final test loss | steps | seconds |",
-    "|---|---|---|---|---|",
+    "| arm | final train loss | final test loss | steps | seconds | log loss |",
+    "|---|---|---|---|---|---|",
 ]
 
 
-def result_lines(folder: Path) -> list[str]:
-    return HEAD + [result_line(summary) for summary in summarise(read_runs(folder))]
+def result_lines() -> list[str]:
+    once = [result_line(s) for s in summarise(read_runs(RESULTS / "mnist-mlp"))]
+    paper = summarise(read_runs(RESULTS / "mnist-mlp-paper"))
+    schedule = [result_line(s, ", paper's schedule") for s in paper if s.to_own is not None]
+    return [*HEAD, *once[:2], schedule[0], *once[2:4], schedule[1], *once[4:]]
 
 
-def result_line(summary: ArmSummary) -> str:
+def result_line(summary: ArmSummary, note: str = "") -> str:
     losses = f"{summary.train_loss:.4f} | {summary.test_loss:.4f}"
-    return f"| {summary.arm} | {losses} | {ratios(summary.to_own)} |"
+    return f"| {summary.arm}{note} | {losses} | {comparison(summary.to_own)} |"
 
 
-def ratios(comparison: Comparison | None) -> str:
-    if comparison is None:
-        return "1 | 1"
-    return f"× {comparison.steps:.2f} | × {comparison.seconds:.2f}"
+def comparison(found: Comparison | None) -> str:
+    if found is None:
+        return "1 | 1 | 0"
+    steps, seconds = ("-" if isnan(r) else f"× {r:.2f}" for r in (found.steps, found.seconds))
+    return f"{steps} | {seconds} | {found.log_loss:+.3f} ± {found.log_loss_spread:.3f}"
 
 
 def example_report() -> str:
@@ -60,7 +65,7 @@ def between(start: str, end: str) -> list[str]:
 
 
 def test_the_results_are_those_of_the_records() -> None:
-    assert between("results", "end of results") == result_lines(RESULTS / "mnist-mlp")
+    assert between("results", "end of results") == result_lines()
 
 
 def test_the_report_has_the_layers_and_ranks_the_library_prints() -> None:
@@ -70,6 +75,14 @@ def test_the_report_has_the_layers_and_ranks_the_library_prints() -> None:
     shown = layers(between("report", "end of report"))
     assert shown == layers(example_report().splitlines())
     assert len(shown) == 3
+
+
+def test_the_support_table_names_every_rule() -> None:
+    def named(kind: type) -> bool:
+        stem = kind.__name__.rstrip("123d").removesuffix("Cell")
+        return stem in readme()
+
+    assert [kind for kind in teleport.layers.RULES if not named(kind)] == []
 
 
 def test_every_file_the_readme_points_to_exists() -> None:
@@ -88,5 +101,5 @@ def test_every_commited_result_is_complete_and_tells_its_command() -> None:
 
 
 if __name__ == "__main__":
-    print(*result_lines(RESULTS / "mnist-mlp"), sep="\n")  # noqa: T201
+    print(*result_lines(), sep="\n")  # noqa: T201
     print(example_report())  # noqa: T201
