@@ -160,7 +160,7 @@ def test_the_tolerance_is_measured_where_the_walk_ended() -> None:
         return None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("teleport.teleporter.step_to_norm", give_up_far_away)
+        patch.setattr("teleport.attempt.step_to_norm", give_up_far_away)
         report = Teleporter(problem.model, growth=2.0, steps=2).step(problem.closure)
     assert report.steps == 1
     assert report.tolerance <= 1e-10 * report.loss_before
