@@ -222,7 +222,7 @@ class Attempt:
         for block in coverage.blocks:
             yield self._layer_report(block, failed)
         for name, why in coverage.frozen.items():
-            yield LayerReport(name, "", None, None, None, None, 0.0, f"frozen: {why}")
+            yield LayerReport(name, "", None, None, None, None, 0.0, None, f"frozen: {why}")
 
     def _layer_report(self, block: Block, failed: bool) -> LayerReport:
         matrix, basis = block.part.matrix(), self.bases.get(block)
@@ -235,6 +235,7 @@ class Attempt:
             rank=None if basis is None else basis.rank,
             null_dim=None if basis is None else basis.null_dim,
             move_norm=moved,
+            output_bound=self.walk.output_bound(block, basis) if basis and moved else None,
             status=self._status(block, failed),
         )
 

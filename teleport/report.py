@@ -17,6 +17,8 @@ class LayerReport:
         rank: dimensions the batch's inputs span; None if it was not needed.
         null_dim: ``d_in - rank``, the dimensions free to move in.
         move_norm: Frobenius norm of the weight change.
+        output_bound: bound on the Frobenius norm of the change of the layer's outputs on the batch,
+            inputs as they were (``thm-drift``); it matters at tau < 1. None if it was not moved.
         status: ``moved``, or why not.
     """
 
@@ -27,6 +29,7 @@ class LayerReport:
     rank: int | None
     null_dim: int | None
     move_norm: float
+    output_bound: float | None
     status: str
 
 

@@ -40,7 +40,21 @@ class Basis:
     @property
     def residual(self) -> float:
         """Root of the energy left out: the norm of the rows' part outside the kept space."""
-        return float((self.singular_values * ~_first(self.ranks, self.singular_values)).norm())
+        return float(self._residuals().norm())
+
+    def drift_bound(self, move: Float[Tensor, "*groups d_out d_in"]) -> float:
+        """Bound on the change of the layer's outputs on these inputs, ``‖ΔW R‖_F`` (``thm-drift``).
+
+        ``‖ΔW‖₂`` times the root of the energy left out, which is at most ``√(1 - τ) ‖R‖_F``; for a
+        projected ``ΔW``, group by group.
+        """
+        norms = torch.linalg.matrix_norm(move.double(), ord=2)
+        return float((norms * self._residuals()).norm())
+
+    def _residuals(self) -> Float[Tensor, "*groups"]:
+        left_out = ~_first(self.ranks, self.singular_values)
+        norms: Tensor = (self.singular_values * left_out).norm(dim=-1)
+        return norms
 
     def project(
         self, matrix: Float[Tensor, "*groups rows d_in"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from teleport import LayerReport, Teleporter, TeleportReport
 from tests.networks import GRAPHS, task
 
-LAYER = LayerReport("body.2", "Linear", 17, 16, 7, 10, 0.4567, "moved")
+LAYER = LayerReport("body.2", "Linear", 17, 16, 7, 10, 0.4567, 0.01, "moved")
 REPORT = TeleportReport(
     loss_before=1.25,
     loss_after=1.5,

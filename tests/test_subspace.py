@@ -211,3 +211,28 @@ def test_energy_rank_of_equal_values_is_their_share(count: int, tau: float) -> N
     """Small integers are exact, so "at least tau" is decided without rounding."""
     rank = energy_rank(torch.ones(count, dtype=torch.float64), tau)
     assert int(rank) == math.ceil(tau * count)
+
+
+@pytest.mark.verifies("thm-drift")
+@given(rows=rows_of_rank((torch.float64,)), tau=st.floats(0.3, 1.0), seed=seeds)
+def test_outputs_drift_no_further_than_the_bound(rows: Rows, tau: float, seed: int) -> None:
+    matrix = rows.build()
+    basis = basis_of(matrix, tau)
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.randn(3, matrix.shape[1], generator=generator, dtype=torch.float64)
+    move = basis.project(random)
+    rounding = 1e-13 * matrix.norm() * random.norm()
+    drift = (matrix @ move.T).norm()
+    assert drift <= basis.drift_bound(move) + rounding
+    assert (
+        drift <= torch.linalg.matrix_norm(move, 2) * ((1 - tau) ** 0.5 * matrix.norm()) + rounding
+    )
+
+
+@pytest.mark.verifies("thm-drift")
+def test_the_drift_bound_is_reached_along_the_one_direction_left_out() -> None:
+    matrix = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
+    basis = basis_of(matrix, 0.85)
+    move = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
+    assert basis.rank == 1
+    assert float((matrix @ move.T).norm()) == pytest.approx(basis.drift_bound(move), rel=1e-12)
