@@ -267,7 +267,10 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
         _backward_forbidden(model),
         _replaced_forwards(sites, product),
     ):
-        loss = evaluate(closure)
+        try:
+            loss = evaluate(closure)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"{error}{_first_not_finite(calls)}") from None
     if not _depends_on(loss, model, calls):
         raise ClosureError(
             "the loss does not depend on this model's parameters: the closure must call the model "
@@ -277,6 +280,16 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
     covered = {p for block in matrices for p in block.parameters}
     others = [p for p in model.parameters() if p.requires_grad and p not in covered]
     return Tape(loss, calls, list(sites), others, matrices, anchor)
+
+
+def _first_not_finite(calls: list[Call]) -> str:
+    """Which layer made the first NaN or infinity, as the end of a message."""
+    for call in calls:
+        if not bool(call.x.isfinite().all()):
+            return f". The input of layer {call.block.name!r} is not finite"
+        if not bool(call.z.isfinite().all()):
+            return f". It begins in layer {call.block.name!r}: finite inputs, outputs that are not"
+    return ""
 
 
 def _depends_on(loss: Tensor, model: nn.Module, calls: list[Call]) -> bool:

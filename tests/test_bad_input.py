@@ -175,3 +175,19 @@ def test_a_step_inside_no_grad_works() -> None:
     with torch.no_grad():
         report = Teleporter(problem.model, growth=2.0).step(problem.closure)
     assert math.isclose(report.growth, 2.0, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("layer", ["2", "4"])
+def test_the_layer_that_makes_the_first_nan_is_named(layer: str) -> None:
+    problem = task("plain")
+    with torch.no_grad():
+        problem.model.get_submodule(layer).weight[0, 0] = math.nan
+    with pytest.raises(ClosureError, match=f"layer '{layer}'"):
+        Teleporter(problem.model).step(problem.closure)
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    problem = task("plain")
+    problem.x[0, 0] = math.inf
+    with pytest.raises(ClosureError, match="input of layer '0'"):
+        Teleporter(problem.model).step(problem.closure)
