@@ -10,7 +10,27 @@ from torch.nn import functional
 from teleport.layers import LayerRule, Part, Slot, register, slot, with_bias_column
 
 
-class ConvPart(Part):
+class _SpatialPart(Part):
+    """What both kinds of convolution share: channels first, one row per output position."""
+
+    functions: tuple[Any, Any, Any]
+
+    def __init__(self, module: Any) -> None:
+        super().__init__("", Slot(module, "weight"), slot(module, "bias"))
+        self.module = module
+        self.dims = len(module.kernel_size)
+        self.groups = module.groups
+        self.shape = module.weight.shape
+        self._conv = self.functions[self.dims - 1]
+
+    def out_rows(self, z: Tensor) -> Tensor:
+        return _grouped(_batched(z, self.dims), self.groups, axes=0)
+
+    def from_out_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        return _ungrouped(rows, self.groups, like, self.dims)
+
+
+class ConvPart(_SpatialPart):
     """Convolution in 1 to 3 dimensions: one row per output position, one basis per group.
 
     A row is the patch of the padded input under the kernel, in the order of the weight's axes
@@ -19,13 +39,7 @@ class ConvPart(Part):
     patches are only formed for the basis.
     """
 
-    def __init__(self, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
-        super().__init__("", Slot(module, "weight"), slot(module, "bias"))
-        self.module = module
-        self.dims = len(module.kernel_size)
-        self.groups = module.groups
-        self.shape = module.weight.shape
-        self._conv = (functional.conv1d, functional.conv2d, functional.conv3d)[self.dims - 1]
+    functions = (functional.conv1d, functional.conv2d, functional.conv3d)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -43,12 +57,6 @@ class ConvPart(Part):
             patches = patches.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
         rows = _grouped(patches, self.groups, axes=self.dims)
         return with_bias_column(rows, bias_input, self.has_bias_column)
-
-    def out_rows(self, z: Tensor) -> Tensor:
-        return _grouped(_batched(z, self.dims), self.groups, axes=0)
-
-    def from_out_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        return _ungrouped(rows, self.groups, like, self.dims)
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         weight = tensors[0].reshape(self.groups, self.shape[0] // self.groups, -1)
@@ -119,24 +127,18 @@ class ConvRule(LayerRule[Any]):
         return [ConvPart(module)]
 
 
-class ConvTransposePart(Part):
+class ConvTransposePart(_SpatialPart):
     """Transposed convolution in 1 to 3 dimensions: one row per output position, per group.
 
     It is a convolution with stride 1 of the input with zeros between its entries; a row is the
     patch of that under the flipped kernel, in the order of the weight's axes.
     """
 
-    def __init__(self, module: Any) -> None:
-        super().__init__("", Slot(module, "weight"), slot(module, "bias"))
-        self.module = module
-        self.dims = len(module.kernel_size)
-        self.groups = module.groups
-        self.shape = module.weight.shape
-        self._conv = (
-            functional.conv_transpose1d,
-            functional.conv_transpose2d,
-            functional.conv_transpose3d,
-        )[self.dims - 1]
+    functions = (
+        functional.conv_transpose1d,
+        functional.conv_transpose2d,
+        functional.conv_transpose3d,
+    )
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -159,12 +161,6 @@ class ConvTransposePart(Part):
             patches = patches.unfold(2 + axis, reach + 1, 1)[..., :: m.dilation[axis]].flip(-1)
         rows = _grouped(patches, self.groups, axes=self.dims)
         return with_bias_column(rows, bias_input, self.has_bias_column)
-
-    def out_rows(self, z: Tensor) -> Tensor:
-        return _grouped(_batched(z, self.dims), self.groups, axes=0)
-
-    def from_out_rows(self, rows: Tensor, like: Tensor) -> Tensor:
-        return _ungrouped(rows, self.groups, like, self.dims)
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         weight = tensors[0].reshape(self.groups, -1, self.shape[1], self.shape[2:].numel())

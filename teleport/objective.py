@@ -67,12 +67,19 @@ def grad_norm(closure: Closure, parameters: Sequence[nn.Parameter]) -> tuple[flo
     return mean_grad_norm([closure], parameters)
 
 
-def ascent_double_backward(closure: Closure, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """The gradient of T = ½‖∇L‖² (paper equation 4), which is H ∇L, one tensor per parameter."""
+def ascent_double_backward(
+    closure: Closure, parameters: Sequence[nn.Parameter], velocity: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """The gradient of T = ½‖∇L‖² (paper equation 4), which is H ∇L, one tensor per parameter.
+
+    With ``velocity`` it is H times that instead of ∇L: the share of one micro-batch, whose own
+    Hessian acts on the gradient of the whole batch.
+    """
     _, grads = gradient(closure, parameters, create_graph=True)
     with torch.enable_grad():
-        objective = sum((g.square().sum() for g in grads), torch.zeros(())) / 2
+        pairs = zip(grads, grads if velocity is None else velocity, strict=True)
+        objective = sum(((g * v).sum() for g, v in pairs), torch.zeros(()))
         if not objective.requires_grad:
             return [torch.zeros_like(p) for p in parameters]
         ascent = torch.autograd.grad(objective, parameters, materialize_grads=True)
-    return list(ascent)
+    return [a / 2 for a in ascent] if velocity is None else list(ascent)

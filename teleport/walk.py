@@ -216,11 +216,14 @@ class StreamedWalk(Walk):
 
     def ascent(self) -> Gradient:
         parameters = trainable(self._model)
-
-        def mean() -> Tensor:
-            return torch.stack([closure() for closure in self._closures]).mean()
-
-        return dict(zip(parameters, ascent_double_backward(mean, parameters), strict=True))
+        velocity = [self._grad(p) for p in parameters]
+        total = [torch.zeros_like(v) for v in velocity]
+        for closure in self._closures:
+            for place, share in zip(
+                total, ascent_double_backward(closure, parameters, velocity), strict=True
+            ):
+                place.add_(share, alpha=1.0 / len(self._closures))
+        return dict(zip(parameters, total, strict=True))
 
     def _survey(self) -> set[Block]:
         """Loss, gradient and row spaces at the start; blocks that have to be left out, if any."""
