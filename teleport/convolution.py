@@ -73,7 +73,7 @@ class ConvPart(_SpatialPart):
         m = self.module
         weight = self.split(matrix)[0]
         padded = self._padded(_batched(x, self.dims))
-        z = self._conv(padded, weight, None, m.stride, 0, m.dilation, m.groups)
+        z: Tensor = self._conv(padded, weight, None, m.stride, 0, m.dilation, m.groups)
         return z if x.dim() == self.dims + 2 else z[0]
 
     def pull(self, delta: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class ConvPart(_SpatialPart):
                 total = m.dilation[axis] * (m.kernel_size[axis] - 1)
                 widths += [total // 2, total - total // 2]
             else:
-                widths += [0, 0] if m.padding == "valid" else [m.padding[axis]] * 2  # type: ignore[list-item]
+                widths += [0, 0] if m.padding == "valid" else [m.padding[axis]] * 2
         if not any(widths):
             return x
         mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
