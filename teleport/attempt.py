@@ -235,7 +235,7 @@ class Attempt:
             rank=None if basis is None else basis.rank,
             null_dim=None if basis is None else basis.null_dim,
             move_norm=moved,
-            output_bound=self.walk.output_bound(block, basis) if basis and moved else None,
+            output_bound=moved * basis.residual if basis and moved else None,
             status=self._status(block, failed),
         )
 

@@ -18,7 +18,9 @@ class LayerReport:
         null_dim: ``d_in - rank``, the dimensions free to move in.
         move_norm: Frobenius norm of the weight change.
         output_bound: bound on the Frobenius norm of the change of the layer's outputs on the batch,
-            inputs as they were (``thm-drift``); it matters at tau < 1. None if it was not moved.
+            inputs as they were (``thm-drift``, with the Frobenius norm of the weight change in the
+            place of the spectral one, which takes a decomposition: `Basis.drift_bound`). It
+            matters at tau < 1. None if the layer was not moved.
         status: ``moved``, or why not.
     """
 

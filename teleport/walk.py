@@ -111,10 +111,6 @@ class Walk(ABC):
             return 0.0
         return float((self.matrices[block] - self.start[block]).norm())
 
-    def output_bound(self, block: Block, basis: Basis) -> float:
-        """How far the block's outputs may have moved on its inputs at the start (``thm-drift``)."""
-        return basis.drift_bound(self.matrices[block] - self.start[block])
-
     def rounding(self, bases: Mapping[Block, Basis]) -> float:
         """How far the loss may move at τ = 1, to first order in the cotangents δ.
 
