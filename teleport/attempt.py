@@ -237,6 +237,7 @@ class Attempt:
             move_norm=moved,
             output_bound=moved * basis.residual if basis and moved else None,
             status=self._status(block, failed),
+            groups=matrix.shape[:-2].numel(),
         )
 
     def _status(self, block: Block, failed: bool) -> str:

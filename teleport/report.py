@@ -22,6 +22,8 @@ class LayerReport:
             place of the spectral one, which takes a decomposition: `Basis.drift_bound`). It
             matters at tau < 1. None if the layer was not moved.
         status: ``moved``, or why not.
+        groups: how many matrices of ``[d_out, d_in]`` there are, each with a null space of its own
+            (grouped convolutions); ``rank`` and ``null_dim`` are sums over them.
     """
 
     name: str
@@ -33,6 +35,7 @@ class LayerReport:
     move_norm: float
     output_bound: float | None
     status: str
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ _COLUMNS = ("layer", "kind", "d_out x d_in", "rank", "free", "moved by", "status
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
     shape = "-" if layer.d_in is None else f"{layer.d_out} x {layer.d_in}"
+    shape = shape if layer.groups == 1 else f"{layer.groups} x {shape}"
     rank, free = ("-" if n is None else str(n) for n in (layer.rank, layer.null_dim))
     moved = f"{layer.move_norm:.3g}" if layer.move_norm else "-"
     return (layer.name or "(model)", layer.kind, shape, rank, free, moved, layer.status)
