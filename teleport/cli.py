@@ -24,6 +24,7 @@ from teleport.experiment import (
     Settings,
     TeleportSettings,
     default_arms,
+    device_of,
     new_folder,
     run_arms,
     steps_per_run,
@@ -137,6 +138,7 @@ def run(
     settings = Settings(name, preset, optimizer, epochs, device=device, teleport=options)
     settings.size()  # names are checked before any folder is made
     options.check()
+    device_of(device)
     arms = [a for a in _arms(name, optimizer, lr, init, head_gain) if teleports or not a.teleport]
     dataset = datasets.load(EXPERIMENTS[name].data)
     total = steps_per_run(settings, dataset) * len(arms) * seeds

@@ -263,7 +263,7 @@ def run_arms(
     """
     size = settings.size()
     dataset = load(EXPERIMENTS[settings.experiment].data)
-    device = _device(settings.device)
+    device = device_of(settings.device)
     _warm_up(settings.optimizer, device)
     paths = []
     for seed in seeds:
@@ -448,7 +448,12 @@ def _one_of(what: str, name: str, known: dict[str, Any]) -> Any:
     return known[name]
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of this name, if it can be used here.
+
+    Raises:
+        RunError: if it cannot.
+    """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -158,6 +158,7 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
         (["run", "--epochs", "0"], ">= 1"),
         (["run", "--batches", "0"], ">= 1"),
         (["run", "--lr", "0.1", "--init", "xavier"], "default"),
+        (["run", "--device", "no-such-device"], "not available"),
         (["figure", "no-such-folder"], "teleport run"),
         (["data", "fetch", "mnsit"], "mnist"),
     ],
