@@ -75,6 +75,7 @@ class Attempt:
         self.bases: dict[Block, Basis] = {}
         self.step_sizes: list[float] = []
         self.held_out_seconds = 0.0
+        self.fallback = ""
 
     def run(self) -> TeleportReport:
         """Walk, check and tell; a report with steps and without ``rolled_back`` is to be kept."""
@@ -100,7 +101,7 @@ class Attempt:
             steps=len(self.step_sizes),
             step_sizes=tuple(self.step_sizes),
             rolled_back=bool(failure),
-            reason=failure or reason,
+            reason=(failure or reason) + self._fallback_note(),
             seconds=0.0,
             layers=tuple(self._layer_reports(bool(failure))),
         )
@@ -178,9 +179,15 @@ class Attempt:
         )
 
     def _direction(self, room: dict[Block, Basis]) -> Direction:
-        if self.settings.method == "tangent":
-            return self.walk.tangent_direction(room)
+        if self.settings.method == "tangent" and not self.fallback:
+            try:
+                return self.walk.tangent_direction(room)
+            except NotImplementedError as error:  # no forward-mode derivative of some operation
+                self.fallback = str(error).split(". ")[0]
         return self.walk.double_backward_direction(room)
+
+    def _fallback_note(self) -> str:
+        return f" (directions by double backward: {self.fallback})" if self.fallback else ""
 
     def _limit(self, start: float) -> float:
         """The gradient norm the walk must not exceed."""

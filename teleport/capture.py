@@ -199,6 +199,16 @@ def record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
         ClosureError: if the closure calls ``backward`` or does not return one finite number that
             depends on the model, or if a layer receives an empty batch.
     """
+    try:
+        return _recorded(model, sites, closure)
+    except RuntimeError as error:
+        if "checkpoint" not in str(error).lower():
+            raise
+        raise ClosureError(_CHECKPOINT) from error
+
+
+def _recorded(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
+    """Record, and record again without the blocks whose parameters leak."""
     tape = _record(model, sites, closure)
     leaking = tape._differentiate([p for block in tape.blocks for p in block.parameters])
     if leaking:
@@ -264,6 +274,7 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
 
     with (
         torch.enable_grad(),
+        torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT),
         _backward_forbidden(model),
         _replaced_forwards(sites, product),
     ):
@@ -362,6 +373,12 @@ class _LastCallReached(BaseException):
 _BACKWARD_CALLED = (
     "the closure calls backward(). It must only compute and return the loss; "
     "teleportation takes the derivatives itself and leaves .grad alone"
+)
+
+
+_CHECKPOINT = (
+    "the closure uses activation checkpointing, whose second forward pass runs past the recorded "
+    "one. Switch checkpointing off while teleporting"
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -87,10 +87,11 @@ class NullSpace:
             )
         merged = {}
         for name, basis in self.bases.items():
-            joint = RowSpace()
-            joint.add(basis.vectors.mT)
-            joint.add(other.bases[name].vectors.mT)
-            merged[name] = joint.basis()
+            joint, second = RowSpace(), other.bases[name]
+            joint.add(basis.weighted_rows())
+            joint.add(second.weighted_rows())
+            coarser = max(basis.dtype, second.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            merged[name] = joint.basis(dtype=coarser) if joint.count else basis
         return NullSpace(merged)
 
     def save(self, path: str | Path) -> None:
@@ -100,7 +101,8 @@ class NullSpace:
             tensors[f"{name}/vectors"] = basis.vectors.contiguous()
             tensors[f"{name}/singular_values"] = basis.singular_values.contiguous()
             tensors[f"{name}/ranks"] = basis.ranks.contiguous()
-        save_file(tensors, str(path), metadata={"layers": json.dumps(list(self.bases))})
+        layers = {name: str(basis.dtype) for name, basis in self.bases.items()}
+        save_file(tensors, str(path), metadata={"layers": json.dumps(layers)})
 
     @classmethod
     def load(cls, path: str | Path) -> "NullSpace":
@@ -111,15 +113,19 @@ class NullSpace:
         """
         try:
             with safe_open(str(path), framework="pt") as file:
-                names = json.loads((file.metadata() or {})["layers"])
-                fields = ("vectors", "singular_values", "ranks")
+                layers = json.loads((file.metadata() or {})["layers"])
                 return cls(
                     {
-                        name: Basis(*(file.get_tensor(f"{name}/{f}") for f in fields))
-                        for name in names
+                        name: Basis(
+                            file.get_tensor(f"{name}/vectors"),
+                            file.get_tensor(f"{name}/singular_values"),
+                            file.get_tensor(f"{name}/ranks"),
+                            getattr(torch, dtype.removeprefix("torch.")),
+                        )
+                        for name, dtype in layers.items()
                     }
                 )
-        except Exception as error:
+        except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
             raise NullSpaceError(f"{path} holds no saved null space: {error}") from error
 
     def drift(self, before: nn.Module, after: nn.Module, inputs: Iterable[Tensor]) -> float:

@@ -21,11 +21,13 @@ class Basis:
             columns are orthonormal, the others zero.
         singular_values: ``[*groups, min(rows, d_in)]`` of the rows at most, largest first, float64.
         ranks: ``[*groups]``, how many directions each group keeps.
+        dtype: of the inputs; the precision to which the space is known.
     """
 
     vectors: Float[Tensor, "*groups d_in width"]
     singular_values: Float[Tensor, "*groups values"]
     ranks: Int[Tensor, "*groups"]
+    dtype: torch.dtype = torch.float64
 
     @property
     def rank(self) -> int:
@@ -41,6 +43,11 @@ class Basis:
     def residual(self) -> float:
         """Root of the energy left out: the norm of the rows' part outside the kept space."""
         return float(self._residuals().norm())
+
+    def weighted_rows(self) -> Float[Tensor, "*groups width d_in"]:
+        """Rows with the same span and energies as the inputs kept, to merge spaces by."""
+        width = self.vectors.shape[-1]
+        return (self.vectors * self.singular_values[..., None, :width]).mT
 
     def drift_bound(self, move: Float[Tensor, "*groups d_out d_in"]) -> float:
         """Bound on the change of the layer's outputs on these inputs, ``‖ΔW R‖_F`` (``thm-drift``).
@@ -92,11 +99,12 @@ class RowSpace:
         if sum(pending.shape[-2] for pending in self._pending) > rows.shape[-1]:
             self._reduce()
 
-    def basis(self, tau: float = 1.0) -> Basis:
+    def basis(self, tau: float = 1.0, dtype: torch.dtype | None = None) -> Basis:
         """Basis of the span (``tau`` = 1), or of the fewest directions with energy >= ``tau``.
 
         Args:
             tau: share of the rows' squared Frobenius norm to keep, in (0, 1].
+            dtype: precision of the rows for the rank rule, if not the one they came in.
 
         Returns:
             The basis; at most the numerical rank many vectors at any ``tau``.
@@ -109,11 +117,12 @@ class RowSpace:
         if self.count == 0:
             raise ValueError("no rows were added: a basis needs at least one input row")
         values, vectors = self._decompose()
-        ranks = numerical_rank(values, (self.count, vectors.shape[-2]), self._dtype)
+        known = self._dtype if dtype is None else dtype
+        ranks = numerical_rank(values, (self.count, vectors.shape[-2]), known)
         if tau < 1.0:
             ranks = torch.minimum(ranks, energy_rank(values, tau))
         kept = vectors[..., : int(ranks.max())]
-        return Basis(kept * _first(ranks, kept[..., 0, :])[..., None, :], values, ranks)
+        return Basis(kept * _first(ranks, kept[..., 0, :])[..., None, :], values, ranks, known)
 
     def _exact(self) -> bool:
         return self._dtype == torch.float64

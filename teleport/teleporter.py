@@ -2,15 +2,12 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport.attempt import Attempt, Settings
 from teleport.capture import Closure
@@ -130,7 +127,7 @@ class Teleporter:
         """
         started = time.perf_counter()
         parts = _parts(closure)
-        with Transaction(self.model) as transaction, _unfused():
+        with Transaction(self.model) as transaction:
 
             def repeatable(closure: Closure) -> Closure:
                 def call() -> Any:  # what a user's closure returns is checked where it is used
@@ -178,15 +175,3 @@ def _select(
 
     wanted = (n for n in names if include is None or matches(n, include))
     return {n for n in wanted if not matches(n, exclude or ())}
-
-
-@contextmanager
-def _unfused() -> Iterator[None]:
-    """No fused attention: it has neither a forward-mode nor a second derivative."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -1,16 +1,20 @@
 """Everything a teleport could disturb in a model, and how it is put back.
 
-Inside a `Transaction` the model is in the state teleportation needs: dropout off, everything else
-in the user's mode. Afterwards only the moved weights may differ, and only if the move was kept.
+Inside a `Transaction` the model is in the state teleportation needs: dropout off, nothing compiled
+or fused, everything else in the user's mode. Afterwards only the moved weights may differ, and
+only if the move was kept.
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
 
 _WITH_DROPOUT = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)
@@ -33,6 +37,8 @@ class Transaction:
 
     def __enter__(self) -> "Transaction":
         self._random = _random_state()
+        self._stack = ExitStack()
+        self._stack.enter_context(_unfused())
         self._parameters = [(p, p.detach().clone()) for p in self.model.parameters()]
         self._buffers = [
             (module, name, buffer, buffer.detach().clone())
@@ -61,6 +67,7 @@ class Transaction:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._stack.close()
         with torch.no_grad():
             if not self._committed or kind is not None:
                 for parameter, copy in self._parameters:
@@ -74,6 +81,22 @@ class Transaction:
         for module, training in self._modes:
             module.training = training
         _set_random_state(self._random)
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Every layer runs as it is written in Python.
+
+    Compiled graphs and the fast path of evaluated transformer layers would run past the replaced
+    forwards, and fused attention has neither a forward-mode nor a second derivative.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

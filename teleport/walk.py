@@ -132,6 +132,7 @@ class Walk(ABC):
                     cut = max(rows.shape[-2:]) * eps * float(values.max()) * values.numel() ** 0.5
                     left = min(bases[block].residual, cut)
                     total += float(deltas.norm()) * self.move_norm(block) * left
+            del tape
         return total
 
     def _moved(self, along: Direction, step: float) -> Direction:
@@ -208,6 +209,7 @@ class StreamedWalk(Walk):
             tape.push_tangents(self._model, closure, drive, self._gradient)
             for block in whole.keys() & set(tape.blocks):
                 whole[block] += tape.survivor(block) / len(self._closures)
+            del tape
         return {b: without_rounding(bases[b].project(sum_), sum_) for b, sum_ in whole.items()}
 
     def ascent(self) -> Gradient:
@@ -244,6 +246,7 @@ class StreamedWalk(Walk):
             left_out |= tape.left_out
             note(tape)
             self._add(tape)
+            del tape  # before the next one is recorded: memory is that of one
         self.loss = sum(losses) / len(losses)
         return left_out
 

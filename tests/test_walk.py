@@ -1,0 +1,249 @@
+"""A teleport batch in pieces, or in one piece seen by either walk, is one and the same teleport."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from teleport import Teleporter, TeleportReport, capture
+from teleport.coverage import cover
+from teleport.teleporter import METHODS
+from teleport.walk import FrozenWalk, StreamedWalk, Walk
+from tests.networks import GRAPHS, Task, task, without_dropout
+from tests.strategies import gradient_norm, seeds
+
+few = settings(max_examples=6)
+methods = pytest.mark.parametrize("method", METHODS)
+
+SAME_STEP = 1e-8
+"""Relative. The line search stops at 8 eps of the norm; a step follows with the condition number
+of the norm in the step, and directions agree to 1e-11 (tests/test_tangent.py)."""
+
+SAME_PLACE = 1e-10
+"""Relative, of all parameters: steps here are far shorter than the weights are long."""
+
+IN_BATCHES = ("attention", "plain", "residual", "tied", "twice")
+"""Graphs without batch statistics: for them the loss of a batch is the mean of its parts."""
+
+
+def pieces(problem: Task, sizes: list[int]) -> list[capture.Closure]:
+    """Closures whose mean is the loss of the whole, from any parts: each is weighted."""
+
+    def part(x: Tensor, y: Tensor) -> capture.Closure:
+        weight = len(sizes) * len(x) / len(problem.x)
+        return lambda: weight * functional.cross_entropy(problem.model(x), y)
+
+    return [part(x, y) for x, y in zip(problem.x.split(sizes), problem.y.split(sizes), strict=True)]
+
+
+def parameters(problem: Task) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in problem.model.parameters()])
+
+
+def same(one: tuple[Task, TeleportReport], other: tuple[Task, TeleportReport]) -> bool:
+    """Both moved, by the same steps, to the same place."""
+    (a, found), (b, wanted) = one, other
+    assert not found.rolled_back, found.reason
+    assert not wanted.rolled_back, wanted.reason
+    assert found.steps == wanted.steps > 0
+    pairs = zip(found.step_sizes, wanted.step_sizes, strict=True)
+    assert all(abs(s / t - 1) <= SAME_STEP for s, t in pairs)
+    return bool((parameters(a) - parameters(b)).norm() <= SAME_PLACE * parameters(b).norm())
+
+
+@st.composite
+def partitions(draw: st.DrawFn) -> list[int]:
+    """Sizes of at most four parts of six samples, of at least one each."""
+    cuts = sorted(draw(st.sets(st.integers(1, 5), min_size=1, max_size=3)))
+    return [b - a for a, b in zip([0, *cuts], [*cuts, 6], strict=True)]
+
+
+def moved(
+    name: str, seed: int, sizes: list[int], order: list[int] | None = None, **settings: object
+) -> tuple[Task, TeleportReport]:
+    problem = task(name, seed)
+    without_dropout(problem.model)
+    parts = pieces(problem, sizes)
+    parts = parts if order is None else [parts[i] for i in order]
+    settings.setdefault("growth", 1.5)
+    return problem, Teleporter(problem.model, **settings).step(parts)
+
+
+@methods
+@pytest.mark.parametrize("tau", [1.0, 0.999])
+@few
+@given(name=st.sampled_from(IN_BATCHES), seed=seeds, sizes=partitions())
+def test_a_list_of_closures_is_one_batch(
+    method: str, tau: float, name: str, seed: int, sizes: list[int]
+) -> None:
+    """A drift of half the loss is allowed: whether it is in bounds at τ < 1 is not asked here."""
+    given = {"method": method, "tau": tau, "max_drift": 0.5, "steps": 2}
+    assert same(moved(name, seed, sizes, **given), moved(name, seed, [6], **given))
+
+
+@methods
+@pytest.mark.parametrize("tau", [1.0, 0.999])
+@few
+@given(name=st.sampled_from(IN_BATCHES), seed=seeds, sizes=partitions(), data=st.data())
+def test_the_order_of_closures_is_irrelevant(
+    method: str, tau: float, name: str, seed: int, sizes: list[int], data: st.DataObject
+) -> None:
+    order = data.draw(st.permutations(range(len(sizes))))
+    given = {"method": method, "tau": tau, "max_drift": 0.5}
+    assert same(moved(name, seed, sizes, order, **given), moved(name, seed, sizes, **given))
+
+
+@methods
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_list_of_one_closure_is_that_closure(name: str, method: str) -> None:
+    listed, alone = task(name), task(name)
+    reports = [
+        Teleporter(listed.model, method=method).step([listed.closure]),
+        Teleporter(alone.model, method=method).step(alone.closure),
+    ]
+    assert torch.equal(parameters(listed), parameters(alone))
+    assert reports[0].step_sizes == reports[1].step_sizes
+
+
+def test_an_empty_list_of_closures_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one closure"):
+        Teleporter(task("plain").model).step([])
+
+
+def walks(name: str, seed: int) -> tuple[Walk, Walk]:
+    """Both walks over one batch, each on a model of its own."""
+    frozen, streamed = task(name, seed), task(name, seed)
+    for problem in (frozen, streamed):
+        without_dropout(problem.model)
+    coverage = cover(streamed.model)
+    names = {block.name for block in coverage.blocks}
+    return (
+        FrozenWalk(frozen.model, cover(frozen.model).sites, frozen.closure),
+        StreamedWalk(streamed.model, coverage.sites, [streamed.closure], names),
+    )
+
+
+def named(values: dict) -> dict:
+    return {block.name: value for block, value in values.items()}
+
+
+@pytest.mark.verifies("thm-survivor")
+@pytest.mark.parametrize("name", GRAPHS)
+@few
+@given(seed=seeds)
+def test_frozen_and_streamed_walks_agree(name: str, seed: int) -> None:
+    """Loss, norm, fixed layers, directions to 1e-10 of the whole direction."""
+    frozen, streamed = walks(name, seed)
+    assert abs(frozen.loss - streamed.loss) <= 1e-12 * frozen.loss
+    assert abs(frozen.norm_squared() / streamed.norm_squared() - 1) <= 1e-11
+    assert {b.name for b in frozen.fixed} == {b.name for b in streamed.fixed}
+    found, wanted = (
+        named(w.tangent_direction({b: w.basis(b, 1.0) for b in w.start})) for w in walks(name, seed)
+    )
+    size = sum(float(d.square().sum()) for d in wanted.values()) ** 0.5
+    assert found.keys() == wanted.keys()
+    assert all((found[n] - d).norm() <= 1e-10 * size for n, d in wanted.items())
+
+
+@pytest.mark.verifies("thm-invariance")
+@pytest.mark.parametrize("name", GRAPHS)
+@few
+@given(seed=seeds, length=st.floats(0.01, 1.0))
+def test_frozen_and_streamed_walks_see_the_same_norm_ahead(
+    name: str, seed: int, length: float
+) -> None:
+    """One by a backward pass over a frozen tape, the other by running the moved model."""
+    norms = []
+    for walk in walks(name, seed):
+        along = walk.tangent_direction({b: walk.basis(b, 1.0) for b in walk.start})
+        size = sum(float(d.square().sum()) for d in along.values()) ** 0.5
+        ahead = walk.norm_squared_at(along, length / size)
+        walk.advance(along, length / size)
+        assert walk.norm_squared() == ahead
+        walk.look_back()
+        norms.append((ahead, walk.norm_squared()))
+    assert all(abs(a / b - 1) <= 1e-9 for a, b in zip(*norms, strict=True))
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_writing_the_start_undoes_writing_the_position(name: str) -> None:
+    problem = task(name)
+    walk = FrozenWalk(problem.model, cover(problem.model).sites, problem.closure)
+    before = parameters(problem)
+    along = walk.tangent_direction({b: walk.basis(b, 1.0) for b in walk.start})
+    walk.advance(along, 1.0)
+    walk.write()
+    assert not torch.equal(parameters(problem), before)
+    walk.write_start()
+    assert torch.equal(parameters(problem), before)
+
+
+class Living:
+    """Counts the tapes alive whenever a new one is made."""
+
+    def __init__(self) -> None:
+        self.tapes: list[weakref.ref] = []
+        self.most = 0
+
+    def count(self) -> int:
+        return sum(ref() is not None for ref in self.tapes)
+
+    @contextmanager
+    def watching(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        made = capture.Tape.__init__
+
+        def remember(tape: capture.Tape, *args: object, **kwargs: object) -> None:
+            made(tape, *args, **kwargs)
+            self.tapes.append(weakref.ref(tape))
+            self.most = max(self.most, self.count())
+
+        with monkeypatch.context() as patch:
+            patch.setattr(capture.Tape, "__init__", remember)
+            yield
+
+
+@methods
+@pytest.mark.parametrize("tau", [1.0, 0.99])
+def test_at_most_one_more_tape_is_alive_than_the_one_in_use(
+    monkeypatch: pytest.MonkeyPatch, method: str, tau: float
+) -> None:
+    """A loop's name may hold the last tape until the next is made; never one per micro-batch."""
+    problem, living = task("residual"), Living()
+    with living.watching(monkeypatch):
+        Teleporter(problem.model, method=method, tau=tau, steps=2, max_drift=0.5).step(
+            pieces(problem, [2, 1, 1, 1, 1])
+        )
+    assert len(living.tapes) >= 5
+    assert living.most <= 2
+    gc.collect()
+    assert living.count() == 0
+
+
+@methods
+def test_only_one_tape_is_alive_at_a_time(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Memory is what one micro-batch needs, without help from the garbage collector."""
+    problem, living = task("plain"), Living()
+    with living.watching(monkeypatch):
+        Teleporter(problem.model, method=method).step(pieces(problem, [2, 1, 1, 1, 1]))
+    assert living.most == 1
+
+
+@few
+@given(st.sampled_from(IN_BATCHES), seeds, partitions(), st.floats(1.1, 3.0))
+def test_the_report_of_a_list_is_about_the_whole_batch(
+    name: str, seed: int, sizes: list[int], growth: float
+) -> None:
+    before = task(name, seed)
+    problem, report = moved(name, seed, sizes, growth=growth)
+    assert abs(report.loss_before - float(before.closure().detach())) <= 1e-12 * report.loss_before
+    for at, wanted in ((before, report.grad_norm_before), (problem, report.grad_norm_after)):
+        assert abs(gradient_norm(at.model, at.closure) / wanted - 1) <= 1e-9
+    assert abs(report.growth / growth - 1) <= 1e-6
+    assert report.drift <= report.tolerance
