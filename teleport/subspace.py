@@ -68,11 +68,14 @@ class Basis:
     ) -> Float[Tensor, "*groups rows d_in"]:
         """``M - M B Bᵀ``: the rows of ``matrix`` with their part in the kept space removed.
 
-        This is paper equation (11), applied twice: one pass leaves a remainder of the size of the
-        rounding of ``matrix`` itself, which is not small beside a result that is.
+        This is paper equation (11), applied once more if little is left: one pass leaves a
+        remainder of the size of the rounding of ``matrix`` itself, which is not small beside a
+        result that is (Kahan and Parlett: twice is enough).
         """
         vectors = self.vectors.to(matrix.dtype)
         once = matrix - (matrix @ vectors) @ vectors.mT
+        if 2 * once.norm() > matrix.norm():
+            return once
         return once - (once @ vectors) @ vectors.mT
 
 

@@ -134,7 +134,8 @@ def _prefers_gram(tape: Tape, block: Block) -> bool:
 
 def _survivor(tape: Tape, block: Block, basis: Basis) -> Float[Tensor, "*groups d_out d_in"]:
     """Σ δ (P ẋ)ᵀ; the projection is done on rows or on the sum, whichever is smaller."""
-    x_dot = tape.tangents(block) if _prefers_gram(tape, block) else None
+    fewer_rows = tape.row_count(block) < tape.matrices[block].shape[-2]
+    x_dot = tape.tangents(block) if fewer_rows else None
     if x_dot is None:
         whole = tape.survivor(block)
         return without_rounding(basis.project(whole), whole)
