@@ -320,7 +320,7 @@ class _Relay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, call: Call, matrices: dict) -> Tensor:
-        ctx.call, ctx.matrices, ctx.anchor_shape = call, matrices, anchor
+        ctx.call, ctx.matrices, ctx.anchor = call, matrices, anchor
         return call.z.clone()  # the copy keeps z intact under in-place activations
 
     @staticmethod
@@ -332,7 +332,7 @@ class _Relay(torch.autograd.Function):
         grad = None
         if ctx.needs_input_grad[0]:
             grad = block.part.pull(delta, ctx.matrices[block], ctx.call.x.detach())
-        return grad, torch.zeros_like(ctx.anchor_shape), None, None
+        return grad, torch.zeros_like(ctx.anchor), None, None
 
 
 class _Replay:
