@@ -130,6 +130,37 @@ def equation_8(inputs: list[Tensor]) -> Tensor:
     return torch.stack(inputs, dim=1)
 
 
+def patches(image: Tensor, size: int, stride: int = 1, padding: int = 0) -> Tensor:
+    """Section 3.1.2: ``X [h_o w_o, C_i k k]`` of an image ``[C_i, h, w]``, position by position.
+
+    Zero padding; the row of a position lists its patch channel by channel, each row by row.
+    """
+    channels, height, width = image.shape
+    padded = image.new_zeros(channels, height + 2 * padding, width + 2 * padding)
+    padded[:, padding : padding + height, padding : padding + width] = image
+    rows = []
+    for top in range(0, padded.shape[1] - size + 1, stride):
+        for left in range(0, padded.shape[2] - size + 1, stride):
+            patch = [
+                padded[channel, top + i, left + j]
+                for channel in range(channels)
+                for i in range(size)
+                for j in range(size)
+            ]
+            rows.append(torch.stack(patch))
+    return torch.stack(rows)
+
+
+def equation_9(images: list[Tensor], size: int, stride: int = 1, padding: int = 0) -> Tensor:
+    """Representation matrix of a convolution, ``[X_1ᵀ, …, X_nᵀ]``, ``[C_i k k, h_o w_o n]``."""
+    return torch.cat([patches(image, size, stride, padding).T for image in images], dim=1)
+
+
+def equation_10(sequences: list[Tensor]) -> Tensor:
+    """Representation matrix of an attention projection, ``[X_1ᵀ, …, X_nᵀ]``, ``[D_i, T n]``."""
+    return torch.cat([sequence.T for sequence in sequences], dim=1)
+
+
 def equation_3(representation: Tensor, tau: float) -> int:
     """Smallest k with ``‖A_k‖_F² >= τ ‖A‖_F²``; for τ = 1 the numerical rank (theorem T9)."""
     values = torch.linalg.svdvals(representation)
@@ -152,6 +183,16 @@ def significant_basis(representation: Tensor, tau: float) -> Tensor:
 def equation_11(gradient: Tensor, basis: Tensor) -> Tensor:
     """``π_l(G) = G - G B Bᵀ``: what is left outside the space of significant representation."""
     return gradient - gradient @ basis @ basis.T
+
+
+def equation_12(gradient: Tensor, basis: Tensor) -> Tensor:
+    """``π_l(G) = G - B Bᵀ G`` for weights stored ``[C_i k k, C_o]``: equation 11 transposed."""
+    return gradient - basis @ basis.T @ gradient
+
+
+def equation_13(gradient: Tensor, basis: Tensor) -> Tensor:
+    """``π_l(G) = G - B Bᵀ G`` for projections stored ``[D_i, D_k]``: the same as equation 12."""
+    return equation_12(gradient, basis)
 
 
 def equation_5(network: Network, projected: Network, eta: float) -> Network:

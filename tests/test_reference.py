@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import find, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from teleport import reference
+from teleport.layers import rule_for
 from tests.strategies import (
     BENDS,
     SMOOTH,
@@ -22,6 +23,7 @@ from tests.strategies import (
     matrix_gradients,
     network,
     rows_of_rank,
+    seeds,
     with_bias,
 )
 
@@ -180,3 +182,42 @@ def test_algorithm_1_teleports_before_the_epochs_of_the_schedule() -> None:
     note = lambda what: lambda net: (order.append(what), net)[1]  # noqa: E731
     reference.algorithm_1([], note("train"), note("teleport"), epochs=3, schedule={0, 2})
     assert order == ["teleport", "train", "train", "teleport", "train"]
+
+
+@pytest.mark.verifies("thm-span")
+@given(
+    channels=st.integers(1, 2),
+    size=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.integers(0, 1),
+    seed=seeds,
+)
+def test_equation_9_holds_the_rows_of_a_convolution(
+    channels: int, size: int, stride: int, padding: int, seed: int
+) -> None:
+    """Against the library's rule and, through the weights, against torch."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(2, channels, 4, 5, generator=generator, dtype=torch.float64)
+    module = nn.Conv2d(channels, 3, size, stride, padding, bias=False).double()
+    (part,) = rule_for(module).parts(module)
+    representation = reference.equation_9(list(images), size, stride, padding)
+    assert torch.equal(representation.T, part.rows(images))
+    outputs = representation.T @ module.weight.detach().reshape(3, -1).T
+    assert close(part.from_out_rows(outputs, module(images)), module(images).detach())
+
+
+def test_equation_10_holds_the_tokens_of_all_sequences() -> None:
+    sequences = torch.randn(2, 3, 4, dtype=torch.float64)
+    (part,) = rule_for(nn.Linear(4, 2)).parts(nn.Linear(4, 2, bias=False))
+    assert torch.equal(reference.equation_10(list(sequences)).T, part.rows(sequences))
+
+
+@pytest.mark.verifies("thm-layerwise")
+@given(rows_of_rank((torch.float64,)), seeds)
+def test_equations_12_and_13_are_equation_11_transposed(case: Rows, seed: int) -> None:
+    basis = reference.significant_basis(case.build().T, 1.0)
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(3, len(basis), generator=generator, dtype=torch.float64)
+    wanted = reference.equation_11(gradient, basis)
+    for equation in (reference.equation_12, reference.equation_13):
+        assert close(equation(gradient.T, basis).T, wanted)
