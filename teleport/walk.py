@@ -115,18 +115,20 @@ class Walk(ABC):
         """How far the loss may move at τ = 1, to first order in the cotangents δ.
 
         An output is a sum of d products; with probability 1 - 7e-4 its rounding error is at most
-        2 √d eps ‖w‖ ‖x‖ (Higham and Mary 2019, λ = 4), before the move and after it. It reaches
+        2 √d eps ‖w‖ ‖x‖ (Higham and Mary 2019, λ = 4), before the move and after it; half precision
+        rounds once, after summing in float32, and its weights to as much. The error reaches
         the loss through δ; outputs of one row add in quadrature, rows may share their errors. What
         the rank rule may cut off (`Basis.residual`) is not in the basis, and ΔW acts on it.
         """
-        eps = torch.finfo(self.dtype).eps
-        total = 8 * eps * abs(self.loss)
+        total = 8 * torch.finfo(self.dtype).eps * abs(self.loss)
         for tape, share in self._tapes():
             for block in tape.blocks:
+                eps = torch.finfo(tape.calls_of(block)[0].z.dtype).eps  # that of the computation
                 rows, deltas = tape.rows(block), share * tape.deltas(block)
                 weights = self.start[block].square().sum(-1) + self.matrices[block].square().sum(-1)
                 errors = (deltas.square() @ weights[..., None])[..., 0].sqrt() * rows.norm(dim=-1)
-                total += 2 * eps * rows.shape[-1] ** 0.5 * float(errors.sum())
+                terms = rows.shape[-1] if eps < 1e-4 else 1  # half precision sums in float32
+                total += 2 * eps * terms**0.5 * float(errors.sum())
                 if block in bases:
                     values = bases[block].singular_values
                     cut = max(rows.shape[-2:]) * eps * float(values.max()) * values.numel() ** 0.5

@@ -401,3 +401,18 @@ def test_a_layer_the_loss_ignores_does_no_harm() -> None:
 
     report = Teleporter(problem.model, growth=2.0).step(closure)
     assert math.isclose(report.growth, 2.0, rel_tol=REACHED)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(3))
+def test_half_precision_keeps_its_loss_to_its_own_rounding(dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
+    model = model.append(nn.Linear(64, 5)).to(dtype)
+    x, y = torch.randn(16, 20, dtype=dtype), torch.randint(5, (16,))
+    teleporter = Teleporter(model, growth=1.5)
+    report = teleporter.step(lambda: nn.functional.cross_entropy(model(x).float(), y))
+    eps = torch.finfo(dtype).eps
+    assert not report.rolled_back, report.reason
+    assert report.drift <= report.tolerance <= 10 * eps * report.loss_before
+    assert report.growth == pytest.approx(1.5, rel=4 * eps)
