@@ -37,8 +37,6 @@ class Transaction:
 
     def __enter__(self) -> "Transaction":
         self._random = _random_state()
-        self._stack = ExitStack()
-        self._stack.enter_context(_unfused())
         self._parameters = [(p, p.detach().clone()) for p in self.model.parameters()]
         self._buffers = [
             (module, name, buffer, buffer.detach().clone())
@@ -48,6 +46,9 @@ class Transaction:
         ]
         self._grads = [(p, p.grad, _copy(p.grad)) for p in self.model.parameters()]
         self._modes = [(m, m.training) for m in self.model.modules()]
+        # Only now is anything changed: a copy that finds no memory must leave no trace.
+        self._stack = ExitStack()
+        self._stack.enter_context(_unfused())
         for module in self.model.modules():
             if isinstance(module, _WITH_DROPOUT):
                 module.training = False

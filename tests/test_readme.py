@@ -91,7 +91,7 @@ def test_every_file_the_readme_points_to_exists() -> None:
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
-def test_every_commited_result_is_complete_and_tells_its_command() -> None:
+def test_every_committed_result_is_complete_and_tells_its_command() -> None:
     folders = {path.parent for path in RESULTS.rglob("*.jsonl")}
     assert folders
     for folder in folders:

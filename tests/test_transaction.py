@@ -393,3 +393,26 @@ def test_random_generators_go_on_where_they_were() -> None:
         draws += [random.random() + float(np.random.rand()) + float(torch.rand(()))]  # noqa: NPY002
     assert draws[0] == draws[1]
     assert (random.getstate(), fingerprint(problem.model)["random"]) == before
+
+
+@pytest.mark.parametrize("good", [0, 3, 6, 8])
+def test_out_of_memory_at_a_copy_leaves_everything_as_before(
+    good: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first six copies are the transaction's own, the others those of the recorded pass."""
+    problem, calls = task("plain"), count()
+    before, copy = fingerprint(problem.model), Tensor.clone
+    fast = torch.backends.mha.get_fastpath_enabled()
+
+    def clone(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if next(calls) >= good:
+            raise MemoryError("no memory left")
+        return copy(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "clone", clone)
+        with pytest.raises(MemoryError) as caught:  # keeps every frame: no clean-up by collection
+            Teleporter(problem.model).step(problem.closure)
+    assert fingerprint(problem.model) == before
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert "no memory left" in str(caught.value)
