@@ -52,7 +52,7 @@ class EmbeddingPart(Part):
         return rows.reshape(like.shape)
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0].T
+        return tensors[0].T.clone()
 
     def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
         return (matrix.T,)

@@ -298,8 +298,8 @@ def test_the_tied_projection_is_the_orthogonal_one(seed: int) -> None:
 
 
 def test_where_every_token_is_used_a_tied_table_has_no_room() -> None:
-    case = text(0, kinds=WORDS, length=200)
-    case = Text(case.model, torch.cat([torch.arange(WORDS), case.x]))
+    case = Text(text(0, bias=True).model, torch.arange(WORDS))
+    assert teleport.null_space(case.model, [case.closure]).bases["embed"].own.null_dim > 0
     report = teleport.Teleporter(case.model).step(case.closure)
     (line,) = [layer for layer in report.layers if layer.name == "embed"]
     assert line.null_dim == 0
@@ -341,7 +341,7 @@ def test_new_words_are_learned_and_old_text_reads_as_before(
     unseen = sorted(set(range(WORDS)) - set(case.x.tolist()))
     new = Text(case.model, torch.tensor(unseen + unseen))
     table = case.model.embed.weight.detach().clone()
-    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=5e-3)
     first = float(new.closure())
     for _ in range(5):
         optimizer.zero_grad()
@@ -351,7 +351,7 @@ def test_new_words_are_learned_and_old_text_reads_as_before(
         optimizer.step()
     assert float(new.closure()) < first
     torch.testing.assert_close(case.model(case.x), outputs, rtol=0, atol=1e-9)
-    assert float((case.model.embed.weight - table)[unseen].abs().max()) > 1e-4
+    assert float((case.model.embed.weight - table)[unseen].abs().max()) > 1e-5
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -380,13 +380,13 @@ def test_a_bag_model_keeps_old_bags() -> None:
     model = nn.Sequential(nn.EmbeddingBag(30, 8), nn.Linear(8, 3)).double()
     old, new = torch.randint(10, (4, 5)), torch.randint(10, 30, (4, 5))
     space = teleport.null_space(model, [lambda: model(old)])
-    outputs = model(old).detach()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    outputs, table = model(old).detach(), model[0].weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     with space.keep(model):
         model(new).square().sum().backward()
         optimizer.step()
     torch.testing.assert_close(model(old), outputs, rtol=0, atol=1e-10)
-    assert float((model[0].weight.grad[10:]).norm()) > 0
+    assert bool((model[0].weight[10:] != table[10:]).any())
 
 
 def test_a_table_and_two_heads_are_frozen() -> None:
