@@ -35,12 +35,8 @@ class Block:
         """The parameters the matrix is made of, or of rows of."""
         return tuple(slot.parameter for slot in self.part.slots)
 
-    def seen_by(self, part: Part, matrix: Tensor) -> Tensor:
-        """A matrix of the block as one of its parts sees it."""
-        return part.join(self.part.split(matrix)[:1]) if part is self.other else matrix
-
     def gradient_from(self, part: Part, gradient: Tensor) -> Tensor:
-        """Undoes `seen_by` for a gradient: a bias gets none from the transpose."""
+        """A gradient in the matrix of one of its parts, in its own; a bias gets none from other."""
         if part is not self.other:
             return gradient
         rest = (torch.zeros_like(s.of(s.parameter)).detach() for s in self.part.slots[1:])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport.axes import AxisSpace
-from teleport.layers import Apply, LayerRule, Part, Slot, register
+from teleport.layers import Apply, LayerRule, Part, Pieces, Slot, register
 from teleport.subspace import Space
 
 
@@ -39,6 +39,9 @@ class EmbeddingPart(Part):
     def collect(self, space: Any, x: Tensor) -> None:
         space.add(x)
 
+    def out_norms(self, pieces: Pieces) -> Tensor:
+        return torch.linalg.vector_norm(pieces[0], dim=0)  # type: ignore[no-any-return]
+
     def collect_none(self, space: Any) -> None:
         space.add(torch.empty(0, dtype=torch.long, device=self.weight.parameter.device))
 
@@ -57,8 +60,8 @@ class EmbeddingPart(Part):
     def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
         return (matrix.T,)
 
-    def push(self, x: Tensor, matrix: Tensor) -> Tensor:
-        looked = functional.embedding(x, matrix.T)
+    def push(self, x: Tensor, weight: Tensor) -> Tensor:
+        looked = functional.embedding(x, weight)
         return looked if self.padding is None else looked * (x != self.padding)[..., None]
 
     def weight_gradient(self, x: Tensor, delta: Tensor, bias_input: float = 1.0) -> Tensor:

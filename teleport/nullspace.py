@@ -163,7 +163,7 @@ class NullSpace:
         blocks = cover(model).blocks
         found = {}
         for block in blocks:
-            shape = block.part.matrix().shape
+            shape = block.part.matrix_shape
             found[block.name] = (*shape[:-2], shape[-1])
         if found != self._shapes():
             raise NullSpaceError(

@@ -205,6 +205,34 @@ class RowSpace(Space):
         kept = vectors[..., : int(ranks.max())]
         return Basis(kept * _first(ranks, kept[..., 0, :])[..., None, :], values, ranks, known)
 
+    def basis_if_full(self, count: int, energy: float) -> Basis | None:
+        """The basis of all directions, if these rows show that ``count`` rows have full rank.
+
+        Rows only add to a space: the smallest singular value does not fall when more come, and the
+        largest is at most the root of their ``energy``, their squared Frobenius norm. So it is
+        safe to stop reading if the smallest exceeds what the rank rule would cut (``thm-rank``).
+        """
+        gram = self._gram()
+        values = torch.linalg.eigvalsh(gram)
+        d_in = gram.shape[-1]
+        rounding = d_in * torch.finfo(torch.float64).eps * values[..., -1]
+        cut = (max(count, d_in) * _resolution(self._dtype)) ** 2 * energy
+        if not bool((values[..., 0] - rounding > cut).all()):
+            return None
+        every = torch.eye(d_in, dtype=gram.dtype, device=gram.device).expand_as(gram)
+        ranks = torch.full(gram.shape[:-2], d_in, device=gram.device)
+        return Basis(every, values.flip(-1).sqrt(), ranks, self._dtype)
+
+    def _gram(self) -> Tensor:
+        """The float64 Gram matrix of the rows so far."""
+        rows = torch.cat(self._pending, dim=-2) if self._pending else None
+        gram = None if rows is None else rows.mT @ rows
+        if self._reduced is None:
+            assert gram is not None
+            return gram
+        reduced = self._reduced.mT @ self._reduced if self._exact() else self._reduced
+        return reduced if gram is None else reduced + gram
+
     def _exact(self) -> bool:
         return self._dtype == torch.float64
 
@@ -241,9 +269,13 @@ def numerical_rank(
     precision inputs are cut like float32: their stored values are exact there, and their own eps
     would cut everything.
     """
-    eps = torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
-    cut = max(shape) * eps * singular_values.amax(dim=-1, keepdim=True)
+    cut = max(shape) * _resolution(dtype) * singular_values.amax(dim=-1, keepdim=True)
     return (singular_values > cut).sum(dim=-1)
+
+
+def _resolution(dtype: torch.dtype) -> float:
+    """Rounding of inputs of this type, relative to their size, as the rank rule counts it."""
+    return torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
 
 
 def energy_rank(
