@@ -4,6 +4,7 @@
 """
 
 import copy
+import io
 import itertools
 import math
 import os
@@ -17,14 +18,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import iv
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport import NetworkBound, Teleporter, UnsupportedModelError, network_bound
+from teleport import NetworkBound, Teleporter, UnsupportedModelError, data, models, network_bound
 from teleport.lipschitz import GELU_TANH, LINEAR, SILU, convolution_norm, lipschitz
 from tests.fingerprint import fingerprint
 from tests.strategies import seeds
 from tests.test_layers import Layer, convolutions, transposed_convolutions
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
 
 ROUNDING = 1e-10
 """Relative; the networks have up to six layers, and condition numbers of their Grams matter."""
@@ -335,7 +339,7 @@ def assert_holds(found: NetworkBound) -> None:
 
 
 @pytest.mark.verifies("thm-drift")
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(chains(), taus, growths)
 def test_no_teleport_exceeds_the_bound_on_outputs_and_losses(
     case: Chain, tau: float, growth: float
@@ -371,7 +375,7 @@ def test_no_move_at_all_exceeds_the_bound(case: Chain, tau: float, power: float,
 
 
 @pytest.mark.verifies("thm-drift")
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(chains(), growths)
 def test_the_bound_of_an_exact_teleport_is_rounding(case: Chain, growth: float) -> None:
     before, x, y = case.build()
@@ -510,26 +514,22 @@ def test_the_table_names_every_module_and_ends_in_the_verdict() -> None:
     assert lines[-1].startswith("output moved by")
 
 
-def perceptron() -> tuple[nn.Sequential, Tensor, Tensor]:
-    """784-256-256-10 and 200 images of the embedded sample."""
-    from teleport import data, models
+Task = tuple[nn.Sequential, Tensor, Tensor]
 
+
+def perceptron() -> Task:
+    """784-256-256-10 and 1,000 images of the embedded sample."""
     known = data.load("mnist-sample")
-    model = models.mlp(784, 10, hidden=(256, 256))
-    return model, known.train_inputs[:200], known.train_targets[:200]
+    return models.mlp(784, 10, (256, 256)), known.train_inputs[:1000], known.train_targets[:1000]
 
 
-def convolutional() -> tuple[nn.Sequential, Tensor, Tensor]:
-    """Three convolutions, a linear layer, and 50 CIFAR-10 images from ``$TELEPORT_DATA``."""
-    import io
-
-    from PIL import Image
-
+def convolutional() -> Task:
+    """Three convolutions, a linear layer, and 1,000 CIFAR-10 images from ``$TELEPORT_DATA``."""
     archive = np.load(Path(os.environ["TELEPORT_DATA"]) / "cifar10" / "cifar10-jpeg.npz")
-    starts, blob = archive["offsets"], archive["blob"]
+    blob = archive["blob"]
     images = [
-        np.asarray(Image.open(io.BytesIO(blob[a:b].tobytes())))
-        for a, b in itertools.pairwise(starts[:51])
+        np.asarray(Image.open(io.BytesIO(blob[start:end].tobytes())))
+        for start, end in itertools.pairwise(archive["offsets"][:1001])
     ]
     x = torch.tensor(np.stack(images)).permute(0, 3, 1, 2).float() / 255.0
     model = nn.Sequential(
@@ -538,25 +538,45 @@ def convolutional() -> tuple[nn.Sequential, Tensor, Tensor]:
         nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(512, 10),
     )  # fmt: skip
-    return model, x, torch.tensor(archive["labels"][:50].astype(np.int64))
+    return model, x, torch.tensor(archive["labels"][:1000].astype(np.int64))
+
+
+def train(model: nn.Sequential, x: Tensor, y: Tensor, steps: int) -> float:
+    """Adam, learning rate 0.001, batches of 50; the loss at the end."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for step in range(steps):
+        part = slice(50 * step % len(x), 50 * step % len(x) + 50)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x[part]), y[part]).backward()
+        optimizer.step()
+    return float(functional.cross_entropy(model(x), y).detach())
+
+
+def looseness(build: Callable[[], Task], steps: int, tau: float, seed: int) -> tuple[float, ...]:
+    """Growth 1.5 on 50 images in float64: loss, output drift, bounds over it, loss drifts."""
+    torch.manual_seed(seed)
+    model, x, y = build()
+    loss = train(model, x, y, steps)
+    model, x, y = model.double(), x[:50].double(), y[:50]
+    after, drift = teleported(model, x, y, tau, 1.5)
+    found = network_bound(model, after, x, tau)
+    ratios = found.ratio, found.a_priori / found.measured
+    return loss, found.measured, *ratios, drift, found.cross_entropy(len(x))
 
 
 def table() -> str:
-    """Bound over measured drift: growth 1.5, untrained networks, float64, three seeds."""
-    head = "| network | tau | output drift | bound | ratio | a priori | loss drift | bound |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
-    for name, build in (("MLP, MNIST", perceptron), ("CNN, CIFAR-10", convolutional)):
-        for tau, seed in itertools.product((0.999, 0.99, 0.9), range(3)):
-            torch.manual_seed(seed)
-            model, x, y = build()
-            model, x = model.double(), x.double()
-            after, drift = teleported(model, x, y, tau, 1.5)
-            found = network_bound(model, after, x, tau)
-            lines.append(
-                f"| {name}, seed {seed} | {tau:g} | {found.measured:.3g} | {found.bound:.3g} "
-                f"| {found.ratio:.3g} | {found.a_priori / found.measured:.3g} "
-                f"| {drift:.2g} | {found.cross_entropy(len(x)):.2g} |"
-            )
+    """Means over three seeds, with the range of what the bound is over the measured drift."""
+    names = "network | Adam steps | loss | tau | output drift | bound / drift | a priori / drift"
+    lines = [f"| {names} | loss drift | its bound |", "|" + "---|" * 9]
+    networks = (("MLP, MNIST", perceptron), ("CNN, CIFAR-10", convolutional))
+    for (name, build), steps, tau in itertools.product(networks, (0, 300), (0.999, 0.99, 0.9)):
+        found = np.array([looseness(build, steps, tau, seed) for seed in range(3)])
+        loss, drift, _, _, moved, allowed = found.mean(axis=0)
+        (low, low_rough), (high, high_rough) = found[:, 2:4].min(axis=0), found[:, 2:4].max(axis=0)
+        lines.append(
+            f"| {name} | {steps} | {loss:.2f} | {tau:g} | {drift:.2g} | {low:.3g} to {high:.3g} "
+            f"| {low_rough:.3g} to {high_rough:.3g} | {moved:.2g} | {allowed:.2g} |"
+        )
     return "\n".join(lines)
 
 
