@@ -66,14 +66,21 @@ def test_a_convolution_is_no_larger_than_its_norm_bound(case: Layer) -> None:
 
 
 @pytest.mark.verifies("thm-drift")
-@given(dims=st.integers(1, 3), half=st.integers(0, 1), size=st.integers(3, 5), seed=seeds)
+@given(
+    dims=st.integers(1, 3),
+    kernel=st.sampled_from([1, 3]),
+    dilation=st.integers(1, 2),
+    size=st.integers(3, 5),
+    seed=seeds,
+)
 def test_the_norm_of_a_circular_convolution_is_exact(
-    dims: int, half: int, size: int, seed: int
+    dims: int, kernel: int, dilation: int, size: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
-    kernel = 2 * half + 1
-    module = kind(2, 2, kernel, padding="same", padding_mode="circular").to(DOUBLE)
+    module = kind(
+        2, 2, kernel, padding="same", padding_mode="circular", dilation=dilation, dtype=DOUBLE
+    )
     shape = (2, *[size] * dims)
     found = convolution_norm(module, torch.zeros(shape, dtype=DOUBLE))
     assert found == pytest.approx(norm(jacobian(module, shape)), rel=1e-9)
@@ -89,6 +96,24 @@ def test_the_norm_of_a_convolution_without_overlap_is_exact(
     shape = (2 * groups, 2 * kernel, 3 * kernel)
     found = convolution_norm(module, torch.zeros(shape, dtype=DOUBLE))
     assert found == pytest.approx(norm(jacobian(module, shape)), rel=1e-9)
+
+
+@pytest.mark.verifies("thm-drift")
+@pytest.mark.parametrize("size", range(2, 8))
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
+def test_the_norm_of_a_difference_is_bounded_where_few_frequencies_would_miss_it(
+    kind: type[nn.Module], padding: int, stride: int, size: int
+) -> None:
+    """``x_i - x_j`` is largest at half the sampling rate, which an odd size does not have."""
+    module = kind(1, 1, stride + 1, stride, padding, bias=False, dtype=DOUBLE)
+    with torch.no_grad():
+        module.weight.zero_()
+        module.weight[0, 0, 0], module.weight[0, 0, -1] = 1.0, -1.0
+    shape = (1, size + (stride if kind is nn.Conv1d else 0))
+    exact = norm(jacobian(module, shape))
+    assert exact <= convolution_norm(module, torch.zeros(shape, dtype=DOUBLE)) * (1 + ROUNDING)
 
 
 def test_a_linear_layer_has_its_spectral_norm() -> None:
