@@ -93,13 +93,13 @@ class UNet(nn.Module):
                 nn.Conv2d(after, after, 3, padding=1, bias=False), norm(after), nn.ReLU(),
             )  # fmt: skip
 
-        self.down = nn.ModuleList([block(3, 8), block(8, 16)])
-        self.bottom = block(16, 32)
+        self.down = nn.ModuleList([block(3, 4), block(4, 8)])
+        self.bottom = block(8, 16)
         self.grow = nn.ModuleList(
-            [nn.ConvTranspose2d(32, 16, 2, stride=2), nn.ConvTranspose2d(16, 8, 2, stride=2)]
+            [nn.ConvTranspose2d(16, 8, 2, stride=2), nn.ConvTranspose2d(8, 4, 2, stride=2)]
         )
-        self.up = nn.ModuleList([block(32, 16), block(16, 8)])
-        self.head = nn.Conv2d(8, CLASSES, 1)
+        self.up = nn.ModuleList([block(16, 8), block(8, 4)])
+        self.head = nn.Conv2d(4, CLASSES, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         x, across = images, []
@@ -117,7 +117,7 @@ def batch_norm(channels: int) -> nn.Module:
 
 
 def group_norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(4, channels)
+    return nn.GroupNorm(2, channels)
 
 
 def separable() -> nn.Sequential:
