@@ -8,6 +8,7 @@ import io
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -588,6 +589,21 @@ def looseness(build: Callable[[], Task], steps: int, tau: float, seed: int) -> t
     found = network_bound(model, after, x, tau)
     ratios = found.ratio, found.a_priori / found.measured
     return loss, found.measured, *ratios, drift, found.cross_entropy(len(x))
+
+
+ROOT = Path(__file__).parents[1]
+RECORD = ROOT / "chapters" / "results" / "network-bound" / "table.md"
+
+
+@pytest.mark.parametrize("network", ["MLP", "CNN"])
+def test_the_readme_tells_the_looseness_on_record(network: str) -> None:
+    lines = RECORD.read_text(encoding="utf-8").splitlines()
+    ranges = [line.split("|")[6].split(" to ") for line in lines if line.startswith(f"| {network}")]
+    low, high = min(float(a) for a, _ in ranges), max(float(b) for _, b in ranges)
+    told = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert re.search(
+        rf"{low:.2g} to {math.ceil(high)} times (the drift|that) of an? {network}", told
+    )
 
 
 def table() -> str:
