@@ -8,6 +8,7 @@ The book in ``chapters/`` derives why that works, what is wrong in the paper it 
 from importlib.metadata import version
 
 from teleport import attention, convolution, data, embedding, layers, recurrent, reference
+from teleport.bound import LayerBound, NetworkBound, network_bound
 from teleport.coverage import supported
 from teleport.errors import (
     ClosureError,
@@ -28,7 +29,9 @@ __version__ = version("nullspace-teleport")
 __all__ = [
     "ClosureError",
     "DataError",
+    "LayerBound",
     "LayerReport",
+    "NetworkBound",
     "NonFiniteLossError",
     "NullSpace",
     "NullSpaceError",
@@ -44,6 +47,7 @@ __all__ = [
     "data",
     "embedding",
     "layers",
+    "network_bound",
     "null_space",
     "recurrent",
     "reference",

@@ -60,7 +60,7 @@ class ConvPart(_SpatialPart):
         return z
 
     def rows(self, x: Tensor, bias_input: float = 1.0) -> Tensor:
-        patches = self._padded(_batched(x, self.dims))
+        patches = self.padded(_batched(x, self.dims))
         sizes = zip(self.module.kernel_size, self.module.stride, self.module.dilation, strict=True)
         for axis, (size, stride, dilation) in enumerate(sizes, start=2):
             patches = patches.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
@@ -80,13 +80,13 @@ class ConvPart(_SpatialPart):
 
     def push(self, x: Tensor, weight: Tensor) -> Tensor:
         m = self.module
-        padded = self._padded(_batched(x, self.dims))
+        padded = self.padded(_batched(x, self.dims))
         z: Tensor = self._conv(padded, weight, None, m.stride, 0, m.dilation, m.groups)
         return z if x.dim() == self.dims + 2 else z[0]
 
     def row_norms(self, x: Tensor) -> Tensor:
         """By a convolution of the squares with ones: no patch is formed."""
-        squares = self._padded(_batched(x, self.dims)).square()
+        squares = self.padded(_batched(x, self.dims)).square()
         ones = torch.ones_like(self.module.weight[: self.groups].detach())
         m = self.module
         sums = self._conv(squares, ones, None, m.stride, 0, m.dilation, m.groups)
@@ -96,13 +96,13 @@ class ConvPart(_SpatialPart):
     def pull(self, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         batched = _batched(x, self.dims)
         padded: Tensor
-        padded, unpad = torch.func.vjp(self._padded, batched)  # type: ignore[misc]
+        padded, unpad = torch.func.vjp(self.padded, batched)  # type: ignore[misc]
         (grad,) = self._backward(delta, padded, weight, (True, False, False))
         pulled: Tensor = unpad(grad)[0]
         return pulled.reshape(x.shape)
 
     def weight_gradient(self, x: Tensor, delta: Tensor, bias_input: float = 1.0) -> Tensor:
-        padded = self._padded(_batched(x, self.dims))
+        padded = self.padded(_batched(x, self.dims))
         weight = self.module.weight.detach()
         pieces = self._backward(delta, padded, weight, (False, True, self.has_bias_column))
         return self.join([pieces[0], *(bias_input * grad for grad in pieces[1:])])
@@ -119,7 +119,8 @@ class ConvPart(_SpatialPart):
         )  # fmt: skip
         return [grad for grad, asked in zip(grads, wanted, strict=True) if asked]
 
-    def _padded(self, x: Tensor) -> Tensor:
+    def padded(self, x: Tensor) -> Tensor:
+        """The input with the padding of the module's mode."""
         m = self.module
         widths: list[int] = []
         for axis in reversed(range(self.dims)):
