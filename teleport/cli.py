@@ -171,10 +171,10 @@ def figure(
 
 @data_app.command("list")
 def data_list() -> None:
-    """List the data sets and where their files are."""
-    table = Table("name", "images", "where")
+    """List the data sets, where their files are, and how to get those that are missing."""
+    table = Table("name", "kind", "what", "where", "to get it")
     for info in datasets.available():
-        table.add_row(info.name, f"{info.images:,}", info.where)
+        table.add_row(info.name, info.kind, info.what, info.where, info.how)
     _console().print(table)
 
 
