@@ -8,7 +8,7 @@ loaded. From `dataset` to `sets`, each module imports only from those before it.
 
 from teleport.data.catalogue import SAMPLE_NAME, SOURCES, Source
 from teleport.data.dataset import Dataset, Kind, LossKind, Parts, batches, take
-from teleport.data.fetch import SourceFile
+from teleport.data.download import SourceFile
 from teleport.data.images import read_idx
 from teleport.data.sets import FileStatus, SetInfo, available, fetch, load, verify
 from teleport.data.store import ROOT_VARIABLE

@@ -16,6 +16,8 @@ from pathlib import PurePosixPath
 
 from teleport.errors import DataError
 
+# What the reader of zip files raises on damaged ones, besides errors of its own class.
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, IndexError, RuntimeError)
 LIMIT = 1 << 30  # bytes; the largest official content, Tiny-ImageNet's, is about a quarter of it
 
 
@@ -100,7 +102,7 @@ def zip_members(content: bytes, where: str, limit: int = LIMIT) -> Iterator[tupl
             for member in members:
                 if not member.is_dir():
                     yield member.filename, _read(archive, member, where)
-    except zipfile.BadZipFile as error:
+    except ZIP_ERRORS as error:
         raise DataError(f"{where}: expected a complete zip archive, found: {error}") from error
 
 
@@ -108,7 +110,7 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> byte
     try:
         with archive.open(member) as file:
             return file.read(member.file_size)  # bounds the memory, whatever is really in it
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except ZIP_ERRORS as error:
         raise DataError(
             f"{where}: member {member.filename!r} at offset {member.header_offset}: "
             f"expected readable content, found: {error}"

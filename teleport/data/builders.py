@@ -163,9 +163,9 @@ def penn_treebank(files: Sequence[Checked], *, treebank: bool, length: int = tex
     Raises:
         DataError: A file is not text, or NLTK is wanted and not installed.
     """
-    tokenizer = text.treebank_tokenizer() if treebank else str.split
 
     def decode() -> Decoded:
+        tokenizer = text.treebank_tokenizer() if treebank else str.split
         split = [text.words(file.content, str(file.path), tokenizer) for file in files]
         names = text.vocabulary(split[0])
         streams = zip(("train", "valid", "test"), split, strict=True)

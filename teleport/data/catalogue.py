@@ -7,7 +7,7 @@ from typing import Any
 
 from teleport.data import builders, sources
 from teleport.data.dataset import Kind, Parts
-from teleport.data.fetch import SourceFile
+from teleport.data.download import SourceFile
 from teleport.data.store import Checked
 
 SAMPLE_NAME = "mnist-sample"
@@ -177,5 +177,6 @@ SOURCES: dict[str, Source] = {
         skip=1,
     ),
     "ptb": _ptb("at spaces", treebank=False),
+    # It splits the text's <unk> into three tokens; so does the paper's use of it.
     "ptb-treebank": _ptb("by NLTK's TreebankWordTokenizer", treebank=True),
 }

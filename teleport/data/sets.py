@@ -10,7 +10,7 @@ from typing import Literal
 
 from teleport.data.catalogue import SAMPLE_NAME, SOURCES, Source
 from teleport.data.dataset import Dataset, Kind
-from teleport.data.fetch import SourceFile
+from teleport.data.download import SourceFile
 from teleport.data.store import (
     ROOT_VARIABLE,
     Checked,

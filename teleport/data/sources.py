@@ -6,7 +6,7 @@ ETTh1 and Tiny-ImageNet are the ones on which public loaders agree. The packed J
 public source.
 """
 
-from teleport.data.fetch import SourceFile
+from teleport.data.download import SourceFile
 
 _MNIST_URLS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",

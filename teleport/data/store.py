@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from teleport.data.archive import gunzip
-from teleport.data.fetch import SourceFile, digest, download
+from teleport.data.download import SourceFile, digest, download
 from teleport.errors import DataError
 
 ROOT_VARIABLE = "TELEPORT_DATA"

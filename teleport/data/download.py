@@ -13,6 +13,7 @@ from teleport.errors import DataError
 if TYPE_CHECKING:
     from requests import Response
 
+CHUNK = 1 << 16  # bytes that are written at once; a cut connection loses at most as many
 ATTEMPTS = 4
 PAUSE = 0.5  # seconds before the second attempt; doubled before each further one
 TIMEOUT = 30  # seconds without an answer
@@ -77,8 +78,8 @@ def download(file: SourceFile, folder: Path) -> None:
     for url in file.urls:
         try:
             _from_mirror(url, part, file.download)
-        except (OSError, DataError) as error:
-            failures.append(f"  {url}: {_reason(error)}")
+        except DataError as error:
+            failures.append(f"  {url}: {error}")
         else:
             os.replace(part, folder / file.name)
             return
@@ -101,18 +102,20 @@ def _from_mirror(url: str, part: Path, expected: str) -> None:
 
 def _transfer(url: str, part: Path) -> None:
     """Append to the partial file until it is whole; go on as long as the server gives more."""
-    for attempt in range(ATTEMPTS):
+    from requests import RequestException  # late: it is slow to load and mostly not needed
+
+    for attempt in range(1, ATTEMPTS + 1):
         before = part.stat().st_size
         try:
             _request(url, part)
-        except OSError as error:
-            status = getattr(getattr(error, "response", None), "status_code", 0)
+        except RequestException as error:
+            status = 0 if error.response is None else error.response.status_code
             if status == 416 and before:  # nothing comes after what is there: the digest decides
                 return
-            more = part.stat().st_size > before or status >= 500 or status == 429
-            if not more or attempt == ATTEMPTS - 1:
-                raise
-            time.sleep(PAUSE * 2**attempt)
+            hopeful = part.stat().st_size > before or status >= 500 or status == 429
+            if not hopeful or attempt == ATTEMPTS:
+                raise DataError(_reason(error)) from error
+            time.sleep(PAUSE * 2 ** (attempt - 1))
         else:
             return
 
@@ -138,7 +141,7 @@ def _request(url: str, part: Path) -> None:
             headers["Range"] = f"bytes={start}-"
         pooch.HTTPDownloader(
             progressbar=sys.stderr.isatty(),
-            chunk_size=1 << 16,
+            chunk_size=CHUNK,
             headers=headers,
             timeout=TIMEOUT,
             hooks={"response": restart_unless_continued},
