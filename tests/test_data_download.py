@@ -121,9 +121,7 @@ def test_a_complete_part_needs_no_more_bytes(mirrors: Mirrors, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_server_in_trouble_is_asked_again(
-    mirrors: Mirrors, tmp_path: Path, status: int
-) -> None:
+def test_a_server_in_trouble_is_asked_again(mirrors: Mirrors, tmp_path: Path, status: int) -> None:
     mirrors.plan[f"/first/{NAME}"] = [Answer(status=status)] * 2
     download(wanted(mirrors), tmp_path)
     assert tree(tmp_path) == {NAME: CONTENT}
@@ -146,7 +144,12 @@ def test_every_mirror_says_why_and_nothing_stays(mirrors: Mirrors, tmp_path: Pat
     with pytest.raises(DataError) as caught:
         download(SourceFile(NAME, urls, md5(CONTENT)), tmp_path)
     lines = str(caught.value).splitlines()
-    reasons = ["404", f"expected {md5(CONTENT)}, found {md5(CONTENT[:-1])}", "found md5:", "refused"]
+    reasons = [
+        "404",
+        f"expected {md5(CONTENT)}, found {md5(CONTENT[:-1])}",
+        "found md5:",
+        "refused",
+    ]
     assert all(line.startswith(f"  {url}: ") for line, url in zip(lines, urls, strict=True))
     assert all(reason in line for line, reason in zip(lines, reasons, strict=True))
     assert len(mirrors.requests) == 3, "none of these faults is worth a second request"
@@ -188,7 +191,9 @@ cuts = st.lists(
 )
 
 
-@given(content=st.binary(min_size=1, max_size=400), first=cuts, second=cuts, calls=st.integers(1, 3))
+@given(
+    content=st.binary(min_size=1, max_size=400), first=cuts, second=cuts, calls=st.integers(1, 3)
+)
 def test_whatever_breaks_the_file_is_right_or_absent(
     loopback: Mirrors, content: bytes, first: list[Answer], second: list[Answer], calls: int
 ) -> None:

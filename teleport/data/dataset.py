@@ -204,8 +204,7 @@ def batches(
 
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Move the memory a view covers, then lay the same view over the copy."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    shape, strides = tensor.shape, tensor.stride()
+    steps = zip(shape, strides, strict=True)
     covered = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
-    return (
-        tensor.as_strided((covered,), (1,)).to(device).as_strided(tensor.shape, tensor.stride(), 0)
-    )
+    return tensor.as_strided((covered,), (1,)).to(device).as_strided(shape, strides)

@@ -173,9 +173,9 @@ def _fetch(name: str, folder: Path, missing: list[SourceFile]) -> None:
 def _status(name: str, folder: Path, file: SourceFile) -> FileStatus:
     path = locate(folder, file)
     if path is None:
-        return FileStatus(
-            folder / file.name, "missing", f"no such file. {_how(name, folder, [file])}"
-        )
+        path = folder / file.name
+        how = _how(name, folder, [file])
+        return FileStatus(path, "missing", f"{path}: no such file. {how}")
     try:
         _read(name, folder, file)
     except DataError as error:
