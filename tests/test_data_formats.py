@@ -131,6 +131,22 @@ def test_cifar_from_a_server(
     assert [status.state for status in data.verify(name, tmp_path)] == ["ok"]
 
 
+def test_a_damaged_archive_on_disk_is_refused_whole(
+    mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    content = cifar10_tar(random_pixels(6), [1] * 6)
+    serve_instead(monkeypatch, mirrors, "cifar10", content)
+    (file,) = data.SOURCES["cifar10"].files
+    path = data.fetch("cifar10", tmp_path) / file.name
+    readable = gzip.compress(gzip.decompress(content), 1)
+    path.write_bytes(readable)
+    found = digest("md5:", readable)
+    with pytest.raises(DataError, match=rf"expected digest of .* {file.download}, found {found}\."):
+        data.load("cifar10", tmp_path)
+    (status,) = data.verify("cifar10", tmp_path)
+    assert (status.state, "Delete it" in status.detail) == ("damaged", True)
+
+
 def test_cifar_errors_state_file_and_offset(
     mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
