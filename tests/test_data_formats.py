@@ -401,6 +401,8 @@ def test_series_from_a_server(
             torch.testing.assert_close(inputs[i], part[i : i + 168])
             torch.testing.assert_close(targets[i], part[i + 167 + 24])
     assert ("168 day" if name == "exchange_rate" else "168 hour") in loaded.note
+    columns = ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL", "OT")
+    assert loaded.names == (columns if name == "etth1" else ())
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 20), st.integers(1, 3))
