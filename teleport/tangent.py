@@ -8,10 +8,25 @@ For the gradient norm objective T = ½‖g‖², projected on a layer's input nu
 the weight gradient of the layer with its inputs replaced by their tangents along g. That takes one
 backward pass for δ and one forward-mode pass for ẋ; nothing is differentiated twice.
 
-Cost in matrix products of size rows x d_in x d_out per layer, against 3 of one gradient (forward 1,
-backward 2): δ 1, tangents 1, direction 1. The forward pass is on the tape, and the gradient itself
-is never formed where rows < d_in: its norm and its action on the inputs need only the Gram matrices
-of the rows, ‖g_l‖² = Σ (δδᵀ)∘(xxᵀ) and G x = (xxᵀ) δ.
+Cost model, in products of size rows x d_in x d_out per layer, of which one gradient takes three
+(forward, δ, weight gradient):
+
+====================================  ==============  ===================================
+phase                                 rows < d_in     otherwise
+====================================  ==============  ===================================
+δ, one backward pass                  1               1
+norm of the gradient                  Gram matrices   1 (the gradient itself)
+drive, the gradient's action on x     Gram matrices   1
+ẋ, one forward-mode pass              1               1
+direction, for layers that can move   1               1
+projection                            2 rank / max(rows, d_out), both
+====================================  ==============  ===================================
+
+Gram matrices are ``‖g_l‖² = Σ (δδᵀ)∘(xxᵀ)`` and ``G x = (xxᵀ) δ``, products of size rows x rows x
+(d_in + d_out). So a step costs at least 3/3 of a gradient where the batch is smaller than the
+layers, and 5/3 elsewhere. Not counted: the first layer needs no ẋ and no direction; ẋ ends at the
+last layer that can move; activations, and the float64 bases, which are made once per batch. One
+look of the line search is the first two lines.
 
 Along a direction in the joint null space T is a polynomial in the step (``thm-polynomial``), and
 each evaluation costs one backward pass: `step_to_norm` finds where it reaches a wanted value.
