@@ -10,6 +10,7 @@ joint null space guarantees (theorem ``thm-invariance``): the forward pass is fr
 backward pass is repeated.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -139,7 +140,8 @@ class Tape:
 
     def row_count(self, block: Block) -> int:
         """Number of input rows, without forming them."""
-        return sum(call.part.out_rows(call.z).shape[-2] for call in self.calls_of(block))
+        *groups, d_out, _ = block.part.matrix_shape
+        return sum(call.z.numel() for call in self.calls_of(block)) // (math.prod(groups) * d_out)
 
     def collect(self, block: Block, space: Space) -> None:
         """Add the inputs of all calls of a block to what ``block.space()`` returned."""

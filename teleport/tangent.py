@@ -152,8 +152,10 @@ def _root(
         step = _polynomial_root(finite, slope, low, high)
         if step is None or not low < step < high:
             break
-        if degree is not None and len(finite) >= degree:
-            return step  # with the slope that is one value more than the degree
+        # With the slope there is one value more than looks; far values drown the near ones.
+        known = degree is not None and len(finite) >= degree
+        if known and max(abs(e) for _, e in finite) < 10.0:
+            return step
         value = excess(step)
         if value == 0.0:
             return step

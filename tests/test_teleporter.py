@@ -153,9 +153,11 @@ def test_the_tolerance_is_measured_where_the_walk_ended() -> None:
     """A search that gave up far away must not widen what the guard allows."""
     problem, calls = WIDE.build(), count(1)
 
-    def give_up_far_away(norm_squared: Callable[[float], float], *arguments: float) -> float | None:
+    def give_up_far_away(
+        norm_squared: Callable[[float], float], *arguments: float, **options: Any
+    ) -> float | None:
         if next(calls) == 1:
-            return step_to_norm(norm_squared, *arguments)
+            return step_to_norm(norm_squared, *arguments, **options)
         norm_squared(1e30)
         return None
 
