@@ -227,7 +227,7 @@ PRESETS = {
             "t": (1, 2, 4, 8, 16),
             "d": (256, 512, 1024, 2048),
             "n": (32, 64, 128, 256),
-            "l": (2, 3, 4, 8, 16),
+            "l": (3, 4, 8, 16, 32),
             "b": (1, 2, 4, 8),
         },
         depths=(2, 4, 8, 16, 32),
@@ -243,7 +243,7 @@ PRESETS = {
             "t": (1, 2, 4, 8, 16, 32),
             "d": (512, 1024, 2048, 4096),
             "n": (50, 100, 200, 400, 800),
-            "l": (2, 3, 4, 8, 16, 32),
+            "l": (3, 4, 8, 16, 32),
             "b": (1, 2, 4, 8, 16, 32),
         },
         depths=(2, 4, 8, 16, 32),
@@ -274,7 +274,7 @@ def networks(small: bool, device: torch.device) -> list[Case]:
         _case(
             "transformer",
             Transformer(28, 10, length=64),
-            "2 pre-norm blocks, d = 128, T = 64, n = 32",
+            "2 blocks, d = 128, T = 64, n = 32",
             (32, 64, 28),
             10,
             device,
@@ -412,7 +412,7 @@ def scaling_jobs(setting: Setting) -> list[Job]:
         for row in rows:
             row.update(asdict(point), method=row.pop("operation"))
             if min(row["seconds"]) > setting.preset.limit:
-                # One slow base point stops no letter: it is larger than many of their points.
+                # The base has no letter and stops none: it is larger than many of their points.
                 too_slow.add((letter, row["method"]))
         return rows
 

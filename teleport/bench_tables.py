@@ -187,7 +187,11 @@ def _scaling(benchmark: Benchmark) -> list[Sheet]:
         fitted.append((letter, claim, *("-" if e is None else str(e) for e in exponents)))
     base = benchmark.config["size"]["base"]
     at = ", ".join(f"{letter} = {value}" for letter, value in base.items())
-    caption = f"Exponents of the median seconds with standard errors; each letter varied from {at}."
+    caption = (
+        f"Exponents of the median seconds with standard errors; each letter varied from {at}. The "
+        "first layer never moves and the last is small: more layers cost the same each, but the "
+        "sum is not proportional to l."
+    )
     measured = [
         (f"{letter} = {size:g}", *(_seconds_at(found.get(m), size) for m in methods))
         for letter, (_, found) in panels.items()

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import linregress
 from torch.profiler import ProfilerActivity, profile
 
 Stopwatch = Callable[[Callable[[], object]], float]
@@ -223,18 +222,18 @@ def power_law(sizes: Sequence[float], seconds: Sequence[float]) -> Exponent:
     """Fit ``seconds = c size^p`` by least squares on the logarithms.
 
     Raises:
-        ValueError: with fewer than three points (two leave no error to estimate), or values that
+        ValueError: with fewer than three sizes (two leave no error to estimate), or values that
             have no logarithm.
     """
-    if len(sizes) != len(seconds) or len(sizes) < 3:
+    if len(sizes) != len(seconds) or len(set(sizes)) < 3:
         raise ValueError(
-            "an exponent with its error needs three points or more, one time for each size; got "
-            f"{len(sizes)} sizes and {len(seconds)} times"
+            "an exponent with its error needs three sizes or more and one time for each; got "
+            f"{len(set(sizes))} different sizes and {len(seconds)} times"
         )
     if min(*sizes, *seconds) <= 0:
         raise ValueError(f"sizes and times must be > 0, got {list(sizes)} and {list(seconds)}")
-    fit = linregress(np.log(sizes), np.log(seconds))
-    return Exponent(float(fit.slope), float(fit.stderr))
+    solution, covariance = np.polyfit(np.log(sizes), np.log(seconds), deg=1, cov=True)
+    return Exponent(float(solution[0]), float(covariance[0, 0]) ** 0.5)
 
 
 @contextmanager
