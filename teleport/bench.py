@@ -550,6 +550,7 @@ def run(
                     size=asdict(setting.preset),
                     device=str(device),
                     load=_load(),
+                    cpus=os.cpu_count(),
                     command=command,
                     **environment(),
                 )

@@ -158,8 +158,8 @@ def _step(benchmark: Benchmark) -> list[Sheet]:
             )
     columns = ("network", "what", "gradients", "quartiles", "ms", "budget", "", "floor")
     caption = (
-        "Gradients: median ratio to one forward and backward pass run just before. Floor: "
-        "multiplications counted, in brackets with the projection."
+        "Gradients: median ratio to one forward and backward pass run just before. ms: of CPU time "
+        "with one thread. Floor: multiplications counted, in brackets with the projection."
     )
     return [Sheet(benchmark.title, columns, rows, caption)]
 
@@ -275,7 +275,8 @@ def _layers(benchmark: Benchmark) -> list[Sheet]:
             cells += ["-", "-"]
         rows.append((str(depth), *cells))
     columns = ("l", "sequential, s", "gradients", "parallel, s", "parallel / sequential")
-    return [Sheet(benchmark.title, columns, rows)]
+    caption = "By the wall clock, so that a busy machine shows."
+    return [Sheet(benchmark.title, columns, rows, caption)]
 
 
 _SHEETS: dict[str, Callable[[Benchmark], list[Sheet]]] = {

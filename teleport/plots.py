@@ -75,7 +75,7 @@ def scaling_figure(panels: Mapping[str, tuple[str, Mapping[str, Curve]]], title:
         panels: per size the paper's claim about it and one curve per method.
         title: above the figure.
     """
-    figure = Figure(figsize=(3.4 * len(panels), 4.2), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(panels), 4.6), layout="constrained")
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (size, (claim, curves)) in zip(row, panels.items(), strict=True):
         draw_scaling(axes, size, claim, curves)
@@ -109,7 +109,7 @@ def draw_scaling(axes: Axes, size: str, claim: str, curves: Mapping[str, Curve])
     axes.set_xlabel(size)
     axes.set_title(f"the paper: {claim} in {size}", fontsize=10)
     axes.grid(alpha=0.25, which="both")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
 
 
 def _axis(run: Run, against: str) -> FloatArray:
