@@ -156,7 +156,7 @@ def _step(benchmark: Benchmark) -> list[Sheet]:
             rows.append(
                 (*_ratio_cells(row), *_budget_cells(timing(row).ratio.median, budget), floor)
             )
-    columns = ("network", "what", "gradients", "quartiles", "ms", "budget", "", "floor")
+    columns = ("network", "what", "gradients", "quartiles (runs)", "ms", "budget", "", "floor")
     caption = (
         "Gradients: median ratio to one forward and backward pass run just before. ms: of CPU time "
         "with one thread. Floor: multiplications counted, in brackets with the projection."
@@ -174,7 +174,17 @@ def _basis(benchmark: Benchmark) -> list[Sheet]:
             rows.append(
                 (*_ratio_cells(row), *_budget_cells(timing(row).ratio.median, budget), *cells)
             )
-    columns = ("network", "bases of", "gradients", "quartiles", "ms", "budget", "", "rows", "rank")
+    columns = (
+        "network",
+        "bases of",
+        "gradients",
+        "quartiles (runs)",
+        "ms",
+        "budget",
+        "",
+        "rows",
+        "rank",
+    )
     return [Sheet(benchmark.title, (*columns, "free"), rows)]
 
 
@@ -305,7 +315,7 @@ def _ratio_cells(row: Row) -> tuple[str, ...]:
         "",
         row["operation"],
         f"{ratio.median:.2f}",
-        f"{ratio.low:.2f} - {ratio.high:.2f}",
+        f"{ratio.low:.2f} - {ratio.high:.2f} ({len(row['seconds'])})",
         f"{1e3 * seconds.median:.1f}",
     )
 

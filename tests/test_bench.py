@@ -86,7 +86,7 @@ def test_small_networks_have_no_budgets_and_the_real_ones_do() -> None:
         assert sheet.rows[1][5:7] == wanted
     cheap = {**row, "seconds": [1.0]}
     (sheet,) = sheets(_benchmark("step", [cheap], small=False))
-    assert sheet.rows[1][2:7] == ("1.00", "1.00 - 1.00", "1000.0", "<= 1", "met")
+    assert sheet.rows[1][2:7] == ("1.00", "1.00 - 1.00 (1)", "1000.0", "<= 1", "met")
 
 
 def test_memory_is_compared_with_the_grams_taken_off() -> None:
