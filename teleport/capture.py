@@ -10,7 +10,7 @@ joint null space guarantees (theorem ``thm-invariance``): the forward pass is fr
 backward pass is repeated.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,28 +22,55 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from teleport.coverage import Block, Site
+from teleport.coverage import Block, Site, Use
 from teleport.errors import ClosureError, NonFiniteLossError
+from teleport.layers import Part
+from teleport.subspace import Space
 
 Closure = Callable[[], Tensor]
 
 
 @dataclass(eq=False)
 class Call:
-    """One use of a block: what went in and came out, and what `Tape` finds out about it.
+    """One call of a layer: what went in and came out, and what `Tape` finds out about it.
 
     Attributes:
+        use: the block, and the part of it that was called.
         x, z: input and output as the layer saw them.
         delta: dL/dz for the matrices of the last `Tape.backward`; None if the loss ignores ``z``.
         x_dot: tangent of ``x`` from the last `Tape.push_tangents`; None if ``x`` does not depend
             on trainable parameters (theorem ``thm-fixed``).
     """
 
-    block: Block
+    use: Use
     x: Tensor
     z: Tensor
     delta: Tensor | None = None
     x_dot: Tensor | None = None
+
+    @property
+    def block(self) -> Block:
+        """The block whose matrix was applied."""
+        return self.use.block
+
+    @property
+    def part(self) -> Part:
+        """The part that applied it."""
+        return self.use.part
+
+    def weight_gradient(self) -> Tensor | None:
+        """``δ xᵀ`` in the shape of the block's matrix (theorem ``thm-span``)."""
+        if self.delta is None:
+            return None
+        gradient = self.part.weight_gradient(self.x.detach(), self.delta)
+        return self.block.gradient_from(self.part, gradient)
+
+    def survivor(self) -> Tensor | None:
+        """``δ ẋᵀ``, not projected (theorem ``thm-survivor``)."""
+        if self.delta is None or self.x_dot is None:
+            return None
+        gradient = self.part.weight_gradient(self.x_dot, self.delta, bias_input=0.0)
+        return self.block.gradient_from(self.part, gradient)
 
 
 @dataclass(eq=False)
@@ -81,10 +108,12 @@ class Tape:
         return [call for call in self.calls if call.block is block]
 
     def rows(self, block: Block) -> Float[Tensor, "*groups rows d_in"]:
-        """Input rows of all calls of a block, one below the other: the transpose of R_l (8)."""
+        """Input rows of all calls of a block, one below the other: the transpose of R_l (8).
+
+        Not for tied blocks, whose calls have rows of two kinds.
+        """
         if block not in self._rows:
-            calls = self.calls_of(block)
-            rows = [block.part.rows(call.x.detach()) for call in calls]
+            rows = [call.part.rows(call.x.detach()) for call in self.calls_of(block)]
             self._rows[block] = torch.cat(rows, dim=-2)
         return self._rows[block]
 
@@ -97,21 +126,24 @@ class Tape:
 
     def row_count(self, block: Block) -> int:
         """Number of input rows, without forming them."""
-        return sum(block.part.out_rows(call.z).shape[-2] for call in self.calls_of(block))
+        return sum(call.part.out_rows(call.z).shape[-2] for call in self.calls_of(block))
+
+    def collect(self, block: Block, space: Space) -> None:
+        """Add the inputs of all calls of a block to what ``block.space()`` returned."""
+        for call in self.calls_of(block):
+            block.collect(space, call.part, call.x.detach())
 
     def weight_gradient(self, block: Block) -> Float[Tensor, "*groups d_out d_in"]:
         """``Σ δ xᵀ`` over all calls (theorem ``thm-span``)."""
-        pairs = ((c.x.detach(), c.delta) for c in self.calls_of(block) if c.delta is not None)
-        return self._sum(block, [block.part.weight_gradient(x, delta) for x, delta in pairs])
+        return self._sum(block, (call.weight_gradient() for call in self.calls_of(block)))
 
     def survivor(self, block: Block) -> Float[Tensor, "*groups d_out d_in"]:
         """``Σ δ ẋᵀ`` over all calls, not projected (theorem ``thm-survivor``)."""
-        calls = [c for c in self.calls_of(block) if None not in (c.delta, c.x_dot)]
-        gradient = block.part.weight_gradient
-        return self._sum(block, [gradient(c.x_dot, c.delta, bias_input=0.0) for c in calls])  # type: ignore[arg-type]
+        return self._sum(block, (call.survivor() for call in self.calls_of(block)))
 
-    def _sum(self, block: Block, terms: list[Tensor]) -> Tensor:
-        return sum(terms[1:], terms[0]) if terms else torch.zeros_like(self.matrices[block])
+    def _sum(self, block: Block, terms: Iterable[Tensor | None]) -> Tensor:
+        given = [term for term in terms if term is not None]
+        return sum(given[1:], given[0]) if given else torch.zeros_like(self.matrices[block])
 
     def deltas(self, block: Block) -> Float[Tensor, "*groups rows d_out"]:
         """Cotangents of a block's outputs in the order of `rows`; 0 where the loss ignores them."""
@@ -220,14 +252,14 @@ def _recorded(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape
 
 
 def watch(
-    sites: Sequence[Site], closure: Callable[[], Any], see: Callable[[Block, Tensor], None]
+    sites: Sequence[Site], closure: Callable[[], Any], see: Callable[[Use, Tensor], None]
 ) -> None:
     """Run a closure without gradients and show every input of a covered product to ``see``."""
 
-    def product(block: Block, x: Tensor) -> Tensor:
+    def product(use: Use, x: Tensor) -> Tensor:
         if x.numel():
-            see(block, x)
-        return block.part.compute(x)
+            see(use, x)
+        return use.part.compute(x)
 
     with torch.no_grad(), _replaced_forwards(sites, product):
         closure()
@@ -260,14 +292,14 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
     matrices: dict[Block, Tensor] = {}
     anchor = torch.zeros((), requires_grad=True)
 
-    def product(block: Block, x: Tensor) -> Tensor:
+    def product(use: Use, x: Tensor) -> Tensor:
         if x.numel() == 0:
             raise ClosureError(
-                f"layer {block.name!r} received an empty batch of shape {tuple(x.shape)}"
+                f"layer {use.block.name!r} received an empty batch of shape {tuple(x.shape)}"
             )
         with torch.no_grad():
-            z = block.part.compute(x)
-        call = Call(block, x, z)
+            z = use.part.compute(x)
+        call = Call(use, x, z)
         calls.append(call)
         output: Tensor = _Relay.apply(x, anchor, call, matrices)
         return output
@@ -325,13 +357,14 @@ class _Relay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        block = ctx.call.block
-        if block not in ctx.matrices:
+        call = ctx.call
+        if call.block not in ctx.matrices:
             raise ClosureError(_BACKWARD_CALLED)
-        ctx.call.delta = delta
+        call.delta = delta
         grad = None
         if ctx.needs_input_grad[0]:
-            grad = block.part.pull(delta, ctx.matrices[block], ctx.call.x.detach())
+            matrix = call.block.seen_by(call.part, ctx.matrices[call.block])
+            grad = call.part.pull(delta, matrix, call.x.detach())
         return grad, torch.zeros_like(ctx.anchor), None, None
 
 
@@ -343,19 +376,20 @@ class _Replay:
         self.position = 0
         self._drive = {block: iter(tangents) for block, tangents in drive.items()}
 
-    def product(self, block: Block, x: Tensor) -> Tensor:
-        call = self._next(block, x)
+    def product(self, use: Use, x: Tensor) -> Tensor:
+        call = self._next(use, x)
         call.x_dot = forward_ad.unpack_dual(x).tangent
         if self.position == len(self.tape.calls):
             raise _LastCallReached
         dual: Tensor = forward_ad.make_dual(call.z.clone(), self._output_tangent(call))
         return dual
 
-    def _next(self, block: Block, x: Tensor) -> Call:
+    def _next(self, use: Use, x: Tensor) -> Call:
         calls = self.tape.calls
         call = calls[self.position] if self.position < len(calls) else None
-        if call is None or call.block is not block or call.x.shape != x.shape:
-            raise _changed(f"call {self.position + 1} is now {block.name!r} on {tuple(x.shape)}")
+        if call is None or call.use is not use or call.x.shape != x.shape:
+            name, shape = use.block.name, tuple(x.shape)
+            raise _changed(f"call {self.position + 1} is now {name!r} on {shape}")
         self.position += 1
         return call
 
@@ -363,7 +397,8 @@ class _Replay:
         own = next(self._drive[call.block])
         if call.x_dot is None:
             return own
-        return own + call.block.part.push(call.x_dot, self.tape.matrices[call.block])
+        matrix = call.block.seen_by(call.part, self.tape.matrices[call.block])
+        return own + call.part.push(call.x_dot, matrix)
 
 
 class _LastCallReached(BaseException):
@@ -391,7 +426,7 @@ def _changed(what: str) -> ClosureError:
 
 @contextmanager
 def _replaced_forwards(
-    sites: Sequence[Site], product: Callable[[Block, Tensor], Tensor]
+    sites: Sequence[Site], product: Callable[[Use, Tensor], Tensor]
 ) -> Iterator[None]:
     """Replace the ``forward`` of each site's module; put everything back in any case.
 

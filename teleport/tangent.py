@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from teleport.capture import Closure, Tape
 from teleport.coverage import Block
-from teleport.subspace import Basis
+from teleport.subspace import Projector
 
 Direction = dict[Block, Float[Tensor, "*groups d_out d_in"]]
 
@@ -39,7 +39,7 @@ def grad_norm_squared(tape: Tape) -> float:
 
 
 def direction(
-    tape: Tape, model: nn.Module, closure: Closure, bases: Mapping[Block, Basis]
+    tape: Tape, model: nn.Module, closure: Closure, bases: Mapping[Block, Projector]
 ) -> Direction:
     """π(Hg) for the blocks in ``bases``, by one forward-mode pass over the tape.
 
@@ -61,7 +61,7 @@ def direction(
     return {block: _survivor(tape, block, basis) for block, basis in bases.items()}
 
 
-def project_ascent(ascent: Direction, bases: Mapping[Block, Basis]) -> Direction:
+def project_ascent(ascent: Direction, bases: Mapping[Block, Projector]) -> Direction:
     """π of a full ascent direction (paper equation 11): the reference for `direction`."""
     return {
         block: without_rounding(basis.project(ascent[block]), ascent[block])
@@ -124,18 +124,22 @@ def _drive(tape: Tape, block: Block) -> list[Tensor]:
 
 def drive_of(tape: Tape, block: Block, velocity: Tensor) -> list[Tensor]:
     """Ẇ x for every call of a block, in the shape of the outputs."""
-    calls = tape.calls_of(block)
-    return [block.part.push_affine(call.x.detach(), velocity, call.z) for call in calls]
+    return [
+        call.part.push_affine(call.x.detach(), block.seen_by(call.part, velocity), call.z)
+        for call in tape.calls_of(block)
+    ]
 
 
 def _prefers_gram(tape: Tape, block: Block) -> bool:
+    if block.other is not None or not block.part.gram_pays:
+        return False
     return tape.row_count(block) < tape.matrices[block].shape[-1]
 
 
-def _survivor(tape: Tape, block: Block, basis: Basis) -> Float[Tensor, "*groups d_out d_in"]:
+def _survivor(tape: Tape, block: Block, basis: Projector) -> Float[Tensor, "*groups d_out d_in"]:
     """Σ δ (P ẋ)ᵀ; the projection is done on rows or on the sum, whichever is smaller."""
     fewer_rows = tape.row_count(block) < tape.matrices[block].shape[-2]
-    x_dot = tape.tangents(block) if fewer_rows else None
+    x_dot = tape.tangents(block) if fewer_rows and block.other is None else None
     if x_dot is None:
         whole = tape.survivor(block)
         return without_rounding(basis.project(whole), whole)

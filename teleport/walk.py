@@ -6,6 +6,7 @@ all other cases `StreamedWalk` runs the closures again, one at a time, so that m
 one of them needs.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -13,10 +14,10 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor, nn
 
-from teleport.capture import Closure, Tape, record
+from teleport.capture import Call, Closure, Tape, record
 from teleport.coverage import Block, Site
 from teleport.objective import ascent_double_backward, trainable
-from teleport.subspace import Basis, RowSpace
+from teleport.subspace import Projector, Space
 from teleport.tangent import (
     Direction,
     direction,
@@ -53,11 +54,11 @@ class Walk(ABC):
         """The squared gradient norm where the walk last looked."""
 
     @abstractmethod
-    def basis(self, block: Block, tau: float) -> Basis:
+    def basis(self, block: Block, tau: float) -> Projector:
         """Basis of the block's inputs at the start."""
 
     @abstractmethod
-    def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+    def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         """π(Hg) of the given blocks at the present position (``thm-survivor``)."""
 
     @abstractmethod
@@ -99,7 +100,7 @@ class Walk(ABC):
         """Put the start back into the model's parameters."""
         _write(self.start)
 
-    def double_backward_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+    def double_backward_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         """π(∇T) by definition: the reference for `tangent_direction`."""
         self.write()
         ascent = self.ascent()
@@ -111,7 +112,7 @@ class Walk(ABC):
             return 0.0
         return float((self.matrices[block] - self.start[block]).norm())
 
-    def rounding(self, bases: Mapping[Block, Basis]) -> float:
+    def rounding(self, bases: Mapping[Block, Projector]) -> float:
         """How far the loss may move at τ = 1, to first order in the cotangents δ.
 
         An output is a sum of d products; with probability 1 - 7e-4 its rounding error is at most
@@ -122,20 +123,27 @@ class Walk(ABC):
         """
         total = 8 * torch.finfo(self.dtype).eps * abs(self.loss)
         for tape, share in self._tapes():
-            for block in tape.blocks:
-                eps = torch.finfo(tape.calls_of(block)[0].z.dtype).eps  # that of the computation
-                rows, deltas = tape.rows(block), share * tape.deltas(block)
-                weights = self.start[block].square().sum(-1) + self.matrices[block].square().sum(-1)
-                errors = (deltas.square() @ weights[..., None])[..., 0].sqrt() * rows.norm(dim=-1)
-                terms = rows.shape[-1] if eps < 1e-4 else 1  # half precision sums in float32
-                total += 2 * eps * terms**0.5 * float(errors.sum())
-                if block in bases:
-                    values = bases[block].singular_values
-                    cut = max(rows.shape[-2:]) * eps * float(values.max()) * values.numel() ** 0.5
-                    left = min(bases[block].residual, cut)
-                    total += float(deltas.norm()) * self.move_norm(block) * left
+            total += share * sum(self._call_rounding(call) for call in tape.calls)
+            for block in bases.keys() & set(tape.blocks):
+                calls = [call for call in tape.calls_of(block) if call.delta is not None]
+                eps = max((torch.finfo(call.z.dtype).eps for call in calls), default=0.0)
+                left = bases[block].rounding(tape.row_count(block), eps)
+                norms = [float(call.delta.norm()) for call in calls if call.delta is not None]
+                total += share * math.hypot(*norms) * self.move_norm(block) * left
             del tape
         return total
+
+    def _call_rounding(self, call: Call) -> float:
+        """The rounding errors of one call's outputs, before the move and after it."""
+        if call.delta is None:
+            return 0.0
+        part, block, eps = call.part, call.block, torch.finfo(call.z.dtype).eps
+        before, after = (block.seen_by(part, m[block]) for m in (self.start, self.matrices))
+        weights = before.square().sum(-1) + after.square().sum(-1)
+        deltas, norms = part.out_rows(call.delta), part.row_norms(call.x.detach())
+        errors = (deltas.square() @ weights[..., None])[..., 0].sqrt() * norms
+        terms = before.shape[-1] if eps < 1e-4 else 1  # half precision sums in float32
+        return 2 * eps * math.sqrt(terms) * float(errors.sum())
 
     def _moved(self, along: Direction, step: float) -> Direction:
         return {b: torch.add(self.matrices[b], d, alpha=step) for b, d in along.items()}
@@ -155,12 +163,12 @@ class FrozenWalk(Walk):
     def norm_squared(self) -> float:
         return grad_norm_squared(self._tape)
 
-    def basis(self, block: Block, tau: float) -> Basis:
-        space = RowSpace()
-        space.add(self._tape.rows(block))
-        return space.basis(tau)
+    def basis(self, block: Block, tau: float) -> Projector:
+        space = block.space()
+        self._tape.collect(block, space)
+        return block.basis(space, tau)
 
-    def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+    def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         return direction(self._tape, self._model, self._closure, bases)
 
     def ascent(self) -> Gradient:
@@ -199,10 +207,10 @@ class StreamedWalk(Walk):
     def norm_squared(self) -> float:
         return sum(float(g.double().square().sum()) for g in self._gradient.values())
 
-    def basis(self, block: Block, tau: float) -> Basis:
-        return self._spaces[block].basis(tau)
+    def basis(self, block: Block, tau: float) -> Projector:
+        return block.basis(self._spaces[block], tau)
 
-    def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+    def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         self.write()
         whole = {block: torch.zeros_like(self.matrices[block]) for block in bases}
         for closure in self._closures:
@@ -227,7 +235,7 @@ class StreamedWalk(Walk):
 
     def _survey(self) -> set[Block]:
         """Loss, gradient and row spaces at the start; blocks that have to be left out, if any."""
-        self._spaces: dict[Block, RowSpace] = {}
+        self._spaces: dict[Block, Space] = {}
         self._depends: dict[Block, bool] = {}
         losses = []
 
@@ -235,11 +243,11 @@ class StreamedWalk(Walk):
             losses.append(float(tape.loss.detach()))
             self.dtype = tape.loss.dtype
             for block in tape.blocks:
-                space = self._spaces.setdefault(block, RowSpace())
+                space = self._spaces.setdefault(block, block.space())
                 depends = tape.depends_on_parameters(block)
                 self._depends[block] = self._depends.get(block, False) or depends
                 if block.name in self._movable:
-                    space.add(tape.rows(block))
+                    tape.collect(block, space)
 
         left_out: set[Block] = set()
         self._gradient = {}
