@@ -35,7 +35,7 @@ from teleport.models import Transformer, cnn, mlp
 from teleport.objective import trainable
 from teleport.records import RecordWriter, environment
 from teleport.report import TeleportReport
-from teleport.subspace import Basis
+from teleport.subspace import Projector
 from teleport.tangent import Direction
 from teleport.teleporter import Teleporter
 from teleport.transaction import _unfused
@@ -96,18 +96,27 @@ def candidates(walk: FrozenWalk) -> list[Block]:
     return [block for block in walk.start if block not in walk.fixed]
 
 
-def sequential_bases(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Basis]:
+def gram_bytes(walk: FrozenWalk) -> int:
+    """Size of the float64 Gram matrices behind the bases, each on its smaller side."""
+    total = 0
+    for block in candidates(walk):
+        groups, d_in = walk.start[block].shape[:-2].numel(), walk.start[block].shape[-1]
+        total += 8 * groups * min(walk._tape.row_count(block), d_in) ** 2
+    return total
+
+
+def sequential_bases(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
     """Bases one after the other."""
     return {block: walk.basis(block, 1.0) for block in blocks}
 
 
-def parallel_bases(walk: FrozenWalk) -> Callable[[Sequence[Block]], dict[Block, Basis]] | None:
+def parallel_bases(walk: FrozenWalk) -> Callable[[Sequence[Block]], dict[Block, Projector]] | None:
     """Bases of several layers at once, if the library can: ``Walk.bases(blocks, tau)``."""
     at_once = getattr(walk, "bases", None)
     return None if at_once is None else lambda blocks: at_once(blocks, 1.0)
 
 
-def room(bases: dict[Block, Basis]) -> dict[Block, Basis]:
+def room(bases: dict[Block, Projector]) -> dict[Block, Projector]:
     """Those that leave something to move in."""
     return {block: basis for block, basis in bases.items() if basis.null_dim > 0}
 
@@ -117,7 +126,7 @@ def deltas(walk: FrozenWalk) -> None:
     walk.look_back()
 
 
-def tangent_step(walk: FrozenWalk, bases: dict[Block, Basis]) -> Direction:
+def tangent_step(walk: FrozenWalk, bases: dict[Block, Projector]) -> Direction:
     """One step's direction: the backward pass, the tangent pass, the projection."""
     deltas(walk)
     return walk.tangent_direction(bases)
@@ -299,7 +308,9 @@ def _case(
 
 
 def _mlp_at(point: Point, device: torch.device) -> Case:
-    model = mlp(point.d, 10, (point.d,) * (point.l - 1))
+    """A perceptron with LeakyReLU: symmetry teleportation needs an invertible activation."""
+    modules = mlp(point.d, 10, (point.d,) * (point.l - 1))
+    model = nn.Sequential(*(nn.LeakyReLU(0.1) if isinstance(m, nn.ReLU) else m for m in modules))
     return _case("MLP", model, "", (point.n, point.d), 10, device, point.b)
 
 
@@ -340,7 +351,7 @@ def step_jobs(setting: Setting) -> list[Job]:
     return [(name, partial(job, i)) for i, name in enumerate(_names(setting))]
 
 
-def floors(tape: Tape, bases: dict[Block, Basis]) -> tuple[float, float]:
+def floors(tape: Tape, bases: dict[Block, Projector]) -> tuple[float, float]:
     """Multiplications of one tangent step over those of one gradient; and with the projection.
 
     A product of a layer's inputs, weights or cotangents counts rows x d_in x d_out. A gradient
@@ -428,12 +439,7 @@ def memory_jobs(setting: Setting) -> list[Job]:
     def job(number: int) -> list[Row]:
         case = _seeded(networks, setting.preset.small, setting.device)[number]
         with _unfused():
-            walk = recorded(case)
-            grams = sum(
-                8 * basis.singular_values.numel() * basis.singular_values.shape[-1]
-                for basis in sequential_bases(walk, candidates(walk)).values()
-            )
-        del walk
+            grams = gram_bytes(recorded(case))
         held = [*case.model.parameters(), *case.model.buffers()]
         row: Row = {
             "network": case.name,
@@ -618,7 +624,7 @@ def _symmetry_task(rival: Callable[..., Any], case: Case, steps: int) -> Task:
     def teleports(prepared: tuple[Case, Any]) -> None:
         own, mover = prepared
         for closure in own.closures():
-            mover.step(closure)
+            _as_asked(mover.step(closure), steps)
 
     return Task(teleports, prepare)
 
