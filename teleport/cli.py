@@ -13,7 +13,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 import teleport
+from teleport import bench as benchmarks
 from teleport import data as datasets
+from teleport.bench_tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
 from teleport.errors import TeleportError
 from teleport.experiment import (
     EXPERIMENTS,
@@ -30,7 +32,7 @@ from teleport.experiment import (
     steps_per_run,
 )
 from teleport.models import INITS, mlp
-from teleport.plots import loss_figure
+from teleport.plots import loss_figure, scaling_figure
 from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
 from teleport.schedule import SCHEDULES, Schedule
 
@@ -161,12 +163,66 @@ def run(
 
 
 @app.command()
+def bench(
+    what: Annotated[
+        str, typer.Argument(help=f"One of {', '.join(benchmarks.BENCHMARKS)}, or all.")
+    ],
+    preset: Annotated[
+        str, typer.Option(help="Size: tiny (seconds), cpu (minutes) or paper (for a GPU).")
+    ] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[
+        int, typer.Option(help="PyTorch's threads; with more than one, a busy machine disturbs.")
+    ] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-bench-<what>.")
+    ] = None,
+) -> None:
+    """Measure what teleporting costs, in gradients; print tables with the budgets beside."""
+    names, _ = benchmarks.chosen(what, preset)
+    benchmarks.check_threads(threads)
+    where = device_of(device)
+    folder = new_folder(f"bench-{what}", out)
+    command = shlex.join(["teleport", *sys.argv[1:]])
+    with tqdm(unit="job", dynamic_ncols=True) as bar:
+
+        def start(total: int) -> None:
+            bar.total = total
+
+        def progress(what: str) -> None:
+            bar.update(bar.n < bar.total and bool(bar.desc))
+            bar.set_description(what)
+
+        try:
+            benchmarks.run(
+                names,
+                preset,
+                where,
+                folder,
+                threads=threads,
+                command=command,
+                start=start,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            bar.close()
+            typer.echo(f"interrupted; the records so far are complete in {folder}", err=True)
+            raise typer.Exit(130) from None
+    _show_benchmarks(folder)
+
+
+@app.command()
 def figure(
-    folders: Annotated[list[Path], typer.Argument(help="Folders written by `teleport run`.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders written by `teleport run` or `teleport bench`.")
+    ],
 ) -> None:
     """Redraw the figures and print the tables of finished runs from their records."""
     for folder in folders:
-        _show(folder)
+        if holds_benchmarks(folder):
+            _show_benchmarks(folder)
+        else:
+            _show(folder)
 
 
 @data_app.command("list")
@@ -246,6 +302,27 @@ def _show(folder: Path) -> None:
         _console(file=file).print(*tables)
     loss_figure(runs, _title(runs)).savefig(folder / "figure.png", dpi=150)
     typer.echo(f"records, table.txt and figure.png are in {folder}")
+
+
+def _show_benchmarks(folder: Path) -> None:
+    """Print the tables of benchmarks, keep them as text, draw the scaling figure, say where."""
+    found = read_benchmarks(folder)
+    tables = [_sheet(sheet) for benchmark in found.values() for sheet in sheets(benchmark)]
+    _console().print(*tables)
+    with (folder / "table.txt").open("w", encoding="utf-8") as file:
+        _console(file=file).print(*tables)
+    drawn = ""
+    if "scaling" in found:
+        panels, drawn = curves(found["scaling"]), " and scaling.png"
+        scaling_figure(panels, found["scaling"].title).savefig(folder / "scaling.png", dpi=150)
+    typer.echo(f"records, table.txt{drawn} are in {folder}")
+
+
+def _sheet(sheet: Sheet) -> Table:
+    table = Table(*sheet.columns, title=sheet.title, caption=sheet.caption or None)
+    for row in sheet.rows:
+        table.add_row(*row)
+    return table
 
 
 def _title(runs: list[Run]) -> str:

@@ -116,8 +116,8 @@ class Run:
         return float(axis[i - 1] + share * (axis[i] - axis[i - 1]))
 
 
-def read_run(path: Path) -> Run:
-    """Read one record.
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of one record, its configuration first.
 
     Raises:
         RunError: if the file cannot be read, or a line other than a torn last one is damaged.
@@ -136,6 +136,12 @@ def read_run(path: Path) -> Run:
             raise RunError(f"{path}, line {number}: not a JSON record ({error.msg})") from error
     if not rows or rows[0].get("type") != "config":
         raise RunError(f"{path}: the first line is not a run's configuration")
+    return rows
+
+
+def read_run(path: Path) -> Run:
+    """Read the record of one run; see `read_rows` for what can go wrong."""
+    rows = read_rows(path)
     ends = [row["status"] for row in rows if row["type"] == "end"]
     return Run(
         path=path,

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import teleport
 from teleport import data
+from teleport.bench_tables import holds_benchmarks, read_benchmarks
 from teleport.models import mlp
 from teleport.records import ArmSummary, Comparison, read_runs, summarise
 
@@ -95,6 +96,11 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
     folders = {path.parent for path in RESULTS.rglob("*.jsonl")}
     assert folders
     for folder in folders:
+        if holds_benchmarks(folder):
+            for benchmark in read_benchmarks(folder).values():
+                assert benchmark.status == "finished", folder
+                assert benchmark.config["command"].startswith("teleport bench"), folder
+            continue
         for run in read_runs(folder):
             assert run.status in ("finished", "diverged"), run.path
             assert run.config["command"].startswith("teleport run"), run.path

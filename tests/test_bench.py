@@ -1,0 +1,387 @@
+import contextlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import teleport
+from teleport import bench, cli
+from teleport.bench_tables import Benchmark, curves, read_benchmarks, sheets
+from teleport.errors import RunError
+from teleport.models import Transformer, cnn, mlp
+from teleport.transaction import _unfused
+from teleport.walk import FrozenWalk
+
+CPU = torch.device("cpu")
+TINY = bench.PRESETS["tiny"]
+SETTING = bench.Setting(replace(TINY, rounds=1, seconds=0.0), CPU, 1)
+NETWORKS = ["MLP", "CNN", "transformer"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """All benchmarks through the command line: their folder and what was printed."""
+    out = tmp_path_factory.mktemp("bench") / "tiny"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cli.main(["bench", "all", "--preset", "tiny", "--out", str(out)]) == 0
+    return out, printed.getvalue()
+
+
+def test_every_benchmark_leaves_a_finished_record_with_its_circumstances(
+    tiny: tuple[Path, str],
+) -> None:
+    folder, _ = tiny
+    found = read_benchmarks(folder)
+    assert list(found) == ["step", "basis", "scaling", "memory", "layers"]
+    for benchmark in found.values():
+        assert benchmark.status == "finished"
+        assert benchmark.config["hardware"]["threads"] == 1
+        assert benchmark.config["versions"]["torch"] == torch.__version__
+        assert {"command", "device", "load", "preset"} <= set(benchmark.config)
+    for name in ("step", "basis", "memory"):
+        assert list(dict.fromkeys(row["network"] for row in found[name].rows)) == NETWORKS
+    timed = [row for name in ("step", "basis", "scaling", "layers") for row in found[name].rows]
+    assert all(1 <= len(row["seconds"]) <= TINY.rounds for row in timed)
+    assert all(min(row["seconds"] + row["gradient_seconds"]) > 0 for row in timed)
+
+
+def test_tables_and_the_figure_come_from_the_records(
+    tiny: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, printed = tiny
+    for word in (
+        "tangent step",
+        "double backward direction",
+        "one look of the line search",
+        "first recording",
+        "default teleport, all in",
+        "floor",
+        "all bases",
+        "near constant",
+        "parallel / sequential",
+        "one gradient",
+    ):
+        assert word in " ".join(printed.split())
+    assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert "tangent step" in (folder / "table.txt").read_text()
+    (folder / "scaling.png").unlink()
+    assert cli.main(["figure", str(folder)]) == 0
+    assert capsys.readouterr().out == printed
+    assert (folder / "scaling.png").exists()
+
+
+def test_small_networks_have_no_budgets_and_the_real_ones_do() -> None:
+    row = _row(network="MLP", operation="tangent step", seconds=[1.5], gradient_seconds=[1.0])
+    for small, wanted in ((True, ("", "")), (False, ("<= 1", "missed"))):
+        (sheet,) = sheets(_benchmark("step", [row], small=small))
+        assert sheet.rows[1][5:7] == wanted
+    cheap = {**row, "seconds": [1.0]}
+    (sheet,) = sheets(_benchmark("step", [cheap], small=False))
+    assert sheet.rows[1][2:7] == ("1.00", "1.00 - 1.00 (1)", "1000.0", "<= 1", "met")
+
+
+def test_memory_is_compared_with_the_grams_taken_off() -> None:
+    row = {
+        "network": "MLP", "shape": "", "model": 0, "gradient": 100, "grams": 50,
+        "tangent": 200, "double_backward": 350,
+    }  # fmt: skip
+    (sheet,) = sheets(_benchmark("memory", [row], small=False))
+    assert sheet.rows[0][-4:] == ("1.50", "3.00", "<= 1.5", "met")
+
+
+@given(
+    powers=st.fixed_dictionaries({letter: st.floats(0.0, 3.0) for letter in "tdnlb"}),
+    factor=st.floats(1e-4, 1e2),
+)
+def test_curves_hold_one_letter_varied_and_its_exponent(
+    powers: dict[str, float], factor: float
+) -> None:
+    rows = []
+    for _, point in TINY.points():
+        seconds = factor
+        for letter, value in asdict(point).items():
+            seconds *= value ** powers[letter]
+        rows.append(_row(method="tangent", seconds=[seconds], **asdict(point)))
+    panels = curves(_benchmark("scaling", rows, small=True))
+    assert list(panels) == list("tdnlb")
+    for letter, (_, found) in panels.items():
+        curve = found["tangent"]
+        assert curve.sizes == tuple(float(v) for v in TINY.axes[letter])
+        assert curve.exponent is not None
+        assert curve.exponent.value == pytest.approx(powers[letter], abs=1e-6)
+
+
+def test_the_base_is_measured_once_and_belongs_to_every_letter() -> None:
+    for preset in bench.PRESETS.values():
+        points = [point for _, point in preset.points()]
+        assert len(points) == len(set(points))
+        assert points[0] == preset.base
+        for letter, values in preset.axes.items():
+            assert getattr(preset.base, letter) in values
+            assert len(values) >= 3
+            assert sorted(values) == list(values)
+
+
+def test_gram_matrices_are_counted_on_their_smaller_side() -> None:
+    mlp_, cnn_, _ = bench._seeded(bench.networks, True, CPU)
+    # 20-32-32-4 on 8 rows: the two layers that need a basis have 33 inputs
+    assert bench.gram_bytes(bench.recorded(mlp_)) == 2 * 8 * 8**2
+    # 3-4-8 on 4 images: the second convolution has 64 rows of 37 inputs, the head 4 of 33
+    assert bench.gram_bytes(bench.recorded(cnn_)) == 8 * 37**2 + 8 * 4**2
+
+
+def test_the_floor_is_a_count_of_multiplications() -> None:
+    model, x = mlp(3, 2, (8, 5)), torch.randn(4, 3)
+    case = bench.Case("MLP", "", model, ((x, torch.zeros(4, dtype=torch.long)),))
+    walk = bench.recorded(case)
+    _, second, third = walk.start
+    bases = bench.sequential_bases(walk, [second, third])
+    assert [bases[b].rank for b in (second, third)] == [4, 4]
+    # rows 4; inputs with the bias column 4, 9, 6; outputs 8, 5, 2
+    one, two, three = 4 * 4 * 8, 4 * 9 * 5, 4 * 6 * 2
+    gradient = 2 * one + 3 * two + 3 * three
+    own = 4 * 4 * 8 + 4 * 4 * 5  # the Gram matrix of the rows times the cotangents
+    step = (two + three) + (two + own) + (two + three)
+    projection = 2 * (4 * 9 * 4) + 2 * (2 * 6 * 4)
+    assert bench.floors(walk._tape, bases) == (step / gradient, (step + projection) / gradient)
+    # Where only the head moves, its inputs' tangents still pass through every layer before it.
+    head = {third: bases[third]}
+    step = (two + three) + (two + own) + three
+    assert bench.floors(walk._tape, head)[0] == step / gradient
+    # Where only the layer after the first moves, nothing later needs a tangent.
+    middle = {second: bases[second]}
+    step = (two + three) + 4 * 4 * 8 + two
+    assert bench.floors(walk._tape, middle)[0] == step / gradient
+
+
+@pytest.mark.parametrize(("rows", "floor"), [(1, 1.0), (64, 5 / 3)])
+def test_floors_of_a_deep_network_are_those_of_the_cost_model(rows: int, floor: float) -> None:
+    """1 with few rows, 5/3 with many, up to the ends of the network and the rows' Gram matrix."""
+    model = nn.Sequential(*(layer for _ in range(120) for layer in (nn.Linear(24, 24), nn.Tanh())))
+    case = bench.Case(
+        "", "", model, ((torch.randn(rows, 24), torch.zeros(rows, dtype=torch.long)),)
+    )
+    walk = bench.recorded(case)
+    bases = bench.sequential_bases(walk, bench.candidates(walk))
+    assert bench.floors(walk._tape, bases)[0] == pytest.approx(floor, rel=0.03)
+
+
+@pytest.mark.parametrize("number", range(3), ids=NETWORKS)
+def test_what_is_timed_is_what_a_teleport_does(number: int) -> None:
+    case = bench._seeded(bench.networks, True, CPU)[number]
+    case.model.double()
+    case = replace(case, batches=tuple((x.double(), y) for x, y in case.batches))
+    before = {k: v.clone() for k, v in case.model.state_dict().items()}
+    with _unfused():
+        walk = bench.recorded(case)
+        bases = bench.room(bench.sequential_bases(walk, bench.candidates(walk)))
+        assert bases
+        first = bench.tangent_step(walk, bases)
+        walk.norm_squared_at(first, 0.1)
+        again = bench.tangent_step(walk, bases)  # a look ahead leaves nothing behind
+        exact = walk.double_backward_direction(bases)
+    for block in bases:
+        assert torch.equal(first[block], again[block])
+        assert torch.allclose(first[block], exact[block], rtol=1e-8, atol=1e-12)
+    assert sum(float(move.norm()) for move in first.values()) > 0
+    task = bench._teleport_task(case, 2, "tangent")
+    own, mover = task.prepare()
+    task.run((own, mover))
+    moved = own.model.state_dict()
+    assert any(not torch.equal(moved[k], v) for k, v in before.items())
+    assert all(torch.equal(v, before[k]) for k, v in case.model.state_dict().items())
+
+
+def test_a_teleport_that_did_less_than_asked_is_not_timed() -> None:
+    case = bench._seeded(bench.networks, True, CPU)[0].copy()
+    report = teleport.Teleporter(case.model).step(case.closure)
+    bench._as_asked(report, 1)
+    with pytest.raises(RunError, match="1 of 2 steps"):
+        bench._as_asked(report, 2)
+    with pytest.raises(RunError, match="would mean nothing"):
+        bench._as_asked(replace(report, rolled_back=True), 1)
+
+
+def test_numbers_do_not_depend_on_the_random_state_and_leave_it_alone() -> None:
+    torch.manual_seed(1)
+    first = bench._seeded(bench.networks, True, CPU)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = bench._seeded(bench.networks, True, CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, two in zip(first, second, strict=True):
+        assert all(map(torch.equal, one.model.parameters(), two.model.parameters()))
+        assert torch.equal(one.batches[0][0], two.batches[0][0])
+
+
+def test_a_method_that_got_too_slow_is_not_run_at_larger_values_of_the_same_letter() -> None:
+    setting = replace(SETTING, preset=replace(SETTING.preset, limit=0.0))
+    jobs = bench.scaling_jobs(setting)
+    rows = [row for _, job in jobs for row in job()]
+    points = [tuple(row[k] for k in "tdnlb") for row in rows if row["method"] == "tangent"]
+    base = TINY.base
+    smallest = [replace(base, t=1), replace(base, d=16), replace(base, n=4), replace(base, l=2)]
+    wanted = [base, *smallest, replace(base, b=2)]
+    assert points == [tuple(asdict(point).values()) for point in wanted]
+    tables = sheets(_benchmark("scaling", rows, small=True))
+    cells = {row[0]: row[1:] for row in tables[1].rows}
+    assert "t = 4" not in cells
+    assert tables[0].rows[0][2:] == ("-", "-")  # two points: no exponent
+
+
+class Rival(teleport.Teleporter):
+    """Stands for symmetry teleportation, whether the package has it or not."""
+
+    def __init__(self, model: nn.Module, steps: int, lr: float, inverse: str) -> None:
+        assert inverse == "exact"
+        super().__init__(model, steps=steps, lr=lr, cap=1e9)
+
+
+def test_symmetry_teleportation_is_measured_where_it_exists(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "symmetry_teleporter", lambda: Rival)
+    _, job = bench.scaling_jobs(SETTING)[0]
+    rows = job()
+    assert [row["method"] for row in rows][-1] == "symmetry teleportation"
+    exponents, seconds = sheets(_benchmark("scaling", rows, small=True))
+    assert "symmetry teleportation takes" in exponents.caption
+    assert "budget: >= 50" in exponents.caption
+    assert seconds.columns[-1] == "symmetry teleportation"
+
+
+def test_parallel_bases_are_measured_where_they_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def bases(self: FrozenWalk, blocks: Sequence[Any], tau: float) -> dict[Any, Any]:
+        seen.append((len(blocks), tau))
+        return bench.sequential_bases(self, blocks)
+
+    monkeypatch.setattr(FrozenWalk, "bases", bases, raising=False)
+    rows = [row for _, job in bench.layers_jobs(SETTING) for row in job()]
+    assert {(depth, 1.0) for depth in TINY.depths} == set(seen)
+    assert [row["operation"] for row in rows] == ["sequential", "parallel"] * len(TINY.depths)
+    (sheet,) = sheets(_benchmark("layers", rows, small=True))
+    assert [row[0] for row in sheet.rows] == [str(depth) for depth in TINY.depths]
+    assert all(" - " in row[-1] for row in sheet.rows)
+
+
+def test_sequential_bases_alone_where_there_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "parallel_bases", lambda walk: None)
+    _, job = bench.layers_jobs(SETTING)[0]
+    (sheet,) = sheets(_benchmark("layers", job(), small=True))
+    assert sheet.rows[0][-2:] == ("-", "-")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed"], "step, basis, scaling, memory, layers, all"),
+        (["step", "--preset", "huge"], "tiny, cpu, paper"),
+        (["step", "--threads", "0"], "threads must be >= 1, got 0"),
+        (["step", "--device", "no-such-device"], "not available"),
+        (["step", "--device", "cuda:99"], "not available"),
+    ],
+)
+def test_bad_arguments_are_named_with_what_is_allowed(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", *arguments]) != 0
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_benchmark_keeps_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stops() -> list[bench.Row]:
+        raise KeyboardInterrupt
+
+    def jobs(setting: bench.Setting) -> list[bench.Job]:
+        return [*bench.memory_jobs(setting)[:1], ("the next one", stops)]
+
+    monkeypatch.setitem(bench.BENCHMARKS, "memory", jobs)
+    out = tmp_path / "out"
+    assert cli.main(["bench", "memory", "--preset", "tiny", "--out", str(out)]) == 130
+    assert str(out) in capsys.readouterr().err.replace("\n", "")
+    found = read_benchmarks(out)["memory"]
+    assert found.status == "interrupted"
+    assert [row["network"] for row in found.rows] == ["MLP"]
+    assert "interrupted" in found.title
+
+
+def test_threads_are_set_for_the_benchmark_only_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    seen = []
+
+    def job() -> list[bench.Row]:
+        seen.append(torch.get_num_threads())
+        return []
+
+    monkeypatch.setitem(bench.BENCHMARKS, "memory", lambda setting: [("nothing", job)])
+    told: list[str] = []
+    bench.run(["memory"], "tiny", CPU, tmp_path, threads=2, progress=told.append)
+    assert told == ["memory: nothing", ""]
+    assert seen == [2]
+    assert torch.get_num_threads() == before
+    config = json.loads((tmp_path / "memory.jsonl").read_text().splitlines()[0])
+    assert config["hardware"]["threads"] == 2
+
+
+def test_folders_without_benchmarks_and_wrong_records_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no benchmark"):
+        read_benchmarks(tmp_path)
+    (tmp_path / "step.jsonl").write_text('{"type": "config", "benchmark": "basis"}\n')
+    with pytest.raises(RunError, match="not a record of the benchmark 'step'"):
+        read_benchmarks(tmp_path)
+
+
+def test_the_paper_s_cnn_is_full_rank_but_for_its_head() -> None:
+    model = cnn()
+    assert [tuple(p.shape) for p in model.parameters() if p.ndim == 4] == [
+        (16, 3, 3, 3), (32, 16, 3, 3), (64, 32, 3, 3),
+    ]  # fmt: skip
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert cnn((1, 4), image=7, classes=3)(torch.randn(2, 1, 7, 7)).shape == (2, 3)
+    with pytest.raises(ValueError, match="at least 8 wide"):
+        cnn(image=7)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("pool", [True, False])
+def test_a_transformer_answers_once_or_at_every_position(norm_first: bool, pool: bool) -> None:
+    model = Transformer(3, 5, length=6, width=8, norm_first=norm_first, pool=pool)
+    x = torch.randn(2, 6, 3)
+    assert model(x).shape == ((2, 5) if pool else (2, 6, 5))
+    assert model.blocks[0].linear1.out_features == 32
+    swapped = x[:, [1, 0, 2, 3, 4, 5]]
+    assert not torch.allclose(model(x), model(swapped), atol=1e-6)  # it knows its positions
+    names = {b.name for b in teleport.coverage.cover(model).blocks}
+    assert {"embed", "head", "blocks.1.linear2", "blocks.0.self_attn.q"} <= names
+
+
+def _row(**given: Any) -> dict[str, Any]:
+    return {"network": "MLP", "shape": "", "gradient_seconds": [1.0], **given}
+
+
+def _benchmark(name: str, rows: list[dict[str, Any]], small: bool) -> Benchmark:
+    size = {"small": small, "base": asdict(TINY.base)}
+    hardware = {"threads": 1, "gpu": None}
+    config = {"size": size, "hardware": hardware, "device": "cpu", "load": None, "preset": "tiny"}
+    return Benchmark(name, config, rows, "finished")
