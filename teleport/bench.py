@@ -11,6 +11,7 @@ is counted is CPU time: that of the wall clock on an idle machine, and the same 
 The costs depend on shapes, not on values, so inputs are standard normal and no data is read.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,27 +94,26 @@ def recorded(case: Case) -> FrozenWalk:
 
 def candidates(walk: FrozenWalk) -> list[Block]:
     """The blocks that a teleport makes bases for."""
-    return [block for block in walk.start if block not in walk.fixed]
+    return [block for block in walk.blocks if block not in walk.fixed]
 
 
 def gram_bytes(walk: FrozenWalk) -> int:
     """Size of the float64 Gram matrices behind the bases, each on its smaller side."""
     total = 0
     for block in candidates(walk):
-        groups, d_in = walk.start[block].shape[:-2].numel(), walk.start[block].shape[-1]
-        total += 8 * groups * min(walk._tape.row_count(block), d_in) ** 2
+        *groups, _, d_in = block.part.matrix_shape
+        total += 8 * math.prod(groups) * min(walk._tape.row_count(block), d_in) ** 2
     return total
 
 
 def sequential_bases(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
-    """Bases one after the other."""
-    return {block: walk.basis(block, 1.0) for block in blocks}
+    """Bases one after the other, each with all threads."""
+    return {block: walk.bases([block], 1.0)[block] for block in blocks}
 
 
-def parallel_bases(walk: FrozenWalk) -> Callable[[Sequence[Block]], dict[Block, Projector]] | None:
-    """Bases of several layers at once, if the library can: ``Walk.bases(blocks, tau)``."""
-    at_once = getattr(walk, "bases", None)
-    return None if at_once is None else lambda blocks: at_once(blocks, 1.0)
+def parallel_bases(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
+    """Bases as a teleport makes them: shared where inputs are, a thread to each at a time."""
+    return walk.bases(blocks, 1.0)
 
 
 def room(bases: dict[Block, Projector]) -> dict[Block, Projector]:
@@ -365,8 +365,8 @@ def floors(tape: Tape, bases: dict[Block, Projector]) -> tuple[float, float]:
     last = max((i for i, block in enumerate(blocks) if block in bases), default=-1)
     ordinary = step = projection = 0
     for i, block in enumerate(blocks):
-        matrix, rows = tape.matrices[block], tape.row_count(block)
-        groups, (d_out, d_in) = matrix.shape[:-2].numel(), matrix.shape[-2:]
+        (*axes, d_out, d_in), rows = block.part.matrix_shape, tape.row_count(block)
+        groups = math.prod(axes)
         product = groups * rows * d_in * d_out
         depends = int(tape.depends_on_parameters(block))
         ordinary += (2 + depends) * product
@@ -390,7 +390,7 @@ def basis_jobs(setting: Setting) -> list[Job]:
 
         def some(numbers: list[int], walk: FrozenWalk) -> object:
             blocks = candidates(walk)
-            return sequential_bases(walk, [blocks[i] for i in numbers])
+            return parallel_bases(walk, [blocks[i] for i in numbers])
 
         # Every run gets a fresh walk: rows and Gram matrices are kept once they are formed.
         fresh = partial(recorded, case)
@@ -458,29 +458,23 @@ def memory_jobs(setting: Setting) -> list[Job]:
 
 
 def layers_jobs(setting: Setting) -> list[Job]:
-    """Bases of l layers, one after the other and at once."""
+    """Bases of l layers, one after the other with all threads, and at once with a thread each."""
     width, samples = setting.preset.layer_size
 
     def job(depth: int) -> list[Row]:
         # The first layer is a fixed point and needs no basis, so one more than the depth.
         case = _seeded(_mlp_at, Point(1, width, samples, depth + 1, 1), setting.device)
         fresh = partial(recorded, case)
+        every = partial(_threads, os.cpu_count() or 1)
         tasks = {
-            "sequential": Task(lambda walk: sequential_bases(walk, candidates(walk)), fresh),
+            "sequential": Task(lambda w: sequential_bases(w, candidates(w)), fresh, every),
+            "parallel": Task(lambda w: parallel_bases(w, candidates(w)), fresh, every),
         }
-        if parallel_bases(fresh()) is not None:
-            tasks["parallel"] = Task(_in_parallel, fresh)
         # By the wall clock, as it is: CPU time adds up what runs at the same time.
         rows = _timed(setting, case, tasks, stopwatch_for(setting.device, threads=None))
         return [{**row, "layers": depth, "d": width, "n": samples} for row in rows]
 
     return [(f"l = {depth}", partial(job, depth)) for depth in setting.preset.depths]
-
-
-def _in_parallel(walk: FrozenWalk) -> object:
-    at_once = parallel_bases(walk)
-    assert at_once is not None  # asked before
-    return at_once(candidates(walk))
 
 
 BENCHMARKS: dict[str, Callable[[Setting], list[Job]]] = {

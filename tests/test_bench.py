@@ -143,7 +143,7 @@ def test_the_floor_is_a_count_of_multiplications() -> None:
     model, x = mlp(3, 2, (8, 5)), torch.randn(4, 3)
     case = bench.Case("MLP", "", model, ((x, torch.zeros(4, dtype=torch.long)),))
     walk = bench.recorded(case)
-    _, second, third = walk.start
+    _, second, third = walk.blocks
     bases = bench.sequential_bases(walk, [second, third])
     assert [bases[b].rank for b in (second, third)] == [4, 4]
     # rows 4; inputs with the bias column 4, 9, 6; outputs 8, 5, 2
@@ -259,27 +259,24 @@ def test_symmetry_teleportation_is_measured_where_it_exists(
     assert seconds.columns[-1] == "symmetry teleportation"
 
 
-def test_parallel_bases_are_measured_where_they_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def test_parallel_bases_are_measured_with_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    sound = FrozenWalk.bases
 
     def bases(self: FrozenWalk, blocks: Sequence[Any], tau: float) -> dict[Any, Any]:
-        seen.append((len(blocks), tau))
-        return bench.sequential_bases(self, blocks)
+        seen.add((len(blocks), tau, torch.get_num_threads()))
+        return sound(self, blocks, tau)
 
-    monkeypatch.setattr(FrozenWalk, "bases", bases, raising=False)
+    monkeypatch.setattr(FrozenWalk, "bases", bases)
+    monkeypatch.setattr("os.cpu_count", lambda: 3)
+    before = torch.get_num_threads()
     rows = [row for _, job in bench.layers_jobs(SETTING) for row in job()]
-    assert {(depth, 1.0) for depth in TINY.depths} == set(seen)
+    assert {(depth, 1.0, 3) for depth in (1, *TINY.depths)} == seen
+    assert torch.get_num_threads() == before
     assert [row["operation"] for row in rows] == ["sequential", "parallel"] * len(TINY.depths)
     (sheet,) = sheets(_benchmark("layers", rows, small=True))
     assert [row[0] for row in sheet.rows] == [str(depth) for depth in TINY.depths]
     assert all(" - " in row[-1] for row in sheet.rows)
-
-
-def test_sequential_bases_alone_where_there_are_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "parallel_bases", lambda walk: None)
-    _, job = bench.layers_jobs(SETTING)[0]
-    (sheet,) = sheets(_benchmark("layers", job(), small=True))
-    assert sheet.rows[0][-2:] == ("-", "-")
 
 
 @pytest.mark.parametrize(
