@@ -15,8 +15,8 @@ from teleport.tasks import SEQUENCES, TaskSequence
 GPM_PUBLISHED = (
     "Published for Gradient Projection Memory (Saha et al. 2021; as reprinted in table 1 of Lin et "
     "al. 2022, arXiv 2211.00789): ACC 93.91 ± 0.16 %, BWT -3 ± 0 %, 5 runs. Its budget is larger: "
-    "ten tasks instead of five, and five passes over 54,000 images for each instead of 20,000 images "
-    "once; tau .95 for the first layer and .99 for the others, and no biases."
+    "ten tasks instead of five, and five passes over 54,000 images for each instead of "
+    "one over 20,000; tau .95 for the first layer and .99 for the others, and no biases."
 )
 
 Measures = dict[str, tuple[float, float]]
