@@ -50,7 +50,7 @@ absent has `DEFAULT_LR`.
 """
 
 DEFAULT_LR = 0.05
-LR_GRID = (0.02, 0.05, 0.1, 0.2)
+LR_GRID = (0.05, 0.1, 0.2, 0.4)
 TUNING_SEED = 1000
 """The first seed of tuning runs, which no other run has."""
 
