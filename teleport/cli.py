@@ -165,7 +165,10 @@ def run(
 def continual(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(SEQUENCES)}.")] = "digits",
     preset: Annotated[str, typer.Option(help="Size: tiny or cpu.")] = "cpu",
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 8,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 8,
+    first_seed: Annotated[
+        int, typer.Option(min=0, help="The first one; with --tune it is added to that of tuning.")
+    ] = 0,
     methods: Annotated[
         str | None, typer.Option(help=f"Some of {','.join(METHODS)}, with commas; default all.")
     ] = None,
@@ -194,7 +197,8 @@ def continual(
     course.size()
     if resume and out is None:
         raise ValueError("--resume needs the folder to go on in; give it with --out")
-    numbers = range(TUNING_SEED, TUNING_SEED + seeds) if tune else range(seeds)
+    start = first_seed + TUNING_SEED if tune else first_seed
+    numbers = range(start, start + seeds)
     total = course.steps(course.sets()) * len(strategies) * seeds
     folder = out if resume and out is not None and out.is_dir() else new_folder(name, out)
     with _progress(total, folder) as progress:

@@ -42,7 +42,18 @@ class Strategy:
         return f"{self.method}{tau}, lr {self.lr:g}"
 
 
-TUNED: dict[tuple[str, str], float] = {}
+TUNED: dict[tuple[str, str], float] = {
+    ("digits", "plain"): 0.2,
+    ("digits", "projected"): 0.4,
+    ("digits", "lazy"): 0.2,
+    ("digits", "replay"): 0.4,
+    ("digits", "random"): 0.4,
+    ("mnist-fashion", "plain"): 0.2,
+    ("mnist-fashion", "projected"): 0.4,
+    ("mnist-fashion", "lazy"): 0.2,
+    ("mnist-fashion", "replay"): 0.2,
+    ("mnist-fashion", "random"): 0.2,
+}
 """Learning rates by sequence and method, by the new tasks' validation loss.
 
 The sweeps, at the last tau of the sequence, are in ``chapters/results/continual/tuning``. What is

@@ -142,7 +142,7 @@ SEQUENCES = {
             "mnist-fashion",
             "MNIST then Fashion-MNIST",
             _one_task_per_set,
-            0.5,
+            0.6,
             0.6,
             (1.0, 0.99, 0.95, 0.9),
             {

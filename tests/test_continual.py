@@ -291,11 +291,22 @@ def test_all_methods_of_a_seed_start_from_the_same_first_task(folder: Path) -> N
         first = [r for r in run.evaluations if r["task"] == 0]
         starts.setdefault(run.seed, []).append(json.dumps(first))
         new = course(run, 1)
+        assert new["old_loss"][0] == first[-1]["losses"][0]
         assert new["step"].tolist() == [0, 20, 40]
         assert new["new_loss"][0] > new["new_loss"][-1]
         kept_busy = new["space_seconds"][0] > 1e-4  # a basis takes longer than an empty call
         assert kept_busy == (run.config["strategy"]["method"] not in ("plain", "replay"))
     assert [len(set(rows)) for rows in starts.values()] == [1, 1]
+
+
+def test_a_run_does_not_depend_on_those_before_it(folder: Path, tmp_path: Path) -> None:
+    run_strategies(TINY, default_strategies("digits", ["replay", "plain"]), [1], tmp_path)
+    first = {run.arm: run for run in read_runs(folder) if run.seed == 1}
+    for run in read_runs(tmp_path):
+        for column in ("losses", "accuracies"):
+            assert [r[column] for r in run.evaluations] == [
+                r[column] for r in first[run.arm].evaluations
+            ]
 
 
 def test_resume_leaves_finished_runs_and_does_the_others_again(
