@@ -53,6 +53,11 @@ TUNED: dict[tuple[str, str], float] = {
     ("mnist-fashion", "lazy"): 0.2,
     ("mnist-fashion", "replay"): 0.2,
     ("mnist-fashion", "random"): 0.2,
+    ("permuted-mnist", "plain"): 0.1,
+    ("permuted-mnist", "projected"): 0.2,
+    ("permuted-mnist", "lazy"): 0.2,
+    ("permuted-mnist", "replay"): 0.1,
+    ("permuted-mnist", "random"): 0.2,
 }
 """Learning rates by sequence and method, by the new tasks' validation loss.
 
