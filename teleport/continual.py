@@ -8,6 +8,7 @@ seconds, taken on a machine that may be busy, compare.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy, deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -219,15 +220,14 @@ class _Learning:
 
     def continued(self, strategy: Strategy, writer: RecordWriter) -> "_Learning":
         """A copy that goes on with a strategy and writes what was learned so far."""
-        copy = _Learning(self.size, self.tasks, self.seed, "test")
-        copy.model.load_state_dict(self.model.state_dict())
-        copy.unseen, copy.step, copy.train_seconds = self.unseen, self.step, self.train_seconds
+        branch = copy(self)
+        branch.model = deepcopy(self.model)
         draws = torch.Generator().manual_seed(self.seed + 1_000_003)
-        copy.method = METHODS[strategy.method](strategy.tau or 1.0, draws)
-        copy.lr, copy.writer = strategy.lr, writer
+        branch.method = METHODS[strategy.method](strategy.tau or 1.0, draws)
+        branch.lr, branch.writer, branch.rows = strategy.lr, writer, []
         for row in self.rows:
-            copy._write(row)
-        return copy
+            branch._write(row)
+        return branch
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Learn all tasks but the first; the record tells how it ended, whatever ends it."""

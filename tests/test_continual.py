@@ -183,7 +183,7 @@ class Toy:
 @pytest.mark.verifies("thm-keep")
 @pytest.mark.parametrize("method", ["projected", "lazy"])
 @given(seed=SEEDS)
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_at_tau_1_the_old_outputs_stay_while_the_new_loss_falls(method: str, seed: int) -> None:
     toy = Toy(seed, method)
     before, start = toy.model(toy.old), toy.loss()
@@ -193,7 +193,7 @@ def test_at_tau_1_the_old_outputs_stay_while_the_new_loss_falls(method: str, see
 
 
 @given(seed=SEEDS)
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_plain_steps_and_random_subspaces_do_not_keep_the_old_outputs(seed: int) -> None:
     for method in ("plain", "random"):
         toy = Toy(seed, method)
@@ -204,7 +204,7 @@ def test_plain_steps_and_random_subspaces_do_not_keep_the_old_outputs(seed: int)
 
 @pytest.mark.parametrize("method", ["projected", "lazy"])
 @given(seed=SEEDS)
-@settings(max_examples=10)
+@settings(max_examples=5)
 def test_every_earlier_task_is_kept_not_only_the_last(method: str, seed: int) -> None:
     toy = Toy(seed, method)
     toy.train()
@@ -294,8 +294,9 @@ def test_all_methods_of_a_seed_start_from_the_same_first_task(folder: Path) -> N
         assert new["old_loss"][0] == first[-1]["losses"][0]
         assert new["step"].tolist() == [0, 20, 40]
         assert new["new_loss"][0] > new["new_loss"][-1]
-        kept_busy = new["space_seconds"][0] > 1e-4  # a basis takes longer than an empty call
-        assert kept_busy == (run.config["strategy"]["method"] not in ("plain", "replay"))
+        assert (np.diff(new["seconds"]) > 0).all()
+        assert (np.diff(new["space_seconds"]) >= 0).all()
+        assert (new["space_seconds"] <= new["seconds"]).all()
     assert [len(set(rows)) for rows in starts.values()] == [1, 1]
 
 
