@@ -24,7 +24,7 @@ from teleport.errors import NonFiniteLossError, RunError
 from teleport.experiment import Progress, one_of, slug
 from teleport.models import mlp
 from teleport.records import RecordWriter, environment, read_run
-from teleport.remembering import METHODS, Plain, Random
+from teleport.remembering import METHODS, Plain
 from teleport.tasks import SEQUENCES, Size, Task, TaskSequence
 
 
@@ -62,7 +62,7 @@ TUNED: dict[tuple[str, str], float] = {
 }
 """Learning rates by sequence and method, by the new tasks' validation loss.
 
-The sweeps, at the last tau of the sequence, are in ``chapters/results/continual/tuning``. What is
+The sweeps, at the tau of the sequence, are in ``chapters/results/continual/tuning``. What is
 absent has `DEFAULT_LR`.
 """
 
@@ -93,9 +93,7 @@ def default_strategies(
     strategies = []
     for method in METHODS if methods is None else methods:
         kind: type[Plain] = one_of("method", method, METHODS)
-        wanted = known.taus if taus is None else taus
-        chosen = wanted[-1:] if kind is Random and taus is None else wanted
-        for tau in chosen if kind.uses_tau else (None,):
+        for tau in (taus or (known.tau,)) if kind.uses_tau else (None,):
             rates = lrs or [TUNED.get((sequence, method), DEFAULT_LR)]
             strategies += [Strategy(method, lr, tau) for lr in rates]
     for strategy in strategies:

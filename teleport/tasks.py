@@ -108,7 +108,7 @@ class TaskSequence:
         tasks: makes the tasks of a seed from the data sets.
         reach: loss of a new task to which steps and seconds are counted.
         compare: loss of a new task at which the old tasks' loss is read off.
-        taus: of the methods that use a null space; the last is the random subspaces' too.
+        tau: of the methods that use a null space, unless they are given another.
         presets: sizes by name.
     """
 
@@ -117,7 +117,7 @@ class TaskSequence:
     tasks: Callable[[Sequence[Dataset], int], list[Task]]
     reach: float
     compare: float
-    taus: tuple[float, ...]
+    tau: float
     presets: dict[str, Size]
 
 
@@ -132,7 +132,7 @@ SEQUENCES = {
             _lower_then_upper_labels,
             0.5,
             0.6,
-            (0.9,),
+            0.9,
             {
                 "tiny": Size(_SAMPLE, (64,), 32, 60, 40, 0.1, 200, 20, 200),
                 "cpu": Size(_SAMPLE, (256, 256), 32, 400, 200, 0.1, 500, 20, 900),
@@ -144,7 +144,7 @@ SEQUENCES = {
             _one_task_per_set,
             0.6,
             0.6,
-            (1.0, 0.99, 0.95, 0.9),
+            0.9,
             {
                 "tiny": Size(_BOTH, (64,), 32, 60, 40, 0.1, 200, 20, 200),
                 "cpu": Size(_BOTH, (256, 256), 64, 940, 400, 0.1, 1000, 20, 2000),
@@ -156,7 +156,7 @@ SEQUENCES = {
             _five_orders_of_the_pixels,
             0.4,
             0.5,
-            (0.99, 0.95),
+            0.95,
             {
                 "tiny": Size(_SAMPLE, (32,), 10, 60, 60, 0.05, 100, 20, 200),
                 "cpu": Size(("mnist",), (100, 100), 20, 1000, 1000, 0.1, 300, 100, 2000),

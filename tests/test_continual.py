@@ -353,16 +353,18 @@ def test_a_run_that_diverges_is_recorded_and_the_next_one_runs(tmp_path: Path) -
     assert len(forgetting_figure(runs).axes) == 3
 
 
-def test_every_method_has_a_strategy_and_every_tau(folder: Path) -> None:
-    found = default_strategies("mnist-fashion", lrs=[0.1])
+def test_every_method_has_a_strategy_and_every_tau() -> None:
+    found = default_strategies("mnist-fashion", taus=[1.0, 0.9], lrs=[0.1])
     assert {s.method for s in found} == set(METHODS)
-    for method in ("projected", "lazy"):
-        assert [s.tau for s in found if s.method == method] == [1.0, 0.99, 0.95, 0.9]
-    assert [s.tau for s in found if s.method == "random"] == [0.9]
+    for method in METHODS:
+        taus = [s.tau for s in found if s.method == method]
+        assert taus == ([1.0, 0.9] if METHODS[method].uses_tau else [None])
     assert {s.lr for s in found} == {0.1}
     assert len({s.name for s in found}) == len(found)
-    tuned = default_strategies("mnist-fashion")
-    assert {(s.method, s.lr) for s in tuned} == {(m, TUNED["mnist-fashion", m]) for m in METHODS}
+    for name in ("digits", "mnist-fashion", "permuted-mnist"):
+        tuned = default_strategies(name)
+        assert {(s.method, s.lr) for s in tuned} == {(m, TUNED[name, m]) for m in METHODS}
+        assert {s.tau for s in tuned} == {None, SEQUENCES[name].tau}
     assert all(not kind.uses_tau for kind in (Plain, METHODS["replay"]))
 
 
