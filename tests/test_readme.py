@@ -22,7 +22,7 @@ from teleport.records import ArmSummary, Comparison, read_runs, summarise
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "chapters" / "results"
-SEQUENCES = ("mnist-fashion", "permuted-mnist")
+SEQUENCES = ("mnist-fashion", "mnist-fashion-tau", "permuted-mnist")
 HEAD = [
     "| arm | final train loss | final test loss | steps | seconds | log loss |",
     "|---|---|---|---|---|---|",
@@ -51,7 +51,7 @@ def comparison(found: Comparison | None) -> str:
 def sequence_lines(name: str) -> list[str]:
     """The columns of a sequence's table that fit on a page."""
     rows = forgetting_rows(read_runs(RESULTS / "continual" / name))
-    left_out = {"final new loss", "seconds to it / plain"}
+    left_out = {"final new loss", "seconds per step / plain"}
     if name == "permuted-mnist":
         left_out |= {"old accuracy", "new accuracy"}
     else:
