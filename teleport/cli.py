@@ -3,7 +3,8 @@
 import math
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,13 @@ import teleport
 from teleport import bench as benchmarks
 from teleport import data as datasets
 from teleport.bench_tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
+from teleport.continual import (
+    LR_GRID,
+    TUNING_SEED,
+    Course,
+    default_strategies,
+    run_strategies,
+)
 from teleport.errors import TeleportError
 from teleport.experiment import (
     EXPERIMENTS,
@@ -23,6 +31,7 @@ from teleport.experiment import (
     PAPER_TELEPORT,
     TUNED,
     Arm,
+    Progress,
     Settings,
     TeleportSettings,
     default_arms,
@@ -31,10 +40,13 @@ from teleport.experiment import (
     run_arms,
     steps_per_run,
 )
+from teleport.forgetting_report import forgetting_figure, forgetting_tables
 from teleport.models import INITS, mlp
 from teleport.plots import loss_figure, scaling_figure
 from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
+from teleport.remembering import METHODS
 from teleport.schedule import SCHEDULES, Schedule
+from teleport.tasks import SEQUENCES
 
 app = typer.Typer(
     name="teleport",
@@ -146,19 +158,56 @@ def run(
     total = steps_per_run(settings, dataset) * len(arms) * seeds
     folder = new_folder(name, out)
     command = shlex.join(["teleport", *sys.argv[1:]])
-    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log needs no line per step
-    with tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
+    with _progress(total, folder) as progress:
+        run_arms(settings, arms, range(seeds), folder, command=command, progress=progress)
+    _show(folder)
 
-        def progress(what: str, done: int) -> None:
-            bar.set_description(what, refresh=False)
-            bar.update(done)
 
-        try:
-            run_arms(settings, arms, range(seeds), folder, command=command, progress=progress)
-        except KeyboardInterrupt:
-            bar.close()
-            typer.echo(f"interrupted; the records so far are complete in {folder}", err=True)
-            raise typer.Exit(130) from None
+@app.command()
+def continual(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(SEQUENCES)}.")] = "digits",
+    preset: Annotated[str, typer.Option(help="Size: tiny or cpu.")] = "cpu",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 8,
+    first_seed: Annotated[
+        int, typer.Option(min=0, help="The first one; with --tune it is added to that of tuning.")
+    ] = 0,
+    methods: Annotated[
+        str | None, typer.Option(help=f"Some of {','.join(METHODS)}, with commas; default all.")
+    ] = None,
+    tau: Annotated[
+        list[float] | None,
+        typer.Option(help="Share of input energy kept, in (0, 1]; may be repeated."),
+    ] = None,
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(help="Learning rate of every method; may be repeated. Default: tuned."),
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="A grid of learning rates on validation images.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the folder of --out; finished runs stay.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
+    ] = None,
+) -> None:
+    """Learn tasks in turn, keeping the old ones; print a table, write records and a figure."""
+    rates = list(LR_GRID) if tune and not lr else lr
+    strategies = default_strategies(name, methods.split(",") if methods else None, tau, rates)
+    course = Course(name, preset, "validation" if tune else "test")
+    course.size()
+    if resume and out is None:
+        raise ValueError("--resume needs the folder to go on in; give it with --out")
+    start = first_seed + TUNING_SEED if tune else first_seed
+    numbers = range(start, start + seeds)
+    total = course.steps(course.sets()) * len(strategies) * seeds
+    folder = out if resume and out is not None and out.is_dir() else new_folder(name, out)
+    with _progress(total, folder) as progress:
+        command = shlex.join(["teleport", *sys.argv[1:]])
+        run_strategies(
+            course, strategies, numbers, folder, resume=resume, command=command, progress=progress
+        )
     _show(folder)
 
 
@@ -259,6 +308,24 @@ def data_verify(
         raise typer.Exit(1)
 
 
+@contextmanager
+def _progress(total: int, folder: Path) -> Iterator[Progress]:
+    """A bar of training steps; Ctrl-C says where the records are and ends with 130."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log needs no line per step
+    with tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
+
+        def progress(what: str, done: int) -> None:
+            bar.set_description(what, refresh=False)
+            bar.update(done)
+
+        try:
+            yield progress
+        except KeyboardInterrupt:
+            bar.close()
+            typer.echo(f"interrupted; the records so far are complete in {folder}", err=True)
+            raise typer.Exit(130) from None
+
+
 def _teleport_settings(
     schedule: str,
     batches: int | None,
@@ -295,12 +362,14 @@ def _arms(
 def _show(folder: Path) -> None:
     """Print the tables of a folder, keep them as text, draw the figure, say where."""
     runs = read_runs(folder)
-    tables = [_losses(runs), _summaries(summarise(runs))]
+    is_sequence = "sequence" in runs[0].config
+    tables = forgetting_tables(runs) if is_sequence else _tables(runs)
     for table in tables:
         _console().print(table)
     with (folder / "table.txt").open("w", encoding="utf-8") as file:
         _console(file=file).print(*tables)
-    loss_figure(runs, _title(runs)).savefig(folder / "figure.png", dpi=150)
+    drawn = forgetting_figure(runs) if is_sequence else loss_figure(runs, _title(runs))
+    drawn.savefig(folder / "figure.png", dpi=150)
     typer.echo(f"records, table.txt and figure.png are in {folder}")
 
 
@@ -323,6 +392,10 @@ def _sheet(sheet: Sheet) -> Table:
     for row in sheet.rows:
         table.add_row(*row)
     return table
+
+
+def _tables(runs: list[Run]) -> list[Table]:
+    return [_losses(runs), _summaries(summarise(runs))]
 
 
 def _title(runs: list[Run]) -> str:

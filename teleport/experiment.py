@@ -214,9 +214,9 @@ class Settings:
         Raises:
             ValueError: for an unknown experiment, preset or optimizer, or epochs < 1.
         """
-        experiment: Experiment = _one_of("experiment", self.experiment, EXPERIMENTS)
-        preset: Preset = _one_of("preset", self.preset, experiment.presets)
-        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        experiment: Experiment = one_of("experiment", self.experiment, EXPERIMENTS)
+        preset: Preset = one_of("preset", self.preset, experiment.presets)
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
         if self.epochs is None:
             return preset
         if self.epochs < 1:
@@ -268,7 +268,7 @@ def run_arms(
     paths = []
     for seed in seeds:
         for order, arm in enumerate(arms):
-            path = out / f"{order:02d}-{_slug(arm.name)}-seed{seed}.jsonl"
+            path = out / f"{order:02d}-{slug(arm.name)}-seed{seed}.jsonl"
             with RecordWriter(path) as writer:
                 _write_config(writer, settings, arm, seed, order, dataset, command)
                 training = _Training(settings, size, arm, seed, dataset, device, writer)
@@ -442,7 +442,12 @@ def _train_size(size: Preset, dataset: Dataset) -> int:
     return min(size.train_size or len(dataset.train_inputs), len(dataset.train_inputs))
 
 
-def _one_of(what: str, name: str, known: dict[str, Any]) -> Any:
+def one_of(what: str, name: str, known: dict[str, Any]) -> Any:
+    """The entry of this name.
+
+    Raises:
+        ValueError: for an unknown name, with the known ones.
+    """
     if name not in known:
         raise ValueError(f"unknown {what} {name!r}; there are: {', '.join(known)}")
     return known[name]
@@ -478,6 +483,7 @@ def _make_folder(folder: Path) -> Path:
     return folder
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
+    """A name as part of a file's."""
     kept = "".join(c if c.isalnum() or c == "." else "-" for c in name)
     return "-".join(part for part in kept.split("-") if part)

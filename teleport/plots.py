@@ -114,3 +114,84 @@ def draw_scaling(axes: Axes, size: str, claim: str, curves: Mapping[str, Curve])
 
 def _axis(run: Run, against: str) -> FloatArray:
     return run.seconds if against == "seconds" else run.column(against)
+
+
+def draw_band(
+    axes: Axes, x: FloatArray, values: FloatArray, label: str, number: int, dashed: bool = False
+) -> None:
+    """One curve: the mean over seeds with a band of one standard deviation.
+
+    Args:
+        axes: where.
+        x: ``[points]``.
+        values: ``[seeds, points]``.
+        label: for the legend; empty for none.
+        number: of the curve, for its colour and marker.
+        dashed: instead of solid.
+    """
+    middle, spread = values.mean(0), values.std(0)
+    colour = _SHADES[number % len(_SHADES)]
+    axes.plot(
+        x,
+        middle,
+        label=label or None,
+        color=colour,
+        linestyle="--" if dashed else "-",
+        marker=_MARKERS[number % len(_MARKERS)],
+        markersize=3,
+        markevery=max(1, len(x) // 10),
+    )
+    axes.fill_between(x, middle - spread, middle + spread, color=colour, alpha=0.15, linewidth=0)
+
+
+def draw_trade_off(
+    axes: Axes, series: Mapping[str, Sequence[tuple[str, FloatArray, FloatArray]]]
+) -> None:
+    """Accuracy on the old tasks against the new one's, a point with its spreads for every setting.
+
+    Args:
+        axes: where.
+        series: by method, its settings in a row: a note beside the point, new and old accuracy
+            ``[seeds]``.
+    """
+    for number, (method, points) in enumerate(series.items()):
+        new, old = (np.array([point[i] for point in points]) for i in (1, 2))
+        colour = _SHADES[number % len(_SHADES)]
+        axes.errorbar(
+            new.mean(1),
+            old.mean(1),
+            old.std(1),
+            new.std(1),
+            label=method,
+            color=colour,
+            marker=_MARKERS[number % len(_MARKERS)],
+            linewidth=1,
+            markersize=5,
+        )
+        for (note, *_), x, y in zip(points, new.mean(1), old.mean(1), strict=True):
+            # One method's notes above, the next one's below: their points may lie close together.
+            place = (4, 4 if number % 2 else -11)
+            axes.annotate(
+                note, (x, y), xytext=place, textcoords="offset points", fontsize=8, color=colour
+            )
+    axes.set_xlabel("final accuracy on the new task")
+    axes.set_ylabel("final accuracy on the old task")
+    axes.grid(alpha=0.25)
+
+
+def draw_accuracy_matrix(axes: Axes, matrix: FloatArray, title: str, lowest: float = 0.0) -> None:
+    """Accuracy on task j (column) after learning task i (row), ``[tasks, tasks]``, as numbers.
+
+    Shades go from ``lowest`` to 1.
+    """
+    count = len(matrix)
+    axes.imshow(matrix, cmap="cividis", vmin=lowest, vmax=1.0)
+    for i, j in np.argwhere(np.isfinite(matrix)):
+        colour = "black" if matrix[i, j] > (1 + lowest) / 2 else "white"
+        text = f"{100 * matrix[i, j]:.0f}"
+        axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(count), [str(t + 1) for t in range(count)])
+    axes.set_yticks(range(count), [str(t + 1) for t in range(count)])
+    axes.set_xlabel("accuracy on task, %")
+    axes.set_ylabel("after learning task")
+    axes.set_title(title, fontsize=9)

@@ -100,20 +100,24 @@ class Run:
         return self.column("train_seconds") + self.column("teleport_seconds")
 
     def first_below(self, loss: float, axis: FloatArray) -> float:
-        """Where on ``axis`` the train loss first reaches ``loss``; NaN if it never does.
+        """Where on ``axis`` the train loss first reaches ``loss``; NaN if it never does."""
+        return first_below(self.column("train_loss"), loss, axis)
 
-        Between two evaluations log loss is interpolated linearly.
-        """
-        losses = self.column("train_loss")
-        reached = np.flatnonzero(losses <= loss)
-        if len(reached) == 0:
-            return math.nan
-        i = reached[0]
-        if i == 0:
-            return float(axis[0])
-        above, below = np.log(losses[i - 1]), np.log(losses[i])
-        share = (above - np.log(loss)) / (above - below)
-        return float(axis[i - 1] + share * (axis[i] - axis[i - 1]))
+
+def first_below(losses: FloatArray, loss: float, axis: FloatArray) -> float:
+    """Where on ``axis`` the losses first reach ``loss``; NaN if they never do.
+
+    Between two evaluations log loss is interpolated linearly.
+    """
+    reached = np.flatnonzero(losses <= loss)
+    if len(reached) == 0:
+        return math.nan
+    i = reached[0]
+    if i == 0:
+        return float(axis[0])
+    above, below = np.log(losses[i - 1]), np.log(losses[i])
+    share = (above - np.log(loss)) / (above - below)
+    return float(axis[i - 1] + share * (axis[i] - axis[i - 1]))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

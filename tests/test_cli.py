@@ -26,7 +26,7 @@ def test_version_and_module_are_the_same_program(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ["run", "list", "figure", "data", "--version"]),
+        ([], ["run", "continual", "list", "figure", "data", "--version"]),
         (
             ["run"],
             [
@@ -46,6 +46,19 @@ def test_version_and_module_are_the_same_program(capsys: pytest.CaptureFixture[s
                 "--device",
                 "--init",
                 "--head-gain",
+            ],
+        ),
+        (
+            ["continual"],
+            [
+                "--methods",
+                "--tau",
+                "--lr",
+                "--tune",
+                "--resume",
+                "--first-seed",
+                "--seeds",
+                "--out",
             ],
         ),
         (["list"], ["experiments"]),

@@ -3,10 +3,13 @@
 ``python tests/test_readme.py`` prints the generated parts.
 """
 
+import contextlib
+import io
 import re
 from math import isnan
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -14,11 +17,13 @@ from torch.nn.functional import cross_entropy
 import teleport
 from teleport import data
 from teleport.bench_tables import holds_benchmarks, read_benchmarks
+from teleport.forgetting_report import forgetting_rows, markdown
 from teleport.models import mlp
 from teleport.records import ArmSummary, Comparison, read_runs, summarise
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "chapters" / "results"
+SEQUENCES = ("mnist-fashion", "mnist-fashion-tau", "permuted-mnist")
 HEAD = [
     "| arm | final train loss | final test loss | steps | seconds | log loss |",
     "|---|---|---|---|---|---|",
@@ -44,6 +49,27 @@ def comparison(found: Comparison | None) -> str:
     return f"{steps} | {seconds} | {found.log_loss:+.3f} ± {found.log_loss_spread:.3f}"
 
 
+def sequence_lines(name: str) -> list[str]:
+    """The columns of a sequence's table that fit on a page."""
+    rows = forgetting_rows(read_runs(RESULTS / "continual" / name))
+    left_out = {"final new loss", "seconds per step / plain"}
+    if name == "permuted-mnist":
+        left_out |= {"old accuracy", "new accuracy"}
+    else:
+        left_out |= {"ACC", "BWT"}
+    kept = [i for i, title in enumerate(rows[0]) if title not in left_out]
+    return markdown([[row[i] for i in kept] for row in rows])
+
+
+def example_output(change: tuple[str, str] = ("", "")) -> list[float]:
+    """The accuracies that the README's example prints."""
+    (code,) = re.findall(r"<!-- example: .*?```python\n(.*?)```", readme(), re.DOTALL)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code.replace(*change), {})
+    return [float(line.split()[1]) for line in printed.getvalue().splitlines()]
+
+
 def example_report() -> str:
     """The report of the README's five lines, for the paper's network at its initialisation."""
     torch.manual_seed(0)
@@ -67,6 +93,21 @@ def between(start: str, end: str) -> list[str]:
 
 def test_the_results_are_those_of_the_records() -> None:
     assert between("results", "end of results") == result_lines()
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_the_sequences_are_those_of_the_records(name: str) -> None:
+    assert between(name, f"end of {name}") == sequence_lines(name)
+
+
+def test_the_example_prints_what_the_text_below_it_says() -> None:
+    text = readme().split("<!-- end of example -->")[1]
+    said = [float(number) for number in re.findall(r"0\.\d{3}", text)[:5]]
+    kept, before, learned, lost, plain = said
+    assert example_output() == pytest.approx([kept, learned], abs=0.02)
+    without = example_output(("space.project_(model)", "pass"))
+    assert without == pytest.approx([lost, plain], abs=0.02)
+    assert lost < kept <= before
 
 
 def test_the_report_has_the_layers_and_ranks_the_library_prints() -> None:
@@ -103,9 +144,13 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
             continue
         for run in read_runs(folder):
             assert run.status in ("finished", "diverged"), run.path
-            assert run.config["command"].startswith("teleport run"), run.path
+            assert run.config["command"].startswith(("teleport run", "teleport continual")), (
+                run.path
+            )
 
 
 if __name__ == "__main__":
     print(*result_lines(), sep="\n")  # noqa: T201
+    for name in SEQUENCES:
+        print(*sequence_lines(name), sep="\n")  # noqa: T201
     print(example_report())  # noqa: T201

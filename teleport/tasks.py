@@ -1,0 +1,166 @@
+"""Sequences of tasks for one network with one head: what is to be learned, and how much of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from teleport.data import Dataset
+
+VALIDATION = 5000
+"""Images at the end of each training split that are never trained on; tuning looks at them."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a sequence.
+
+    Attributes:
+        data: data sets by name; one for each task, or one that the tasks are made from.
+        hidden: widths of the network's hidden layers.
+        batch_size: images of the task being learned per step.
+        first_steps, steps: training steps on the first task, and on every later one.
+        first_lr: learning rate of the first task, which all methods share.
+        memory: images per old task that a method may keep: for its bases, or to replay.
+        evaluate_every: training steps between evaluations.
+        evaluate_size: images of every task that an evaluation looks at, the first ones.
+    """
+
+    data: tuple[str, ...]
+    hidden: tuple[int, ...]
+    batch_size: int
+    first_steps: int
+    steps: int
+    first_lr: float
+    memory: int
+    evaluate_every: int
+    evaluate_size: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: a data set, its labels perhaps restricted, its pixels perhaps in another order.
+
+    Attributes:
+        dataset: what it is learned from.
+        pixels: order of the pixels, int64 ``[width]``; None leaves them.
+    """
+
+    dataset: Dataset
+    pixels: Tensor | None = None
+
+    def images(self, inputs: Tensor) -> Tensor:
+        """The task's view of images ``[n, width]``."""
+        return inputs if self.pixels is None else inputs[:, self.pixels]
+
+    def training(self) -> tuple[Tensor, Tensor]:
+        """Images, in the data set's order of pixels, and labels to learn from."""
+        count = len(self.dataset.train_inputs) - self._reserved()
+        return self.dataset.train_inputs[:count], self.dataset.train_targets[:count]
+
+    def unseen(self, split: str, size: int) -> tuple[Tensor, Tensor]:
+        """The first images and labels of the ``"test"`` or the ``"validation"`` split."""
+        data = self.dataset
+        inputs, targets = data.test_inputs, data.test_targets
+        if split == "validation":
+            start = len(data.train_inputs) - self._reserved()
+            inputs, targets = data.train_inputs[start:], data.train_targets[start:]
+        return self.images(inputs[:size]), targets[:size]
+
+    def _reserved(self) -> int:
+        return min(VALIDATION, len(self.dataset.train_inputs) // 5)
+
+
+def _one_task_per_set(sets: Sequence[Dataset], seed: int) -> list[Task]:
+    return [Task(dataset) for dataset in sets]
+
+
+def _lower_then_upper_labels(sets: Sequence[Dataset], seed: int) -> list[Task]:
+    half = sets[0].classes // 2
+    return [Task(_labelled(sets[0], low, low + half)) for low in (0, half)]
+
+
+def _five_orders_of_the_pixels(sets: Sequence[Dataset], seed: int) -> list[Task]:
+    draws = torch.Generator().manual_seed(seed)
+    return [Task(sets[0], torch.randperm(sets[0].width, generator=draws)) for _ in range(5)]
+
+
+def _labelled(dataset: Dataset, low: int, high: int) -> Dataset:
+    """The images whose label is at least ``low`` and below ``high``."""
+    train = (dataset.train_targets >= low) & (dataset.train_targets < high)
+    test = (dataset.test_targets >= low) & (dataset.test_targets < high)
+    return replace(
+        dataset,
+        train_inputs=dataset.train_inputs[train],
+        train_targets=dataset.train_targets[train],
+        test_inputs=dataset.test_inputs[test],
+        test_targets=dataset.test_targets[test],
+    )
+
+
+@dataclass(frozen=True)
+class TaskSequence:
+    """Tasks to be learned in turn.
+
+    Attributes:
+        name, title: what the command line and the tables call it.
+        tasks: makes the tasks of a seed from the data sets.
+        reach: loss of a new task to which steps and seconds are counted.
+        compare: loss of a new task at which the old tasks' loss is read off.
+        tau: of the methods that use a null space, unless they are given another.
+        presets: sizes by name.
+    """
+
+    name: str
+    title: str
+    tasks: Callable[[Sequence[Dataset], int], list[Task]]
+    reach: float
+    compare: float
+    tau: float
+    presets: dict[str, Size]
+
+
+_SAMPLE = ("mnist-sample",)
+_BOTH = ("mnist", "fashion-mnist")
+SEQUENCES = {
+    s.name: s
+    for s in (
+        TaskSequence(
+            "digits",
+            "embedded MNIST images, digits 0-4 then 5-9",
+            _lower_then_upper_labels,
+            0.5,
+            0.6,
+            0.9,
+            {
+                "tiny": Size(_SAMPLE, (64,), 32, 60, 40, 0.1, 200, 20, 200),
+                "cpu": Size(_SAMPLE, (256, 256), 32, 400, 200, 0.1, 500, 20, 900),
+            },
+        ),
+        TaskSequence(
+            "mnist-fashion",
+            "MNIST then Fashion-MNIST",
+            _one_task_per_set,
+            0.6,
+            0.6,
+            0.9,
+            {
+                "tiny": Size(_BOTH, (64,), 32, 60, 40, 0.1, 200, 20, 200),
+                "cpu": Size(_BOTH, (256, 256), 64, 940, 400, 0.1, 1000, 20, 2000),
+            },
+        ),
+        TaskSequence(
+            "permuted-mnist",
+            "five orders of MNIST's pixels",
+            _five_orders_of_the_pixels,
+            0.4,
+            0.5,
+            0.95,
+            {
+                "tiny": Size(_SAMPLE, (32,), 10, 60, 60, 0.05, 100, 20, 200),
+                "cpu": Size(("mnist",), (100, 100), 20, 1000, 1000, 0.1, 300, 100, 2000),
+            },
+        ),
+    )
+}
