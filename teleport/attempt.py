@@ -47,6 +47,11 @@ _FIXED = (
     "parameters, or only within their own span"
 )
 
+_OVERFLOW = (
+    "the gradient or its derivative is not finite: it leaves the range of the dtype. Scale the "
+    "loss down, or compute in bfloat16 or float32"
+)
+
 
 @dataclass
 class _Outcome:
@@ -84,7 +89,8 @@ class Attempt:
         self.bases = self._make_bases()
         after, failure, tolerance = before, "", 0.0
         try:
-            reason = self._ascend(before.norm)
+            finite = math.isfinite(before.norm)
+            reason = self._ascend(math.sqrt(self.walk.norm_squared())) if finite else _OVERFLOW
             tolerance = self._tolerance(before)
             if self.step_sizes:
                 after, failure = self._check(before, tolerance)
@@ -107,8 +113,12 @@ class Attempt:
         )
 
     def _measure_start(self) -> _Outcome:
-        norm = math.sqrt(self.walk.norm_squared())
-        return _Outcome(self.walk.loss, norm, self._held_out_loss())
+        loss, norm = self.walk.loss, math.sqrt(self.walk.norm_squared())
+        if self.walk.precision != self.walk.dtype:
+            # Layers that autocast computes in another precision than their recorded products, as
+            # recurrent ones, are another function by its rounding: compare the model with itself.
+            loss, norm = mean_grad_norm(self.closures, trainable(self.settings.model))
+        return _Outcome(loss, norm, self._held_out_loss())
 
     def _start_walk(self) -> Walk:
         settings, sites = self.settings, self.settings.coverage.sites
@@ -155,6 +165,8 @@ class Attempt:
         for number in range(1, self.settings.steps + 1):
             along = self._direction(room)
             slope = sum(float(d.double().square().sum()) for d in along.values())
+            if not math.isfinite(slope):
+                return _OVERFLOW
             if slope == 0.0:
                 return _FIXED if not self.step_sizes else "a stationary point was reached"
             share = number / self.settings.steps if self.settings.lr is None else 1.0
@@ -173,7 +185,7 @@ class Attempt:
         lr, start = self.settings.lr, self.walk.norm_squared()
         if lr is not None and self.walk.norm_squared_at(along, lr) <= target**2:
             return lr
-        eps = torch.finfo(self.walk.dtype).eps
+        eps = torch.finfo(self.walk.precision).eps
         return step_to_norm(
             lambda s: self.walk.norm_squared_at(along, s), start, 2 * slope, target**2, 8 * eps
         )

@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from teleport.coverage import Block, Site
 from teleport.errors import ClosureError, NonFiniteLossError
+from teleport.precision import as_computed, at_least_single, coarsest, uncached_casts
 
 Closure = Callable[[], Tensor]
 
@@ -33,7 +34,7 @@ class Call:
     """One use of a block: what went in and came out, and what `Tape` finds out about it.
 
     Attributes:
-        x, z: input and output as the layer saw them.
+        x, z: input and output as the product saw them; autocast may have lowered their dtype.
         delta: dL/dz for the matrices of the last `Tape.backward`; None if the loss ignores ``z``.
         x_dot: tangent of ``x`` from the last `Tape.push_tangents`; None if ``x`` does not depend
             on trainable parameters (theorem ``thm-fixed``).
@@ -91,7 +92,7 @@ class Tape:
     def row_gram(self, block: Block) -> Float[Tensor, "*groups rows rows"]:
         """Inner products of all pairs of input rows."""
         if block not in self._grams:
-            rows = self.rows(block)
+            rows = at_least_single(self.rows(block))
             self._grams[block] = rows @ rows.mT
         return self._grams[block]
 
@@ -111,7 +112,9 @@ class Tape:
         return self._sum(block, [gradient(c.x_dot, c.delta, bias_input=0.0) for c in calls])  # type: ignore[arg-type]
 
     def _sum(self, block: Block, terms: list[Tensor]) -> Tensor:
-        return sum(terms[1:], terms[0]) if terms else torch.zeros_like(self.matrices[block])
+        matrix = self.matrices[block]
+        terms = [term.to(matrix.dtype) for term in terms]
+        return sum(terms[1:], terms[0]) if terms else torch.zeros_like(matrix)
 
     def deltas(self, block: Block) -> Float[Tensor, "*groups rows d_out"]:
         """Cotangents of a block's outputs in the order of `rows`; 0 where the loss ignores them."""
@@ -130,6 +133,15 @@ class Tape:
     def depends_on_parameters(self, block: Block) -> bool:
         """Whether any input of the block depends on a trainable parameter."""
         return any(call.x.requires_grad for call in self.calls_of(block))
+
+    def computed_in(self, block: Block) -> torch.dtype:
+        """The coarsest precision a block's products were computed in."""
+        return coarsest(call.z.dtype for call in self.calls_of(block))
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarsest precision anything on the tape was computed in."""
+        return coarsest([self.loss.dtype, *(call.z.dtype for call in self.calls)])
 
     def backward(self) -> None:
         """Carry dL/dz to every call through ``matrices``; fill ``delta``, ``other_gradients``."""
@@ -225,9 +237,10 @@ def watch(
     """Run a closure without gradients and show every input of a covered product to ``see``."""
 
     def product(block: Block, x: Tensor) -> Tensor:
+        z = block.part.compute(x)
         if x.numel():
-            see(block, x)
-        return block.part.compute(x)
+            see(block, as_computed(x, z))
+        return z
 
     with torch.no_grad(), _replaced_forwards(sites, product):
         closure()
@@ -265,8 +278,9 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
             raise ClosureError(
                 f"layer {block.name!r} received an empty batch of shape {tuple(x.shape)}"
             )
-        with torch.no_grad():
+        with torch.no_grad(), uncached_casts():
             z = block.part.compute(x)
+        x = as_computed(x, z)
         call = Call(block, x, z)
         calls.append(call)
         output: Tensor = _Relay.apply(x, anchor, call, matrices)
@@ -331,7 +345,8 @@ class _Relay(torch.autograd.Function):
         ctx.call.delta = delta
         grad = None
         if ctx.needs_input_grad[0]:
-            grad = block.part.pull(delta, ctx.matrices[block], ctx.call.x.detach())
+            matrix = ctx.matrices[block].to(delta.dtype)
+            grad = block.part.pull(delta, matrix, ctx.call.x.detach())
         return grad, torch.zeros_like(ctx.anchor), None, None
 
 
@@ -345,7 +360,7 @@ class _Replay:
 
     def product(self, block: Block, x: Tensor) -> Tensor:
         call = self._next(block, x)
-        call.x_dot = forward_ad.unpack_dual(x).tangent
+        call.x_dot = forward_ad.unpack_dual(as_computed(x, call.z)).tangent
         if self.position == len(self.tape.calls):
             raise _LastCallReached
         dual: Tensor = forward_ad.make_dual(call.z.clone(), self._output_tangent(call))
@@ -360,10 +375,11 @@ class _Replay:
         return call
 
     def _output_tangent(self, call: Call) -> Tensor:
-        own = next(self._drive[call.block])
+        own = next(self._drive[call.block]).to(call.z.dtype)
         if call.x_dot is None:
             return own
-        return own + call.block.part.push(call.x_dot, self.tape.matrices[call.block])
+        matrix = self.tape.matrices[call.block].to(call.x_dot.dtype)
+        return own + call.block.part.push(call.x_dot, matrix)
 
 
 class _LastCallReached(BaseException):

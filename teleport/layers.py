@@ -118,7 +118,8 @@ class Part(ABC):
     def push(self, x: Tensor, matrix: Float[Tensor, "*groups d_out d_in"]) -> Tensor:
         """``W x`` without the bias: carries a tangent of the inputs to the outputs."""
         rows = self.rows(x, bias_input=0.0)
-        return self.from_out_rows(rows @ matrix.mT, like=self.compute(x))
+        like = self.compute(x.to(self.weight.parameter.dtype))  # a tangent may be in half precision
+        return self.from_out_rows(rows @ matrix.mT, like)
 
     def push_affine(
         self, x: Tensor, matrix: Float[Tensor, "*groups d_out d_in"], like: Tensor

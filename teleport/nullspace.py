@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from teleport.capture import watch
 from teleport.coverage import Block, cover
 from teleport.errors import ClosureError, NullSpaceError
+from teleport.precision import Autocast
 from teleport.subspace import Basis, RowSpace
 from teleport.transaction import Transaction
 
@@ -45,7 +46,7 @@ class NullSpace:
             NullSpaceError: if the model's layers are not those of this space.
         """
         blocks = self._match(model)
-        with torch.no_grad():
+        with torch.no_grad(), Autocast().off():
             covered = {p for block in blocks for p in block.parameters}
             grads = {p: _grad(p) for p in covered}
             for block in blocks:
@@ -184,7 +185,7 @@ class Keeper:
 
     def project(self) -> None:
         """Project the displacement since the last projection now."""
-        with torch.no_grad():
+        with torch.no_grad(), Autocast().off():
             for block, start in zip(self._blocks, self._matrices, strict=True):
                 moved = block.part.matrix() - start
                 block.part.write(start + self._bases[block.name].project(moved))
@@ -230,9 +231,16 @@ def null_space(
     """
     coverage = cover(model, at_least_one=True)
     spaces = {block: RowSpace() for block in coverage.blocks}
-    with Transaction(model):
+
+    def see(block: Block, x: Tensor) -> None:
+        with Autocast().off():  # that of the closure, too
+            spaces[block].add(block.part.rows(x))
+
+    autocast = Autocast()
+    with autocast.off(), Transaction(model):
         for closure in closures:
-            watch(coverage.sites, closure, lambda block, x: spaces[block].add(block.part.rows(x)))
+            with autocast.on():
+                watch(coverage.sites, closure, see)
     if not any(space.count for space in spaces.values()):
         raise ClosureError("no closure called a covered layer of this model; do they call it?")
     return NullSpace({block.name: _basis(block, spaces[block], tau) for block in spaces})

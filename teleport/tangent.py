@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from teleport.capture import Closure, Tape
 from teleport.coverage import Block
+from teleport.precision import at_least_single, rounding_unit, scaled, unit_scale
 from teleport.subspace import Basis
 
 Direction = dict[Block, Float[Tensor, "*groups d_out d_in"]]
@@ -55,16 +56,22 @@ def direction(
     Returns:
         One matrix per block, zero where nothing but rounding survives the projection.
     """
-    velocity = dict(zip(tape.others, tape.other_gradients, strict=True))
-    drive = {block: _drive(tape, block) for block in tape.blocks}
+    scale = unit_scale(lambda: grad_norm_squared(tape), tape.precision)
+    velocity = {p: scaled(g, scale) for p, g in zip(tape.others, tape.other_gradients, strict=True)}
+    drive = {block: _drive(tape, block, scale) for block in tape.blocks}
     tape.push_tangents(model, closure, drive, velocity)
-    return {block: _survivor(tape, block, basis) for block, basis in bases.items()}
+    return {b: scaled(_survivor(tape, b, basis), 1 / scale) for b, basis in bases.items()}
 
 
-def project_ascent(ascent: Direction, bases: Mapping[Block, Basis]) -> Direction:
-    """π of a full ascent direction (paper equation 11): the reference for `direction`."""
+def project_ascent(
+    ascent: Direction, bases: Mapping[Block, Basis], dtype: torch.dtype | None = None
+) -> Direction:
+    """π of a full ascent direction (paper equation 11): the reference for `direction`.
+
+    ``dtype`` is what the ascent was computed in, if not its own.
+    """
     return {
-        block: without_rounding(basis.project(ascent[block]), ascent[block])
+        block: without_rounding(basis.project(ascent[block]), ascent[block], dtype)
         for block, basis in bases.items()
     }
 
@@ -107,25 +114,28 @@ def step_to_norm(
 
 def _block_norm_squared(tape: Tape, block: Block) -> float:
     if _prefers_gram(tape, block):
-        deltas = tape.deltas(block)
+        deltas = at_least_single(tape.deltas(block))
         return float(((deltas @ deltas.mT) * tape.row_gram(block)).double().sum())
     return float(tape.weight_gradient(block).double().square().sum())
 
 
-def _drive(tape: Tape, block: Block) -> list[Tensor]:
-    """G x for every call of a block: the outputs' tangent due to the block's own weights."""
+def _drive(tape: Tape, block: Block, scale: float) -> list[Tensor]:
+    """G x, scaled, for every call of a block: the tangents due to the block's own weights."""
     calls, part = tape.calls_of(block), block.part
     if _prefers_gram(tape, block):
         counts = [part.out_rows(call.z).shape[-2] for call in calls]
-        pieces = (tape.row_gram(block) @ tape.deltas(block)).split(counts, dim=-2)
+        gram = tape.row_gram(block)
+        pieces = (gram @ scaled(tape.deltas(block).to(gram.dtype), scale)).split(counts, dim=-2)
         return [part.from_out_rows(p, c.z) for p, c in zip(pieces, calls, strict=True)]
-    return drive_of(tape, block, tape.weight_gradient(block))
+    return drive_of(tape, block, scaled(tape.weight_gradient(block), scale))
 
 
 def drive_of(tape: Tape, block: Block, velocity: Tensor) -> list[Tensor]:
     """Ẇ x for every call of a block, in the shape of the outputs."""
     calls = tape.calls_of(block)
-    return [block.part.push_affine(call.x.detach(), velocity, call.z) for call in calls]
+    return [
+        block.part.push_affine(call.x.detach(), velocity.to(call.x.dtype), call.z) for call in calls
+    ]
 
 
 def _prefers_gram(tape: Tape, block: Block) -> bool:
@@ -136,16 +146,28 @@ def _survivor(tape: Tape, block: Block, basis: Basis) -> Float[Tensor, "*groups 
     """Σ δ (P ẋ)ᵀ; the projection is done on rows or on the sum, whichever is smaller."""
     fewer_rows = tape.row_count(block) < tape.matrices[block].shape[-2]
     x_dot = tape.tangents(block) if fewer_rows else None
+    dtype = tape.computed_in(block)
     if x_dot is None:
         whole = tape.survivor(block)
-        return without_rounding(basis.project(whole), whole)
-    return tape.deltas(block).mT @ without_rounding(basis.project(x_dot), x_dot)
+        return without_rounding(basis.project(whole), whole, dtype)
+    x_dot = at_least_single(x_dot)
+    projected = without_rounding(basis.project(x_dot), x_dot, dtype)
+    deltas = tape.deltas(block).to(x_dot.dtype)
+    return (deltas.mT @ projected).to(tape.matrices[block].dtype)
 
 
-def without_rounding(projected: Tensor, original: Tensor) -> Tensor:
+def without_rounding(
+    projected: Tensor, original: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """Zero if what is left is no larger than the rounding of what was projected.
 
     Without this a layer that must not move (``thm-fixed``) would move along its own rounding.
+
+    Args:
+        projected: what is left.
+        original: what was projected.
+        dtype: that ``original`` was computed in, if not its own.
     """
-    cut = max(original.shape) * torch.finfo(original.dtype).eps * original.norm()
-    return projected if projected.norm() > cut else torch.zeros_like(projected)
+    unit = rounding_unit(original.dtype if dtype is None else dtype, max(original.shape))
+    cut = unit * original.norm()
+    return torch.zeros_like(projected) if projected.norm() <= cut else projected

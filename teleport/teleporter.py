@@ -13,6 +13,7 @@ from teleport.attempt import Attempt, Settings
 from teleport.capture import Closure
 from teleport.coverage import cover, supported
 from teleport.errors import UnsupportedModelError
+from teleport.precision import Autocast
 from teleport.report import TeleportReport
 from teleport.transaction import Transaction
 
@@ -127,12 +128,14 @@ class Teleporter:
         """
         started = time.perf_counter()
         parts = _parts(closure)
-        with Transaction(self.model) as transaction:
+        autocast = Autocast()
+        with autocast.off(), Transaction(self.model) as transaction:
 
             def repeatable(closure: Closure) -> Closure:
                 def call() -> Any:  # what a user's closure returns is checked where it is used
                     transaction.rewind_random()
-                    return closure()
+                    with autocast.on():
+                        return closure()
 
                 return call
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from teleport.capture import Closure, Tape, record
 from teleport.coverage import Block, Site
-from teleport.objective import ascent_double_backward, trainable
+from teleport.objective import ascent_double_backward, gradient, trainable
+from teleport.precision import at_least_single, coarsest, is_half, scaled, unit_scale
 from teleport.subspace import Basis, RowSpace
 from teleport.tangent import (
     Direction,
@@ -34,12 +35,15 @@ class Walk(ABC):
 
     Attributes:
         loss: at the start.
+        dtype: of the loss.
+        precision: the coarsest that products were computed in; coarser under autocast.
         start, matrices: ``[*groups, d_out, d_in]`` per covered block, at the start and now.
         fixed: blocks whose inputs depend on no parameter (``thm-fixed``).
     """
 
     loss: float
     dtype: torch.dtype
+    precision: torch.dtype
     fixed: set[Block]
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
@@ -103,7 +107,8 @@ class Walk(ABC):
         """π(∇T) by definition: the reference for `tangent_direction`."""
         self.write()
         ascent = self.ascent()
-        return project_ascent({block: block.part.of(ascent) for block in bases}, bases)
+        full = {block: block.part.of(ascent) for block in bases}
+        return project_ascent(full, bases, self.precision if is_half(self.precision) else None)
 
     def move_norm(self, block: Block) -> float:
         """Frobenius norm of the block's change since the start."""
@@ -123,9 +128,11 @@ class Walk(ABC):
         total = 8 * torch.finfo(self.dtype).eps * abs(self.loss)
         for tape, share in self._tapes():
             for block in tape.blocks:
-                eps = torch.finfo(tape.calls_of(block)[0].z.dtype).eps  # that of the computation
-                rows, deltas = tape.rows(block), share * tape.deltas(block)
-                weights = self.start[block].square().sum(-1) + self.matrices[block].square().sum(-1)
+                eps = torch.finfo(tape.computed_in(block)).eps
+                rows = at_least_single(tape.rows(block))
+                deltas = share * tape.deltas(block).to(rows.dtype)
+                first, last = (at_least_single(at[block]) for at in (self.start, self.matrices))
+                weights = first.square().sum(-1) + last.square().sum(-1)
                 errors = (deltas.square() @ weights[..., None])[..., 0].sqrt() * rows.norm(dim=-1)
                 terms = rows.shape[-1] if eps < 1e-4 else 1  # half precision sums in float32
                 total += 2 * eps * terms**0.5 * float(errors.sum())
@@ -149,7 +156,7 @@ class FrozenWalk(Walk):
         self._tape = record(model, sites, closure)
         super().__init__(model, self._tape.blocks)
         self.loss = float(self._tape.loss.detach())
-        self.dtype = self._tape.loss.dtype
+        self.dtype, self.precision = self._tape.loss.dtype, self._tape.precision
         self.fixed = {b for b in self._tape.blocks if not self._tape.depends_on_parameters(b)}
 
     def norm_squared(self) -> float:
@@ -165,7 +172,11 @@ class FrozenWalk(Walk):
 
     def ascent(self) -> Gradient:
         parameters = trainable(self._model)
-        return dict(zip(parameters, ascent_double_backward(self._closure, parameters), strict=True))
+        velocity, scale = None, unit_scale(self.norm_squared, self.precision)
+        if scale != 1.0:
+            velocity = [scaled(g, scale) for g in gradient(self._closure, parameters)[1]]
+        ascent = ascent_double_backward(self._closure, parameters, velocity)
+        return {p: scaled(a, 1 / scale) for p, a in zip(parameters, ascent, strict=True)}
 
     def _look_at(self, moved: Direction) -> None:
         self._tape.matrices.update(moved)
@@ -205,36 +216,47 @@ class StreamedWalk(Walk):
     def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
         self.write()
         whole = {block: torch.zeros_like(self.matrices[block]) for block in bases}
+        scale = unit_scale(self.norm_squared, self.precision)
+        velocity = {p: scaled(grad, scale) for p, grad in self._gradient.items()}
         for closure in self._closures:
             tape = record(self._model, self._sites, closure)
-            drive = {b: drive_of(tape, b, b.part.of(self._gradient)) for b in tape.blocks}
-            tape.push_tangents(self._model, closure, drive, self._gradient)
+            drive = {b: drive_of(tape, b, b.part.of(velocity)) for b in tape.blocks}
+            tape.push_tangents(self._model, closure, drive, velocity)
             for block in whole.keys() & set(tape.blocks):
-                whole[block] += tape.survivor(block) / len(self._closures)
+                whole[block] += tape.survivor(block) / (len(self._closures) * scale)
             del tape
-        return {b: without_rounding(bases[b].project(sum_), sum_) for b, sum_ in whole.items()}
+        return {
+            b: without_rounding(bases[b].project(sum_), sum_, self._computed_in[b])
+            for b, sum_ in whole.items()
+        }
 
     def ascent(self) -> Gradient:
         parameters = trainable(self._model)
-        velocity = [self._grad(p) for p in parameters]
+        scale = unit_scale(self.norm_squared, self.precision)
+        velocity = [scaled(self._grad(p), scale) for p in parameters]
         total = [torch.zeros_like(v) for v in velocity]
         for closure in self._closures:
             for place, share in zip(
                 total, ascent_double_backward(closure, parameters, velocity), strict=True
             ):
                 place.add_(share, alpha=1.0 / len(self._closures))
-        return dict(zip(parameters, total, strict=True))
+        return {p: scaled(sum_, 1 / scale) for p, sum_ in zip(parameters, total, strict=True)}
 
     def _survey(self) -> set[Block]:
         """Loss, gradient and row spaces at the start; blocks that have to be left out, if any."""
         self._spaces: dict[Block, RowSpace] = {}
         self._depends: dict[Block, bool] = {}
+        self._computed_in: dict[Block, torch.dtype] = {}
         losses = []
+        precisions = []
 
         def note(tape: Tape) -> None:
             losses.append(float(tape.loss.detach()))
             self.dtype = tape.loss.dtype
+            precisions.append(tape.precision)
             for block in tape.blocks:
+                known = self._computed_in.get(block, tape.computed_in(block))
+                self._computed_in[block] = coarsest([known, tape.computed_in(block)])
                 space = self._spaces.setdefault(block, RowSpace())
                 depends = tape.depends_on_parameters(block)
                 self._depends[block] = self._depends.get(block, False) or depends
@@ -250,6 +272,7 @@ class StreamedWalk(Walk):
             self._add(tape)
             del tape  # before the next one is recorded: memory is that of one
         self.loss = sum(losses) / len(losses)
+        self.precision = coarsest(precisions)
         return left_out
 
     def _look_at(self, moved: Direction) -> None:
