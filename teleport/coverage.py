@@ -6,6 +6,7 @@ from itertools import combinations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from teleport.errors import UnsupportedModelError
 from teleport.layers import RULES, LayerRule, Part, Slot, rule_for
@@ -87,6 +88,8 @@ def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
         Sites, blocks and reasons. Layers that share a whole weight matrix share a block; layers
         that share a parameter in any other way are frozen.
     """
+    parallel = parallel_part(model)
+    model = model if parallel is None else parallel.module
     found: list[_Found] = []
     frozen: dict[str, str] = {}
     inside: set[nn.Module] = set()
@@ -121,6 +124,36 @@ def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
     if at_least_one and not blocks:
         raise UnsupportedModelError(_no_layer(model, frozen))
     return Coverage(sites, list(blocks.values()), frozen)
+
+
+def parallel_part(model: nn.Module) -> DistributedDataParallel | None:
+    """The wrapper, if the model is in `DistributedDataParallel`; names leave it out.
+
+    Raises:
+        UnsupportedModelError: for other ways to spread a model, with what to do.
+    """
+    whole = getattr(model, "_orig_mod", model)  # compiled, after it was wrapped
+    for module in model.modules():
+        kind = type(module).__name__
+        if isinstance(module, DistributedDataParallel) and module is not whole:
+            raise UnsupportedModelError(
+                "a part of the model is in DistributedDataParallel; wrap the whole model"
+            )
+        if isinstance(module, nn.DataParallel):
+            raise UnsupportedModelError(
+                "nn.DataParallel runs copies of the layers; teleport model.module and call that "
+                "in the closure, or use DistributedDataParallel"
+            )
+        if kind == "FullyShardedDataParallel" or any(
+            type(p).__name__ in ("DTensor", "FlatParameter")
+            for p in module.parameters(recurse=False)
+        ):
+            raise UnsupportedModelError(
+                "the model's parameters are sharded (FSDP or DTensor): no rank holds a whole "
+                "weight matrix. Use DistributedDataParallel, or gather the parameters into a "
+                "plain copy of the model, teleport that, and load its state_dict back"
+            )
+    return whole if isinstance(whole, DistributedDataParallel) else None
 
 
 def _no_layer(model: nn.Module, frozen: dict[str, str]) -> str:
@@ -218,7 +251,8 @@ def supported(model: nn.Module) -> Support:
         )
         for block in coverage.blocks
     ]
-    modules = dict(model.named_modules())
+    parallel = parallel_part(model)
+    modules = dict((model if parallel is None else parallel.module).named_modules())
     for name, why in coverage.frozen.items():
         module = modules.get(name)
         kind = type(module).__name__ if module is not None else "part"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from teleport.capture import watch
 from teleport.coverage import Block, cover
+from teleport.distributed import ranks_of, silenced
 from teleport.errors import ClosureError, NullSpaceError
 from teleport.precision import Autocast
 from teleport.subspace import Basis, RowSpace
@@ -138,7 +139,13 @@ class NullSpace:
             inputs: batches for both.
         """
         worst = 0.0
-        with Transaction(before), Transaction(after), torch.no_grad():
+        with (
+            silenced(before),
+            silenced(after),
+            Transaction(before),
+            Transaction(after),
+            torch.no_grad(),
+        ):
             before.eval()
             after.eval()
             for x in inputs:
@@ -218,7 +225,8 @@ def null_space(
         model: the model.
         closures: each runs the model on some of the data; what it returns does not matter. They
             are taken one at a time, so a generator over a data loader needs the memory of one
-            batch and of one ``d_in x d_in`` matrix per layer.
+            batch and of one ``d_in x d_in`` matrix per layer. For a model in
+            ``DistributedDataParallel`` every rank gives its own, any number of them.
         tau: share of each layer's input energy to keep, in (0, 1].
 
     Returns:
@@ -237,13 +245,22 @@ def null_space(
             spaces[block].add(block.part.rows(x))
 
     autocast = Autocast()
-    with autocast.off(), Transaction(model):
-        for closure in closures:
-            with autocast.on():
-                watch(coverage.sites, closure, see)
-    if not any(space.count for space in spaces.values()):
-        raise ClosureError("no closure called a covered layer of this model; do they call it?")
-    return NullSpace({block.name: _basis(block, spaces[block], tau) for block in spaces})
+    ranks = ranks_of(model)
+    with autocast.off(), ranks.together(), silenced(model), Transaction(model):
+        with ranks.together():
+            for closure in closures:
+                with autocast.on():
+                    watch(coverage.sites, closure, see)
+        matrices = [block.part.matrix() for block in spaces]
+        joined = ranks.joined(list(spaces.values()), matrices)
+        if not any(space.count for space in joined):
+            raise ClosureError("no closure called a covered layer of this model; do they call it?")
+        return NullSpace(
+            {
+                block.name: ranks.basis_of_first(_basis(block, space, tau))
+                for block, space in zip(spaces, joined, strict=True)
+            }
+        )
 
 
 def _basis(block: Block, space: RowSpace, tau: float) -> Basis:

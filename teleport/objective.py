@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport.capture import Closure, evaluate
+from teleport.distributed import ALONE, Ranks
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -42,24 +43,27 @@ def gradient(
 
 
 def mean_grad_norm(
-    closures: Sequence[Closure], parameters: Sequence[nn.Parameter]
+    closures: Sequence[Closure], parameters: Sequence[nn.Parameter], ranks: Ranks = ALONE
 ) -> tuple[float, float]:
     """Mean loss of some closures and the Euclidean norm of its gradient, one closure at a time."""
     total, summed = 0.0, [torch.zeros_like(p).detach() for p in parameters]
-    for closure in closures:
-        loss, grads = gradient(closure, parameters)
-        total += float(loss)
-        for place, grad in zip(summed, grads, strict=True):
-            place.add_(grad)
+    with ranks.together():
+        for closure in closures:
+            loss, grads = gradient(closure, parameters)
+            total += float(loss) / len(closures)
+            for place, grad in zip(summed, grads, strict=True):
+                place.add_(grad, alpha=1.0 / len(closures))
+    ranks.mean_(summed)
     # float64 sums: a float32 norm over a million entries is wrong in the fifth digit
     squares = (torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in summed)
-    return total / len(closures), float(sum(squares)) ** 0.5 / len(closures)
+    return ranks.mean(total), ranks.of_first(float(sum(squares)) ** 0.5)
 
 
-def mean_loss(closures: Sequence[Closure]) -> float:
+def mean_loss(closures: Sequence[Closure], ranks: Ranks = ALONE) -> float:
     """Mean of what the closures return, without gradients."""
-    with torch.no_grad():
-        return sum(float(evaluate(closure)) for closure in closures) / len(closures)
+    with ranks.together(), torch.no_grad():
+        loss = sum(float(evaluate(closure)) for closure in closures) / len(closures)
+    return ranks.mean(loss)
 
 
 def grad_norm(closure: Closure, parameters: Sequence[nn.Parameter]) -> tuple[float, float]:

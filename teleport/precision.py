@@ -11,6 +11,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""From the finest to the coarsest."""
+
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -77,7 +80,7 @@ def rounding_unit(dtype: torch.dtype, terms: int) -> float:
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype with the largest rounding."""
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return max(dtypes, key=PRECISIONS.index)
 
 
 def unit_scale(norm_squared: Callable[[], float], dtype: torch.dtype) -> float:

@@ -127,6 +127,46 @@ class RowSpace:
         kept = vectors[..., : int(ranks.max())]
         return Basis(kept * _first(ranks, kept[..., 0, :])[..., None, :], values, ranks, known)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows as they came in."""
+        return self._dtype
+
+    def factor(self) -> Float[Tensor, "*groups fewer d_in"]:
+        """The rows, or ``d_in`` rows of the same Gram matrix.
+
+        Many rows below double precision are kept as a Gram matrix only: for them it is `gram`.
+        """
+        if self._reduced is not None and self._pending:
+            self._reduce()
+        return torch.cat(self._pending, dim=-2) if self._reduced is None else self._reduced
+
+    def gram(self) -> Float[Tensor, "*groups d_in d_in"]:
+        """Inner products of all pairs of columns of the rows, float64."""
+        factor = self.factor()
+        is_gram = self._reduced is not None and not self._exact()
+        return factor.clone() if is_gram else factor.mT @ factor
+
+    @classmethod
+    def of_factor(
+        cls, rows: Float[Tensor, "*groups rows d_in"], count: int, dtype: torch.dtype
+    ) -> "RowSpace":
+        """The space of ``count`` rows of a dtype, from some with the same Gram matrix."""
+        space = cls()
+        space.count, space._dtype, space._pending = count, dtype, [rows]
+        if space._exact() and rows.shape[-2] > rows.shape[-1]:
+            space._reduce()
+        return space
+
+    @classmethod
+    def of_gram(
+        cls, gram: Float[Tensor, "*groups d_in d_in"], count: int, dtype: torch.dtype
+    ) -> "RowSpace":
+        """The space of ``count`` rows of a dtype below double precision, from `gram`."""
+        space = cls()
+        space.count, space._dtype, space._reduced = count, dtype, gram
+        return space
+
     def _exact(self) -> bool:
         return self._dtype == torch.float64
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from teleport.capture import Closure, Tape, record
 from teleport.coverage import Block, Site
+from teleport.distributed import ALONE, Ranks
 from teleport.objective import ascent_double_backward, gradient, trainable
-from teleport.precision import at_least_single, coarsest, is_half, scaled, unit_scale
+from teleport.precision import PRECISIONS, at_least_single, coarsest, is_half, scaled, unit_scale
 from teleport.subspace import Basis, RowSpace
 from teleport.tangent import (
     Direction,
@@ -39,12 +40,14 @@ class Walk(ABC):
         precision: the coarsest that products were computed in; coarser under autocast.
         start, matrices: ``[*groups, d_out, d_in]`` per covered block, at the start and now.
         fixed: blocks whose inputs depend on no parameter (``thm-fixed``).
+        ranks: the processes that walk together.
     """
 
     loss: float
     dtype: torch.dtype
     precision: torch.dtype
     fixed: set[Block]
+    ranks: Ranks = ALONE
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self._model = model
@@ -108,7 +111,8 @@ class Walk(ABC):
         self.write()
         ascent = self.ascent()
         full = {block: block.part.of(ascent) for block in bases}
-        return project_ascent(full, bases, self.precision if is_half(self.precision) else None)
+        dtype = self.precision if is_half(self.precision) else None
+        return self._of_first(project_ascent(full, bases, dtype))
 
     def move_norm(self, block: Block) -> float:
         """Frobenius norm of the block's change since the start."""
@@ -125,7 +129,12 @@ class Walk(ABC):
         the loss through δ; outputs of one row add in quadrature, rows may share their errors. What
         the rank rule may cut off (`Basis.residual`) is not in the basis, and ΔW acts on it.
         """
-        total = 8 * torch.finfo(self.dtype).eps * abs(self.loss)
+        with self.ranks.together():
+            total = self._first_order_rounding(bases)
+        return 8 * torch.finfo(self.dtype).eps * abs(self.loss) + self.ranks.mean(total)
+
+    def _first_order_rounding(self, bases: Mapping[Block, Basis]) -> float:
+        total = 0.0
         for tape, share in self._tapes():
             for block in tape.blocks:
                 eps = torch.finfo(tape.computed_in(block)).eps
@@ -143,6 +152,11 @@ class Walk(ABC):
                     total += float(deltas.norm()) * self.move_norm(block) * left
             del tape
         return total
+
+    def _of_first(self, along: Direction) -> Direction:
+        """One direction for all ranks, to the last bit."""
+        self.ranks.of_first_(list(along.values()))
+        return along
 
     def _moved(self, along: Direction, step: float) -> Direction:
         return {b: torch.add(self.matrices[b], d, alpha=step) for b, d in along.items()}
@@ -189,7 +203,8 @@ class FrozenWalk(Walk):
 class StreamedWalk(Walk):
     """Micro-batches of one batch, or τ < 1: closures run again wherever the walk looks.
 
-    The loss is the mean of the closures. Each is recorded, used and forgotten in turn.
+    The loss is the mean of the closures, and over ranks the mean of their losses. Each closure is
+    recorded, used and forgotten in turn.
     """
 
     def __init__(
@@ -198,7 +213,9 @@ class StreamedWalk(Walk):
         sites: Sequence[Site],
         closures: Sequence[Closure],
         movable: AbstractSet[str],
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self._sites, self._closures, self._movable = sites, closures, movable
         self._model = model
         self._gradient: Gradient = {}
@@ -208,38 +225,43 @@ class StreamedWalk(Walk):
         self.fixed = {block for block, depends in self._depends.items() if not depends}
 
     def norm_squared(self) -> float:
-        return sum(float(g.double().square().sum()) for g in self._gradient.values())
+        own = sum(float(g.double().square().sum()) for g in self._gradient.values())
+        return self.ranks.of_first(own)
 
     def basis(self, block: Block, tau: float) -> Basis:
-        return self._spaces[block].basis(tau)
+        return self.ranks.basis_of_first(self._spaces[block].basis(tau))
 
     def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
         self.write()
         whole = {block: torch.zeros_like(self.matrices[block]) for block in bases}
         scale = unit_scale(self.norm_squared, self.precision)
         velocity = {p: scaled(grad, scale) for p, grad in self._gradient.items()}
-        for closure in self._closures:
-            tape = record(self._model, self._sites, closure)
-            drive = {b: drive_of(tape, b, b.part.of(velocity)) for b in tape.blocks}
-            tape.push_tangents(self._model, closure, drive, velocity)
-            for block in whole.keys() & set(tape.blocks):
-                whole[block] += tape.survivor(block) / (len(self._closures) * scale)
-            del tape
-        return {
+        with self.ranks.together():
+            for closure in self._closures:
+                tape = record(self._model, self._sites, closure)
+                drive = {b: drive_of(tape, b, b.part.of(velocity)) for b in tape.blocks}
+                tape.push_tangents(self._model, closure, drive, velocity)
+                for block in whole.keys() & set(tape.blocks):
+                    whole[block] += tape.survivor(block) / (len(self._closures) * scale)
+                del tape
+        self.ranks.mean_(list(whole.values()))
+        along = {
             b: without_rounding(bases[b].project(sum_), sum_, self._computed_in[b])
             for b, sum_ in whole.items()
         }
+        return self._of_first(along)
 
     def ascent(self) -> Gradient:
         parameters = trainable(self._model)
         scale = unit_scale(self.norm_squared, self.precision)
         velocity = [scaled(self._grad(p), scale) for p in parameters]
         total = [torch.zeros_like(v) for v in velocity]
-        for closure in self._closures:
-            for place, share in zip(
-                total, ascent_double_backward(closure, parameters, velocity), strict=True
-            ):
-                place.add_(share, alpha=1.0 / len(self._closures))
+        with self.ranks.together():
+            for closure in self._closures:
+                shares = ascent_double_backward(closure, parameters, velocity)
+                for place, share in zip(total, shares, strict=True):
+                    place.add_(share, alpha=1.0 / len(self._closures))
+        self.ranks.mean_(total)
         return {p: scaled(sum_, 1 / scale) for p, sum_ in zip(parameters, total, strict=True)}
 
     def _survey(self) -> set[Block]:
@@ -265,21 +287,51 @@ class StreamedWalk(Walk):
 
         left_out: set[Block] = set()
         self._gradient = {}
-        for closure in self._closures:
-            tape = record(self._model, self._sites, closure)
-            left_out |= tape.left_out
-            note(tape)
-            self._add(tape)
-            del tape  # before the next one is recorded: memory is that of one
-        self.loss = sum(losses) / len(losses)
+        with self.ranks.together():
+            for closure in self._closures:
+                tape = record(self._model, self._sites, closure)
+                left_out |= tape.left_out
+                note(tape)
+                self._add(tape)
+                del tape  # before the next one is recorded: memory is that of one
+        self.loss = self.ranks.mean(sum(losses) / len(losses))
         self.precision = coarsest(precisions)
+        if self.ranks.size > 1:
+            left_out = self._share_survey(left_out)
         return left_out
+
+    def _share_survey(self, left_out: set[Block]) -> set[Block]:
+        """What other ranks have seen; all go on with the same blocks in the same order."""
+        blocks = list(dict.fromkeys(b for site in self._sites for b in site.blocks.values()))
+        seen = [(b in left_out, b in self._spaces, self._depends.get(b, False)) for b in blocks]
+        anywhere = self.ranks.most([int(flag) for flags in seen for flag in flags])
+        out, called, depends = (dict(zip(blocks, anywhere[i::3], strict=True)) for i in range(3))
+        if any(out.values()):
+            return {block for block in blocks if out[block]}
+        blocks = [block for block in blocks if called[block]]
+        precisions = [PRECISIONS.index(self.precision)]
+        precisions += [PRECISIONS.index(self._computed_in.get(b, torch.float64)) for b in blocks]
+        self.precision, *each = (PRECISIONS[i] for i in self.ranks.most(precisions))
+        self._computed_in = dict(zip(blocks, each, strict=True))
+        self._depends = {block: bool(depends[block]) for block in blocks}
+        spaces = [self._spaces.get(block, RowSpace()) for block in blocks]
+        matrices = [block.part.matrix() for block in blocks]
+        self._spaces = dict(zip(blocks, self.ranks.joined(spaces, matrices), strict=True))
+        self._share_gradient()
+        return set()
+
+    def _share_gradient(self) -> None:
+        """The mean of the ranks' gradients, for parameters that any of them may have reached."""
+        if self.ranks.size > 1:
+            self.ranks.mean_([self._grad(p) for p in trainable(self._model)])
 
     def _look_at(self, moved: Direction) -> None:
         _write(moved)
         self._gradient = {}
-        for closure in self._closures:
-            self._add(record(self._model, self._sites, closure))
+        with self.ranks.together():
+            for closure in self._closures:
+                self._add(record(self._model, self._sites, closure))
+        self._share_gradient()
 
     def _add(self, tape: Tape) -> None:
         """Add one micro-batch's share to the gradient."""
