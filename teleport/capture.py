@@ -360,7 +360,8 @@ class _Replay:
 
     def product(self, block: Block, x: Tensor) -> Tensor:
         call = self._next(block, x)
-        call.x_dot = forward_ad.unpack_dual(as_computed(x, call.z)).tangent
+        tangent = forward_ad.unpack_dual(x).tangent
+        call.x_dot = None if tangent is None else tangent.to(call.z.dtype)
         if self.position == len(self.tape.calls):
             raise _LastCallReached
         dual: Tensor = forward_ad.make_dual(call.z.clone(), self._output_tangent(call))

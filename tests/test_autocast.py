@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolution": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 16, 3, groups=2),
-            nn.ReLU(), nn.Flatten(), nn.Linear(256, 3),
+            nn.BatchNorm2d(16).eval(), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3),
         ),
         (2, 8, 8),
     ),
