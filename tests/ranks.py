@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from teleport import Teleporter, TeleportReport, null_space, supported, teleporter, walk
-from teleport.subspace import RowSpace
+from teleport.subspace import Basis, RowSpace
 from teleport.transaction import Transaction
 from tests.fingerprint import all_but_weights, fingerprint
 
@@ -138,6 +138,37 @@ def in_train_mode(model: nn.Module, shards: Sequence[tuple[Tensor, Tensor]]) -> 
     state = all_but_weights(model)
     report = Teleporter(model, growth=2.0).step([loss_of(model, x, y) for x, y in shards])
     return told(model, report) | {"state kept": all_but_weights(model) == state}
+
+
+class Branches(nn.Module):
+    """One of two ways through the middle, which one layer sees behind a parameter, one does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.ways = nn.Linear(9, 30), nn.ModuleList(nn.Linear(30, 30) for _ in "ab")
+        self.head = nn.Linear(30, 3)
+
+    def forward(self, x: Tensor, way: int) -> Tensor:
+        first = torch.tanh(self.shared(x))
+        first = first.detach() if way else first
+        return self.head(torch.tanh(self.ways[way](first)))
+
+
+def branches(model: nn.Module, shards: Sequence[tuple[int, Tensor, Tensor]]) -> Found:
+    """Each shard goes a way of its own; its loss looks at the weights of that way, too."""
+
+    def loss(way: int, x: Tensor, y: Tensor) -> Tensor:
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        penalty = inner.ways[1].weight.square().sum() if way else 0.0
+        return functional.cross_entropy(model(x, way), y) + penalty
+
+    closures = [lambda shard=shard: loss(*shard) for shard in shards]
+    return told(model, Teleporter(model, growth=2.0).step(closures))
+
+
+def branched() -> nn.Module:
+    torch.manual_seed(5)
+    return Branches().double()
 
 
 def training_goes_on(model: nn.Module, x: Tensor, y: Tensor) -> Found:
@@ -268,6 +299,24 @@ def outside_the_closure(rank: int, place: str) -> Found:
     return {"error": error, "growth": again.growth, "as before": as_before}
 
 
+def other_arithmetic(rank: int) -> Found:
+    """Rank 1 rounds otherwise: another rank of a basis, another last digit of a direction."""
+    model = DistributedDataParallel(build("perceptron"))
+    basis, surviving = RowSpace.basis, walk.without_rounding
+
+    def fewer(*args: Any, **kwargs: Any) -> Basis:
+        whole = basis(*args, **kwargs)
+        return Basis(whole.vectors[..., 1:], whole.singular_values, whole.ranks - 1, whole.dtype)
+
+    try:
+        if rank == 1:
+            RowSpace.basis = fewer
+            walk.without_rounding = lambda *args: surviving(*args) * (1 + 1e-12)
+        return told(model, Teleporter(model, growth=2.0).step(loss_of(model, *shards(rank))))
+    finally:
+        RowSpace.basis, walk.without_rounding = basis, surviving
+
+
 def disagreeing(rank: int) -> list[tuple[str, str]]:
     model = DistributedDataParallel(build("perceptron"))
     closure = loss_of(model, *shards(rank))
@@ -325,6 +374,8 @@ def scenarios(rank: int) -> dict[str, Callable[[], Any]]:
             lambda t: t[3 * rank : 3 * rank + 3 - rank], wrap(build("perceptron")), [4, 4, 4, 6, 6]
         ),
         "train mode": lambda: in_train_mode(wrap(build("perceptron")), [(x, y)]),
+        "branches": lambda: branches(wrap(branched()), [(rank, x, y)]),
+        "arithmetic": lambda: other_arithmetic(rank),
         "training": lambda: training_goes_on(wrap(build("perceptron")), x, y),
         "space": lambda: space_of(
             wrap(build("perceptron")), [] if rank else list(xs.split(6)), tau=0.99

@@ -16,6 +16,8 @@ from tests.ranks import (
     PLACES,
     SIZE,
     batch,
+    branched,
+    branches,
     build,
     case,
     in_train_mode,
@@ -113,6 +115,26 @@ def test_batch_statistics_are_each_shard_s_and_stay_where_they_are(ranks: Ranks)
     wanted = in_train_mode(build("perceptron"), list(zip(x.chunk(2), y.chunk(2), strict=True)))
     same(ranks, "train mode", wanted)
     assert all(rank["state kept"] for rank in of(ranks, "train mode"))
+
+
+def test_ranks_may_go_different_ways_through_the_model(ranks: Ranks) -> None:
+    """A layer called, or leaking, or with inputs that depend on parameters, on one rank only."""
+    x, y = batch()
+    wanted = branches(branched(), list(zip((0, 1), x.chunk(2), y.chunk(2), strict=True)))
+    moved = {layer["name"]: layer["status"] for layer in wanted["report"]["layers"]}
+    assert moved["ways.0"] == moved["head"] == "moved"
+    assert moved["ways.1"].startswith("frozen")
+    same(ranks, "branches", wanted)
+
+
+def test_the_first_rank_s_arithmetic_counts(ranks: Ranks) -> None:
+    """Ranks on other hardware round otherwise; parameters must not drift apart."""
+    wanted = case(CASES.index(("perceptron", torch.float64, {})), lambda t: t, lambda m: m)
+    first, second = of(ranks, "arithmetic")
+    assert first["report"] == second["report"]
+    assert torch.equal(first["parameters"], second["parameters"])
+    apart = (first["parameters"] - wanted["parameters"]).norm()
+    assert apart <= 1e-10 * wanted["parameters"].norm()
 
 
 def test_training_goes_on_and_gradients_are_still_shared(ranks: Ranks) -> None:
