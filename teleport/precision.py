@@ -53,7 +53,10 @@ class Autocast:
 
 @contextmanager
 def uncached_casts() -> Iterator[None]:
-    """Cast weights anew: a copy made without gradients must not serve where they count."""
+    """Cast weights anew: a copy made without gradients must not serve where they count.
+
+    Older versions of torch reuse it (https://github.com/pytorch/pytorch/issues/112583).
+    """
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
