@@ -7,7 +7,7 @@ The book in ``chapters/`` derives why that works, what is wrong in the paper it 
 
 from importlib.metadata import version
 
-from teleport import attention, convolution, data, layers, recurrent, reference
+from teleport import attention, convolution, data, embedding, layers, recurrent, reference
 from teleport.coverage import supported
 from teleport.errors import (
     ClosureError,
@@ -42,6 +42,7 @@ __all__ = [
     "attention",
     "convolution",
     "data",
+    "embedding",
     "layers",
     "null_space",
     "recurrent",

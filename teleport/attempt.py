@@ -15,7 +15,7 @@ from teleport.distributed import Ranks
 from teleport.errors import NonFiniteLossError
 from teleport.objective import mean_grad_norm, mean_loss, trainable
 from teleport.report import LayerReport, TeleportReport
-from teleport.subspace import Basis
+from teleport.subspace import Projector
 from teleport.tangent import Direction, step_to_norm
 from teleport.walk import FrozenWalk, StreamedWalk, Walk
 
@@ -84,7 +84,7 @@ class Attempt:
         self.ranks = ranks
         self.closures = closures
         self.held_out = held_out
-        self.bases: dict[Block, Basis] = {}
+        self.bases: dict[Block, Projector] = {}
         self.step_sizes: list[float] = []
         self.held_out_seconds = 0.0
         self.fallback = ""
@@ -148,7 +148,7 @@ class Attempt:
         self.held_out_seconds += time.perf_counter() - started
         return loss
 
-    def _make_bases(self) -> dict[Block, Basis]:
+    def _make_bases(self) -> dict[Block, Projector]:
         """Bases of the layers that may move and have room to; full-rank layers are kept for show.
 
         The tangent direction of a layer whose inputs depend on no parameter is zero, so it needs
@@ -201,7 +201,7 @@ class Attempt:
             lambda s: self.walk.norm_squared_at(along, s), start, 2 * slope, target**2, 8 * eps
         )
 
-    def _direction(self, room: dict[Block, Basis]) -> Direction:
+    def _direction(self, room: dict[Block, Projector]) -> Direction:
         if self.settings.method == "tangent" and not self.fallback:
             try:
                 return self.walk.tangent_direction(room)

@@ -10,7 +10,7 @@ joint null space guarantees (theorem ``thm-invariance``): the forward pass is fr
 backward pass is repeated.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,29 +22,56 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from teleport.coverage import Block, Site
+from teleport.coverage import Block, Site, Use
 from teleport.errors import ClosureError, NonFiniteLossError
+from teleport.layers import Part
 from teleport.precision import as_computed, at_least_single, coarsest, uncached_casts
+from teleport.subspace import Space
 
 Closure = Callable[[], Tensor]
 
 
 @dataclass(eq=False)
 class Call:
-    """One use of a block: what went in and came out, and what `Tape` finds out about it.
+    """One call of a layer: what went in and came out, and what `Tape` finds out about it.
 
     Attributes:
+        use: the block, and the part of it that was called.
         x, z: input and output as the product saw them; autocast may have lowered their dtype.
         delta: dL/dz for the matrices of the last `Tape.backward`; None if the loss ignores ``z``.
         x_dot: tangent of ``x`` from the last `Tape.push_tangents`; None if ``x`` does not depend
             on trainable parameters (theorem ``thm-fixed``).
     """
 
-    block: Block
+    use: Use
     x: Tensor
     z: Tensor
     delta: Tensor | None = None
     x_dot: Tensor | None = None
+
+    @property
+    def block(self) -> Block:
+        """The block whose matrix was applied."""
+        return self.use.block
+
+    @property
+    def part(self) -> Part:
+        """The part that applied it."""
+        return self.use.part
+
+    def weight_gradient(self) -> Tensor | None:
+        """``δ xᵀ`` in the shape of the block's matrix (theorem ``thm-span``)."""
+        if self.delta is None:
+            return None
+        gradient = self.part.weight_gradient(self.x.detach(), self.delta)
+        return self.block.gradient_from(self.part, gradient)
+
+    def survivor(self) -> Tensor | None:
+        """``δ ẋᵀ``, not projected (theorem ``thm-survivor``)."""
+        if self.delta is None or self.x_dot is None:
+            return None
+        gradient = self.part.weight_gradient(self.x_dot, self.delta, bias_input=0.0)
+        return self.block.gradient_from(self.part, gradient)
 
 
 @dataclass(eq=False)
@@ -82,10 +109,12 @@ class Tape:
         return [call for call in self.calls if call.block is block]
 
     def rows(self, block: Block) -> Float[Tensor, "*groups rows d_in"]:
-        """Input rows of all calls of a block, one below the other: the transpose of R_l (8)."""
+        """Input rows of all calls of a block, one below the other: the transpose of R_l (8).
+
+        Not for tied blocks, whose calls have rows of two kinds.
+        """
         if block not in self._rows:
-            calls = self.calls_of(block)
-            rows = [block.part.rows(call.x.detach()) for call in calls]
+            rows = [call.part.rows(call.x.detach()) for call in self.calls_of(block)]
             self._rows[block] = torch.cat(rows, dim=-2)
         return self._rows[block]
 
@@ -98,23 +127,25 @@ class Tape:
 
     def row_count(self, block: Block) -> int:
         """Number of input rows, without forming them."""
-        return sum(block.part.out_rows(call.z).shape[-2] for call in self.calls_of(block))
+        return sum(call.part.out_rows(call.z).shape[-2] for call in self.calls_of(block))
+
+    def collect(self, block: Block, space: Space) -> None:
+        """Add the inputs of all calls of a block to what ``block.space()`` returned."""
+        for call in self.calls_of(block):
+            block.collect(space, call.part, call.x.detach())
 
     def weight_gradient(self, block: Block) -> Float[Tensor, "*groups d_out d_in"]:
         """``Σ δ xᵀ`` over all calls (theorem ``thm-span``)."""
-        pairs = ((c.x.detach(), c.delta) for c in self.calls_of(block) if c.delta is not None)
-        return self._sum(block, [block.part.weight_gradient(x, delta) for x, delta in pairs])
+        return self._sum(block, (call.weight_gradient() for call in self.calls_of(block)))
 
     def survivor(self, block: Block) -> Float[Tensor, "*groups d_out d_in"]:
         """``Σ δ ẋᵀ`` over all calls, not projected (theorem ``thm-survivor``)."""
-        calls = [c for c in self.calls_of(block) if None not in (c.delta, c.x_dot)]
-        gradient = block.part.weight_gradient
-        return self._sum(block, [gradient(c.x_dot, c.delta, bias_input=0.0) for c in calls])  # type: ignore[arg-type]
+        return self._sum(block, (call.survivor() for call in self.calls_of(block)))
 
-    def _sum(self, block: Block, terms: list[Tensor]) -> Tensor:
+    def _sum(self, block: Block, terms: Iterable[Tensor | None]) -> Tensor:
         matrix = self.matrices[block]
-        terms = [term.to(matrix.dtype) for term in terms]
-        return sum(terms[1:], terms[0]) if terms else torch.zeros_like(matrix)
+        given = [term.to(matrix.dtype) for term in terms if term is not None]
+        return sum(given[1:], given[0]) if given else torch.zeros_like(matrix)
 
     def deltas(self, block: Block) -> Float[Tensor, "*groups rows d_out"]:
         """Cotangents of a block's outputs in the order of `rows`; 0 where the loss ignores them."""
@@ -232,14 +263,14 @@ def _recorded(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape
 
 
 def watch(
-    sites: Sequence[Site], closure: Callable[[], Any], see: Callable[[Block, Tensor], None]
+    sites: Sequence[Site], closure: Callable[[], Any], see: Callable[[Use, Tensor], None]
 ) -> None:
     """Run a closure without gradients and show every input of a covered product to ``see``."""
 
-    def product(block: Block, x: Tensor) -> Tensor:
-        z = block.part.compute(x)
+    def product(use: Use, x: Tensor) -> Tensor:
+        z = use.part.compute(x)
         if x.numel():
-            see(block, as_computed(x, z))
+            see(use, as_computed(x, z))
         return z
 
     with torch.no_grad(), _replaced_forwards(sites, product):
@@ -273,15 +304,15 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
     matrices: dict[Block, Tensor] = {}
     anchor = torch.zeros((), requires_grad=True)
 
-    def product(block: Block, x: Tensor) -> Tensor:
+    def product(use: Use, x: Tensor) -> Tensor:
         if x.numel() == 0:
             raise ClosureError(
-                f"layer {block.name!r} received an empty batch of shape {tuple(x.shape)}"
+                f"layer {use.block.name!r} received an empty batch of shape {tuple(x.shape)}"
             )
         with torch.no_grad(), uncached_casts():
-            z = block.part.compute(x)
+            z = use.part.compute(x)
         x = as_computed(x, z)
-        call = Call(block, x, z)
+        call = Call(use, x, z)
         calls.append(call)
         output: Tensor = _Relay.apply(x, anchor, call, matrices)
         return output
@@ -339,14 +370,14 @@ class _Relay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        block = ctx.call.block
-        if block not in ctx.matrices:
+        call = ctx.call
+        if call.block not in ctx.matrices:
             raise ClosureError(_BACKWARD_CALLED)
-        ctx.call.delta = delta
+        call.delta = delta
         grad = None
         if ctx.needs_input_grad[0]:
-            matrix = ctx.matrices[block].to(delta.dtype)
-            grad = block.part.pull(delta, matrix, ctx.call.x.detach())
+            matrix = call.block.seen_by(call.part, ctx.matrices[call.block]).to(delta.dtype)
+            grad = call.part.pull(delta, matrix, call.x.detach())
         return grad, torch.zeros_like(ctx.anchor), None, None
 
 
@@ -358,8 +389,8 @@ class _Replay:
         self.position = 0
         self._drive = {block: iter(tangents) for block, tangents in drive.items()}
 
-    def product(self, block: Block, x: Tensor) -> Tensor:
-        call = self._next(block, x)
+    def product(self, use: Use, x: Tensor) -> Tensor:
+        call = self._next(use, x)
         tangent = forward_ad.unpack_dual(x).tangent
         call.x_dot = None if tangent is None else tangent.to(call.z.dtype)
         if self.position == len(self.tape.calls):
@@ -367,11 +398,12 @@ class _Replay:
         dual: Tensor = forward_ad.make_dual(call.z.clone(), self._output_tangent(call))
         return dual
 
-    def _next(self, block: Block, x: Tensor) -> Call:
+    def _next(self, use: Use, x: Tensor) -> Call:
         calls = self.tape.calls
         call = calls[self.position] if self.position < len(calls) else None
-        if call is None or call.block is not block or call.x.shape != x.shape:
-            raise _changed(f"call {self.position + 1} is now {block.name!r} on {tuple(x.shape)}")
+        if call is None or call.use is not use or call.x.shape != x.shape:
+            name, shape = use.block.name, tuple(x.shape)
+            raise _changed(f"call {self.position + 1} is now {name!r} on {shape}")
         self.position += 1
         return call
 
@@ -379,8 +411,8 @@ class _Replay:
         own = next(self._drive[call.block]).to(call.z.dtype)
         if call.x_dot is None:
             return own
-        matrix = self.tape.matrices[call.block].to(call.x_dot.dtype)
-        return own + call.block.part.push(call.x_dot, matrix)
+        matrix = call.block.seen_by(call.part, self.tape.matrices[call.block])
+        return own + call.part.push(call.x_dot, matrix.to(call.x_dot.dtype))
 
 
 class _LastCallReached(BaseException):
@@ -408,7 +440,7 @@ def _changed(what: str) -> ClosureError:
 
 @contextmanager
 def _replaced_forwards(
-    sites: Sequence[Site], product: Callable[[Block, Tensor], Tensor]
+    sites: Sequence[Site], product: Callable[[Use, Tensor], Tensor]
 ) -> Iterator[None]:
     """Replace the ``forward`` of each site's module; put everything back in any case.
 

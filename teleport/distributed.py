@@ -22,7 +22,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from teleport.coverage import parallel_part
+from teleport.axes import AxisBasis, AxisSpace
+from teleport.coverage import Block, parallel_part
 from teleport.errors import (
     ClosureError,
     NonFiniteLossError,
@@ -30,7 +31,8 @@ from teleport.errors import (
     UnsupportedModelError,
 )
 from teleport.precision import PRECISIONS, at_least_single
-from teleport.subspace import Basis, RowSpace
+from teleport.subspace import Basis, Projector, RowSpace, Space
+from teleport.tied import TiedBasis, TiedSpace
 
 
 class Ranks:
@@ -66,13 +68,13 @@ class Ranks:
     def of_first_(self, tensors: Sequence[Tensor]) -> None:
         """Put the first rank's values into tensors of the same shapes on all, in place."""
 
-    def basis_of_first(self, basis: Basis) -> Basis:
+    def basis_of_first(self, basis: Projector) -> Projector:
         """The first rank's basis."""
         return basis
 
-    def joined(self, spaces: Sequence[RowSpace], like: Sequence[Tensor]) -> list[RowSpace]:
-        """Spaces of the rows of all ranks; ``like`` are tensors ``[*groups, d_out, d_in]``."""
-        return list(spaces)
+    def joined(self, space: Space, block: Block) -> Space:
+        """The space of a block's inputs on all ranks."""
+        return space
 
 
 ALONE = Ranks()
@@ -153,7 +155,14 @@ class Group(Ranks):
             distributed.broadcast(flat, self._first, group=self._group)
             _unpack_(same, flat)
 
-    def basis_of_first(self, basis: Basis) -> Basis:  # noqa: D102
+    def basis_of_first(self, basis: Projector) -> Projector:  # noqa: D102
+        if isinstance(basis, TiedBasis):
+            return TiedBasis(self.basis_of_first(basis.own), self.basis_of_first(basis.other))
+        if isinstance(basis, AxisBasis):
+            kept, counts = basis.kept.clone(), basis.counts.clone()
+            self.of_first_([kept, counts])
+            return AxisBasis(kept, counts)
+        assert isinstance(basis, Basis)
         width = int(self.of_first(basis.vectors.shape[-1]))
         vectors = basis.vectors.new_zeros(*basis.vectors.shape[:-1], width)
         common = min(width, basis.vectors.shape[-1])
@@ -162,33 +171,39 @@ class Group(Ranks):
         self.of_first_([vectors, values, ranks])
         return Basis(vectors, values, ranks, basis.dtype)
 
-    def joined(self, spaces: Sequence[RowSpace], like: Sequence[Tensor]) -> list[RowSpace]:  # noqa: D102
-        known = [[s.count, PRECISIONS.index(s.dtype) if s.count else 0] for s in spaces]
-        here = torch.tensor(known, dtype=torch.int64, device=self._device).reshape(-1, 2)
-        counts, dtypes = torch.stack(self._gather(here)).unbind(-1)  # [ranks, spaces]
-        return [
-            self._joined(space, matrix, count, PRECISIONS[dtype])
-            for space, matrix, count, dtype in zip(
-                spaces, like, counts.T.tolist(), dtypes.amax(0).tolist(), strict=True
-            )
-        ]
+    def joined(self, space: Space, block: Block) -> Space:  # noqa: D102
+        return self._joined(space, block.part.matrix().shape)
 
-    def _joined(
-        self, space: RowSpace, like: Tensor, counts: list[int], dtype: torch.dtype
-    ) -> RowSpace:
-        total, d_in = sum(counts), like.shape[-1]
+    def _joined(self, space: Space, shape: Sequence[int]) -> Space:
+        """``shape`` is ``[*groups, d_out, d_in]``."""
+        if isinstance(space, TiedSpace):
+            other = self._joined(space.other, (shape[-1], shape[-2]))
+            return TiedSpace(self._joined(space.own, shape), other)
+        if isinstance(space, AxisSpace):
+            counts = torch.zeros(shape[-1], dtype=torch.float64, device=self._device)
+            counts = counts if space.counts is None else space.counts.clone()
+            self._compare(None)
+            distributed.all_reduce(counts, group=self._group)
+            return AxisSpace.of_counts(counts)
+        assert isinstance(space, RowSpace)
+        return self._joined_rows(space, shape)
+
+    def _joined_rows(self, space: RowSpace, shape: Sequence[int]) -> RowSpace:
+        code = PRECISIONS.index(space.dtype) if space.count else 0
+        here = torch.tensor([space.count, code], dtype=torch.int64, device=self._device)
+        counts, codes = torch.stack(self._gather(here)).T.tolist()
+        total, dtype, (*groups, _, d_in) = sum(counts), PRECISIONS[max(codes)], shape
         if total == 0:
             return space
-        empty = torch.zeros(*like.shape[:-2], 0, d_in, dtype=torch.float64, device=self._device)
+        empty = torch.zeros(*groups, 0, d_in, dtype=torch.float64, device=self._device)
         if total > d_in and dtype != torch.float64:
-            gram = space.gram() if space.count else empty.mT @ empty
-            gram = gram.contiguous()
+            gram = (space.gram() if space.count else empty.mT @ empty).contiguous()
             self._compare(None)
             distributed.all_reduce(gram, group=self._group)
             return RowSpace.of_gram(gram, total, dtype)
         rows = space.factor() if space.count else empty
         padding = min(max(counts), d_in) - rows.shape[-2]
-        rows = torch.cat([rows, rows.new_zeros(*rows.shape[:-2], padding, d_in)], dim=-2)
+        rows = torch.cat([rows, rows.new_zeros(*groups, padding, d_in)], dim=-2)
         pieces = [
             piece[..., : min(count, d_in), :]
             for piece, count in zip(self._gather(rows.contiguous()), counts, strict=True)

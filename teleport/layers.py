@@ -26,6 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from teleport.subspace import RowSpace, Space
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -72,7 +74,13 @@ class Part(ABC):
         name: distinguishes the parts of a module; empty if there is one.
         slots: the pieces of parameters the matrix is made of, weight first. A bias that does not
             require a gradient is a constant: it has no slot, no column, and does not move.
+        orientation: ``"upright"`` if a two-dimensional weight is stored as the matrix,
+            ``"transposed"`` if as its transpose, else empty. One of each can share a weight.
+        gram_pays: whether inner products of rows are cheaper than the matrix if rows < d_in.
     """
+
+    orientation: str = ""
+    gram_pays: bool = True
 
     def __init__(self, name: str, weight: Slot, bias: Slot | None) -> None:
         self.name = name
@@ -98,6 +106,24 @@ class Part(ABC):
     @abstractmethod
     def rows(self, x: Tensor, bias_input: float = 1.0) -> Float[Tensor, "*groups rows d_in"]:
         """Inputs as rows; ``bias_input`` is 1 for inputs and 0 for their tangents."""
+
+    def space(self) -> Space:
+        """An empty collector for `collect`."""
+        return RowSpace()
+
+    def collect(self, space: Any, x: Tensor) -> None:
+        """Add the rows of an input to what `space` returned."""
+        space.add(self.rows(x))
+
+    def collect_none(self, space: Any) -> None:
+        """Make a space that may be empty that of no inputs at all: of rank 0."""
+        matrix = self.matrix()
+        space.add(matrix.new_zeros(*matrix.shape[:-2], 1, matrix.shape[-1]))
+
+    def row_norms(self, x: Tensor) -> Float[Tensor, "*groups rows"]:
+        """Norms of the rows that take part in products, which round."""
+        norms: Tensor = torch.linalg.vector_norm(self.rows(x), dim=-1)
+        return norms
 
     @abstractmethod
     def out_rows(self, z: Tensor) -> Float[Tensor, "*groups rows d_out"]:
@@ -171,6 +197,10 @@ class LayerRule(ABC, Generic[M]):
     @abstractmethod
     def parts(self, module: M) -> Sequence[Part]:
         """The weight matrices of the module; called once per model."""
+
+    def obstacle(self, module: M) -> str:
+        """Why this module, of a supported type, must be left alone all the same; or empty."""
+        return ""
 
     def forward(self, module: M, apply: Apply, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass with every product with a part's matrix left to ``apply``.
@@ -252,6 +282,8 @@ class LinearPart(Part):
     ) -> None:
         super().__init__(name, weight, bias)
         self.transposed = transposed
+        if weight.parameter.dim() == 2:
+            self.orientation = "transposed" if transposed else "upright"
         self.shape = weight.of(weight.parameter).shape
         self.d_out, self.features = self._upright(weight.of(weight.parameter)).shape
 

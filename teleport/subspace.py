@@ -5,6 +5,8 @@ of that batch (theorem ``thm-invariance``). The rows span a space; `RowSpace` co
 `Basis` is an orthonormal basis of what is kept of that space, and `Basis.project` removes it.
 """
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +14,67 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+class Projector(ABC):
+    """P of one weight matrix: removes what acts on the kept part of the layer's inputs.
+
+    Attributes:
+        dtype: of the inputs; the precision to which their space is known.
+        shape: ``[*groups, d_in]`` of the matrices it applies to, without their ``d_out``.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """How many input directions are kept, in all groups together."""
+
+    @property
+    @abstractmethod
+    def null_dim(self) -> int:
+        """How many input directions stay free to move in, in all groups together."""
+
+    @property
+    @abstractmethod
+    def residual(self) -> float:
+        """Root of the energy left out: the norm of the rows' part outside the kept space."""
+
+    @abstractmethod
+    def rounding(self, rows: int, eps: float) -> float:
+        """How much of `residual` the rank rule may have cut off, of ``rows`` of precision eps."""
+
+    @abstractmethod
+    def project(
+        self, matrix: Float[Tensor, "*groups rows d_in"]
+    ) -> Float[Tensor, "*groups rows d_in"]:
+        """The matrix with its action on the kept space removed (paper equation 11)."""
+
+    @abstractmethod
+    def merge(self, other: "Projector") -> "Projector":
+        """Keeps what either keeps."""
+
+
+class Space(ABC):
+    """Collects the inputs of one layer, in any number of pieces.
+
+    Attributes:
+        count: rows so far.
+    """
+
+    count: int = 0
+
+    @abstractmethod
+    def basis(self, tau: float = 1.0) -> Projector:
+        """The projector that keeps a share ``tau``, in (0, 1], of the energy of the inputs.
+
+        Raises:
+            ValueError: if ``tau`` is out of range, or nothing was collected.
+        """
+
+
 @dataclass(frozen=True)
-class Basis:
+class Basis(Projector):
     """Orthonormal basis of the kept part of a layer's input space (paper equation 3, step 2).
 
     Attributes:
@@ -30,24 +91,41 @@ class Basis:
     dtype: torch.dtype = torch.float64
 
     @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (*self.vectors.shape[:-2], self.vectors.shape[-2])
+
+    @property
     def rank(self) -> int:
-        """How many directions are kept, in all groups together."""
         return int(self.ranks.sum())
 
     @property
     def null_dim(self) -> int:
-        """How many directions stay free to move in, in all groups together."""
         return self.ranks.numel() * self.vectors.shape[-2] - self.rank
 
     @property
     def residual(self) -> float:
-        """Root of the energy left out: the norm of the rows' part outside the kept space."""
         return float(self._residuals().norm())
+
+    def rounding(self, rows: int, eps: float) -> float:
+        values, size = self.singular_values, max(rows, self.shape[-1])
+        return min(self.residual, size * eps * float(values.max()) * math.sqrt(values.numel()))
 
     def weighted_rows(self) -> Float[Tensor, "*groups width d_in"]:
         """Rows with the same span and energies as the inputs kept, to merge spaces by."""
         width = self.vectors.shape[-1]
         return (self.vectors * self.singular_values[..., None, :width]).mT
+
+    def merge(self, other: Projector) -> "Basis":
+        """The basis of both spans, re-factorized: their vectors together may be dependent."""
+        if not isinstance(other, Basis):
+            raise TypeError(f"a basis merges with a basis, got {type(other).__name__}")
+        joint = RowSpace()
+        joint.add(self.weighted_rows())
+        joint.add(other.weighted_rows())
+        if not joint.count:
+            return self
+        coarser = max(self.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        return joint.basis(dtype=coarser)
 
     def drift_bound(self, move: Float[Tensor, "*groups d_out d_in"]) -> float:
         """Bound on the change of the layer's outputs on these inputs, ``‖ΔW R‖_F`` (``thm-drift``).
@@ -79,7 +157,7 @@ class Basis:
         return once - (once @ vectors) @ vectors.mT
 
 
-class RowSpace:
+class RowSpace(Space):
     """Collects input rows, in any number of pieces, and gives a `Basis` of their span.
 
     Memory stays at one ``d_in x d_in`` matrix however many rows are added. Double-precision rows

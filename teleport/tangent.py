@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from teleport.capture import Closure, Tape
 from teleport.coverage import Block
 from teleport.precision import at_least_single, rounding_unit, scaled, unit_scale
-from teleport.subspace import Basis
+from teleport.subspace import Projector
 
 Direction = dict[Block, Float[Tensor, "*groups d_out d_in"]]
 
@@ -40,7 +40,7 @@ def grad_norm_squared(tape: Tape) -> float:
 
 
 def direction(
-    tape: Tape, model: nn.Module, closure: Closure, bases: Mapping[Block, Basis]
+    tape: Tape, model: nn.Module, closure: Closure, bases: Mapping[Block, Projector]
 ) -> Direction:
     """π(Hg) for the blocks in ``bases``, by one forward-mode pass over the tape.
 
@@ -64,7 +64,7 @@ def direction(
 
 
 def project_ascent(
-    ascent: Direction, bases: Mapping[Block, Basis], dtype: torch.dtype | None = None
+    ascent: Direction, bases: Mapping[Block, Projector], dtype: torch.dtype | None = None
 ) -> Direction:
     """π of a full ascent direction (paper equation 11): the reference for `direction`.
 
@@ -132,20 +132,22 @@ def _drive(tape: Tape, block: Block, scale: float) -> list[Tensor]:
 
 def drive_of(tape: Tape, block: Block, velocity: Tensor) -> list[Tensor]:
     """Ẇ x for every call of a block, in the shape of the outputs."""
-    calls = tape.calls_of(block)
     return [
-        block.part.push_affine(call.x.detach(), velocity.to(call.x.dtype), call.z) for call in calls
+        call.part.push_affine(call.x.detach(), block.seen_by(call.part, seen), call.z)
+        for call, seen in ((call, velocity.to(call.z.dtype)) for call in tape.calls_of(block))
     ]
 
 
 def _prefers_gram(tape: Tape, block: Block) -> bool:
+    if block.other is not None or not block.part.gram_pays:
+        return False
     return tape.row_count(block) < tape.matrices[block].shape[-1]
 
 
-def _survivor(tape: Tape, block: Block, basis: Basis) -> Float[Tensor, "*groups d_out d_in"]:
+def _survivor(tape: Tape, block: Block, basis: Projector) -> Float[Tensor, "*groups d_out d_in"]:
     """Σ δ (P ẋ)ᵀ; the projection is done on rows or on the sum, whichever is smaller."""
     fewer_rows = tape.row_count(block) < tape.matrices[block].shape[-2]
-    x_dot = tape.tangents(block) if fewer_rows else None
+    x_dot = tape.tangents(block) if fewer_rows and block.other is None else None
     dtype = tape.computed_in(block)
     if x_dot is None:
         whole = tape.survivor(block)

@@ -6,6 +6,7 @@ all other cases `StreamedWalk` runs the closures again, one at a time, so that m
 one of them needs.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -13,12 +14,12 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor, nn
 
-from teleport.capture import Closure, Tape, record
+from teleport.capture import Call, Closure, Tape, record
 from teleport.coverage import Block, Site
 from teleport.distributed import ALONE, Ranks
 from teleport.objective import ascent_double_backward, gradient, trainable
 from teleport.precision import PRECISIONS, at_least_single, coarsest, is_half, scaled, unit_scale
-from teleport.subspace import Basis, RowSpace
+from teleport.subspace import Projector, Space
 from teleport.tangent import (
     Direction,
     direction,
@@ -60,11 +61,11 @@ class Walk(ABC):
         """The squared gradient norm where the walk last looked."""
 
     @abstractmethod
-    def basis(self, block: Block, tau: float) -> Basis:
+    def basis(self, block: Block, tau: float) -> Projector:
         """Basis of the block's inputs at the start."""
 
     @abstractmethod
-    def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+    def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         """π(Hg) of the given blocks at the present position (``thm-survivor``)."""
 
     @abstractmethod
@@ -106,7 +107,7 @@ class Walk(ABC):
         """Put the start back into the model's parameters."""
         _write(self.start)
 
-    def double_backward_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+    def double_backward_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         """π(∇T) by definition: the reference for `tangent_direction`."""
         self.write()
         ascent = self.ascent()
@@ -120,7 +121,7 @@ class Walk(ABC):
             return 0.0
         return float((self.matrices[block] - self.start[block]).norm())
 
-    def rounding(self, bases: Mapping[Block, Basis]) -> float:
+    def rounding(self, bases: Mapping[Block, Projector]) -> float:
         """How far the loss may move at τ = 1, to first order in the cotangents δ.
 
         An output is a sum of d products; with probability 1 - 7e-4 its rounding error is at most
@@ -133,25 +134,33 @@ class Walk(ABC):
             total = self._first_order_rounding(bases)
         return 8 * torch.finfo(self.dtype).eps * abs(self.loss) + self.ranks.mean(total)
 
-    def _first_order_rounding(self, bases: Mapping[Block, Basis]) -> float:
+    def _first_order_rounding(self, bases: Mapping[Block, Projector]) -> float:
         total = 0.0
         for tape, share in self._tapes():
-            for block in tape.blocks:
-                eps = torch.finfo(tape.computed_in(block)).eps
-                rows = at_least_single(tape.rows(block))
-                deltas = share * tape.deltas(block).to(rows.dtype)
-                first, last = (at_least_single(at[block]) for at in (self.start, self.matrices))
-                weights = first.square().sum(-1) + last.square().sum(-1)
-                errors = (deltas.square() @ weights[..., None])[..., 0].sqrt() * rows.norm(dim=-1)
-                terms = rows.shape[-1] if eps < 1e-4 else 1  # half precision sums in float32
-                total += 2 * eps * terms**0.5 * float(errors.sum())
-                if block in bases:
-                    values = bases[block].singular_values
-                    cut = max(rows.shape[-2:]) * eps * float(values.max()) * values.numel() ** 0.5
-                    left = min(bases[block].residual, cut)
-                    total += float(deltas.norm()) * self.move_norm(block) * left
+            total += share * sum(self._call_rounding(call) for call in tape.calls)
+            for block in bases.keys() & set(tape.blocks):
+                calls = [call for call in tape.calls_of(block) if call.delta is not None]
+                eps = max((torch.finfo(call.z.dtype).eps for call in calls), default=0.0)
+                left = bases[block].rounding(tape.row_count(block), eps)
+                deltas = (at_least_single(c.delta) for c in calls if c.delta is not None)
+                norms = [float(delta.norm()) for delta in deltas]
+                total += share * math.hypot(*norms) * self.move_norm(block) * left
             del tape
         return total
+
+    def _call_rounding(self, call: Call) -> float:
+        """The rounding errors of one call's outputs, before the move and after it."""
+        if call.delta is None:
+            return 0.0
+        part, block, eps = call.part, call.block, torch.finfo(call.z.dtype).eps
+        ends = (block.seen_by(part, m[block]) for m in (self.start, self.matrices))
+        before, after = (at_least_single(matrix) for matrix in ends)
+        weights = before.square().sum(-1) + after.square().sum(-1)
+        deltas = at_least_single(part.out_rows(call.delta)).to(weights.dtype)
+        norms = part.row_norms(at_least_single(call.x.detach()))
+        errors = (deltas.square() @ weights[..., None])[..., 0].sqrt() * norms
+        terms = before.shape[-1] if eps < 1e-4 else 1  # half precision sums in float32
+        return 2 * eps * math.sqrt(terms) * float(errors.sum())
 
     def _of_first(self, along: Direction) -> Direction:
         """One direction for all ranks, to the last bit."""
@@ -176,12 +185,12 @@ class FrozenWalk(Walk):
     def norm_squared(self) -> float:
         return grad_norm_squared(self._tape)
 
-    def basis(self, block: Block, tau: float) -> Basis:
-        space = RowSpace()
-        space.add(self._tape.rows(block))
-        return space.basis(tau)
+    def basis(self, block: Block, tau: float) -> Projector:
+        space = block.space()
+        self._tape.collect(block, space)
+        return block.basis(space, tau)
 
-    def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+    def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         return direction(self._tape, self._model, self._closure, bases)
 
     def ascent(self) -> Gradient:
@@ -228,10 +237,10 @@ class StreamedWalk(Walk):
         own = sum(float(g.double().square().sum()) for g in self._gradient.values())
         return self.ranks.of_first(own)
 
-    def basis(self, block: Block, tau: float) -> Basis:
-        return self.ranks.basis_of_first(self._spaces[block].basis(tau))
+    def basis(self, block: Block, tau: float) -> Projector:
+        return self.ranks.basis_of_first(block.basis(self._spaces[block], tau))
 
-    def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+    def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         self.write()
         whole = {block: torch.zeros_like(self.matrices[block]) for block in bases}
         scale = unit_scale(self.norm_squared, self.precision)
@@ -266,7 +275,7 @@ class StreamedWalk(Walk):
 
     def _survey(self) -> set[Block]:
         """Loss, gradient and row spaces at the start; blocks that have to be left out, if any."""
-        self._spaces: dict[Block, RowSpace] = {}
+        self._spaces: dict[Block, Space] = {}
         self._depends: dict[Block, bool] = {}
         self._computed_in: dict[Block, torch.dtype] = {}
         losses = []
@@ -279,11 +288,11 @@ class StreamedWalk(Walk):
             for block in tape.blocks:
                 known = self._computed_in.get(block, tape.computed_in(block))
                 self._computed_in[block] = coarsest([known, tape.computed_in(block)])
-                space = self._spaces.setdefault(block, RowSpace())
+                space = self._spaces.setdefault(block, block.space())
                 depends = tape.depends_on_parameters(block)
                 self._depends[block] = self._depends.get(block, False) or depends
                 if block.name in self._movable:
-                    space.add(tape.rows(block))
+                    tape.collect(block, space)
 
         left_out: set[Block] = set()
         self._gradient = {}
@@ -302,7 +311,7 @@ class StreamedWalk(Walk):
 
     def _share_survey(self, left_out: set[Block]) -> set[Block]:
         """What other ranks have seen; all go on with the same blocks in the same order."""
-        blocks = list(dict.fromkeys(b for site in self._sites for b in site.blocks.values()))
+        blocks = list(dict.fromkeys(b for site in self._sites for b in site.blocks))
         seen = [(b in left_out, b in self._spaces, self._depends.get(b, False)) for b in blocks]
         anywhere = self.ranks.most([int(flag) for flags in seen for flag in flags])
         out, called, depends = (dict(zip(blocks, anywhere[i::3], strict=True)) for i in range(3))
@@ -314,9 +323,8 @@ class StreamedWalk(Walk):
         self.precision, *each = (PRECISIONS[i] for i in self.ranks.most(precisions))
         self._computed_in = dict(zip(blocks, each, strict=True))
         self._depends = {block: bool(depends[block]) for block in blocks}
-        spaces = [self._spaces.get(block, RowSpace()) for block in blocks]
-        matrices = [block.part.matrix() for block in blocks]
-        self._spaces = dict(zip(blocks, self.ranks.joined(spaces, matrices), strict=True))
+        spaces = {block: self._spaces.get(block, block.space()) for block in blocks}
+        self._spaces = {b: self.ranks.joined(space, b) for b, space in spaces.items()}
         self._share_gradient()
         return set()
 
