@@ -41,6 +41,19 @@ class Sequences(nn.Module):
         return self.head(self.layer(self.embed(x.reshape(-1, 3, 3)))[0][:, -1])
 
 
+class Tokens(nn.Module):
+    """Tokens of a vocabulary of 30, embedded by a table that is also the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(30, 40), nn.Linear(40, 30)
+        self.middle = nn.Linear(40, 40)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.middle(self.embed((x[:, :2].abs() * 5).long()).mean(1))))
+
+
 def perceptron() -> nn.Sequential:
     """Inputs of full rank; BatchNorm in evaluation mode; more and fewer rows than columns."""
     model = nn.Sequential(
@@ -57,7 +70,12 @@ def convolution() -> nn.Sequential:
     )  # fmt: skip
 
 
-MODELS = {"convolution": convolution, "perceptron": perceptron, "sequences": Sequences}
+MODELS = {
+    "convolution": convolution,
+    "perceptron": perceptron,
+    "sequences": Sequences,
+    "tokens": Tokens,
+}
 CASES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     *((name, torch.float64, {}) for name in MODELS),
     *((name, torch.float64, {"tau": 0.95, "max_drift": 1.0}) for name in MODELS),
