@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from teleport.capture import Closure, evaluate
+from teleport.capture import Closure
 from teleport.coverage import Block, Coverage
+from teleport.distributed import Ranks
 from teleport.errors import NonFiniteLossError
 from teleport.objective import mean_grad_norm, mean_loss, squared_norm, trainable
 from teleport.report import LayerReport, TeleportReport
@@ -47,6 +48,11 @@ _FIXED = (
     "parameters, or only within their own span"
 )
 
+_OVERFLOW = (
+    "the gradient or its derivative is not finite: it leaves the range of the dtype. Scale the "
+    "loss down, or compute in bfloat16 or float32"
+)
+
 
 @dataclass
 class _Outcome:
@@ -64,12 +70,18 @@ class Attempt:
         settings: how.
         closures: parts of the batch; the loss is their mean.
         held_out: loss of other data, for the report.
+        ranks: the processes that teleport together, each with closures of its own.
     """
 
     def __init__(
-        self, settings: Settings, closures: Sequence[Closure], held_out: Closure | None
+        self,
+        settings: Settings,
+        closures: Sequence[Closure],
+        held_out: Closure | None,
+        ranks: Ranks,
     ) -> None:
         self.settings = settings
+        self.ranks = ranks
         self.closures = closures
         self.held_out = held_out
         self.bases: dict[Block, Projector] = {}
@@ -84,7 +96,8 @@ class Attempt:
         self.bases = self._make_bases()
         after, failure, tolerance = before, "", 0.0
         try:
-            reason = self._ascend(before.norm)
+            finite = math.isfinite(before.norm)
+            reason = self._ascend(math.sqrt(self.walk.norm_squared())) if finite else _OVERFLOW
             tolerance = self._tolerance(before)
             if self.step_sizes:
                 after, failure = self._check(before, tolerance)
@@ -107,22 +120,29 @@ class Attempt:
         )
 
     def _measure_start(self) -> _Outcome:
-        norm = math.sqrt(self.walk.norm_squared())
-        return _Outcome(self.walk.loss, norm, self._held_out_loss())
+        loss, norm = self.walk.loss, math.sqrt(self.walk.norm_squared())
+        if self.walk.precision != self.walk.dtype:
+            # Layers that autocast computes in another precision than their recorded products, as
+            # recurrent ones, are another function by its rounding: compare the model with itself.
+            loss, norm = self._measured()
+        return _Outcome(loss, norm, self._held_out_loss())
+
+    def _measured(self) -> tuple[float, float]:
+        """Loss and gradient norm of the model as it is now, from scratch."""
+        return mean_grad_norm(self.closures, trainable(self.settings.model), self.ranks)
 
     def _start_walk(self) -> Walk:
         settings, sites = self.settings, self.settings.coverage.sites
-        if settings.tau == 1.0 and len(self.closures) == 1:
+        if settings.tau == 1.0 and len(self.closures) == 1 and self.ranks.size == 1:
             return FrozenWalk(settings.model, sites, self.closures[0])
-        return StreamedWalk(settings.model, sites, self.closures, settings.movable)
+        return StreamedWalk(settings.model, sites, self.closures, settings.movable, self.ranks)
 
     def _held_out_loss(self) -> float | None:
         if self.held_out is None:
             return None
         started = time.perf_counter()
         try:
-            with torch.no_grad():
-                loss = float(evaluate(self.held_out))
+            loss = mean_loss([self.held_out], self.ranks)
         except NonFiniteLossError:
             loss = math.nan  # it is only reported: no reason to undo or to refuse anything
         self.held_out_seconds += time.perf_counter() - started
@@ -152,6 +172,9 @@ class Attempt:
         for number in range(1, self.settings.steps + 1):
             along = self._direction(room)
             slope = sum(map(squared_norm, along.values()))
+            slope = self.ranks.of_first(slope)
+            if not math.isfinite(slope):
+                return _OVERFLOW
             if slope == 0.0:
                 return _FIXED if not self.step_sizes else "a stationary point was reached"
             share = number / self.settings.steps if self.settings.lr is None else 1.0
@@ -175,7 +198,7 @@ class Attempt:
             start,
             2 * slope,
             target**2,
-            rtol=16 * torch.finfo(self.walk.dtype).eps,
+            rtol=8 * torch.finfo(self.walk.precision).eps,
             degree=self.walk.degree(along),
         )
 
@@ -204,7 +227,7 @@ class Attempt:
     def _check(self, before: _Outcome, allowed: float) -> tuple[_Outcome, str]:
         """Measure the new position from scratch; say what is wrong with it, if anything."""
         self.walk.write()
-        loss, norm = mean_grad_norm(self.closures, trainable(self.settings.model))
+        loss, norm = self._measured()
         after = _Outcome(loss, norm, self._held_out_loss())
         if not math.isfinite(norm):
             return after, f"the gradient norm became {norm}"
@@ -213,7 +236,7 @@ class Attempt:
             return after, ""
         why = f"the loss moved by {drift:.2e}, more than the allowed {allowed:.2e}"
         self.walk.write_start()
-        again = [mean_loss(self.closures) for _ in range(2)]
+        again = [mean_loss(self.closures, self.ranks) for _ in range(2)]
         if any(abs(other - before.loss) > allowed for other in again):
             why += "; the closure is not deterministic: at the start it now returns another loss"
         return after, why

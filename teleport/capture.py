@@ -10,7 +10,6 @@ joint null space guarantees (theorem ``thm-invariance``): the forward pass is fr
 backward pass is repeated.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -28,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from teleport.coverage import Block, Site, Use
 from teleport.errors import ClosureError, NonFiniteLossError
 from teleport.layers import Part, Pieces
+from teleport.precision import as_computed, at_least_single, coarsest, uncached_casts
 from teleport.subspace import Space
 
 Closure = Callable[[], Tensor]
@@ -39,7 +39,7 @@ class Call:
 
     Attributes:
         use: the block, and the part of it that was called.
-        x, z: input and output as the layer saw them.
+        x, z: input and output as the product saw them; autocast may have lowered their dtype.
         delta: dL/dz for the matrices of the last `Tape.backward`; None if the loss ignores ``z``.
         x_dot: tangent of ``x`` from the last `Tape.push_tangents`; None if ``x`` does not depend
             on trainable parameters (theorem ``thm-fixed``).
@@ -134,14 +134,13 @@ class Tape:
     def row_gram(self, block: Block) -> Float[Tensor, "*groups rows rows"]:
         """Inner products of all pairs of input rows."""
         if block not in self._grams:
-            rows = self.rows(block)
+            rows = at_least_single(self.rows(block))
             self._grams[block] = rows @ rows.mT
         return self._grams[block]
 
     def row_count(self, block: Block) -> int:
         """Number of input rows, without forming them."""
-        *groups, d_out, _ = block.part.matrix_shape
-        return sum(call.z.numel() for call in self.calls_of(block)) // (math.prod(groups) * d_out)
+        return sum(call.part.row_count(call.z) for call in self.calls_of(block))
 
     def collect(self, block: Block, space: Space) -> None:
         """Add the inputs of all calls of a block to what ``block.space()`` returned."""
@@ -160,7 +159,8 @@ class Tape:
         return self._sum(block, (call.survivor() for call in self.calls_of(block)))
 
     def _sum(self, block: Block, terms: Iterable[Tensor | None]) -> Tensor:
-        given = [term for term in terms if term is not None]
+        dtype = block.part.weight.parameter.dtype
+        given = [term.to(dtype) for term in terms if term is not None]
         return sum(given[1:], given[0]) if given else block.part.matrix().zero_()
 
     def deltas(self, block: Block) -> Float[Tensor, "*groups rows d_out"]:
@@ -180,6 +180,15 @@ class Tape:
     def depends_on_parameters(self, block: Block) -> bool:
         """Whether any input of the block depends on a trainable parameter."""
         return any(call.x.requires_grad for call in self.calls_of(block))
+
+    def computed_in(self, block: Block) -> torch.dtype:
+        """The coarsest precision a block's products were computed in."""
+        return coarsest(call.z.dtype for call in self.calls_of(block))
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarsest precision anything on the tape was computed in."""
+        return coarsest([self.loss.dtype, *(call.z.dtype for call in self.calls)])
 
     def backward(self) -> None:
         """Carry dL/dz to every call; fill ``delta`` and ``other_gradients``."""
@@ -284,9 +293,10 @@ def watch(
     """Run a closure without gradients and show every input of a covered product to ``see``."""
 
     def product(use: Use, x: Tensor) -> Tensor:
+        z = use.part.compute(x)
         if x.numel():
-            see(use, x)
-        return use.part.compute(x)
+            see(use, as_computed(x, z))
+        return z
 
     with torch.no_grad(), _replaced_forwards(sites, product):
         closure()
@@ -324,8 +334,9 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
             raise ClosureError(
                 f"layer {use.block.name!r} received an empty batch of shape {tuple(x.shape)}"
             )
-        with torch.no_grad():
+        with torch.no_grad(), uncached_casts():
             z = use.part.compute(x)
+        x = as_computed(x, z)
         call = Call(use, x, z)
         calls.append(call)
         output: Tensor = _Relay.apply(x, anchor, call, tapes)
@@ -391,7 +402,7 @@ class _Relay(torch.autograd.Function):
         call.delta = delta
         grad = None
         if ctx.needs_input_grad[0]:
-            weight = ctx.tapes[0]().pieces(call)[0]
+            weight = ctx.tapes[0]().pieces(call)[0].to(delta.dtype)
             grad = call.part.pull(delta, weight, call.x.detach())
         return grad, torch.zeros_like(ctx.anchor), None, None
 
@@ -407,7 +418,8 @@ class _Replay:
 
     def product(self, use: Use, x: Tensor) -> Tensor:
         call = self._next(use, x)
-        call.x_dot = forward_ad.unpack_dual(x).tangent
+        tangent = forward_ad.unpack_dual(x).tangent
+        call.x_dot = None if tangent is None else tangent.to(call.z.dtype)
         if self.position == self._last:
             raise _LastCallReached
         dual: Tensor = forward_ad.make_dual(call.z.clone(), self._output_tangent(call))
@@ -423,10 +435,11 @@ class _Replay:
         return call
 
     def _output_tangent(self, call: Call) -> Tensor:
-        own = next(self._drive[call.block])
+        own = next(self._drive[call.block]).to(call.z.dtype)
         if call.x_dot is None:
             return own
-        return own + call.part.push(call.x_dot, self.tape.pieces(call)[0])
+        weight = self.tape.pieces(call)[0].to(call.x_dot.dtype)
+        return own + call.part.push(call.x_dot, weight)
 
 
 class _LastCallReached(BaseException):

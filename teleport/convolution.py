@@ -103,7 +103,7 @@ class ConvPart(_SpatialPart):
 
     def weight_gradient(self, x: Tensor, delta: Tensor, bias_input: float = 1.0) -> Tensor:
         padded = self.padded(_batched(x, self.dims))
-        weight = self.module.weight.detach()
+        weight = self.module.weight.detach().to(delta.dtype)
         pieces = self._backward(delta, padded, weight, (False, True, self.has_bias_column))
         return self.join([pieces[0], *(bias_input * grad for grad in pieces[1:])])
 

@@ -16,6 +16,7 @@ null space of its own. Then ``z = rows @ matrix.mT``, and the weight gradient is
 writes its forward pass as a function of them: ``apply(part, x)`` in place of each product.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +152,10 @@ class Part(ABC):
     @abstractmethod
     def out_rows(self, z: Tensor) -> Float[Tensor, "*groups rows d_out"]:
         """Outputs, or cotangents of outputs, as rows in the order of `rows`."""
+
+    def row_count(self, z: Tensor) -> int:
+        """How many rows an output has, without forming them."""
+        return z.numel() // math.prod(self.matrix_shape[:-1])
 
     @abstractmethod
     def from_out_rows(self, rows: Float[Tensor, "*groups rows d_out"], like: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ class RowSpace(Space):
         largest is at most the root of their ``energy``, their squared Frobenius norm. So it is
         safe to stop reading if the smallest exceeds what the rank rule would cut (``thm-rank``).
         """
-        gram = self._gram()
+        gram = self.gram()
         values = torch.linalg.eigvalsh(gram)
         d_in = gram.shape[-1]
         rounding = d_in * torch.finfo(torch.float64).eps * values[..., -1]
@@ -223,15 +223,45 @@ class RowSpace(Space):
         ranks = torch.full(gram.shape[:-2], d_in, device=gram.device)
         return Basis(every, values.flip(-1).sqrt(), ranks, self._dtype)
 
-    def _gram(self) -> Tensor:
-        """The float64 Gram matrix of the rows so far."""
-        rows = torch.cat(self._pending, dim=-2) if self._pending else None
-        gram = None if rows is None else rows.mT @ rows
-        if self._reduced is None:
-            assert gram is not None
-            return gram
-        reduced = self._reduced.mT @ self._reduced if self._exact() else self._reduced
-        return reduced if gram is None else reduced + gram
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows as they came in."""
+        return self._dtype
+
+    def factor(self) -> Float[Tensor, "*groups fewer d_in"]:
+        """The rows, or ``d_in`` rows of the same Gram matrix.
+
+        Many rows below double precision are kept as a Gram matrix only: for them it is `gram`.
+        """
+        if self._reduced is not None and self._pending:
+            self._reduce()
+        return torch.cat(self._pending, dim=-2) if self._reduced is None else self._reduced
+
+    def gram(self) -> Float[Tensor, "*groups d_in d_in"]:
+        """Inner products of all pairs of columns of the rows, float64."""
+        factor = self.factor()
+        is_gram = self._reduced is not None and not self._exact()
+        return factor.clone() if is_gram else factor.mT @ factor
+
+    @classmethod
+    def of_factor(
+        cls, rows: Float[Tensor, "*groups rows d_in"], count: int, dtype: torch.dtype
+    ) -> "RowSpace":
+        """The space of ``count`` rows of a dtype, from some with the same Gram matrix."""
+        space = cls()
+        space.count, space._dtype, space._pending = count, dtype, [rows]
+        if space._exact() and rows.shape[-2] > rows.shape[-1]:
+            space._reduce()
+        return space
+
+    @classmethod
+    def of_gram(
+        cls, gram: Float[Tensor, "*groups d_in d_in"], count: int, dtype: torch.dtype
+    ) -> "RowSpace":
+        """The space of ``count`` rows of a dtype below double precision, from `gram`."""
+        space = cls()
+        space.count, space._dtype, space._reduced = count, dtype, gram
+        return space
 
     def _exact(self) -> bool:
         return self._dtype == torch.float64

@@ -45,6 +45,7 @@ from teleport.capture import Closure, Tape
 from teleport.coverage import Block
 from teleport.layers import Pieces
 from teleport.objective import squared_norm
+from teleport.precision import at_least_single, rounding_unit, scaled, unit_scale
 from teleport.subspace import Projector
 
 Direction = dict[Block, Float[Tensor, "*groups d_out d_in"]]
@@ -73,16 +74,22 @@ def direction(
     Returns:
         One matrix per block, zero where nothing but rounding survives the projection.
     """
-    velocity = dict(zip(tape.others, tape.other_gradients, strict=True))
-    drive = {block: _drive(tape, block) for block in tape.blocks}
+    scale = unit_scale(lambda: grad_norm_squared(tape), tape.precision)
+    velocity = {p: scaled(g, scale) for p, g in zip(tape.others, tape.other_gradients, strict=True)}
+    drive = {block: _drive(tape, block, scale) for block in tape.blocks}
     tape.push_tangents(model, closure, drive, velocity, wanted=bases.keys())
-    return {block: _survivor(tape, block, basis) for block, basis in bases.items()}
+    return {b: scaled(_survivor(tape, b, basis), 1 / scale) for b, basis in bases.items()}
 
 
-def project_ascent(ascent: Direction, bases: Mapping[Block, Projector]) -> Direction:
-    """π of a full ascent direction (paper equation 11): the reference for `direction`."""
+def project_ascent(
+    ascent: Direction, bases: Mapping[Block, Projector], dtype: torch.dtype | None = None
+) -> Direction:
+    """π of a full ascent direction (paper equation 11): the reference for `direction`.
+
+    ``dtype`` is what the ascent was computed in, if not its own.
+    """
     return {
-        block: without_rounding(basis.project(ascent[block]), ascent[block])
+        block: without_rounding(basis.project(ascent[block]), ascent[block], dtype)
         for block, basis in bases.items()
     }
 
@@ -177,25 +184,30 @@ def _polynomial_root(
 
 def _block_norm_squared(tape: Tape, block: Block) -> float:
     if _prefers_gram(tape, block):
-        deltas = tape.deltas(block)
+        deltas = at_least_single(tape.deltas(block))
         return float(((deltas @ deltas.mT) * tape.row_gram(block)).double().sum())
     return squared_norm(tape.weight_gradient(block))
 
 
-def _drive(tape: Tape, block: Block) -> list[Tensor]:
-    """G x for every call of a block: the outputs' tangent due to the block's own weights."""
+def _drive(tape: Tape, block: Block, scale: float) -> list[Tensor]:
+    """G x, scaled, for every call of a block: the tangents due to the block's own weights."""
     calls, part = tape.calls_of(block), block.part
     if _prefers_gram(tape, block):
-        counts = [part.out_rows(call.z).shape[-2] for call in calls]
-        pieces = (tape.row_gram(block) @ tape.deltas(block)).split(counts, dim=-2)
+        counts = [call.part.row_count(call.z) for call in calls]
+        gram = tape.row_gram(block)
+        pieces = (gram @ scaled(tape.deltas(block).to(gram.dtype), scale)).split(counts, dim=-2)
         return [part.from_out_rows(p, c.z) for p, c in zip(pieces, calls, strict=True)]
-    return drive_of(tape, block, block.part.split(tape.weight_gradient(block)))
+    return drive_of(tape, block, block.part.split(scaled(tape.weight_gradient(block), scale)))
 
 
 def drive_of(tape: Tape, block: Block, velocity: Pieces) -> list[Tensor]:
     """Ẇ x for every call of a block, in the shape of the outputs."""
     return [
-        call.part.push_affine(call.x.detach(), velocity[: len(call.part.slots)], call.z)
+        call.part.push_affine(
+            call.x.detach(),
+            tuple(piece.to(call.z.dtype) for piece in velocity[: len(call.part.slots)]),
+            call.z,
+        )
         for call in tape.calls_of(block)
     ]
 
@@ -210,16 +222,28 @@ def _survivor(tape: Tape, block: Block, basis: Projector) -> Float[Tensor, "*gro
     """Σ δ (P ẋ)ᵀ; the projection is done on rows or on the sum, whichever is smaller."""
     fewer_rows = tape.row_count(block) < block.part.matrix_shape[-2]
     x_dot = tape.tangents(block) if fewer_rows and block.other is None else None
+    dtype = tape.computed_in(block)
     if x_dot is None:
         whole = tape.survivor(block)
-        return without_rounding(basis.project(whole), whole)
-    return tape.deltas(block).mT @ without_rounding(basis.project(x_dot), x_dot)
+        return without_rounding(basis.project(whole), whole, dtype)
+    x_dot = at_least_single(x_dot)
+    projected = without_rounding(basis.project(x_dot), x_dot, dtype)
+    deltas = tape.deltas(block).to(x_dot.dtype)
+    return (deltas.mT @ projected).to(block.part.weight.parameter.dtype)
 
 
-def without_rounding(projected: Tensor, original: Tensor) -> Tensor:
+def without_rounding(
+    projected: Tensor, original: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """Zero if what is left is no larger than the rounding of what was projected.
 
     Without this a layer that must not move (``thm-fixed``) would move along its own rounding.
+
+    Args:
+        projected: what is left.
+        original: what was projected.
+        dtype: that ``original`` was computed in, if not its own.
     """
-    cut = max(original.shape) * torch.finfo(original.dtype).eps * original.norm()
-    return projected if projected.norm() > cut else torch.zeros_like(projected)
+    unit = rounding_unit(original.dtype if dtype is None else dtype, max(original.shape))
+    cut = unit * original.norm()
+    return torch.zeros_like(projected) if projected.norm() <= cut else projected
