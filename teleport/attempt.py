@@ -98,9 +98,11 @@ class Attempt:
         try:
             finite = math.isfinite(before.norm)
             reason = self._ascend(math.sqrt(self.walk.norm_squared())) if finite else _OVERFLOW
-            tolerance = self._tolerance(before)
             if self.step_sizes:
-                after, failure = self._check(before, tolerance)
+                self.walk.write()
+                after = self._measure_end()
+            tolerance = self._tolerance(before)
+            failure = self._failure(before, after, tolerance)
         except NonFiniteLossError:
             failure = "the loss became NaN or infinite on the way"
         return TeleportReport(
@@ -120,16 +122,26 @@ class Attempt:
         )
 
     def _measure_start(self) -> _Outcome:
-        loss, norm = self.walk.loss, math.sqrt(self.walk.norm_squared())
         if self.walk.precision != self.walk.dtype:
-            # Layers that autocast computes in another precision than their recorded products, as
-            # recurrent ones, are another function by its rounding: compare the model with itself.
-            loss, norm = self._measured()
-        return _Outcome(loss, norm, self._held_out_loss())
+            return self._plain_outcome()
+        norm = math.sqrt(self.walk.norm_squared())
+        return _Outcome(self.walk.loss, norm, self._held_out_loss())
 
-    def _measured(self) -> tuple[float, float]:
-        """Loss and gradient norm of the model as it is now, from scratch."""
-        return mean_grad_norm(self.closures, trainable(self.settings.model), self.ranks)
+    def _measure_end(self) -> _Outcome:
+        """Where the walk ended, from scratch: the model runs again with the new parameters."""
+        if self.walk.precision != self.walk.dtype:
+            return self._plain_outcome()
+        return _Outcome(*self.walk.measure(), self._held_out_loss())
+
+    def _plain_outcome(self) -> _Outcome:
+        """Measured by plain autograd.
+
+        Layers that autocast computes in another precision than their recorded products, as
+        recurrent ones, are another function by its rounding: compare the model with itself.
+        """
+        parameters = trainable(self.settings.model)
+        loss, norm = mean_grad_norm(self.closures, parameters, self.ranks)
+        return _Outcome(loss, norm, self._held_out_loss())
 
     def _start_walk(self) -> Walk:
         settings, sites = self.settings, self.settings.coverage.sites
@@ -224,22 +236,19 @@ class Attempt:
             return f"gradient norm reached the cap {limit:.6g}"
         return f"gradient norm reached {self.settings.growth:.6g} x its start"
 
-    def _check(self, before: _Outcome, allowed: float) -> tuple[_Outcome, str]:
-        """Measure the new position from scratch; say what is wrong with it, if anything."""
-        self.walk.write()
-        loss, norm = self._measured()
-        after = _Outcome(loss, norm, self._held_out_loss())
-        if not math.isfinite(norm):
-            return after, f"the gradient norm became {norm}"
-        drift = abs(loss - before.loss)
+    def _failure(self, before: _Outcome, after: _Outcome, allowed: float) -> str:
+        """What is wrong with the new position, if anything."""
+        if not math.isfinite(after.norm):
+            return f"the gradient norm became {after.norm}"
+        drift = abs(after.loss - before.loss)
         if drift <= allowed:
-            return after, ""
+            return ""
         why = f"the loss moved by {drift:.2e}, more than the allowed {allowed:.2e}"
         self.walk.write_start()
         again = [mean_loss(self.closures, self.ranks) for _ in range(2)]
         if any(abs(other - before.loss) > allowed for other in again):
             why += "; the closure is not deterministic: at the start it now returns another loss"
-        return after, why
+        return why
 
     def _tolerance(self, before: _Outcome) -> float:
         if self.settings.max_drift is not None:

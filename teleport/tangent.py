@@ -33,7 +33,7 @@ each evaluation costs one backward pass: `step_to_norm` finds where it reaches a
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -189,27 +189,26 @@ def _block_norm_squared(tape: Tape, block: Block) -> float:
     return squared_norm(tape.weight_gradient(block))
 
 
-def _drive(tape: Tape, block: Block, scale: float) -> list[Tensor]:
+def _drive(tape: Tape, block: Block, scale: float) -> Iterator[Tensor]:
     """G x, scaled, for every call of a block: the tangents due to the block's own weights."""
     calls, part = tape.calls_of(block), block.part
-    if _prefers_gram(tape, block):
-        counts = [call.part.row_count(call.z) for call in calls]
-        gram = tape.row_gram(block)
-        pieces = (gram @ scaled(tape.deltas(block).to(gram.dtype), scale)).split(counts, dim=-2)
-        return [part.from_out_rows(p, c.z) for p, c in zip(pieces, calls, strict=True)]
-    return drive_of(tape, block, block.part.split(scaled(tape.weight_gradient(block), scale)))
+    if not _prefers_gram(tape, block):
+        gradient = scaled(tape.weight_gradient(block), scale)
+        yield from drive_of(tape, block, block.part.split(gradient))
+        return
+    gram = tape.row_gram(block)
+    products = gram @ scaled(tape.deltas(block).to(gram.dtype), scale)
+    counts = [call.part.row_count(call.z) for call in calls]
+    for call, rows in zip(calls, products.split(counts, dim=-2), strict=True):
+        yield part.from_out_rows(rows, call.z)
 
 
-def drive_of(tape: Tape, block: Block, velocity: Pieces) -> list[Tensor]:
-    """Ẇ x for every call of a block, in the shape of the outputs."""
-    return [
-        call.part.push_affine(
-            call.x.detach(),
-            tuple(piece.to(call.z.dtype) for piece in velocity[: len(call.part.slots)]),
-            call.z,
-        )
-        for call in tape.calls_of(block)
-    ]
+def drive_of(tape: Tape, block: Block, velocity: Pieces) -> Iterator[Tensor]:
+    """Ẇ x for every call of a block, in the shape of the outputs; each when it is asked for."""
+    for call in tape.calls_of(block):
+        pieces = velocity[: len(call.part.slots)]
+        same = tuple(piece.to(call.z.dtype) for piece in pieces)
+        yield call.part.push_affine(call.x.detach(), same, call.z)
 
 
 def _prefers_gram(tape: Tape, block: Block) -> bool:

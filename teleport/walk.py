@@ -19,7 +19,13 @@ from teleport.capture import Call, Closure, Tape, record
 from teleport.coverage import Block, Site
 from teleport.distributed import ALONE, Ranks
 from teleport.layers import Pieces
-from teleport.objective import ascent_double_backward, gradient, squared_norm, trainable
+from teleport.objective import (
+    ascent_double_backward,
+    gradient,
+    mean_grad_norm,
+    squared_norm,
+    trainable,
+)
 from teleport.parallel import in_parallel
 from teleport.precision import PRECISIONS, at_least_single, coarsest, is_half, scaled, unit_scale
 from teleport.subspace import Projector, RowSpace, Space
@@ -61,12 +67,18 @@ class Walk(ABC):
         self.position: Position = {}
         self._start: Position = {}  # of what was written to, copied just before
         self._ahead: float | None = None
+        self._behind = False
         self._ahead_at: Position = {}  # memory for the next look: fresh memory costs a pass
         self._move_norms: dict[Block, float] = {}
 
-    @abstractmethod
     def norm_squared(self) -> float:
-        """The squared gradient norm where the walk last looked."""
+        """The squared gradient norm where the walk last looked, or has advanced to since."""
+        self._catch_up()
+        return self._norm_squared()
+
+    @abstractmethod
+    def _norm_squared(self) -> float:
+        """The same, where the walk last looked."""
 
     @abstractmethod
     def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
@@ -79,6 +91,10 @@ class Walk(ABC):
     @abstractmethod
     def degree(self, along: Direction) -> int | None:
         """Degree of the squared norm along a direction, at most (``thm-polynomial``), if known."""
+
+    @abstractmethod
+    def measure(self) -> tuple[float, float]:
+        """Loss and gradient norm of the model as it is written now, from scratch."""
 
     @abstractmethod
     def ascent(self) -> Gradient:
@@ -95,21 +111,23 @@ class Walk(ABC):
     def norm_squared_at(self, along: Direction, step: float) -> float:
         """Look ahead: the squared norm at a step along a direction; the position stays."""
         self._look_at(self._moved(along, step))
-        self._ahead = step
-        return self.norm_squared()
+        self._ahead, self._behind = step, False
+        return self._norm_squared()
 
     def advance(self, along: Direction, step: float) -> None:
-        """Go there; where the last look ahead was need not be looked at again."""
-        position = self._moved(along, step)
-        if step != self._ahead:
-            self._look_at(position)
-        self.position, self._ahead_at = position, {}
-        self._move_norms, self._ahead = {}, None
+        """Go there; it is looked at when that is needed, if the last look ahead was elsewhere."""
+        self.position = self._moved(along, step)
+        self._behind = step != self._ahead
+        self._move_norms, self._ahead, self._ahead_at = {}, None, {}
 
     def look_back(self) -> None:
         """Look at the present position again, after looking ahead in vain."""
         self._look_at(self.position)
-        self._ahead = None
+        self._ahead, self._behind = None, False
+
+    def _catch_up(self) -> None:
+        if self._behind:
+            self.look_back()
 
     def write(self) -> None:
         """Put the position into the model's parameters."""
@@ -208,14 +226,14 @@ class FrozenWalk(Walk):
     """One batch at τ = 1: one tape for the whole walk."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], closure: Closure) -> None:
-        self._closure = closure
+        self._sites, self._closure = sites, closure
         self._tape = record(model, sites, closure)
         super().__init__(model, self._tape.blocks)
         self.loss = float(self._tape.loss.detach())
         self.dtype, self.precision = self._tape.loss.dtype, self._tape.precision
         self.fixed = {b for b in self._tape.blocks if not self._tape.depends_on_parameters(b)}
 
-    def norm_squared(self) -> float:
+    def _norm_squared(self) -> float:
         return grad_norm_squared(self._tape)
 
     def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
@@ -251,6 +269,7 @@ class FrozenWalk(Walk):
         return None
 
     def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
+        self._catch_up()
         return direction(self._tape, self._model, self._closure, bases)
 
     def ascent(self) -> Gradient:
@@ -261,6 +280,11 @@ class FrozenWalk(Walk):
         ascent = ascent_double_backward(self._closure, parameters, velocity)
         return {p: scaled(a, 1 / scale) for p, a in zip(parameters, ascent, strict=True)}
 
+    def measure(self) -> tuple[float, float]:
+        del self._tape  # before the next one is recorded: memory is that of one
+        self._tape, self._behind = record(self._model, self._sites, self._closure), False
+        return float(self._tape.loss.detach()), math.sqrt(self.norm_squared())
+
     def degree(self, along: Direction) -> int | None:
         return 2 * sum(len(self._tape.calls_of(b)) for b, matrix in along.items() if matrix.any())
 
@@ -269,6 +293,7 @@ class FrozenWalk(Walk):
         self._tape.backward()
 
     def _tapes(self) -> Iterator[tuple[Tape, float]]:
+        self._catch_up()
         yield self._tape, 1.0
 
 
@@ -296,7 +321,7 @@ class StreamedWalk(Walk):
         super().__init__(model, list(self._spaces))
         self.fixed = {block for block, depends in self._depends.items() if not depends}
 
-    def norm_squared(self) -> float:
+    def _norm_squared(self) -> float:
         return self.ranks.of_first(sum(map(squared_norm, self._gradient.values())))
 
     def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
@@ -306,6 +331,7 @@ class StreamedWalk(Walk):
 
     def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         self.write()
+        self._catch_up()
         whole = {block: block.part.matrix().zero_() for block in bases}
         scale = unit_scale(self.norm_squared, self.precision)
         velocity = {p: scaled(grad, scale) for p, grad in self._gradient.items()}
@@ -316,7 +342,7 @@ class StreamedWalk(Walk):
                 tape.push_tangents(self._model, closure, drive, velocity, wanted=bases.keys())
                 for block in whole.keys() & set(tape.blocks):
                     whole[block] += tape.survivor(block) / (len(self._closures) * scale)
-                del tape
+                del tape, drive
         self.ranks.mean_(list(whole.values()))
         along = {
             b: without_rounding(bases[b].project(sum_), sum_, self._computed_in[b])
@@ -325,6 +351,7 @@ class StreamedWalk(Walk):
         return self._of_first(along)
 
     def ascent(self) -> Gradient:
+        self._catch_up()
         parameters = trainable(self._model)
         scale = unit_scale(self.norm_squared, self.precision)
         velocity = [scaled(self._grad(p), scale) for p in parameters]
@@ -372,6 +399,9 @@ class StreamedWalk(Walk):
         if self.ranks.size > 1:
             left_out = self._share_survey(left_out)
         return left_out
+
+    def measure(self) -> tuple[float, float]:
+        return mean_grad_norm(self._closures, trainable(self._model), self.ranks)
 
     def degree(self, along: Direction) -> int | None:
         return None  # a layer that drifts, as at τ < 1, makes it no polynomial at all
