@@ -33,10 +33,10 @@ class _SpatialPart(Part):
         z = self.push(x, pieces[0])
         return z + pieces[1].reshape(-1, *[1] * self.dims) if len(pieces) == 2 else z
 
-    def chunks(self, x: Tensor) -> Sequence[Tensor]:
+    def chunks(self, x: Tensor, rows: int = CHUNK) -> Sequence[Tensor]:
         batched = _batched(x, self.dims)
         positions = max(1, batched[0, 0].numel())  # about one row per position of the input
-        return torch.split(batched, max(1, CHUNK // positions))
+        return torch.split(batched, max(1, rows // positions))
 
 
 class ConvPart(_SpatialPart):

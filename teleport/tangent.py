@@ -33,6 +33,7 @@ each evaluation costs one backward pass: `step_to_norm` finds where it reaches a
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -134,7 +135,7 @@ def step_to_norm(
         if not math.isfinite(excess(high)):
             ceiling, high = high, (low + high) / 2
         elif excess(high) >= 0.0:
-            return _root(excess, seen, slope / target, degree, low, high)
+            return _root(excess, seen, slope / target, rtol, degree, low, high)
         else:
             low, high = high, min(2.0 * high, (high + ceiling) / 2)
     return None
@@ -144,6 +145,7 @@ def _root(
     excess: Callable[[float], float],
     seen: dict[float, float],
     slope: float,
+    rtol: float,
     degree: int | None,
     low: float,
     high: float,
@@ -156,12 +158,16 @@ def _root(
     """
     for _ in range(8):
         finite = [(s, e) for s, e in seen.items() if math.isfinite(e)]
+        if len({s / high for s, _ in finite}) < len(finite):
+            break  # steps that cannot be told apart determine no polynomial
         step = _polynomial_root(finite, slope, low, high)
         if step is None or not low < step < high:
             break
         # With the slope there is one value more than looks; far values drown the near ones.
         known = degree is not None and len(finite) >= degree
         if known and max(abs(e) for _, e in finite) < 10.0:
+            return step
+        if _expected_miss(finite, slope, step) <= rtol:
             return step
         value = excess(step)
         if value == 0.0:
@@ -174,12 +180,30 @@ def _polynomial_root(
     points: list[tuple[float, float]], slope: float, low: float, high: float
 ) -> float | None:
     """The root in the bracket of the polynomial through ``points`` with this slope at step 0."""
-    nodes = [0.0, *(s / high for s, _ in points)]  # step 0 twice: its value and its slope
-    values = [points[0][1], *(e for _, e in points)]
-    polynomial = KroghInterpolator(nodes, [*values[:1], slope * high, *values[2:]])
+    polynomial = _polynomial(points, slope, high)
     if polynomial(low / high) >= 0.0 or polynomial(1.0) <= 0.0:
         return None
     return high * float(toms748(polynomial, low / high, 1.0, xtol=1e-300, rtol=1e-15))
+
+
+def _polynomial(points: list[tuple[float, float]], slope: float, unit: float) -> KroghInterpolator:
+    """Through all points, step 0 first, with a slope there; its argument is in units of a step."""
+    nodes = [0.0, *(s / unit for s, _ in points)]  # step 0 twice: its value and its slope
+    values = [points[0][1], slope * unit, *(e for _, e in points[1:])]
+    return KroghInterpolator(nodes, values)
+
+
+def _expected_miss(points: list[tuple[float, float]], slope: float, step: float) -> float:
+    """About how far from zero the value at a root of the polynomial is, ten times over.
+
+    The last point changed the polynomial there by as much as its predecessor missed; it misses
+    less by how near that point is (the next term of Newton's form).
+    """
+    if len(points) < 3:
+        return math.inf
+    change = abs(float(_polynomial(points[:-1], slope, points[-1][0])(step / points[-1][0])))
+    rounding = sys.float_info.epsilon * max(abs(value) for _, value in points)
+    return 10.0 * (change * abs(points[-1][0] - step) / step + rounding)
 
 
 def _block_norm_squared(tape: Tape, block: Block) -> float:

@@ -242,8 +242,8 @@ class FrozenWalk(Walk):
             same_rows.setdefault(tape.rows_key(block), []).append(block)
 
         def basis(block: Block) -> Projector:
-            if tau == 1.0 and (full := self._if_full(block)) is not None:
-                return full
+            if tau == 1.0 and block.other is None:
+                return self._basis(block)
             space = block.space()
             tape.collect(block, space)
             return block.basis(space, tau)
@@ -252,21 +252,27 @@ class FrozenWalk(Walk):
         groups = zip(same_rows.values(), found, strict=True)
         return {block: basis for sharing, basis in groups for block in sharing}
 
-    def _if_full(self, block: Block) -> Projector | None:
-        """The basis of everything, if a few of the rows show already that all of them span it."""
+    def _basis(self, block: Block) -> Projector:
+        """The basis at τ = 1; no more rows are read once they span everything."""
         calls, (*_, d_in) = self._tape.calls_of(block), block.part.matrix_shape
-        count = self._tape.row_count(block)
-        if block.other is not None or count < 16 * d_in:
-            return None
-        norms = [call.part.row_norms(call.x.detach()) for call in calls]
-        energy = sum(squared_norm(n) for n in norms)
-        space = RowSpace()
+        count, space = self._tape.row_count(block), block.part.space()
+        if not isinstance(space, RowSpace):
+            self._tape.collect(block, space)
+            return block.basis(space, 1.0)
+        if count < d_in:
+            self._tape.collect(block, space)
+            return space.basis_if_independent() or space.basis()
+        norms = (call.part.row_norms(call.x.detach()) for call in calls)
+        energy = sum(map(squared_norm, norms))
+        enough = 2 * d_in
         for call in calls:
-            for some in call.part.chunks(call.x.detach()):
+            for some in call.part.chunks(call.x.detach(), rows=max(1024, enough)):
                 space.add(call.part.rows(some))
-                if space.count >= 4 * d_in:
-                    return space.basis_if_full(count, energy)
-        return None
+                if space.count >= min(enough, count):
+                    if (full := space.basis_if_full(count, energy)) is not None:
+                        return full
+                    enough = 4 * space.count
+        return space.basis()
 
     def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         self._catch_up()
