@@ -7,11 +7,12 @@ The book in ``chapters/`` derives why that works, what is wrong in the paper it 
 
 from importlib.metadata import version
 
-from teleport import attention, convolution, data, layers, recurrent, reference
+from teleport import attention, baselines, convolution, data, layers, recurrent, reference
 from teleport.coverage import supported
 from teleport.errors import (
     ClosureError,
     DataError,
+    GroupElementError,
     NonFiniteLossError,
     NullSpaceError,
     RunError,
@@ -28,6 +29,7 @@ __version__ = version("nullspace-teleport")
 __all__ = [
     "ClosureError",
     "DataError",
+    "GroupElementError",
     "LayerReport",
     "NonFiniteLossError",
     "NullSpace",
@@ -40,6 +42,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "attention",
+    "baselines",
     "convolution",
     "data",
     "layers",

@@ -1,0 +1,1 @@
+"""Rivals on the same work: the same model, the same batch, the same clock."""
