@@ -15,6 +15,7 @@ from teleport.baselines.controls import (
     rehearse,
 )
 from teleport.baselines.gpm import gpm_rank, kept_energy
+from teleport.baselines.group import Bend, group_action
 from teleport.baselines.level_set import LevelSetTeleporter
 from teleport.baselines.optimizer import (
     RaisedLearningRate,
@@ -23,11 +24,12 @@ from teleport.baselines.optimizer import (
     reset_optimizer,
 )
 from teleport.baselines.planar import BOOTH, ROSENBROCK, PlanarFunction, so2_teleport
-from teleport.baselines.symmetry import SymmetryTeleporter, group_action
+from teleport.baselines.symmetry import SymmetryTeleporter
 
 __all__ = [
     "BOOTH",
     "ROSENBROCK",
+    "Bend",
     "ChangeOfBasisTeleporter",
     "LevelSetTeleporter",
     "NoiseTeleporter",

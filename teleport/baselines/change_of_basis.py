@@ -15,8 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from teleport.baselines.batch import Batch, require
 from teleport.baselines.chain import Stage, chain
-from teleport.baselines.rival import Batch, Move, Rival, require
+from teleport.baselines.climb import Move
+from teleport.baselines.rival import Rival
 from teleport.errors import UnsupportedModelError
 
 HOMOGENEOUS = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity)

@@ -16,7 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from teleport.baselines.rival import MAX_DRIFT, Batch, Move, Rival, require
+from teleport.baselines.batch import Batch, require
+from teleport.baselines.climb import Move
+from teleport.baselines.rival import MAX_DRIFT, Rival
 from teleport.capture import Closure
 from teleport.coverage import Block, cover
 from teleport.objective import gradient, trainable

@@ -20,7 +20,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from teleport.baselines.rival import MAX_DRIFT, Batch, Move, Ray, Rival, StepRule, climb, require
+from teleport.baselines.batch import Batch, require
+from teleport.baselines.climb import Move, Ray, StepRule, climb
+from teleport.baselines.rival import MAX_DRIFT, Rival
 
 Constraint = Literal["equal", "at_most"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from teleport.baselines.rival import require
+from teleport.baselines.batch import require
 from teleport.coverage import cover
 
 
