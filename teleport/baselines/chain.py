@@ -92,7 +92,9 @@ def chain(
 
 
 def _leaves(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    for name, child in module.named_children() if type(module) is nn.Sequential else ():
-        yield from _leaves(child, f"{prefix}{name}.")
     if type(module) is not nn.Sequential:
         yield prefix.removesuffix("."), module
+        return
+    for name, child in module._modules.items():  # named_children() names a repeated one once
+        if child is not None:
+            yield from _leaves(child, f"{prefix}{name}.")

@@ -11,7 +11,6 @@ What a control has to match is measured by `rehearse` on the model it will be ap
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,19 +24,9 @@ from teleport.objective import gradient, trainable
 from teleport.report import TeleportReport
 from teleport.subspace import Basis
 from teleport.tangent import Direction, step_to_norm
+from teleport.teleporter import Teleporter
 from teleport.transaction import Transaction
 from teleport.walk import FrozenWalk, StreamedWalk, Walk
-
-
-class Steps(Protocol):
-    """What can be rehearsed: `teleport.Teleporter` and every rival."""
-
-    model: nn.Module
-
-    def step(
-        self, closure: Closure | Sequence[Closure], *, held_out: Closure | None = None
-    ) -> TeleportReport:
-        """Move on one batch."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,7 @@ class Rehearsal:
     growths: dict[str, float]
 
 
-def rehearse(teleporter: Steps, closure: Closure) -> Rehearsal:
+def rehearse(teleporter: Teleporter | Rival, closure: Closure) -> Rehearsal:
     """Teleport, look, and put everything back: what a control needs to know.
 
     Args:

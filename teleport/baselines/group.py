@@ -17,7 +17,6 @@ Source: Zhao, Dehmamy, Walters and Yu 2022 (arXiv 2205.10637), equation (8).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -26,8 +25,8 @@ from torch.nn import functional
 
 from teleport.errors import ClosureError, GroupElementError, UnsupportedModelError
 
-Inverse = Literal["exact", "first_order"]
-PseudoInverse = Literal["qr", "svd"]
+INVERSE_KINDS = ("exact", "first_order")
+PSEUDO_INVERSES = ("qr", "svd")
 Function = Callable[[Tensor], Tensor]
 
 
@@ -86,8 +85,8 @@ def group_action(
     elements: Sequence[Float[Tensor, "_ _"]],
     bends: Sequence[Bend],
     *,
-    inverse: Inverse = "exact",
-    pseudo_inverse: PseudoInverse = "qr",
+    inverse: str = "exact",
+    pseudo_inverse: str = "qr",
 ) -> list[Tensor]:
     """Let one group element act between every two consecutive layers, first to last.
 
@@ -141,7 +140,7 @@ def _change(bend: Bend, hidden: Tensor, element: Tensor, layer: int) -> Tensor:
     return wanted - present
 
 
-def _inverse(element: Tensor, layer: int, kind: Inverse) -> Tensor:
+def _inverse(element: Tensor, layer: int, kind: str) -> Tensor:
     eye = torch.eye(len(element), dtype=element.dtype, device=element.device)
     if kind == "first_order":
         opposite: Tensor = 2 * eye - element
@@ -157,7 +156,7 @@ def _inverse(element: Tensor, layer: int, kind: Inverse) -> Tensor:
     return inverse
 
 
-def _pseudo_inverse(rows: Tensor, layer: int, kind: PseudoInverse) -> Tensor:
+def _pseudo_inverse(rows: Tensor, layer: int, kind: str) -> Tensor:
     """``R⁺ [d_in, n]``; by QR it is ``Q L⁻ᵀ`` of ``Rᵀ = Q L``, for independent rows."""
     solution: Tensor
     if kind == "svd":

@@ -15,8 +15,6 @@ where they would raise the loss (``constraint="at_most"``). The step above is de
 problem; their rule for the step size is not reproduced.
 """
 
-from typing import Literal
-
 import torch
 from torch import nn
 
@@ -24,7 +22,7 @@ from teleport.baselines.batch import Batch, require
 from teleport.baselines.climb import Move, Ray, StepRule, climb
 from teleport.baselines.rival import MAX_DRIFT, Rival
 
-Constraint = Literal["equal", "at_most"]
+CONSTRAINTS = ("equal", "at_most")
 
 
 class LevelSetTeleporter(Rival):
@@ -55,13 +53,13 @@ class LevelSetTeleporter(Rival):
         lr: float | None = None,
         *,
         growth: float | None = None,
-        constraint: Constraint = "equal",
+        constraint: str = "equal",
         return_to_level: bool = True,
         max_drift: float | None = MAX_DRIFT,
     ) -> None:
         super().__init__(model, max_drift)
-        known = constraint in ("equal", "at_most")
-        require("constraint", constraint, known, "equal or at_most")
+        known = constraint in CONSTRAINTS
+        require("constraint", constraint, known, f"one of {CONSTRAINTS}")
         self._rule = StepRule(steps, lr, growth)
         self._at_most = constraint == "at_most"
         self._return = return_to_level

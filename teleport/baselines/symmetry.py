@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from teleport.baselines.batch import Batch, require
 from teleport.baselines.chain import chain
 from teleport.baselines.climb import Move, Ray, StepRule, climb
-from teleport.baselines.group import Inverse, PseudoInverse, bend_of, group_action
+from teleport.baselines.group import INVERSE_KINDS, PSEUDO_INVERSES, bend_of, group_action
 from teleport.baselines.rival import MAX_DRIFT, Rival
 from teleport.capture import Closure, watch
 from teleport.coverage import Block
@@ -56,17 +56,22 @@ class SymmetryTeleporter(Rival):
         model: nn.Module,
         steps: int = 8,
         lr: float | None = None,
-        inverse: Inverse = "exact",
+        inverse: str = "exact",
         *,
         growth: float | None = None,
         max_drift: float | None = MAX_DRIFT,
-        pseudo_inverse: PseudoInverse = "qr",
+        pseudo_inverse: str = "qr",
     ) -> None:
         super().__init__(model, max_drift)
-        require("inverse", inverse, inverse in ("exact", "first_order"), "exact or first_order")
-        require("pseudo_inverse", pseudo_inverse, pseudo_inverse in ("qr", "svd"), "qr or svd")
-        self.inverse: Inverse = inverse
-        self.pseudo_inverse: PseudoInverse = pseudo_inverse
+        require("inverse", inverse, inverse in INVERSE_KINDS, f"one of {INVERSE_KINDS}")
+        require(
+            "pseudo_inverse",
+            pseudo_inverse,
+            pseudo_inverse in PSEUDO_INVERSES,
+            f"one of {PSEUDO_INVERSES}",
+        )
+        self.inverse = inverse
+        self.pseudo_inverse = pseudo_inverse
         self._rule = StepRule(steps, lr, growth)
         stages = chain(model, self.coverage, (nn.Linear,), "symmetry teleportation")
         self._blocks = [stage.block for stage in stages]
@@ -111,7 +116,7 @@ class SymmetryTeleporter(Rival):
         matrices: Sequence[Tensor],
         rows: Tensor,
         elements: Sequence[Tensor],
-        inverse: Inverse,
+        inverse: str,
     ) -> list[Tensor]:
         return group_action(
             matrices,
