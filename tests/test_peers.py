@@ -136,7 +136,7 @@ def test_their_first_script_loses_the_loss_and_the_exact_inverse_keeps_it(seed: 
     )
     assert float(loss(moved, x, y).detach()) < 0.9 * before
     assert report.drift < 1e-3 * before
-    assert report.growth > 1.5
+    assert report.growth > 1.2
 
 
 def test_the_planar_teleport_is_theirs() -> None:
