@@ -26,6 +26,7 @@ from teleport.experiment import (
     default_arms,
     device_of,
     new_folder,
+    rival_arms,
     run_arms,
     steps_per_run,
 )
@@ -128,6 +129,12 @@ def run(
     ] = None,
     cap: Annotated[float | None, typer.Option(help="Upper bound on the gradient norm.")] = None,
     tau: Annotated[float, typer.Option(help="Share of input energy kept fixed, in (0, 1].")] = 1.0,
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="Add every rival and control as an arm.")
+    ] = False,
+    activation: Annotated[
+        str, typer.Option(help="relu (the paper's), leaky_relu (needed by --rivals) or tanh.")
+    ] = "relu",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
@@ -135,11 +142,19 @@ def run(
 ) -> None:
     """Train with and without teleportation; print a table, write records and a figure."""
     options = _teleport_settings(schedule, batches, steps, teleport_lr, growth, cap, tau)
-    settings = Settings(name, preset, optimizer, epochs, device=device, teleport=options)
+    settings = Settings(
+        name, preset, optimizer, epochs, device=device, activation=activation, teleport=options
+    )
     settings.size()  # names are checked before any folder is made
+    if rivals and (lr or activation == "relu"):
+        raise ValueError(
+            "--rivals compares fixed arms, and not all of them act through relu: leave --lr out "
+            f"and give --activation leaky_relu; got --lr {lr} and --activation {activation}"
+        )
     options.check()
     device_of(device)
-    arms = [a for a in _arms(name, optimizer, lr, init, head_gain) if teleports or not a.teleport]
+    known = rival_arms(name, optimizer) if rivals else _arms(name, optimizer, lr, init, head_gain)
+    arms = [a for a in known if teleports or not a.teleport]
     dataset = datasets.load(EXPERIMENTS[name].data)
     total = steps_per_run(settings, dataset) * len(arms) * seeds
     folder = new_folder(name, out)
