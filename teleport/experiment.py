@@ -334,7 +334,8 @@ class _Training:
         ).to(device)
         self.optimizer = OPTIMIZERS[settings.optimizer](list(self.model.parameters()), arm.lr)
         images = _train_size(size, dataset)
-        self.subject = Subject(self.model, self.optimizer, images // settings.batch_size)
+        period = images // settings.batch_size
+        self.subject = Subject(self.model, self.optimizer, period, self._trial_step)
         self.seed = seed
         self.inputs = dataset.train_inputs[:images].to(device)
         self.targets = dataset.train_targets[:images].to(device)
@@ -369,14 +370,25 @@ class _Training:
             if self.step in due:
                 self._teleport()
             started = time.perf_counter()
-            self.optimizer.zero_grad()
-            cross_entropy(self.model(inputs), targets).backward()
+            self._compute_gradients(inputs, targets)
             self.subject.take_step()
             self.train_seconds += time.perf_counter() - started
             self.step += 1
             progress(1)
             if self.step % self.size.evaluate_every == 0:
                 self._evaluate()
+
+    def _compute_gradients(self, inputs: Tensor, targets: Tensor) -> None:
+        self.optimizer.zero_grad()
+        cross_entropy(self.model(inputs), targets).backward()
+
+    def _trial_step(self, number: int) -> None:
+        """A training step on a batch of its own, the same for every trial of that number."""
+        draw = torch.Generator().manual_seed(self.seed + 2_000_003 + number)
+        chosen = torch.randint(len(self.inputs), (self.settings.batch_size,), generator=draw)
+        chosen = chosen.to(self.inputs.device)
+        self._compute_gradients(self.inputs[chosen], self.targets[chosen])
+        self.optimizer.step()
 
     def _due(self) -> frozenset[int]:
         if not self.arm.teleport:

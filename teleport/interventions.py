@@ -1,6 +1,7 @@
 """What an arm of an experiment does, instead of a null-space teleport, whenever one is due."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,16 +11,18 @@ from teleport.baselines import (
     RaisedLearningRate,
     Rehearsal,
     factors_by_parameter,
+    growth_duration,
     rehearse,
     reset_optimizer,
 )
 from teleport.capture import Closure
+from teleport.objective import grad_norm, trainable
 from teleport.report import TeleportReport
 from teleport.rivals import ways
 from teleport.teleporter import DEFAULT_GROWTH, Teleporter
 
-RAISED_STEPS = 5
-"""For how many steps a learning rate stays raised: as long as a teleport's growth lasts."""
+LONGEST_TRIAL = 40
+"""Steps after which a growth that still lasts is not followed any more."""
 
 MOVES = (
     "symmetry, 1 step",
@@ -44,12 +47,14 @@ class Subject:
 
     Attributes:
         period: steps between warm restarts.
+        train_on: takes the training step on trial batch number i; for trials that are undone.
         take_step: what the training calls for a step; some controls replace it.
     """
 
-    model: nn.Module
+    model: nn.Sequential
     optimizer: torch.optim.Optimizer
     period: int
+    train_on: Callable[[int], None]
     take_step: Callable[[], object] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,34 +92,72 @@ def intervene(
     if name not in INTERVENTIONS:
         raise ValueError(f"unknown intervention {name!r}; there are: {', '.join(INTERVENTIONS)}")
     wanted = DEFAULT_GROWTH if growth is None else growth
-    rehearsal = rehearse(Teleporter(subject.model, growth=wanted), closure)
+    teleporter = Teleporter(subject.model, growth=wanted)
+    rehearsal = rehearse(teleporter, closure)
     if name in MOVES:
         mover = ways(wanted, seed)[name](subject.model, rehearsal)
         return mover.step(closure, held_out=held_out)
-    reason = _on_the_optimizer(name, subject, rehearsal)
+    if name == "optimizer reset":
+        reset_optimizer(subject.optimizer)
+        reason = "the optimizer forgot its state"
+    elif name == "warm restarts":
+        reason = _restart_warmly(subject)
+    else:
+        steps = lasting(subject, teleporter, closure)
+        reason = _raise(subject, rehearsal, steps, per_layer=name == "lr raised per layer")
     return _nothing_moved(rehearsal.report, reason)
 
 
-def _on_the_optimizer(name: str, subject: Subject, rehearsal: Rehearsal) -> str:
-    optimizer, growth = subject.optimizer, rehearsal.report.growth
-    if name == "optimizer reset":
-        reset_optimizer(optimizer)
-        return "the optimizer forgot its state"
-    if name == "warm restarts":
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, subject.period)
+def lasting(subject: Subject, teleporter: Teleporter, closure: Closure) -> int:
+    """For how many training steps the growth of a teleport lasts, by trial.
 
-        def restarted() -> None:
-            optimizer.step()
-            scheduler.step()
+    Trains twice over the same trial batches, without and with the teleport, and puts everything
+    back.
 
-        subject.take_step = restarted
-        return f"the learning rate falls as a cosine and restarts every {subject.period} steps"
-    factors = (
-        growth if name == "lr raised" else factors_by_parameter(subject.model, rehearsal.growths)
-    )
-    subject.take_step = RaisedLearningRate(optimizer, factors, RAISED_STEPS).step
-    how = f"x {growth:.4g}" if name == "lr raised" else "by each layer's own growth"
-    return f"the learning rate is raised {how} for {RAISED_STEPS} steps"
+    Returns:
+        At most `LONGEST_TRIAL`; see `growth_duration`.
+    """
+    start = deepcopy((subject.model.state_dict(), subject.optimizer.state_dict()))
+    parameters = trainable(subject.model)
+
+    def norms() -> Iterator[float]:
+        for number in range(LONGEST_TRIAL):
+            yield grad_norm(closure, parameters)[1]
+            subject.train_on(number)
+
+    def back() -> None:
+        subject.model.load_state_dict(start[0])
+        subject.optimizer.load_state_dict(deepcopy(start[1]))
+        subject.optimizer.zero_grad()
+
+    try:
+        plain = list(norms())
+        back()
+        report = teleporter.step(closure)
+        teleported = list(norms())
+    finally:
+        back()
+    return growth_duration(teleported, plain, report.growth) if report.growth > 1.0 else 0
+
+
+def _restart_warmly(subject: Subject) -> str:
+    optimizer, period = subject.optimizer, subject.period
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, period)
+
+    def restarted() -> None:
+        optimizer.step()
+        scheduler.step()
+
+    subject.take_step = restarted
+    return f"the learning rate falls as a cosine and restarts every {period} steps"
+
+
+def _raise(subject: Subject, rehearsal: Rehearsal, steps: int, per_layer: bool) -> str:
+    growth = rehearsal.report.growth
+    factors = factors_by_parameter(subject.model, rehearsal.growths) if per_layer else growth
+    subject.take_step = RaisedLearningRate(subject.optimizer, factors, steps).step
+    how = "by each layer's own growth" if per_layer else f"x {growth:.4g}"
+    return f"the learning rate is raised {how} for {steps} steps"
 
 
 def _nothing_moved(report: TeleportReport, reason: str) -> TeleportReport:
