@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm import tqdm
 
 import teleport
@@ -31,7 +31,7 @@ from teleport.experiment import (
     steps_per_run,
 )
 from teleport.models import INITS, mlp
-from teleport.plots import loss_figure
+from teleport.plots import gap_figure, loss_figure
 from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
 from teleport.schedule import SCHEDULES, Schedule
 
@@ -248,12 +248,16 @@ def _arms(
 def _show(folder: Path) -> None:
     """Print the tables of a folder, keep them as text, draw the figure, say where."""
     runs = read_runs(folder)
-    tables = [_losses(runs), _summaries(summarise(runs))]
+    summaries = summarise(runs)
+    many = len(summaries) > MOST_COLUMNS
+    tables = [_many(summaries)] if many else [_losses(runs), _summaries(summaries)]
     for table in tables:
         _console().print(table)
     with (folder / "table.txt").open("w", encoding="utf-8") as file:
         _console(file=file).print(*tables)
-    loss_figure(runs, _title(runs)).savefig(folder / "figure.png", dpi=150)
+    title = _title(runs)
+    figure = gap_figure(summaries, title) if many else loss_figure(runs, title)
+    figure.savefig(folder / "figure.png", dpi=150)
     typer.echo(f"records, table.txt and figure.png are in {folder}")
 
 
@@ -300,12 +304,37 @@ _SUMMARY: dict[str, Callable[[ArmSummary], str]] = {
     "to best baseline: log loss": lambda s: _gap(s.to_best),
 }
 
+MOST_COLUMNS = 8
+"""Arms that fit side by side; more are shown one below the other."""
+
+_IN_BRIEF = {
+    "final train loss": "train loss",
+    "final test loss": "test loss",
+    "seconds training": "train s",
+    "seconds teleporting": "teleport s",
+    "gradient-norm growth": "growth",
+    "drift, teleport batches": "drift",
+    "to own baseline: steps": "steps",
+    "to own baseline: seconds": "seconds",
+    "to own baseline: log loss": "log loss",
+}
+
 _CAPTION = (
     "Own baseline: the same arm without teleport; best baseline: the lowest final train loss of "
     "all arms without. Steps and seconds (teleporting included) are ratios of the way to the "
     "baseline's final train loss; log loss is the mean difference of log train loss, -0.1 being "
     "10 % lower. '-': does not apply, or never reached."
 )
+
+
+def _many(summaries: list[ArmSummary]) -> Table:
+    """One row per arm, and only what the arms are compared by."""
+    table = Table(
+        Column("arm", no_wrap=True), *_IN_BRIEF.values(), title="summary", caption=_CAPTION
+    )
+    for summary in summaries:
+        table.add_row(summary.arm, *(_SUMMARY[name](summary) for name in _IN_BRIEF))
+    return table
 
 
 def _summaries(summaries: list[ArmSummary]) -> Table:
