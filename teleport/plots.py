@@ -94,19 +94,20 @@ def gap_figure(summaries: Sequence[ArmSummary], title: str = "") -> Figure:
 
 def _draw_gaps(axes: Axes, baseline: str, arms: Sequence[ArmSummary]) -> None:
     axes.axvline(0.0, color="black", linewidth=0.8)
+    beside = axes.get_yaxis_transform()
+    for place, head in ((1.02, "steps"), (1.16, "seconds")):
+        axes.text(place, -0.8, head, transform=beside, va="center", fontsize=8)
     for row, arm in enumerate(arms):
         assert arm.to_own is not None
         gap, spread = arm.to_own.log_loss, np.nan_to_num(arm.to_own.log_loss_spread)
         axes.errorbar(gap, row, xerr=spread, fmt="o", color=_SHADES[0], capsize=3)
-        text = "  ".join(
-            "-" if np.isnan(ratio) else f"× {ratio:.2f}"
-            for ratio in (arm.to_own.steps, arm.to_own.seconds)
-        )
-        axes.text(1.02, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+        for place, ratio in ((1.02, arm.to_own.steps), (1.16, arm.to_own.seconds)):
+            text = "-" if np.isnan(ratio) else f"× {ratio:.2f}"
+            axes.text(place, row, text, transform=beside, va="center", fontsize=8)
     names = [arm.arm.removeprefix(baseline).removeprefix(" + ") for arm in arms]
     axes.set_yticks(range(len(arms)), names)
     axes.invert_yaxis()
-    axes.set_title(f"against {baseline}          steps  seconds", loc="right", fontsize=9)
+    axes.set_title(f"against {baseline}", fontsize=10)
     axes.set_xlabel("mean log train loss minus the baseline's")
     axes.grid(alpha=0.25, axis="x")
 

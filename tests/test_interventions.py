@@ -1,11 +1,14 @@
 """What an arm does when a teleport is due: weights move, or the optimizer does, as named."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from teleport import Teleporter
+from teleport import Teleporter, cli
 from teleport.experiment import Arm, Settings, default_arms, rival_arms, run_arms
 from teleport.interventions import (
     INTERVENTIONS,
@@ -15,7 +18,8 @@ from teleport.interventions import (
     intervene,
     lasting,
 )
-from teleport.records import read_run
+from teleport.plots import gap_figure
+from teleport.records import RecordWriter, read_run, read_runs, summarise
 from tests.fingerprint import weights
 
 
@@ -124,7 +128,7 @@ def test_rival_arms_are_the_default_arms_and_each_rival_at_both_learning_rates()
         assert all(names == set(INTERVENTIONS) - absent for names in by_rate.values())
 
 
-def test_a_rival_arm_leaves_a_record_with_its_report(tmp_path) -> None:
+def test_a_rival_arm_leaves_a_record_with_its_report(tmp_path: Path) -> None:
     settings = Settings("mnist-sample", "tiny", activation="leaky_relu")
     (path,) = run_arms(settings, [Arm(0.05, True, rival="noise, same norm")], [0], tmp_path)
     run = read_run(path)
@@ -135,3 +139,56 @@ def test_a_rival_arm_leaves_a_record_with_its_report(tmp_path) -> None:
     assert teleport["step"] == 50
     assert "noise" in teleport["reason"]
     assert run.evaluations[-1]["teleport_seconds"] > 0.0
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Records of nine arms at two learning rates, two seeds, with losses one can see through."""
+    names = ["lr 0.1", "lr 0.2"] + [f"lr {lr} + way {n}" for n in range(4) for lr in (0.1, 0.2)]
+    for order, arm in enumerate(names):
+        for seed in (0, 1):
+            with RecordWriter(tmp_path / f"{order:02d}-seed{seed}.jsonl") as writer:
+                writer.write(
+                    "config", arm=arm, baseline=arm[:6], order=order, seed=seed,
+                    experiment="mnist-sample", settings={"optimizer": "sgd"},
+                    training={"teleport": "way" in arm},
+                )  # fmt: skip
+                for step in (0, 50, 100):
+                    loss = 2.0 * math.exp(-step / 50 - order / 100 - seed / 1000 * order)
+                    writer.write(
+                        "evaluation", step=step, epoch=0.0, train_seconds=float(step),
+                        teleport_seconds=0.0, train_loss=loss, test_loss=loss, test_accuracy=0.5,
+                        grad_norm=1.0,
+                    )  # fmt: skip
+                writer.write("end", status="finished", step=100)
+    return tmp_path
+
+
+def test_the_figure_of_many_arms_has_a_panel_per_baseline_and_a_dot_per_arm(many: Path) -> None:
+    summaries = summarise(read_runs(many))
+    figure = gap_figure(summaries, "title")
+    assert len(figure.axes) == 2
+    for axes, baseline in zip(figure.axes, ("lr 0.1", "lr 0.2"), strict=True):
+        arms = [s for s in summaries if s.baseline == baseline and s.to_own is not None]
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert labels == [f"way {n}" for n in range(4)]
+        dots = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+        assert dots == pytest.approx([arm.to_own.log_loss for arm in arms])
+
+
+def test_the_table_of_many_arms_has_one_whole_row_each(many: Path) -> None:
+    assert cli.main(["figure", str(many)]) == 0
+    assert (many / "figure.png").exists()
+    lines = (many / "table.txt").read_text().splitlines()
+    for summary in summarise(read_runs(many)):
+        (row,) = (line for line in lines if line.split("│")[1:2] == [f" {summary.arm:<14} "])
+        assert f"{summary.train_loss:.4f}" in row
+
+
+def test_rivals_on_the_command_line_need_an_activation_all_can_act_through(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for extra in ([], ["--activation", "leaky_relu", "--lr", "0.1"]):
+        assert cli.main(["run", "--rivals", *extra, "--out", str(tmp_path / "none")]) != 0
+        assert "leaky_relu" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
