@@ -7,7 +7,17 @@ The book in ``chapters/`` derives why that works, what is wrong in the paper it 
 
 from importlib.metadata import version
 
-from teleport import attention, baselines, convolution, data, layers, recurrent, reference
+from teleport import (
+    attention,
+    baselines,
+    convolution,
+    data,
+    embedding,
+    layers,
+    recurrent,
+    reference,
+)
+from teleport.bound import LayerBound, NetworkBound, network_bound
 from teleport.coverage import supported
 from teleport.errors import (
     ClosureError,
@@ -30,7 +40,9 @@ __all__ = [
     "ClosureError",
     "DataError",
     "GroupElementError",
+    "LayerBound",
     "LayerReport",
+    "NetworkBound",
     "NonFiniteLossError",
     "NullSpace",
     "NullSpaceError",
@@ -45,7 +57,9 @@ __all__ = [
     "baselines",
     "convolution",
     "data",
+    "embedding",
     "layers",
+    "network_bound",
     "null_space",
     "recurrent",
     "reference",

@@ -12,9 +12,9 @@ from torch import nn
 from teleport.capture import Closure, evaluate
 from teleport.coverage import Block, Coverage
 from teleport.errors import NonFiniteLossError
-from teleport.objective import mean_grad_norm, mean_loss, trainable
+from teleport.objective import mean_grad_norm, mean_loss, squared_norm, trainable
 from teleport.report import LayerReport, TeleportReport
-from teleport.subspace import Basis
+from teleport.subspace import Projector
 from teleport.tangent import Direction, step_to_norm
 from teleport.walk import FrozenWalk, StreamedWalk, Walk
 
@@ -72,7 +72,7 @@ class Attempt:
         self.settings = settings
         self.closures = closures
         self.held_out = held_out
-        self.bases: dict[Block, Basis] = {}
+        self.bases: dict[Block, Projector] = {}
         self.step_sizes: list[float] = []
         self.held_out_seconds = 0.0
         self.fallback = ""
@@ -128,19 +128,16 @@ class Attempt:
         self.held_out_seconds += time.perf_counter() - started
         return loss
 
-    def _make_bases(self) -> dict[Block, Basis]:
+    def _make_bases(self) -> dict[Block, Projector]:
         """Bases of the layers that may move and have room to; full-rank layers are kept for show.
 
-        The tangent direction of a layer whose inputs depend on no parameter is zero, so it needs
-        no basis (``thm-fixed``).
+        The direction of a layer whose inputs depend on no parameter is zero, so it needs no basis
+        (``thm-fixed``); but for what double backward does not leave out at τ < 1.
         """
         walk, settings = self.walk, self.settings
-        skipped = walk.fixed if settings.method == "tangent" else set()
-        return {
-            block: walk.basis(block, settings.tau)
-            for block in walk.start
-            if block.name in settings.movable and block not in skipped
-        }
+        skipped = walk.fixed if settings.method == "tangent" or settings.tau == 1.0 else set()
+        wanted = [b for b in walk.blocks if b.name in settings.movable and b not in skipped]
+        return walk.bases(wanted, settings.tau)
 
     def _ascend(self, start: float) -> str:
         """Take the steps; return why they ended."""
@@ -154,7 +151,7 @@ class Attempt:
             return f"the gradient norm {start:.6g} is already at the cap {self.settings.cap:.6g}"
         for number in range(1, self.settings.steps + 1):
             along = self._direction(room)
-            slope = sum(float(d.double().square().sum()) for d in along.values())
+            slope = sum(map(squared_norm, along.values()))
             if slope == 0.0:
                 return _FIXED if not self.step_sizes else "a stationary point was reached"
             share = number / self.settings.steps if self.settings.lr is None else 1.0
@@ -173,12 +170,16 @@ class Attempt:
         lr, start = self.settings.lr, self.walk.norm_squared()
         if lr is not None and self.walk.norm_squared_at(along, lr) <= target**2:
             return lr
-        eps = torch.finfo(self.walk.dtype).eps
         return step_to_norm(
-            lambda s: self.walk.norm_squared_at(along, s), start, 2 * slope, target**2, 8 * eps
+            lambda s: self.walk.norm_squared_at(along, s),
+            start,
+            2 * slope,
+            target**2,
+            rtol=16 * torch.finfo(self.walk.dtype).eps,
+            degree=self.walk.degree(along),
         )
 
-    def _direction(self, room: dict[Block, Basis]) -> Direction:
+    def _direction(self, room: dict[Block, Projector]) -> Direction:
         if self.settings.method == "tangent" and not self.fallback:
             try:
                 return self.walk.tangent_direction(room)
@@ -232,26 +233,26 @@ class Attempt:
             yield LayerReport(name, "", None, None, None, None, 0.0, None, f"frozen: {why}")
 
     def _layer_report(self, block: Block, failed: bool) -> LayerReport:
-        matrix, basis = block.part.matrix(), self.bases.get(block)
+        (*groups, d_out, d_in), basis = block.part.matrix_shape, self.bases.get(block)
         moved = 0.0 if failed else self.walk.move_norm(block)
         return LayerReport(
             name=block.name,
             kind=block.kind,
-            d_in=matrix.shape[-1],
-            d_out=matrix.shape[-2],
+            d_in=d_in,
+            d_out=d_out,
             rank=None if basis is None else basis.rank,
             null_dim=None if basis is None else basis.null_dim,
             move_norm=moved,
             output_bound=moved * basis.residual if basis and moved else None,
             status=self._status(block, failed),
-            groups=matrix.shape[:-2].numel(),
+            groups=math.prod(groups),
         )
 
     def _status(self, block: Block, failed: bool) -> str:
         basis = self.bases.get(block)
         if block.name not in self.settings.movable:
             return "excluded"
-        if block not in self.walk.start:
+        if block not in self.walk.blocks:
             return "frozen: not called, or its weight is also used outside the layer"
         if basis is not None and basis.null_dim == 0:
             return "full rank: no null space"

@@ -10,7 +10,9 @@ joint null space guarantees (theorem ``thm-invariance``): the forward pass is fr
 backward pass is repeated.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,28 +24,55 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from teleport.coverage import Block, Site
+from teleport.coverage import Block, Site, Use
 from teleport.errors import ClosureError, NonFiniteLossError
+from teleport.layers import Part, Pieces
+from teleport.subspace import Space
 
 Closure = Callable[[], Tensor]
 
 
 @dataclass(eq=False)
 class Call:
-    """One use of a block: what went in and came out, and what `Tape` finds out about it.
+    """One call of a layer: what went in and came out, and what `Tape` finds out about it.
 
     Attributes:
+        use: the block, and the part of it that was called.
         x, z: input and output as the layer saw them.
         delta: dL/dz for the matrices of the last `Tape.backward`; None if the loss ignores ``z``.
         x_dot: tangent of ``x`` from the last `Tape.push_tangents`; None if ``x`` does not depend
             on trainable parameters (theorem ``thm-fixed``).
     """
 
-    block: Block
+    use: Use
     x: Tensor
     z: Tensor
     delta: Tensor | None = None
     x_dot: Tensor | None = None
+
+    @property
+    def block(self) -> Block:
+        """The block whose matrix was applied."""
+        return self.use.block
+
+    @property
+    def part(self) -> Part:
+        """The part that applied it."""
+        return self.use.part
+
+    def weight_gradient(self) -> Tensor | None:
+        """``δ xᵀ`` in the shape of the block's matrix (theorem ``thm-span``)."""
+        if self.delta is None:
+            return None
+        gradient = self.part.weight_gradient(self.x.detach(), self.delta)
+        return self.block.gradient_from(self.part, gradient)
+
+    def survivor(self) -> Tensor | None:
+        """``δ ẋᵀ``, not projected (theorem ``thm-survivor``)."""
+        if self.delta is None or self.x_dot is None:
+            return None
+        gradient = self.part.weight_gradient(self.x_dot, self.delta, bias_input=0.0)
+        return self.block.gradient_from(self.part, gradient)
 
 
 @dataclass(eq=False)
@@ -54,8 +83,7 @@ class Tape:
         loss: scalar, still attached to the graph.
         calls: one entry per use of a covered layer.
         others: trainable parameters that no covered layer holds (or that leak out of one).
-        matrices: the weights `backward` uses, ``[*groups, d_out, d_in]`` per block; may be
-            replaced.
+        moved: weights for `backward` and `push_tangents` instead of the present ones, per block.
         other_gradients: dL/dp of ``others`` from the last `backward`.
         left_out: blocks whose parameters reach the loss by another way too.
     """
@@ -64,12 +92,18 @@ class Tape:
     calls: list[Call]
     sites: list[Site]
     others: list[nn.Parameter]
-    matrices: dict[Block, Tensor]
     anchor: Tensor
+    moved: dict[Block, Pieces] = field(default_factory=dict)
     other_gradients: list[Tensor] = field(default_factory=list)
     left_out: set[Block] = field(default_factory=set)
     _rows: dict[Block, Tensor] = field(default_factory=dict)
     _grams: dict[Block, Tensor] = field(default_factory=dict)
+    _gradients: dict[Block, Tensor] = field(default_factory=dict)
+
+    def pieces(self, call: Call) -> Pieces:
+        """The weights of a call: those of its block in ``moved``, or the present ones."""
+        pieces = self.moved.get(call.block)
+        return call.part.pieces() if pieces is None else pieces[: len(call.part.slots)]
 
     @property
     def blocks(self) -> list[Block]:
@@ -81,12 +115,20 @@ class Tape:
         return [call for call in self.calls if call.block is block]
 
     def rows(self, block: Block) -> Float[Tensor, "*groups rows d_in"]:
-        """Input rows of all calls of a block, one below the other: the transpose of R_l (8)."""
+        """Input rows of all calls of a block, one below the other: the transpose of R_l (8).
+
+        Not for tied blocks, whose calls have rows of two kinds.
+        """
         if block not in self._rows:
-            calls = self.calls_of(block)
-            rows = [block.part.rows(call.x.detach()) for call in calls]
-            self._rows[block] = torch.cat(rows, dim=-2)
+            self._rows[block] = _below(
+                [call.part.rows(call.x.detach()) for call in self.calls_of(block)]
+            )
         return self._rows[block]
+
+    def rows_key(self, block: Block) -> Any:
+        """Equal for two blocks only if the rows of all their calls are the same."""
+        keys = tuple(call.part.rows_key(call.x.detach()) for call in self.calls_of(block))
+        return block if None in keys or block.other is not None else keys
 
     def row_gram(self, block: Block) -> Float[Tensor, "*groups rows rows"]:
         """Inner products of all pairs of input rows."""
@@ -97,27 +139,33 @@ class Tape:
 
     def row_count(self, block: Block) -> int:
         """Number of input rows, without forming them."""
-        return sum(block.part.out_rows(call.z).shape[-2] for call in self.calls_of(block))
+        return sum(call.part.out_rows(call.z).shape[-2] for call in self.calls_of(block))
+
+    def collect(self, block: Block, space: Space) -> None:
+        """Add the inputs of all calls of a block to what ``block.space()`` returned."""
+        for call in self.calls_of(block):
+            block.collect(space, call.part, call.x.detach())
 
     def weight_gradient(self, block: Block) -> Float[Tensor, "*groups d_out d_in"]:
         """``Σ δ xᵀ`` over all calls (theorem ``thm-span``)."""
-        pairs = ((c.x.detach(), c.delta) for c in self.calls_of(block) if c.delta is not None)
-        return self._sum(block, [block.part.weight_gradient(x, delta) for x, delta in pairs])
+        if block not in self._gradients:
+            terms = (call.weight_gradient() for call in self.calls_of(block))
+            self._gradients[block] = self._sum(block, terms)
+        return self._gradients[block]
 
     def survivor(self, block: Block) -> Float[Tensor, "*groups d_out d_in"]:
         """``Σ δ ẋᵀ`` over all calls, not projected (theorem ``thm-survivor``)."""
-        calls = [c for c in self.calls_of(block) if None not in (c.delta, c.x_dot)]
-        gradient = block.part.weight_gradient
-        return self._sum(block, [gradient(c.x_dot, c.delta, bias_input=0.0) for c in calls])  # type: ignore[arg-type]
+        return self._sum(block, (call.survivor() for call in self.calls_of(block)))
 
-    def _sum(self, block: Block, terms: list[Tensor]) -> Tensor:
-        return sum(terms[1:], terms[0]) if terms else torch.zeros_like(self.matrices[block])
+    def _sum(self, block: Block, terms: Iterable[Tensor | None]) -> Tensor:
+        given = [term for term in terms if term is not None]
+        return sum(given[1:], given[0]) if given else block.part.matrix().zero_()
 
     def deltas(self, block: Block) -> Float[Tensor, "*groups rows d_out"]:
         """Cotangents of a block's outputs in the order of `rows`; 0 where the loss ignores them."""
         calls = self.calls_of(block)
         deltas = (torch.zeros_like(c.z) if c.delta is None else c.delta for c in calls)
-        return torch.cat([block.part.out_rows(delta) for delta in deltas], dim=-2)
+        return _below([block.part.out_rows(delta) for delta in deltas])
 
     def tangents(self, block: Block) -> Float[Tensor, "*groups rows d_in"] | None:
         """Tangents of a block's input rows, bias column 0; None if no call has one."""
@@ -125,18 +173,19 @@ class Tape:
         if all(call.x_dot is None for call in calls):
             return None
         dots = (torch.zeros_like(c.x) if c.x_dot is None else c.x_dot for c in calls)
-        return torch.cat([block.part.rows(x_dot, bias_input=0.0) for x_dot in dots], dim=-2)
+        return _below([block.part.rows(x_dot, bias_input=0.0) for x_dot in dots])
 
     def depends_on_parameters(self, block: Block) -> bool:
         """Whether any input of the block depends on a trainable parameter."""
         return any(call.x.requires_grad for call in self.calls_of(block))
 
     def backward(self) -> None:
-        """Carry dL/dz to every call through ``matrices``; fill ``delta``, ``other_gradients``."""
+        """Carry dL/dz to every call; fill ``delta`` and ``other_gradients``."""
         self._differentiate([])
 
     def _differentiate(self, suspects: Sequence[nn.Parameter]) -> set[nn.Parameter]:
         """Backward pass; which of the ``suspects`` the loss reaches other than through a call."""
+        self._gradients = {}
         asked = [self.anchor, *self.others, *suspects]
         _, *grads = torch.autograd.grad(self.loss, asked, retain_graph=True, allow_unused=True)
         self.other_gradients = [
@@ -152,12 +201,13 @@ class Tape:
         closure: Closure,
         drive: dict[Block, list[Tensor]],
         velocity: Mapping[nn.Parameter, Tensor],
+        wanted: AbstractSet[Block] | None = None,
     ) -> None:
-        """One forward-mode pass: fill ``x_dot`` of every call.
+        """One forward-mode pass: fill ``x_dot`` of the calls up to the last one ``wanted``.
 
         The closure runs again, but a covered layer returns its recorded output with the tangent
-        ``W ẋ + drive``: no matrix product of the forward pass is repeated. The pass ends at the
-        last call; what the closure does after it (the loss) needs no tangent.
+        ``W ẋ + drive``: no matrix product of the forward pass is repeated. What the closure does
+        after the last wanted call (other layers, the loss) needs no tangent.
 
         Args:
             model: the model of the closure.
@@ -165,11 +215,13 @@ class Tape:
             drive: per block and call, in the shape of the output, the part of its tangent due to
                 the velocity of the block's own weights.
             velocity: tangents of the parameters in ``others``.
+            wanted: blocks whose tangents are needed; all by default.
 
         Raises:
             ClosureError: if the closure calls other layers than when it was recorded.
         """
-        replay = _Replay(self, drive)
+        needed = [n for n, c in enumerate(self.calls, 1) if wanted is None or c.block in wanted]
+        replay = _Replay(self, drive, last=max(needed, default=len(self.calls)))
         with (
             torch.no_grad(),
             forward_ad.dual_level(),
@@ -181,6 +233,11 @@ class Tape:
             except _LastCallReached:
                 return
         raise _changed(f"{len(self.calls)} layer calls became {replay.position}")
+
+
+def _below(tensors: list[Tensor]) -> Tensor:
+    """One below the other; a single one is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-2)
 
 
 def record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
@@ -220,14 +277,14 @@ def _recorded(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape
 
 
 def watch(
-    sites: Sequence[Site], closure: Callable[[], Any], see: Callable[[Block, Tensor], None]
+    sites: Sequence[Site], closure: Callable[[], Any], see: Callable[[Use, Tensor], None]
 ) -> None:
     """Run a closure without gradients and show every input of a covered product to ``see``."""
 
-    def product(block: Block, x: Tensor) -> Tensor:
+    def product(use: Use, x: Tensor) -> Tensor:
         if x.numel():
-            see(block, x)
-        return block.part.compute(x)
+            see(use, x)
+        return use.part.compute(x)
 
     with torch.no_grad(), _replaced_forwards(sites, product):
         closure()
@@ -257,19 +314,19 @@ def evaluate(closure: Closure) -> Float[Tensor, ""]:
 
 def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
     calls: list[Call] = []
-    matrices: dict[Block, Tensor] = {}
+    tapes: list[weakref.ref[Tape]] = []  # for the relays: the tape is made once the loss is known
     anchor = torch.zeros((), requires_grad=True)
 
-    def product(block: Block, x: Tensor) -> Tensor:
+    def product(use: Use, x: Tensor) -> Tensor:
         if x.numel() == 0:
             raise ClosureError(
-                f"layer {block.name!r} received an empty batch of shape {tuple(x.shape)}"
+                f"layer {use.block.name!r} received an empty batch of shape {tuple(x.shape)}"
             )
         with torch.no_grad():
-            z = block.part.compute(x)
-        call = Call(block, x, z)
+            z = use.part.compute(x)
+        call = Call(use, x, z)
         calls.append(call)
-        output: Tensor = _Relay.apply(x, anchor, call, matrices)
+        output: Tensor = _Relay.apply(x, anchor, call, tapes)
         return output
 
     with (
@@ -287,10 +344,11 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
             "the loss does not depend on this model's parameters: the closure must call the model "
             "that was given to the Teleporter, with gradients enabled"
         )
-    matrices.update({call.block: call.block.part.matrix() for call in calls})
-    covered = {p for block in matrices for p in block.parameters}
+    covered = {p for call in calls for p in call.block.parameters}
     others = [p for p in model.parameters() if p.requires_grad and p not in covered]
-    return Tape(loss, calls, list(sites), others, matrices, anchor)
+    tape = Tape(loss, calls, list(sites), others, anchor)
+    tapes.append(weakref.ref(tape))
+    return tape
 
 
 def _first_not_finite(calls: list[Call]) -> str:
@@ -312,50 +370,53 @@ def _depends_on(loss: Tensor, model: nn.Module, calls: list[Call]) -> bool:
 
 
 class _Relay(torch.autograd.Function):
-    """Stands for ``z = W x`` in the graph, with the ``W`` of the moment it is differentiated.
+    """Stands for ``z = W x`` in the graph, with the tape's ``W`` when it is differentiated.
 
     ``anchor`` is a leaf that needs a gradient, so that autograd reaches every relay even where no
     parameter lies behind it.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, call: Call, matrices: dict) -> Tensor:
-        ctx.call, ctx.matrices, ctx.anchor = call, matrices, anchor
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, call: Call, tapes: list) -> Tensor:
+        ctx.call, ctx.tapes, ctx.anchor = call, tapes, anchor
         return call.z.clone()  # the copy keeps z intact under in-place activations
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        block = ctx.call.block
-        if block not in ctx.matrices:
+        call = ctx.call
+        if not ctx.tapes:
             raise ClosureError(_BACKWARD_CALLED)
-        ctx.call.delta = delta
+        call.delta = delta
         grad = None
         if ctx.needs_input_grad[0]:
-            grad = block.part.pull(delta, ctx.matrices[block], ctx.call.x.detach())
+            weight = ctx.tapes[0]().pieces(call)[0]
+            grad = call.part.pull(delta, weight, call.x.detach())
         return grad, torch.zeros_like(ctx.anchor), None, None
 
 
 class _Replay:
     """Answers the products of a second run with recorded outputs and new tangents."""
 
-    def __init__(self, tape: Tape, drive: dict[Block, list[Tensor]]) -> None:
+    def __init__(self, tape: Tape, drive: dict[Block, list[Tensor]], last: int) -> None:
         self.tape = tape
         self.position = 0
+        self._last = last
         self._drive = {block: iter(tangents) for block, tangents in drive.items()}
 
-    def product(self, block: Block, x: Tensor) -> Tensor:
-        call = self._next(block, x)
+    def product(self, use: Use, x: Tensor) -> Tensor:
+        call = self._next(use, x)
         call.x_dot = forward_ad.unpack_dual(x).tangent
-        if self.position == len(self.tape.calls):
+        if self.position == self._last:
             raise _LastCallReached
         dual: Tensor = forward_ad.make_dual(call.z.clone(), self._output_tangent(call))
         return dual
 
-    def _next(self, block: Block, x: Tensor) -> Call:
+    def _next(self, use: Use, x: Tensor) -> Call:
         calls = self.tape.calls
         call = calls[self.position] if self.position < len(calls) else None
-        if call is None or call.block is not block or call.x.shape != x.shape:
-            raise _changed(f"call {self.position + 1} is now {block.name!r} on {tuple(x.shape)}")
+        if call is None or call.use is not use or call.x.shape != x.shape:
+            name, shape = use.block.name, tuple(x.shape)
+            raise _changed(f"call {self.position + 1} is now {name!r} on {shape}")
         self.position += 1
         return call
 
@@ -363,7 +424,7 @@ class _Replay:
         own = next(self._drive[call.block])
         if call.x_dot is None:
             return own
-        return own + call.block.part.push(call.x_dot, self.tape.matrices[call.block])
+        return own + call.part.push(call.x_dot, self.tape.pieces(call)[0])
 
 
 class _LastCallReached(BaseException):
@@ -391,7 +452,7 @@ def _changed(what: str) -> ClosureError:
 
 @contextmanager
 def _replaced_forwards(
-    sites: Sequence[Site], product: Callable[[Block, Tensor], Tensor]
+    sites: Sequence[Site], product: Callable[[Use, Tensor], Tensor]
 ) -> Iterator[None]:
     """Replace the ``forward`` of each site's module; put everything back in any case.
 

@@ -186,10 +186,10 @@ def figure(
 
 @data_app.command("list")
 def data_list() -> None:
-    """List the data sets and where their files are."""
-    table = Table("name", "images", "where")
+    """List the data sets, where their files are, and how to get those that are missing."""
+    table = Table("name", "kind", "what", "where", "to get it")
     for info in datasets.available():
-        table.add_row(info.name, f"{info.images:,}", info.where)
+        table.add_row(info.name, info.kind, info.what, info.where, info.how)
     _console().print(table)
 
 
@@ -201,14 +201,20 @@ def data_fetch(names: Annotated[list[str], typer.Argument(help="Data sets.")]) -
 
 
 @data_app.command("verify")
-def data_verify(names: Annotated[list[str], typer.Argument(help="Data sets.")]) -> None:
+def data_verify(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Data sets; default: all that are there.")
+    ] = None,
+) -> None:
     """Check the files of data sets against their checksums; exit code 1 if one is not ok."""
-    statuses = [status for name in names for status in datasets.verify(name)]
+    chosen = names or [info.name for info in datasets.available() if not info.how]
+    # Several sets may be made of the same file: it is checked once.
+    statuses = {status.path: status for name in chosen for status in datasets.verify(name)}
     table = Table("file", "state", "detail")
-    for status in statuses:
+    for status in statuses.values():
         table.add_row(str(status.path), status.state, status.detail)
     _console().print(table)
-    if any(status.state != "ok" for status in statuses):
+    if any(status.state != "ok" for status in statuses.values()):
         raise typer.Exit(1)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport.layers import LayerRule, Part, Slot, register, slot, with_bias_column
+from teleport.layers import CHUNK, LayerRule, Part, Pieces, Slot, register, slot, with_bias_column
 
 
 class _SpatialPart(Part):
@@ -28,6 +28,15 @@ class _SpatialPart(Part):
 
     def from_out_rows(self, rows: Tensor, like: Tensor) -> Tensor:
         return _ungrouped(rows, self.groups, like, self.dims)
+
+    def push_affine(self, x: Tensor, pieces: Pieces, like: Tensor) -> Tensor:
+        z = self.push(x, pieces[0])
+        return z + pieces[1].reshape(-1, *[1] * self.dims) if len(pieces) == 2 else z
+
+    def chunks(self, x: Tensor) -> Sequence[Tensor]:
+        batched = _batched(x, self.dims)
+        positions = max(1, batched[0, 0].numel())  # about one row per position of the input
+        return torch.split(batched, max(1, CHUNK // positions))
 
 
 class ConvPart(_SpatialPart):
@@ -51,7 +60,7 @@ class ConvPart(_SpatialPart):
         return z
 
     def rows(self, x: Tensor, bias_input: float = 1.0) -> Tensor:
-        patches = self._padded(_batched(x, self.dims))
+        patches = self.padded(_batched(x, self.dims))
         sizes = zip(self.module.kernel_size, self.module.stride, self.module.dilation, strict=True)
         for axis, (size, stride, dilation) in enumerate(sizes, start=2):
             patches = patches.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
@@ -69,23 +78,31 @@ class ConvPart(_SpatialPart):
             return (matrix.reshape(self.shape),)
         return matrix[..., :-1].reshape(self.shape), matrix[..., -1].reshape(-1)
 
-    def push(self, x: Tensor, matrix: Tensor) -> Tensor:
+    def push(self, x: Tensor, weight: Tensor) -> Tensor:
         m = self.module
-        weight = self.split(matrix)[0]
-        padded = self._padded(_batched(x, self.dims))
+        padded = self.padded(_batched(x, self.dims))
         z: Tensor = self._conv(padded, weight, None, m.stride, 0, m.dilation, m.groups)
         return z if x.dim() == self.dims + 2 else z[0]
 
-    def pull(self, delta: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
+    def row_norms(self, x: Tensor) -> Tensor:
+        """By a convolution of the squares with ones: no patch is formed."""
+        squares = self.padded(_batched(x, self.dims)).square()
+        ones = torch.ones_like(self.module.weight[: self.groups].detach())
+        m = self.module
+        sums = self._conv(squares, ones, None, m.stride, 0, m.dilation, m.groups)
+        rows = _grouped(sums, self.groups, axes=0)[..., 0] + float(self.has_bias_column)
+        return rows.sqrt()
+
+    def pull(self, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         batched = _batched(x, self.dims)
         padded: Tensor
-        padded, unpad = torch.func.vjp(self._padded, batched)  # type: ignore[misc]
-        (grad,) = self._backward(delta, padded, self.split(matrix)[0], (True, False, False))
+        padded, unpad = torch.func.vjp(self.padded, batched)  # type: ignore[misc]
+        (grad,) = self._backward(delta, padded, weight, (True, False, False))
         pulled: Tensor = unpad(grad)[0]
         return pulled.reshape(x.shape)
 
     def weight_gradient(self, x: Tensor, delta: Tensor, bias_input: float = 1.0) -> Tensor:
-        padded = self._padded(_batched(x, self.dims))
+        padded = self.padded(_batched(x, self.dims))
         weight = self.module.weight.detach()
         pieces = self._backward(delta, padded, weight, (False, True, self.has_bias_column))
         return self.join([pieces[0], *(bias_input * grad for grad in pieces[1:])])
@@ -102,7 +119,8 @@ class ConvPart(_SpatialPart):
         )  # fmt: skip
         return [grad for grad, asked in zip(grads, wanted, strict=True) if asked]
 
-    def _padded(self, x: Tensor) -> Tensor:
+    def padded(self, x: Tensor) -> Tensor:
+        """The input with the padding of the module's mode."""
         m = self.module
         widths: list[int] = []
         for axis in reversed(range(self.dims)):
@@ -176,8 +194,8 @@ class ConvTransposePart(_SpatialPart):
         weight = upright.movedim(1, 2).reshape(self.shape)
         return (weight, matrix[..., -1].reshape(-1)) if self.has_bias_column else (weight,)
 
-    def push(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return self._apply(x, self.split(matrix)[0], None)
+    def push(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._apply(x, weight, None)
 
     def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         m = self.module

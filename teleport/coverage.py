@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from teleport.errors import UnsupportedModelError
 from teleport.layers import RULES, LayerRule, Part, Slot, rule_for
+from teleport.subspace import Projector, Space
+from teleport.tied import TiedSpace
 
 
 @dataclass(eq=False, frozen=True)
@@ -19,39 +22,78 @@ class Block:
         name: module and part it is found at first, ``"encoder.attn.q"``.
         kind: layer type, of its rule.
         part: reads and writes the matrix.
+        other: uses the transpose of the weight, as an embedding whose table is also the head.
     """
 
     name: str
     kind: str
     part: Part
+    other: Part | None = None
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """The parameters the matrix is made of, or of rows of."""
         return tuple(slot.parameter for slot in self.part.slots)
 
+    def gradient_from(self, part: Part, gradient: Tensor) -> Tensor:
+        """A gradient in the matrix of one of its parts, in its own; a bias gets none from other."""
+        if part is not self.other:
+            return gradient
+        rest = (torch.zeros_like(s.of(s.parameter)).detach() for s in self.part.slots[1:])
+        return self.part.join([*part.split(gradient), *rest])
+
+    def space(self) -> Space:
+        """An empty collector of its inputs."""
+        own = self.part.space()
+        return own if self.other is None else TiedSpace(own, self.other.space())
+
+    def collect(self, space: Any, part: Part, x: Tensor) -> None:
+        """Add the input of one of its parts."""
+        if self.other is not None:
+            space = space.other if part is self.other else space.own
+        part.collect(space, x)
+
+    def basis(self, space: Any, tau: float) -> Projector:
+        """The projector of what was collected; a use that no data reached is free."""
+        sides = [(self.part, space)]
+        if self.other is not None:
+            sides = [(self.part, space.own), (self.other, space.other)]
+        for part, side in sides:
+            if side.count == 0:
+                part.collect_none(side)
+        basis: Projector = space.basis(tau)
+        return basis
+
+
+@dataclass(eq=False, frozen=True)
+class Use:
+    """One way in which a module uses a block: which block, and through which of its parts."""
+
+    block: Block
+    part: Part
+
 
 @dataclass(eq=False, frozen=True)
 class Site:
-    """A module whose forward pass is covered: its rule, its parts, the block of each part."""
+    """A module whose forward pass is covered: its rule, its parts, what is covered of them."""
 
     module: nn.Module
     rule: LayerRule[Any]
     parts: dict[str, Part]
-    blocks: dict[str, Block]
+    uses: dict[str, Use]
 
-    def forward(self, apply: Callable[[Block, Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The module's forward pass with every covered product left to ``apply(block, x)``."""
+    def forward(self, apply: Callable[[Use, Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass with every covered product left to ``apply(use, x)``."""
 
         def product(name: str, x: Tensor) -> Tensor:
-            block = self.blocks.get(name)
-            return self.parts[name].compute(x) if block is None else apply(block, x)
+            use = self.uses.get(name)
+            return self.parts[name].compute(x) if use is None else apply(use, x)
 
         return self.rule.forward(self.module, product, *args, **kwargs)
 
     def without(self, left_out: set[Block]) -> "Site":
         """The same site with some of its blocks computed as the module does itself."""
-        kept = {name: block for name, block in self.blocks.items() if block not in left_out}
+        kept = {name: use for name, use in self.uses.items() if use.block not in left_out}
         return Site(self.module, self.rule, self.parts, kept)
 
 
@@ -70,7 +112,14 @@ class Coverage:
     frozen: dict[str, str]
 
 
-_Found = tuple[str, nn.Module, LayerRule[Any], dict[str, Part]]
+@dataclass(frozen=True)
+class _Found:
+    """A module with a rule, before it is known which of its parts can move."""
+
+    name: str
+    module: nn.Module
+    rule: LayerRule[Any]
+    parts: dict[str, Part]
 
 
 def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
@@ -84,43 +133,62 @@ def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
         UnsupportedModelError: for such a model, naming its layers.
 
     Returns:
-        Sites, blocks and reasons. Layers that share a whole weight matrix share a block; layers
-        that share a parameter in any other way are frozen.
+        Sites, blocks and reasons. Layers that share a whole weight matrix share a block, as do one
+        that holds a weight upright and one that holds its transpose; layers that share a parameter
+        in any other way are frozen.
     """
+    found, frozen = _find(model)
+    conflicts, ties = _shared(model, found)
+    uses: dict[Any, Use] = {}
+    for entry in found:
+        for part in entry.parts.values():
+            full = _join(entry.name, part.name)
+            if part.key in conflicts:
+                frozen[full] = "shares a parameter with another layer in part"
+            elif not part.weight.parameter.requires_grad:
+                frozen[full] = "its weight does not require a gradient"
+            elif part.key not in uses:
+                uses |= _new_uses(full, entry.rule.kind, part, ties)
+    blocks = {use.block: None for use in uses.values()}
+    if at_least_one and not blocks:
+        raise UnsupportedModelError(_no_layer(model, frozen))
+    return Coverage([_site(entry, uses) for entry in found], list(blocks), frozen)
+
+
+def _find(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:
+    """Modules with a rule, and for all others with parameters why there is none that serves."""
     found: list[_Found] = []
     frozen: dict[str, str] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in inside:
             continue
-        own = list(module.parameters(recurse=False))
         rule = rule_for(module)
         if rule is not None:
             inside.update(module.children())  # what a layer is made of, its rule answers for
             parts = {part.name: part for part in rule.parts(module)}
-            if why := _obstacle(module, list(parts.values())):
+            if why := rule.obstacle(module) or _obstacle(module, list(parts.values())):
                 frozen[name] = why
             else:
-                found.append((name, module, rule, parts))
-        elif own:
+                found.append(_Found(name, module, rule, parts))
+        elif list(module.parameters(recurse=False)):
             frozen[name] = f"no rule for {type(module).__name__}"
-    conflicts = _conflicts(model, found)
-    blocks: dict[Any, Block] = {}
-    sites = []
-    for name, module, rule, parts in found:
-        mine = {}
-        for part in parts.values():
-            full = _join(name, part.name)
-            if part.key in conflicts:
-                frozen[full] = "shares a parameter with another layer in part"
-            elif not part.weight.parameter.requires_grad:
-                frozen[full] = "its weight does not require a gradient"
-            else:
-                mine[part.name] = blocks.setdefault(part.key, Block(full, rule.kind, part))
-        sites.append(Site(module, rule, parts, mine))
-    if at_least_one and not blocks:
-        raise UnsupportedModelError(_no_layer(model, frozen))
-    return Coverage(sites, list(blocks.values()), frozen)
+    return found, frozen
+
+
+def _new_uses(name: str, kind: str, part: Part, ties: dict[Any, Part]) -> dict[Any, Use]:
+    """The uses of a block found first at this part; the upright one of a tied pair leads."""
+    other = ties.get(part.key)
+    if other is None:
+        return {part.key: Use(Block(name, kind, part), part)}
+    lead, follow = (part, other) if part.orientation == "upright" else (other, part)
+    block = Block(name, f"{kind}, tied", lead, follow)
+    return {lead.key: Use(block, lead), follow.key: Use(block, follow)}
+
+
+def _site(entry: _Found, uses: dict[Any, Use]) -> Site:
+    mine = {part.name: uses[part.key] for part in entry.parts.values() if part.key in uses}
+    return Site(entry.module, entry.rule, entry.parts, mine)
 
 
 def _no_layer(model: nn.Module, frozen: dict[str, str]) -> str:
@@ -146,28 +214,47 @@ def _obstacle(module: nn.Module, parts: Sequence[Part]) -> str:
     return ""
 
 
-def _conflicts(model: nn.Module, found: Sequence[_Found]) -> set[Any]:
-    """Keys of parts that share a parameter, or rows of it, with anything but an equal part."""
-    with_rule = {part for _, module, _, _ in found for part in module.modules()}
+def _shared(model: nn.Module, found: Sequence[_Found]) -> tuple[set[Any], dict[Any, Part]]:
+    """Keys of parts that share a parameter with anything but an equal part.
+
+    The second of the two holds those that may: an upright part and a transposed one that share a
+    whole weight and nothing else, each with the other. The first holds all others.
+    """
+    with_rule = {part for entry in found for part in entry.module.modules()}
     native = {
         parameter
         for module in model.modules()
         if module not in with_rule
         for parameter in module.parameters(recurse=False)
     }
-    uses: dict[nn.Parameter, dict[Any, Slot]] = {}
-    for _, _, _, parts in found:
-        for part in parts.values():
+    holders: dict[nn.Parameter, dict[Any, tuple[Part, Slot]]] = {}
+    for entry in found:
+        for part in entry.parts.values():
             for slot in part.slots:
-                uses.setdefault(slot.parameter, {})[part.key] = slot
+                holders.setdefault(slot.parameter, {})[part.key] = part, slot
     conflicts: set[Any] = set()
-    for parameter, slots in uses.items():
-        for (one, a), (other, b) in combinations(slots.items(), 2):
-            if a.overlaps(b):
-                conflicts |= {one, other}
+    ties: dict[Any, Part] = {}
+    for parameter, parts in holders.items():
         if parameter in native:
-            conflicts |= set(slots)
-    return conflicts
+            conflicts |= set(parts)
+        for (one, (a, a_slot)), (other, (b, b_slot)) in combinations(parts.items(), 2):
+            if a_slot.overlaps(b_slot):
+                if len(parts) == 2 and _can_tie(a, b):
+                    ties |= {one: b, other: a}
+                else:
+                    conflicts |= {one, other}
+    conflicts |= {tied.key for key, tied in ties.items() if key in conflicts}
+    return conflicts, {key: tied for key, tied in ties.items() if key not in conflicts}
+
+
+def _can_tie(a: Part, b: Part) -> bool:
+    """Whether two parts hold one weight, one of them upright and the other, alone, transposed."""
+    upright, transposed = sorted((a, b), key=lambda part: part.orientation, reverse=True)
+    return (
+        (upright.orientation, transposed.orientation) == ("upright", "transposed")
+        and upright.weight.key == transposed.weight.key
+        and not transposed.has_bias_column
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ class NonFiniteLossError(ClosureError):
 
 
 class UnsupportedModelError(TeleportError):
-    """The model has no layer that teleportation could move."""
+    """The model has no layer that teleportation could move, or one that no bound is known for."""
 
 
 class GroupElementError(TeleportError):

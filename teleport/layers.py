@@ -19,12 +19,18 @@ writes its forward pass as a function of them: ``apply(part, x)`` in place of ea
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
+
+from teleport.subspace import RowSpace, Space
+
+Pieces = tuple[Tensor, ...]
+"""A value for each slot of a part, in the slots' shapes: its weight, and its bias if that moves."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -72,7 +78,13 @@ class Part(ABC):
         name: distinguishes the parts of a module; empty if there is one.
         slots: the pieces of parameters the matrix is made of, weight first. A bias that does not
             require a gradient is a constant: it has no slot, no column, and does not move.
+        orientation: ``"upright"`` if a two-dimensional weight is stored as the matrix,
+            ``"transposed"`` if as its transpose, else empty. One of each can share a weight.
+        gram_pays: whether inner products of rows are cheaper than the matrix if rows < d_in.
     """
+
+    orientation: str = ""
+    gram_pays: bool = True
 
     def __init__(self, name: str, weight: Slot, bias: Slot | None) -> None:
         self.name = name
@@ -86,6 +98,11 @@ class Part(ABC):
         """Equal for two parts exactly if one matrix with one set of rows can stand for both."""
         return (type(self), *(slot.key for slot in self.slots))
 
+    @cached_property
+    def matrix_shape(self) -> torch.Size:
+        """``[*groups, d_out, d_in]``."""
+        return self.join([torch.empty_like(p, device="meta") for p in self.pieces()]).shape
+
     @property
     def has_bias_column(self) -> bool:
         """Whether the bias moves with the weights."""
@@ -98,6 +115,38 @@ class Part(ABC):
     @abstractmethod
     def rows(self, x: Tensor, bias_input: float = 1.0) -> Float[Tensor, "*groups rows d_in"]:
         """Inputs as rows; ``bias_input`` is 1 for inputs and 0 for their tangents."""
+
+    def space(self) -> Space:
+        """An empty collector for `collect`."""
+        return RowSpace()
+
+    def collect(self, space: Any, x: Tensor) -> None:
+        """Add the rows of an input to what `space` returned."""
+        for some in self.chunks(x):
+            space.add(self.rows(some))
+
+    def chunks(self, x: Tensor) -> Sequence[Tensor]:
+        """The input cut into pieces with a few thousand rows each, where it can be."""
+        return [x]
+
+    def rows_key(self, x: Tensor) -> Any:
+        """Equal for two inputs, both alive, only if their rows are the same; or None."""
+        return None
+
+    def collect_none(self, space: Any) -> None:
+        """Make a space that may be empty that of no inputs at all: of rank 0."""
+        *groups, _, d_in = self.matrix_shape
+        space.add(self.weight.parameter.new_zeros(*groups, 1, d_in).detach())
+
+    def row_norms(self, x: Tensor) -> Float[Tensor, "*groups rows"]:
+        """Norms of the rows that take part in products, which round."""
+        norms: Tensor = torch.linalg.vector_norm(self.rows(x), dim=-1)
+        return norms
+
+    def out_norms(self, pieces: Pieces) -> Float[Tensor, "*groups d_out"]:
+        """Norms of the rows of the matrix of these pieces."""
+        norms: Tensor = torch.linalg.vector_norm(self.join(pieces), dim=-1)
+        return norms
 
     @abstractmethod
     def out_rows(self, z: Tensor) -> Float[Tensor, "*groups rows d_out"]:
@@ -115,26 +164,25 @@ class Part(ABC):
     def split(self, matrix: Float[Tensor, "*groups d_out d_in"]) -> tuple[Tensor, ...]:
         """A matrix as tensors in the shapes (and order) of `slots`: undoes `join`."""
 
-    def push(self, x: Tensor, matrix: Float[Tensor, "*groups d_out d_in"]) -> Tensor:
-        """``W x`` without the bias: carries a tangent of the inputs to the outputs."""
-        rows = self.rows(x, bias_input=0.0)
-        return self.from_out_rows(rows @ matrix.mT, like=self.compute(x))
+    @abstractmethod
+    def push(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``W x`` without the bias, for a weight in the parameter's shape.
 
-    def push_affine(
-        self, x: Tensor, matrix: Float[Tensor, "*groups d_out d_in"], like: Tensor
-    ) -> Tensor:
-        """``W x + b`` for a given matrix, in the shape of the output ``like``."""
-        z = self.push(x, matrix)
+        Carries a tangent of the inputs to the outputs.
+        """
+
+    def push_affine(self, x: Tensor, pieces: Pieces, like: Tensor) -> Tensor:
+        """``W x + b`` for given pieces, in the shape of the output ``like``."""
+        z = self.push(x, pieces[0])
         if not self.has_bias_column:
             return z
-        bias = matrix[..., None, :, -1].expand(
-            *matrix.shape[:-2], self.out_rows(like).shape[-2], -1
-        )
-        return z + self.from_out_rows(bias, like)
+        bias = self.join(pieces)[..., None, :, -1]
+        rows = bias.expand(*bias.shape[:-2], self.out_rows(like).shape[-2], -1)
+        return z + self.from_out_rows(rows, like)
 
-    def pull(self, delta: Tensor, matrix: Float[Tensor, "*groups d_out d_in"], x: Tensor) -> Tensor:
+    def pull(self, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """``Wᵀ δ``: carries a cotangent of the outputs to the inputs, in the shape of ``x``."""
-        pulled: Tensor = torch.func.vjp(lambda x: self.push(x, matrix), x)[1](delta)[0]
+        pulled: Tensor = torch.func.vjp(lambda x: self.push(x, weight), x)[1](delta)[0]
         return pulled
 
     def weight_gradient(
@@ -147,15 +195,23 @@ class Part(ABC):
         """The part's matrix of a value per parameter, for example of a gradient."""
         return self.join([slot.of(tensors[slot.parameter]) for slot in self.slots])
 
+    def pieces(self) -> Pieces:
+        """The present weights: views of the parameters."""
+        return tuple(slot.of(slot.parameter.detach()) for slot in self.slots)
+
     def matrix(self) -> Float[Tensor, "*groups d_out d_in"]:
         """The present weights, copied."""
-        return self.join([slot.of(slot.parameter.detach()) for slot in self.slots])
+        return self.join(self.pieces())
+
+    def put(self, pieces: Pieces) -> None:
+        """Put values into the parameters, in place."""
+        with torch.no_grad():
+            for slot, piece in zip(self.slots, pieces, strict=True):
+                slot.of(slot.parameter).copy_(piece)
 
     def write(self, matrix: Float[Tensor, "*groups d_out d_in"]) -> None:
         """Put a matrix into the parameters, in place."""
-        with torch.no_grad():
-            for slot, piece in zip(self.slots, self.split(matrix), strict=True):
-                slot.of(slot.parameter).copy_(piece)
+        self.put(self.split(matrix))
 
 
 Apply = Callable[[str, Tensor], Tensor]
@@ -170,6 +226,10 @@ class LayerRule(ABC, Generic[M]):
     @abstractmethod
     def parts(self, module: M) -> Sequence[Part]:
         """The weight matrices of the module; called once per model."""
+
+    def obstacle(self, module: M) -> str:
+        """Why this module, of a supported type, must be left alone all the same; or empty."""
+        return ""
 
     def forward(self, module: M, apply: Apply, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass with every product with a part's matrix left to ``apply``.
@@ -239,6 +299,10 @@ def rule_for(module: nn.Module) -> LayerRule[Any] | None:
     return RULES.get(kind) or BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
+CHUNK = 4096
+"""Rows decomposed at a time: enough for fast products, few enough to stay in the cache."""
+
+
 class LinearPart(Part):
     """``z = W x + b`` over any leading axes: ``x [..., features]`` gives one row per position.
 
@@ -251,6 +315,8 @@ class LinearPart(Part):
     ) -> None:
         super().__init__(name, weight, bias)
         self.transposed = transposed
+        if weight.parameter.dim() == 2:
+            self.orientation = "transposed" if transposed else "upright"
         self.shape = weight.of(weight.parameter).shape
         self.d_out, self.features = self._upright(weight.of(weight.parameter)).shape
 
@@ -276,11 +342,39 @@ class LinearPart(Part):
         weight = (weight.T if self.transposed else weight).reshape(self.shape)
         return (weight, matrix[:, self.features]) if self.has_bias_column else (weight,)
 
-    def push(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return x @ matrix[:, : self.features].T
+    def push(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ self._upright(weight).T
 
-    def pull(self, delta: Tensor, matrix: Tensor, x: Tensor) -> Tensor:
-        return delta @ matrix[:, : self.features]
+    def push_affine(self, x: Tensor, pieces: Pieces, like: Tensor) -> Tensor:
+        return functional.linear(x, self._upright(pieces[0]), *pieces[1:])
+
+    def pull(self, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        return delta @ self._upright(weight)
+
+    def weight_gradient(self, x: Tensor, delta: Tensor, bias_input: float = 1.0) -> Tensor:
+        delta, x = self.out_rows(delta), x.reshape(-1, self.features)
+        if not self.has_bias_column:
+            return delta.T @ x
+        gradient = delta.new_empty(self.d_out, self.features + 1)
+        torch.mm(delta.T, x, out=gradient[:, :-1])  # no copy of the rows with their column of 1
+        gradient[:, -1] = delta.sum(0) * bias_input
+        return gradient
+
+    def chunks(self, x: Tensor) -> Sequence[Tensor]:
+        return torch.split(x.reshape(-1, self.features), CHUNK)
+
+    def rows_key(self, x: Tensor) -> Any:
+        flat = x.reshape(-1, self.features)
+        place = (x.data_ptr(), x.shape, x.stride()) if x.numel() else None
+        return (LinearPart, flat.shape, self.has_bias_column, place)
+
+    def row_norms(self, x: Tensor) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(x.reshape(-1, self.features), dim=-1)
+        return norms.square().add(1.0).sqrt() if self.has_bias_column else norms
+
+    def out_norms(self, pieces: Pieces) -> Tensor:
+        norms: Tensor = torch.linalg.vector_norm(self._upright(pieces[0]), dim=-1)
+        return torch.hypot(norms, pieces[1]) if len(pieces) == 2 else norms
 
     @property
     def key(self) -> tuple[Any, ...]:

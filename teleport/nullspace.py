@@ -15,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from teleport.axes import AxisBasis
 from teleport.capture import watch
-from teleport.coverage import Block, cover
+from teleport.coverage import Block, Use, cover
 from teleport.errors import ClosureError, NullSpaceError
-from teleport.subspace import Basis, RowSpace
+from teleport.subspace import Basis, Projector
+from teleport.tied import TiedBasis
 from teleport.transaction import Transaction
 
 
@@ -32,7 +34,7 @@ class NullSpace:
         bases: one `Basis` per covered layer, by name. A layer the data never reached has rank 0.
     """
 
-    def __init__(self, bases: dict[str, Basis]) -> None:
+    def __init__(self, bases: dict[str, Projector]) -> None:
         self.bases = bases
 
     def project_(self, model: nn.Module) -> None:
@@ -52,6 +54,9 @@ class NullSpace:
                 projected = self.bases[block.name].project(block.part.of(grads))
                 for slot, piece in zip(block.part.slots, block.part.split(projected), strict=True):
                     slot.of(grads[slot.parameter]).copy_(piece)
+            for parameter, grad in grads.items():
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    parameter.grad = grad.to_sparse(1)
             for parameter in model.parameters():
                 if parameter not in covered and parameter.grad is not None:
                     parameter.grad.zero_()
@@ -85,23 +90,19 @@ class NullSpace:
                 "these null spaces are of different layers: "
                 f"{_difference(self._shapes(), other._shapes())}"
             )
-        merged = {}
-        for name, basis in self.bases.items():
-            joint, second = RowSpace(), other.bases[name]
-            joint.add(basis.weighted_rows())
-            joint.add(second.weighted_rows())
-            coarser = max(basis.dtype, second.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-            merged[name] = joint.basis(dtype=coarser) if joint.count else basis
-        return NullSpace(merged)
+        return NullSpace({name: b.merge(other.bases[name]) for name, b in self.bases.items()})
 
     def save(self, path: str | Path) -> None:
         """Write the bases to a safetensors file."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
+        layers: dict[str, dict[str, list[str]]] = {}
         for name, basis in self.bases.items():
-            tensors[f"{name}/vectors"] = basis.vectors.contiguous()
-            tensors[f"{name}/singular_values"] = basis.singular_values.contiguous()
-            tensors[f"{name}/ranks"] = basis.ranks.contiguous()
-        layers = {name: str(basis.dtype) for name, basis in self.bases.items()}
+            layers[name] = {}
+            for side, simple in _sides(basis).items():
+                kind = next(k for k, of in _KINDS.items() if isinstance(simple, of))
+                layers[name][side] = [kind, str(simple.dtype)]
+                for field in _FIELDS[kind]:
+                    tensors[f"{name}/{side}/{field}"] = getattr(simple, field).contiguous()
         save_file(tensors, str(path), metadata={"layers": json.dumps(layers)})
 
     @classmethod
@@ -111,18 +112,20 @@ class NullSpace:
         Raises:
             NullSpaceError: if the file is not one.
         """
+
+        def simple(name: str, side: str, kind: str, dtype: str) -> Projector:
+            fields = {f: file.get_tensor(f"{name}/{side}/{f}") for f in _FIELDS[kind]}
+            known = getattr(torch, dtype.removeprefix("torch."))
+            basis: Projector = _KINDS[kind](**fields, dtype=known)
+            return basis
+
         try:
             with safe_open(str(path), framework="pt") as file:
                 layers = json.loads((file.metadata() or {})["layers"])
                 return cls(
                     {
-                        name: Basis(
-                            file.get_tensor(f"{name}/vectors"),
-                            file.get_tensor(f"{name}/singular_values"),
-                            file.get_tensor(f"{name}/ranks"),
-                            getattr(torch, dtype.removeprefix("torch.")),
-                        )
-                        for name, dtype in layers.items()
+                        name: _joined({side: simple(name, side, *of) for side, of in sides.items()})
+                        for name, sides in layers.items()
                     }
                 )
         except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
@@ -154,13 +157,13 @@ class NullSpace:
         return "\n".join(line.rstrip() for line in lines)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {n: (*b.vectors.shape[:-2], b.vectors.shape[-2]) for n, b in self.bases.items()}
+        return {name: basis.shape for name, basis in self.bases.items()}
 
     def _match(self, model: nn.Module) -> list[Block]:
         blocks = cover(model).blocks
         found = {}
         for block in blocks:
-            shape = block.part.matrix().shape
+            shape = block.part.matrix_shape
             found[block.name] = (*shape[:-2], shape[-1])
         if found != self._shapes():
             raise NullSpaceError(
@@ -174,7 +177,7 @@ class Keeper:
     """Projects what happened to a model's parameters; see `NullSpace.keep`."""
 
     def __init__(
-        self, model: nn.Module, blocks: list[Block], bases: dict[str, Basis], every: int
+        self, model: nn.Module, blocks: list[Block], bases: dict[str, Projector], every: int
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be an integer >= 1, got {every}")
@@ -229,25 +232,39 @@ def null_space(
         ClosureError: if no closure calls a covered layer.
     """
     coverage = cover(model, at_least_one=True)
-    spaces = {block: RowSpace() for block in coverage.blocks}
+    spaces = {block: block.space() for block in coverage.blocks}
+
+    def see(use: Use, x: Tensor) -> None:
+        use.block.collect(spaces[use.block], use.part, x)
+
     with Transaction(model):
         for closure in closures:
-            watch(coverage.sites, closure, lambda block, x: spaces[block].add(block.part.rows(x)))
+            watch(coverage.sites, closure, see)
     if not any(space.count for space in spaces.values()):
         raise ClosureError("no closure called a covered layer of this model; do they call it?")
-    return NullSpace({block.name: _basis(block, spaces[block], tau) for block in spaces})
+    return NullSpace({block.name: block.basis(space, tau) for block, space in spaces.items()})
 
 
-def _basis(block: Block, space: RowSpace, tau: float) -> Basis:
-    """The basis, of rank 0 for a layer that no data reached."""
-    if space.count == 0:
-        matrix = block.part.matrix()
-        space.add(matrix.new_zeros(*matrix.shape[:-2], 1, matrix.shape[-1]))
-    return space.basis(tau)
+_KINDS: dict[str, Any] = {"rows": Basis, "axes": AxisBasis}
+_FIELDS = {"rows": ("vectors", "singular_values", "ranks"), "axes": ("kept", "counts")}
+
+
+def _sides(basis: Projector) -> dict[str, Projector]:
+    """What a projector is made of, to write it; `_joined` undoes it."""
+    if isinstance(basis, TiedBasis):
+        return {"own": basis.own, "other": basis.other}
+    return {"own": basis}
+
+
+def _joined(sides: dict[str, Projector]) -> Projector:
+    return TiedBasis(**sides) if "other" in sides else sides["own"]
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    """The gradient, dense: what a sparse one leaves out is zero."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
 
 
 def _difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:

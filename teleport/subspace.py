@@ -5,6 +5,8 @@ of that batch (theorem ``thm-invariance``). The rows span a space; `RowSpace` co
 `Basis` is an orthonormal basis of what is kept of that space, and `Basis.project` removes it.
 """
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +14,67 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+class Projector(ABC):
+    """P of one weight matrix: removes what acts on the kept part of the layer's inputs.
+
+    Attributes:
+        dtype: of the inputs; the precision to which their space is known.
+        shape: ``[*groups, d_in]`` of the matrices it applies to, without their ``d_out``.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """How many input directions are kept, in all groups together."""
+
+    @property
+    @abstractmethod
+    def null_dim(self) -> int:
+        """How many input directions stay free to move in, in all groups together."""
+
+    @property
+    @abstractmethod
+    def residual(self) -> float:
+        """Root of the energy left out: the norm of the rows' part outside the kept space."""
+
+    @abstractmethod
+    def rounding(self, rows: int, eps: float) -> float:
+        """How much of `residual` the rank rule may have cut off, of ``rows`` of precision eps."""
+
+    @abstractmethod
+    def project(
+        self, matrix: Float[Tensor, "*groups rows d_in"]
+    ) -> Float[Tensor, "*groups rows d_in"]:
+        """The matrix with its action on the kept space removed (paper equation 11)."""
+
+    @abstractmethod
+    def merge(self, other: "Projector") -> "Projector":
+        """Keeps what either keeps."""
+
+
+class Space(ABC):
+    """Collects the inputs of one layer, in any number of pieces.
+
+    Attributes:
+        count: rows so far.
+    """
+
+    count: int = 0
+
+    @abstractmethod
+    def basis(self, tau: float = 1.0) -> Projector:
+        """The projector that keeps a share ``tau``, in (0, 1], of the energy of the inputs.
+
+        Raises:
+            ValueError: if ``tau`` is out of range, or nothing was collected.
+        """
+
+
 @dataclass(frozen=True)
-class Basis:
+class Basis(Projector):
     """Orthonormal basis of the kept part of a layer's input space (paper equation 3, step 2).
 
     Attributes:
@@ -30,24 +91,41 @@ class Basis:
     dtype: torch.dtype = torch.float64
 
     @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (*self.vectors.shape[:-2], self.vectors.shape[-2])
+
+    @property
     def rank(self) -> int:
-        """How many directions are kept, in all groups together."""
         return int(self.ranks.sum())
 
     @property
     def null_dim(self) -> int:
-        """How many directions stay free to move in, in all groups together."""
         return self.ranks.numel() * self.vectors.shape[-2] - self.rank
 
     @property
     def residual(self) -> float:
-        """Root of the energy left out: the norm of the rows' part outside the kept space."""
         return float(self._residuals().norm())
+
+    def rounding(self, rows: int, eps: float) -> float:
+        values, size = self.singular_values, max(rows, self.shape[-1])
+        return min(self.residual, size * eps * float(values.max()) * math.sqrt(values.numel()))
 
     def weighted_rows(self) -> Float[Tensor, "*groups width d_in"]:
         """Rows with the same span and energies as the inputs kept, to merge spaces by."""
         width = self.vectors.shape[-1]
         return (self.vectors * self.singular_values[..., None, :width]).mT
+
+    def merge(self, other: Projector) -> "Basis":
+        """The basis of both spans, re-factorized: their vectors together may be dependent."""
+        if not isinstance(other, Basis):
+            raise TypeError(f"a basis merges with a basis, got {type(other).__name__}")
+        joint = RowSpace()
+        joint.add(self.weighted_rows())
+        joint.add(other.weighted_rows())
+        if not joint.count:
+            return self
+        coarser = max(self.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        return joint.basis(dtype=coarser)
 
     def drift_bound(self, move: Float[Tensor, "*groups d_out d_in"]) -> float:
         """Bound on the change of the layer's outputs on these inputs, ``‖ΔW R‖_F`` (``thm-drift``).
@@ -79,7 +157,7 @@ class Basis:
         return once - (once @ vectors) @ vectors.mT
 
 
-class RowSpace:
+class RowSpace(Space):
     """Collects input rows, in any number of pieces, and gives a `Basis` of their span.
 
     Memory stays at one ``d_in x d_in`` matrix however many rows are added. Double-precision rows
@@ -127,6 +205,34 @@ class RowSpace:
         kept = vectors[..., : int(ranks.max())]
         return Basis(kept * _first(ranks, kept[..., 0, :])[..., None, :], values, ranks, known)
 
+    def basis_if_full(self, count: int, energy: float) -> Basis | None:
+        """The basis of all directions, if these rows show that ``count`` rows have full rank.
+
+        Rows only add to a space: the smallest singular value does not fall when more come, and the
+        largest is at most the root of their ``energy``, their squared Frobenius norm. So it is
+        safe to stop reading if the smallest exceeds what the rank rule would cut (``thm-rank``).
+        """
+        gram = self._gram()
+        values = torch.linalg.eigvalsh(gram)
+        d_in = gram.shape[-1]
+        rounding = d_in * torch.finfo(torch.float64).eps * values[..., -1]
+        cut = (max(count, d_in) * _resolution(self._dtype)) ** 2 * energy
+        if not bool((values[..., 0] - rounding > cut).all()):
+            return None
+        every = torch.eye(d_in, dtype=gram.dtype, device=gram.device).expand_as(gram)
+        ranks = torch.full(gram.shape[:-2], d_in, device=gram.device)
+        return Basis(every, values.flip(-1).sqrt(), ranks, self._dtype)
+
+    def _gram(self) -> Tensor:
+        """The float64 Gram matrix of the rows so far."""
+        rows = torch.cat(self._pending, dim=-2) if self._pending else None
+        gram = None if rows is None else rows.mT @ rows
+        if self._reduced is None:
+            assert gram is not None
+            return gram
+        reduced = self._reduced.mT @ self._reduced if self._exact() else self._reduced
+        return reduced if gram is None else reduced + gram
+
     def _exact(self) -> bool:
         return self._dtype == torch.float64
 
@@ -163,9 +269,13 @@ def numerical_rank(
     precision inputs are cut like float32: their stored values are exact there, and their own eps
     would cut everything.
     """
-    eps = torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
-    cut = max(shape) * eps * singular_values.amax(dim=-1, keepdim=True)
+    cut = max(shape) * _resolution(dtype) * singular_values.amax(dim=-1, keepdim=True)
     return (singular_values > cut).sum(dim=-1)
+
+
+def _resolution(dtype: torch.dtype) -> float:
+    """Rounding of inputs of this type, relative to their size, as the rank rule counts it."""
+    return torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
 
 
 def energy_rank(

@@ -6,17 +6,21 @@ all other cases `StreamedWalk` runs the closures again, one at a time, so that m
 one of them needs.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teleport.capture import Closure, Tape, record
+from teleport.capture import Call, Closure, Tape, record
 from teleport.coverage import Block, Site
-from teleport.objective import ascent_double_backward, trainable
-from teleport.subspace import Basis, RowSpace
+from teleport.layers import Pieces
+from teleport.objective import ascent_double_backward, squared_norm, trainable
+from teleport.parallel import in_parallel
+from teleport.subspace import Projector, RowSpace, Space
 from teleport.tangent import (
     Direction,
     direction,
@@ -27,14 +31,16 @@ from teleport.tangent import (
 )
 
 Gradient = dict[nn.Parameter, Tensor]
+Position = dict[Block, Pieces]
 
 
 class Walk(ABC):
-    """Where a teleport is, in matrices, and how it looks around.
+    """Where a teleport is, and how it looks around.
 
     Attributes:
+        blocks: the covered blocks that are called.
+        position: the weights of the blocks that moved; all others are as they were.
         loss: at the start.
-        start, matrices: ``[*groups, d_out, d_in]`` per covered block, at the start and now.
         fixed: blocks whose inputs depend on no parameter (``thm-fixed``).
     """
 
@@ -44,29 +50,36 @@ class Walk(ABC):
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self._model = model
-        self.start = {block: block.part.matrix() for block in blocks}
-        self.matrices = dict(self.start)
+        self.blocks = list(blocks)
+        self.position: Position = {}
+        self._start: Position = {}  # of what was written to, copied just before
         self._ahead: float | None = None
+        self._ahead_at: Position = {}  # memory for the next look: fresh memory costs a pass
+        self._move_norms: dict[Block, float] = {}
 
     @abstractmethod
     def norm_squared(self) -> float:
         """The squared gradient norm where the walk last looked."""
 
     @abstractmethod
-    def basis(self, block: Block, tau: float) -> Basis:
-        """Basis of the block's inputs at the start."""
+    def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
+        """Bases of the blocks' inputs at the start."""
 
     @abstractmethod
-    def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+    def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         """π(Hg) of the given blocks at the present position (``thm-survivor``)."""
+
+    @abstractmethod
+    def degree(self, along: Direction) -> int | None:
+        """Degree of the squared norm along a direction, at most (``thm-polynomial``), if known."""
 
     @abstractmethod
     def ascent(self) -> Gradient:
         """∇T at the present position by double backward, with the position in the model."""
 
     @abstractmethod
-    def _look_at(self, moved: Direction) -> None:
-        """Make ``moved`` where `norm_squared` is."""
+    def _look_at(self, position: Position) -> None:
+        """Make this where `norm_squared` is: given blocks there, all others at the start."""
 
     @abstractmethod
     def _tapes(self) -> Iterator[tuple[Tape, float]]:
@@ -80,26 +93,26 @@ class Walk(ABC):
 
     def advance(self, along: Direction, step: float) -> None:
         """Go there; where the last look ahead was need not be looked at again."""
-        moved = self._moved(along, step)
-        self.matrices.update(moved)
+        position = self._moved(along, step)
         if step != self._ahead:
-            self._look_at(moved)
-        self._ahead = None
+            self._look_at(position)
+        self.position, self._ahead_at = position, {}
+        self._move_norms, self._ahead = {}, None
 
     def look_back(self) -> None:
         """Look at the present position again, after looking ahead in vain."""
-        self._look_at(self.matrices)
+        self._look_at(self.position)
         self._ahead = None
 
     def write(self) -> None:
         """Put the position into the model's parameters."""
-        _write(self.matrices)
+        self._write(self.position)
 
     def write_start(self) -> None:
         """Put the start back into the model's parameters."""
-        _write(self.start)
+        self._write({})
 
-    def double_backward_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+    def double_backward_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         """π(∇T) by definition: the reference for `tangent_direction`."""
         self.write()
         ascent = self.ascent()
@@ -107,11 +120,14 @@ class Walk(ABC):
 
     def move_norm(self, block: Block) -> float:
         """Frobenius norm of the block's change since the start."""
-        if block not in self.start:
+        if block not in self.position:
             return 0.0
-        return float((self.matrices[block] - self.start[block]).norm())
+        if block not in self._move_norms:
+            pairs = zip(self.position[block], self._start_of(block), strict=True)
+            self._move_norms[block] = math.sqrt(sum(squared_norm(a - b) for a, b in pairs))
+        return self._move_norms[block]
 
-    def rounding(self, bases: Mapping[Block, Basis]) -> float:
+    def rounding(self, bases: Mapping[Block, Projector]) -> float:
         """How far the loss may move at τ = 1, to first order in the cotangents δ.
 
         An output is a sum of d products; with probability 1 - 7e-4 its rounding error is at most
@@ -122,23 +138,49 @@ class Walk(ABC):
         """
         total = 8 * torch.finfo(self.dtype).eps * abs(self.loss)
         for tape, share in self._tapes():
-            for block in tape.blocks:
-                eps = torch.finfo(tape.calls_of(block)[0].z.dtype).eps  # that of the computation
-                rows, deltas = tape.rows(block), share * tape.deltas(block)
-                weights = self.start[block].square().sum(-1) + self.matrices[block].square().sum(-1)
-                errors = (deltas.square() @ weights[..., None])[..., 0].sqrt() * rows.norm(dim=-1)
-                terms = rows.shape[-1] if eps < 1e-4 else 1  # half precision sums in float32
-                total += 2 * eps * terms**0.5 * float(errors.sum())
-                if block in bases:
-                    values = bases[block].singular_values
-                    cut = max(rows.shape[-2:]) * eps * float(values.max()) * values.numel() ** 0.5
-                    left = min(bases[block].residual, cut)
-                    total += float(deltas.norm()) * self.move_norm(block) * left
+            total += share * sum(self._call_rounding(call) for call in tape.calls)
+            for block in bases.keys() & set(tape.blocks):
+                calls = [call for call in tape.calls_of(block) if call.delta is not None]
+                eps = max((torch.finfo(call.z.dtype).eps for call in calls), default=0.0)
+                left = bases[block].rounding(tape.row_count(block), eps)
+                norms = [float(call.delta.norm()) for call in calls if call.delta is not None]
+                total += share * math.hypot(*norms) * self.move_norm(block) * left
             del tape
         return total
 
-    def _moved(self, along: Direction, step: float) -> Direction:
-        return {b: torch.add(self.matrices[b], d, alpha=step) for b, d in along.items()}
+    def _call_rounding(self, call: Call) -> float:
+        """The rounding errors of one call's outputs, before the move and after it."""
+        if call.delta is None:
+            return 0.0
+        part, block, eps = call.part, call.block, torch.finfo(call.z.dtype).eps
+        ends = [self._start_of(block), self.position.get(block, self._start_of(block))]
+        weights = torch.hypot(*(part.out_norms(pieces[: len(part.slots)]) for pieces in ends))
+        deltas = part.out_rows(call.delta) * weights[..., None, :]
+        errors = deltas.norm(dim=-1) * part.row_norms(call.x.detach())
+        terms = part.matrix_shape[-1] if eps < 1e-4 else 1  # half precision sums in float32
+        return 2 * eps * math.sqrt(terms) * float(errors.sum())
+
+    def _start_of(self, block: Block) -> Pieces:
+        return self._start.get(block) or block.part.pieces()
+
+    def _moved(self, along: Direction, step: float) -> Position:
+        """The position at a step along a direction."""
+        position = dict(self.position)
+        for block, matrix in along.items():
+            here = self.position.get(block) or self._start_of(block)
+            if block not in self._ahead_at:
+                self._ahead_at[block] = tuple(torch.empty_like(piece) for piece in here)
+            position[block] = self._ahead_at[block]
+            for w, d, out in zip(here, block.part.split(matrix), position[block], strict=True):
+                torch.add(w, d, alpha=step, out=out)
+        return position
+
+    def _write(self, position: Position) -> None:
+        """Put a position into the parameters; what it does not name goes back to the start."""
+        for block in position.keys() - self._start.keys():
+            self._start[block] = tuple(piece.clone() for piece in block.part.pieces())
+        for block, start in self._start.items():
+            block.part.put(position.get(block, start))
 
 
 class FrozenWalk(Walk):
@@ -155,20 +197,50 @@ class FrozenWalk(Walk):
     def norm_squared(self) -> float:
         return grad_norm_squared(self._tape)
 
-    def basis(self, block: Block, tau: float) -> Basis:
-        space = RowSpace()
-        space.add(self._tape.rows(block))
-        return space.basis(tau)
+    def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
+        tape, same_rows = self._tape, dict[Any, list[Block]]()
+        for block in blocks:
+            same_rows.setdefault(tape.rows_key(block), []).append(block)
 
-    def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+        def basis(block: Block) -> Projector:
+            if tau == 1.0 and (full := self._if_full(block)) is not None:
+                return full
+            space = block.space()
+            tape.collect(block, space)
+            return block.basis(space, tau)
+
+        found = in_parallel(basis, [sharing[0] for sharing in same_rows.values()])
+        groups = zip(same_rows.values(), found, strict=True)
+        return {block: basis for sharing, basis in groups for block in sharing}
+
+    def _if_full(self, block: Block) -> Projector | None:
+        """The basis of everything, if a few of the rows show already that all of them span it."""
+        calls, (*_, d_in) = self._tape.calls_of(block), block.part.matrix_shape
+        count = self._tape.row_count(block)
+        if block.other is not None or count < 16 * d_in:
+            return None
+        norms = [call.part.row_norms(call.x.detach()) for call in calls]
+        energy = sum(squared_norm(n) for n in norms)
+        space = RowSpace()
+        for call in calls:
+            for some in call.part.chunks(call.x.detach()):
+                space.add(call.part.rows(some))
+                if space.count >= 4 * d_in:
+                    return space.basis_if_full(count, energy)
+        return None
+
+    def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         return direction(self._tape, self._model, self._closure, bases)
 
     def ascent(self) -> Gradient:
         parameters = trainable(self._model)
         return dict(zip(parameters, ascent_double_backward(self._closure, parameters), strict=True))
 
-    def _look_at(self, moved: Direction) -> None:
-        self._tape.matrices.update(moved)
+    def degree(self, along: Direction) -> int | None:
+        return 2 * sum(len(self._tape.calls_of(b)) for b, matrix in along.items() if matrix.any())
+
+    def _look_at(self, position: Position) -> None:
+        self._tape.moved = position
         self._tape.backward()
 
     def _tapes(self) -> Iterator[tuple[Tape, float]]:
@@ -197,18 +269,20 @@ class StreamedWalk(Walk):
         self.fixed = {block for block, depends in self._depends.items() if not depends}
 
     def norm_squared(self) -> float:
-        return sum(float(g.double().square().sum()) for g in self._gradient.values())
+        return sum(map(squared_norm, self._gradient.values()))
 
-    def basis(self, block: Block, tau: float) -> Basis:
-        return self._spaces[block].basis(tau)
+    def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
+        blocks = list(blocks)
+        found = in_parallel(lambda block: block.basis(self._spaces[block], tau), blocks)
+        return dict(zip(blocks, found, strict=True))
 
-    def tangent_direction(self, bases: Mapping[Block, Basis]) -> Direction:
+    def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         self.write()
-        whole = {block: torch.zeros_like(self.matrices[block]) for block in bases}
+        whole = {block: block.part.matrix().zero_() for block in bases}
         for closure in self._closures:
             tape = record(self._model, self._sites, closure)
-            drive = {b: drive_of(tape, b, b.part.of(self._gradient)) for b in tape.blocks}
-            tape.push_tangents(self._model, closure, drive, self._gradient)
+            drive = {b: drive_of(tape, b, self._velocity(b)) for b in tape.blocks}
+            tape.push_tangents(self._model, closure, drive, self._gradient, wanted=bases.keys())
             for block in whole.keys() & set(tape.blocks):
                 whole[block] += tape.survivor(block) / len(self._closures)
             del tape
@@ -227,7 +301,7 @@ class StreamedWalk(Walk):
 
     def _survey(self) -> set[Block]:
         """Loss, gradient and row spaces at the start; blocks that have to be left out, if any."""
-        self._spaces: dict[Block, RowSpace] = {}
+        self._spaces: dict[Block, Space] = {}
         self._depends: dict[Block, bool] = {}
         losses = []
 
@@ -235,11 +309,11 @@ class StreamedWalk(Walk):
             losses.append(float(tape.loss.detach()))
             self.dtype = tape.loss.dtype
             for block in tape.blocks:
-                space = self._spaces.setdefault(block, RowSpace())
+                space = self._spaces.setdefault(block, block.space())
                 depends = tape.depends_on_parameters(block)
                 self._depends[block] = self._depends.get(block, False) or depends
                 if block.name in self._movable:
-                    space.add(tape.rows(block))
+                    tape.collect(block, space)
 
         left_out: set[Block] = set()
         self._gradient = {}
@@ -252,8 +326,14 @@ class StreamedWalk(Walk):
         self.loss = sum(losses) / len(losses)
         return left_out
 
-    def _look_at(self, moved: Direction) -> None:
-        _write(moved)
+    def degree(self, along: Direction) -> int | None:
+        return None  # a layer that drifts, as at τ < 1, makes it no polynomial at all
+
+    def _velocity(self, block: Block) -> Pieces:
+        return tuple(slot.of(self._gradient[slot.parameter]) for slot in block.part.slots)
+
+    def _look_at(self, position: Position) -> None:
+        self._write(position)
         self._gradient = {}
         for closure in self._closures:
             self._add(record(self._model, self._sites, closure))
@@ -277,8 +357,3 @@ class StreamedWalk(Walk):
         self.write()
         for closure in self._closures:
             yield record(self._model, self._sites, closure), 1.0 / len(self._closures)
-
-
-def _write(matrices: Direction) -> None:
-    for block, matrix in matrices.items():
-        block.part.write(matrix)

@@ -264,7 +264,7 @@ def moves(problem: Problem, projected: bool, seed: int) -> tuple[dict, int]:
     for block in tape.blocks:
         space = RowSpace()
         space.add(tape.rows(block))
-        raw = torch.randn_like(tape.matrices[block])
+        raw = torch.randn_like(block.part.matrix())
         move = space.basis().project(raw) if projected else raw
         length = move.norm()
         found[block] = move / length if length > 1e-6 * raw.norm() else torch.zeros_like(move)

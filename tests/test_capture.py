@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from teleport.capture import Tape, record
@@ -87,7 +88,7 @@ def test_backward_uses_the_matrices_of_the_moment(case: Case) -> None:
     problem = case.build()
     tape = tape_of(problem)
     before = [tape.deltas(b).clone() for b in tape.blocks]
-    tape.matrices.update({b: 2 * m for b, m in tape.matrices.items()})
+    tape.moved = {b: tuple(2 * piece for piece in b.part.pieces()) for b in tape.blocks}
     tape.backward()
     for above, (block, old) in enumerate(zip(reversed(tape.blocks), reversed(before), strict=True)):
         assert torch.equal(tape.deltas(block), 2**above * old)
@@ -99,7 +100,7 @@ def test_input_tangents_are_directional_derivatives(case: Case) -> None:
     """ẋ along the gradient, against forward-mode through the whole chain by torch.func."""
     problem = case.build()
     tape = tape_of(problem)
-    drive = {b: drive_of(tape, b, tape.weight_gradient(b)) for b in tape.blocks}
+    drive = {b: drive_of(tape, b, b.part.split(tape.weight_gradient(b))) for b in tape.blocks}
     tape.push_tangents(problem.model, problem.closure, drive, {})
     names = [name for name, _ in problem.model.named_parameters()]
     velocity = dict(zip(names, gradient(problem.model, problem.closure), strict=True))
@@ -120,12 +121,22 @@ def test_input_tangents_are_directional_derivatives(case: Case) -> None:
         assert close(tape.tangents(block)[:, : flat.shape[1]], flat)
 
 
+@given(cases(depths=(3, 5)), st.integers(0, 2))
+def test_the_tangent_pass_ends_at_the_last_wanted_call(case: Case, last: int) -> None:
+    problem = case.build()
+    tape = tape_of(problem)
+    drive = {b: drive_of(tape, b, b.part.pieces()) for b in tape.blocks}
+    tape.push_tangents(problem.model, problem.closure, drive, {}, wanted={tape.blocks[last]})
+    reached = [tape.tangents(b) is not None for b in tape.blocks]
+    assert reached == [0 < n <= last for n in range(len(tape.blocks))]
+
+
 @pytest.mark.verifies("thm-fixed")
 @given(cases())
 def test_only_the_first_layer_has_inputs_without_tangent(case: Case) -> None:
     problem = case.build()
     tape = tape_of(problem)
-    drive = {b: drive_of(tape, b, tape.matrices[b]) for b in tape.blocks}
+    drive = {b: drive_of(tape, b, b.part.pieces()) for b in tape.blocks}
     tape.push_tangents(problem.model, problem.closure, drive, {})
     assert tape.tangents(tape.blocks[0]) is None
     assert not tape.depends_on_parameters(tape.blocks[0])

@@ -181,6 +181,28 @@ def test_an_unknown_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) 
     assert "--learning-rate" in capsys.readouterr().err
 
 
+def test_data_list_says_how_to_get_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TELEPORT_DATA", str(tmp_path))
+    assert run("data", "list") == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(name in text for name in ("mnist-sample", "cifar100", "ptb-treebank", "embedded"))
+    assert "Run `teleport data fetch" in text
+    assert "No public source: place" in text
+
+
+def test_data_verify_without_names_checks_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TELEPORT_DATA", str(tmp_path))
+    assert run("data", "verify") == 0
+    text = capsys.readouterr().out
+    assert text.count(" ok ") == 2, "the two files of the embedded sample"
+    assert run("data", "verify", "ptb") == 1
+    assert capsys.readouterr().out.count("missing") == 3
+
+
 def test_a_damaged_data_file_is_named_and_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,13 +1,10 @@
-"""Data sets: content, damage, download faults and batches. Only loopback connections."""
+"""Data sets by name: content, damage on disk, missing files, the shared shape, batches."""
 
 import gzip
 import hashlib
-import math
-import os
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,29 +13,29 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from teleport import data
+from teleport.data import builders
+from teleport.data.images import UNSIGNED_BYTE
+from teleport.data.series import windows
+from teleport.data.store import LOCK_NAME
 from teleport.errors import DataError
+from tests.loopback import Mirrors, server
 
 TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = (
     file.name for file in data.SOURCES["mnist"].files
 )
 TEST_LABEL_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-TRAIN_LABEL_COUNTS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
-
-needs_full_data = pytest.mark.skipif(
-    data.ROOT_VARIABLE not in os.environ,
-    reason=f"needs the full data sets: set {data.ROOT_VARIABLE} to the folder that holds them",
-)
 
 
 def idx(array: npt.NDArray[np.uint8]) -> bytes:
-    header = bytes([0, 0, data.UNSIGNED_BYTE, array.ndim])
+    header = bytes([0, 0, UNSIGNED_BYTE, array.ndim])
     return header + np.array(array.shape, ">u4").tobytes() + array.tobytes()
 
 
 def md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+    return f"md5:{hashlib.md5(content, usedforsecurity=False).hexdigest()}"
 
 
 def small_arrays() -> list[npt.NDArray[np.uint8]]:
@@ -71,8 +68,15 @@ class SmallSet:
 
 def expect(name: str, content_md5: str) -> None:
     source = data.SOURCES["mnist"]
-    files = (replace(f, content_md5=content_md5) if f.name == name else f for f in source.files)
+    files = (replace(f, content=content_md5) if f.name == name else f for f in source.files)
     data.SOURCES["mnist"] = replace(source, files=tuple(files))
+
+
+def use(mirrors: Mirrors, *names: str) -> None:
+    """Let the files of the small set come from these mirrors."""
+    source = data.SOURCES["mnist"]
+    files = tuple(replace(f, urls=mirrors.urls(f.name, *names)) for f in source.files)
+    data.SOURCES["mnist"] = replace(source, files=files)
 
 
 @pytest.fixture
@@ -82,65 +86,24 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SmallSet:
         content = idx(array)
         archive = gzip.compress(content)
         archives[official.name] = archive
-        files.append(data.SourceFile(official.name, array.shape, md5(archive), md5(content)))
-    closed = "http://127.0.0.1:1/closed/"
-    source = data.Source(urls=(closed,), files=tuple(files), train=6)
+        closed = f"http://127.0.0.1:1/closed/{official.name}"
+        files.append(data.SourceFile(official.name, (closed,), md5(archive), md5(content)))
+    build = partial(builders.idx_images, train=6)
+    source = replace(data.SOURCES["mnist"], files=tuple(files), build=build, recipe="6")
     monkeypatch.setitem(data.SOURCES, "mnist", source)
     monkeypatch.setenv("NO_PROXY", "*")
     return SmallSet(archives, tmp_path / "root")
 
 
-@dataclass
-class Mirrors:
-    """A loopback server; `bodies` maps a path to its content and the length it claims."""
-
-    base: str
-    bodies: dict[str, tuple[bytes, int]] = field(default_factory=dict)
-    requests: list[str] = field(default_factory=list)
-
-    def serve(self, mirror: str, archives: dict[str, bytes]) -> None:
-        for name, body in archives.items():
-            self.bodies[f"/{mirror}/{name}"] = (body, len(body))
-
-    def use(self, *mirrors: str) -> None:
-        urls = tuple(f"{self.base}/{mirror}/" for mirror in mirrors)
-        data.SOURCES["mnist"] = replace(data.SOURCES["mnist"], urls=urls)
-
-
-def handler_of(mirrors: Mirrors) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            mirrors.requests.append(self.path)
-            if self.path not in mirrors.bodies:
-                self.send_error(404)
-                return
-            body, length = mirrors.bodies[self.path]
-            self.send_response(200)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            """Keep the test output quiet."""
-
-    return Handler
-
-
 @pytest.fixture
 def mirrors() -> Iterator[Mirrors]:
-    state = Mirrors(base="")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(state))
-    state.base = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield state
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with server() as state:
+        yield state
 
 
 def tree(root: Path) -> dict[str, bytes | None]:
-    paths = sorted(root.rglob("*")) if root.exists() else []
+    """Everything below a folder but the lock of the download."""
+    paths = [p for p in sorted(root.rglob("*")) if p.name != LOCK_NAME] if root.exists() else []
     return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
@@ -185,6 +148,16 @@ def test_missing_sample_asks_to_install_again(
         data.load("mnist-sample")
 
 
+@pytest.mark.parametrize(("ending", "shape"), [("-rows", (28, 28)), ("-sequence", (784, 1))])
+def test_sequential_mnist_is_the_same_pixels(ending: str, shape: tuple[int, int]) -> None:
+    flat, sequence = data.load("mnist-sample"), data.load(f"mnist-sample{ending}")
+    assert sequence.input_shape == shape
+    assert (sequence.kind, sequence.width, sequence.outputs) == ("sequences", shape[1], 10)
+    assert torch.equal(sequence.train_inputs.flatten(1), flat.train_inputs)
+    assert torch.equal(sequence.test_targets, flat.test_targets)
+    assert sequence.checksum != flat.checksum
+
+
 def test_load_scales_pixels_and_keeps_the_split(small: SmallSet) -> None:
     small.place()
     images, labels, test_images, test_labels = small_arrays()
@@ -218,37 +191,33 @@ def test_root_is_the_argument_then_the_variable_then_the_cache(
 
 @pytest.mark.parametrize("function", [data.load, data.fetch, data.verify])
 def test_unknown_name_lists_and_suggests(function: Callable[[str], object]) -> None:
-    with pytest.raises(ValueError, match=r"mnist-sample, mnist, fashion-mnist\. Did you mean 'mn"):
+    with pytest.raises(ValueError, match=r"mnist-sample, .* ptb-treebank\. Did you mean 'mn"):
         function("mnits")
-    with pytest.raises(ValueError, match=r"fashion-mnist\.$"):
+    with pytest.raises(ValueError, match=r"ptb-treebank\.$"):
         function("qqq")
 
 
-def test_available_says_where(small: SmallSet) -> None:
-    where = {info.name: (info.images, info.where) for info in data.available(small.root)}
-    assert where["mnist-sample"] == (10_000, "embedded")
-    assert where["mnist"] == (9, "not fetched")
-    assert where["fashion-mnist"] == (70_000, "not fetched")
+def test_available_says_where_and_how(small: SmallSet) -> None:
+    def listed() -> dict[str, tuple[str, str]]:
+        return {info.name: (info.where, info.how) for info in data.available(small.root)}
+
+    before = listed()
+    assert list(before) == list(data.SOURCES)
+    assert before["mnist-sample"] == ("embedded", "")
+    assert before["mnist"] == ("not fetched", "Run `teleport data fetch mnist`.")
+    packed = small.root / "cifar10"
+    assert before["cifar10-jpeg"] == (
+        "not fetched",
+        f"No public source: place cifar10-jpeg.npz in {packed}.",
+    )
     small.place()
-    where = {info.name: (info.images, info.where) for info in data.available(small.root)}
-    assert where["mnist"] == (9, str(small.folder))
+    assert listed()["mnist"] == (str(small.folder), "")
 
 
-@needs_full_data
-@pytest.mark.parametrize(
-    ("name", "train_counts", "test_counts"),
-    [
-        ("mnist", TRAIN_LABEL_COUNTS, TEST_LABEL_COUNTS),
-        ("fashion-mnist", [6_000] * 10, [1_000] * 10),
-    ],
-)
-def test_full_sets(name: str, train_counts: list[int], test_counts: list[int]) -> None:
-    full = data.load(name)
-    assert full.train_inputs.shape == (60_000, 784)
-    assert full.test_inputs.shape == (10_000, 784)
-    assert counts(full.train_targets) == train_counts
-    assert counts(full.test_targets) == test_counts
-    assert all(status.state == "ok" for status in data.verify(name))
+def test_a_set_without_a_public_source_says_so(small: SmallSet) -> None:
+    with pytest.raises(DataError, match=r"cifar10-jpeg\.npz: no public source\nPlace cifar10-jpeg"):
+        data.load("cifar10-jpeg", small.root)
+    assert tree(small.root) == {}
 
 
 # Damage on disk
@@ -283,8 +252,7 @@ def empty(archive: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [truncate, flip_compressed_byte, break_first_block, change_content, unpack, empty],
+    "damage", [truncate, flip_compressed_byte, break_first_block, change_content, unpack, empty]
 )
 @pytest.mark.parametrize("name", [TRAIN_IMAGES, TEST_LABELS])
 @pytest.mark.parametrize("function", [data.load, data.fetch])
@@ -314,21 +282,30 @@ def test_other_gzip_container_is_accepted(small: SmallSet) -> None:
     assert len(data.load("mnist", small.root).train_inputs) == 6
 
 
+def test_unpacked_file_is_accepted_without_its_ending(small: SmallSet) -> None:
+    small.place()
+    packed = small.folder / TRAIN_IMAGES
+    packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    assert len(data.load("mnist", small.root).train_inputs) == 6
+    assert [status.state for status in data.verify("mnist", small.root)] == ["ok"] * 4
+
+
 def test_digest_mismatch_states_both_digests(small: SmallSet) -> None:
     small.place()
     found = md5(gzip.decompress(small.archives[TEST_LABELS]))
-    expect(TEST_LABELS, content_md5="0" * 32)
-    with pytest.raises(DataError, match=f"MD5 {'0' * 32}, found {found}"):
+    expect(TEST_LABELS, content_md5=f"md5:{'0' * 32}")
+    with pytest.raises(DataError, match=f"content md5:{'0' * 32}, found {found}"):
         data.load("mnist", small.root)
 
 
 def test_wrong_magic_and_shape_are_refused_behind_a_right_digest(small: SmallSet) -> None:
     small.place()
     small.replace_archive(TRAIN_LABELS, idx(np.zeros(5, np.uint8)))
-    with pytest.raises(DataError, match=r"shape \(6,\), found \(5,\)\. The file is not used"):
+    with pytest.raises(DataError, match=r"expected shape \(5, 28, 28\), found \(6, 28, 28\)"):
         data.load("mnist", small.root)
     small.replace_archive(TRAIN_LABELS, b"\0\0\x0d\1" + bytes(10))
-    with pytest.raises(DataError, match=r"at offset 0, found 00 00 0d 01\. The file is not used"):
+    with pytest.raises(DataError, match=r"at offset 0, found 00 00 0d 01"):
         data.load("mnist", small.root)
 
 
@@ -350,7 +327,7 @@ def test_verify_of_the_sample_is_ok() -> None:
 # Download
 
 
-@pytest.mark.parametrize("placed", [[], [TRAIN_LABELS, TEST_IMAGES]])
+@pytest.mark.parametrize("placed", [[], [TRAIN_IMAGES, TEST_IMAGES]])
 def test_no_network_says_what_to_place_where(small: SmallSet, placed: list[str]) -> None:
     if placed:
         small.place(*placed)
@@ -359,7 +336,7 @@ def test_no_network_says_what_to_place_where(small: SmallSet, placed: list[str])
         data.load("mnist", small.root)
     message = str(caught.value)
     wanted = [name for name in small.archives if name not in placed]
-    assert f"http://127.0.0.1:1/closed/{TRAIN_IMAGES}: " in message
+    assert f"http://127.0.0.1:1/closed/{wanted[0]}: " in message
     assert "refused" in message
     assert "Max retries" not in message, "the reason is the innermost cause only"
     assert f"Place {', '.join(wanted)} in {small.folder}" in message
@@ -376,152 +353,34 @@ def test_unwritable_root_is_a_data_error(small: SmallSet) -> None:
 
 def test_fetch_downloads_exact_files(small: SmallSet, mirrors: Mirrors) -> None:
     mirrors.serve("first", small.archives)
-    mirrors.use("first")
+    use(mirrors, "absent", "first")
     assert data.fetch("mnist", small.root) == small.folder
     assert tree(small.folder) == small.archives
-    assert len(mirrors.requests) == 4
+    assert len(mirrors.requests) == 8
     assert len(data.load("mnist", small.root).test_inputs) == 3
-    assert len(mirrors.requests) == 4, "files on disk are not fetched again"
+    assert len(mirrors.requests) == 8, "files on disk are not fetched again"
 
 
 def test_load_fetches_only_what_is_absent(small: SmallSet, mirrors: Mirrors) -> None:
     small.place(TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES)
     mirrors.serve("first", small.archives)
-    mirrors.use("first")
+    use(mirrors, "first")
     assert len(data.load("mnist", small.root).train_inputs) == 6
     assert mirrors.requests == [f"/first/{TEST_LABELS}"]
 
 
-def not_found(mirrors: Mirrors, archive: bytes) -> None:
-    """Leave the path unknown to the server, which then answers 404."""
-
-
-def cut_off(mirrors: Mirrors, archive: bytes) -> None:
-    mirrors.bodies[f"/first/{TEST_IMAGES}"] = (truncate(archive), len(archive))
-
-
-def truncated(mirrors: Mirrors, archive: bytes) -> None:
-    mirrors.serve("first", {TEST_IMAGES: truncate(archive)})
-
-
-def other_content(mirrors: Mirrors, archive: bytes) -> None:
-    mirrors.serve("first", {TEST_IMAGES: change_content(archive)})
-
-
-FAULTS = [
-    (not_found, "404"),
-    (cut_off, "more expected"),
-    (truncated, "does not match the known hash"),
-    (other_content, "does not match the known hash"),
-]
-
-
-@pytest.mark.parametrize(("fault", "reason"), FAULTS)
-def test_failed_download_leaves_the_disk_as_it_was(
-    small: SmallSet, mirrors: Mirrors, fault: Callable[[Mirrors, bytes], None], reason: str
-) -> None:
-    small.place(TRAIN_LABELS)
-    mirrors.serve("first", small.archives)
-    del mirrors.bodies[f"/first/{TEST_IMAGES}"]
-    fault(mirrors, small.archives[TEST_IMAGES])
-    mirrors.use("first", "absent")
-    before = tree(small.root)
-    with pytest.raises(DataError) as caught:
-        data.fetch("mnist", small.root)
-    first, second = str(caught.value).splitlines()[1:3]
-    assert first.startswith(f"  {mirrors.base}/first/{TEST_IMAGES}: ")
-    assert reason in first
-    assert second.startswith(f"  {mirrors.base}/absent/{TEST_IMAGES}: 404")
-    assert tree(small.root) == before
-
-
-@pytest.mark.parametrize("fault", [fault for fault, _ in FAULTS])
-def test_second_mirror_replaces_a_faulty_first(
-    small: SmallSet, mirrors: Mirrors, fault: Callable[[Mirrors, bytes], None]
-) -> None:
-    fault(mirrors, small.archives[TEST_IMAGES])
-    mirrors.serve("second", small.archives)
-    mirrors.use("first", "second")
-    data.fetch("mnist", small.root)
-    assert tree(small.folder) == small.archives
-
-
-def test_refused_connection_falls_through_to_the_next_mirror(
+def test_failed_fetch_keeps_what_is_whole_and_asks_for_the_rest(
     small: SmallSet, mirrors: Mirrors
 ) -> None:
-    mirrors.serve("second", small.archives)
-    urls = ("http://127.0.0.1:1/closed/", f"{mirrors.base}/second/")
-    data.SOURCES["mnist"] = replace(data.SOURCES["mnist"], urls=urls)
-    data.fetch("mnist", small.root)
-    assert tree(small.folder) == small.archives
-
-
-# The IDX format
-
-shapes = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
-
-
-@st.composite
-def arrays(draw: st.DrawFn) -> npt.NDArray[np.uint8]:
-    shape = draw(shapes)
-    size = math.prod(shape)
-    return np.frombuffer(draw(st.binary(min_size=size, max_size=size)), np.uint8).reshape(shape)
-
-
-@given(arrays())
-def test_idx_round_trip(array: npt.NDArray[np.uint8]) -> None:
-    read = data.read_idx(idx(array))
-    assert read.dtype == np.uint8
-    assert read.flags.writeable
-    np.testing.assert_array_equal(read, array, strict=True)
-
-
-@given(st.data())
-def test_any_damage_to_the_idx_header_is_found(draws: st.DataObject) -> None:
-    array = draws.draw(arrays())
-    content = bytearray(idx(array))
-    position = draws.draw(st.integers(0, 3 + 4 * array.ndim), label="position")
-    content[position] ^= draws.draw(st.integers(1, 255), label="flipped bits")
-    with pytest.raises(DataError, match="offset"):
-        data.read_idx(bytes(content))
-
-
-@given(arrays(), st.data())
-def test_idx_of_another_length_is_refused(
-    array: npt.NDArray[np.uint8], draws: st.DataObject
-) -> None:
-    content = idx(array)
-    length = draws.draw(st.integers(0, len(content) - 1), label="length")
-    for wrong in (content[:length], content + b"\0"):
-        with pytest.raises(DataError, match="offset"):
-            data.read_idx(wrong)
-
-
-def test_idx_errors_state_the_offset(tmp_path: Path) -> None:
-    good = idx(np.zeros((2, 3), np.uint8))
-    path = tmp_path / "broken-idx"
-    for content, message in [
-        (b"", "at offset 0, found nothing"),
-        (good[:3], "at offset 0, found 00 00 08"),
-        (b"\0\0\x08\0\1", "at offset 0, found 00 00 08 00"),
-        (b"\0\0\x08\1\1" + b"\2", "at offset 4, found 01 02"),
-        (idx(np.zeros((3, 0), np.uint8)), "at offset 8, found 00 00 00 00"),
-        (good[:8], "at offset 8, found the end of the file"),
-        (good[:-1], r"expected 6 bytes of data from offset 12 for shape \(2, 3\), found 5"),
-    ]:
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=f"broken-idx: .*{message}"):
-            data.read_idx(path)
-
-
-def test_idx_is_read_from_plain_and_gzipped_files(tmp_path: Path) -> None:
-    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    (tmp_path / "plain").write_bytes(idx(array))
-    (tmp_path / "packed.gz").write_bytes(gzip.compress(idx(array)))
-    np.testing.assert_array_equal(data.read_idx(tmp_path / "plain"), array)
-    np.testing.assert_array_equal(data.read_idx(str(tmp_path / "packed.gz")), array)
-    with pytest.raises(DataError, match="absent"):
-        data.read_idx(tmp_path / "absent")
+    mirrors.serve("first", small.archives)
+    mirrors.files[f"/first/{TEST_IMAGES}"] = change_content(small.archives[TEST_IMAGES])
+    use(mirrors, "first")
+    with pytest.raises(DataError) as caught:
+        data.fetch("mnist", small.root)
+    message = str(caught.value)
+    assert f"{mirrors.base}/first/{TEST_IMAGES}: expected md5:" in message
+    assert f"Place {TEST_IMAGES}, {TEST_LABELS} in {small.folder}" in message
+    assert set(tree(small.folder)) == {TRAIN_IMAGES, TRAIN_LABELS}
 
 
 # Batches
@@ -569,3 +428,109 @@ def test_batch_size_out_of_range_is_refused_at_the_call(size: int) -> None:
 def test_batches_refuse_different_lengths() -> None:
     with pytest.raises(ValueError, match="10 and 9"):
         data.batches(torch.zeros(10, 2), torch.zeros(9), 2, seeded(0))
+
+
+# The shared shape
+
+
+def dataset(
+    kind: data.Kind, inputs: torch.Tensor, targets: torch.Tensor, classes: int
+) -> data.Dataset:
+    return data.Dataset("made", inputs, targets, inputs, targets, classes, "", "", kind=kind)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def test_widths_and_losses_by_kind() -> None:
+    flat = dataset("images", random(6, 20), torch.arange(6) % 3, 3)
+    colour = dataset("images", torch.zeros(6, 3, 8, 8, dtype=torch.uint8), torch.arange(6) % 4, 4)
+    sequence = dataset("sequences", random(6, 7, 5), torch.arange(6) % 2, 2)
+    series = dataset("windows", *windows(random(40, 4), 6, 2), 0)
+    tokens = dataset("tokens", torch.randint(9, (6, 7)), torch.randint(9, (6, 7)), 9)
+    sets = (flat, colour, sequence, series, tokens)
+    assert [s.width for s in sets] == [20, 3, 5, 4, 9]
+    assert [s.outputs for s in sets] == [3, 4, 2, 4, 9]
+    assert [s.input_shape for s in sets] == [(20,), (3, 8, 8), (7, 5), (6, 4), (7,)]
+    assert [s.loss_kind for s in sets] == ["cross_entropy"] * 3 + ["mse", "cross_entropy"]
+    scores = random(6, 3)
+    by_hand = -scores.log_softmax(-1)[torch.arange(6), flat.train_targets].mean()
+    torch.testing.assert_close(flat.loss(scores, flat.train_targets), by_hand)
+    values = random(*series.train_targets.shape)
+    by_hand = (values - series.train_targets).square().mean()
+    torch.testing.assert_close(series.loss(values, series.train_targets), by_hand)
+    scores = random(6, 7, 9)
+    chosen = scores.log_softmax(-1).gather(-1, tokens.train_targets[..., None])
+    torch.testing.assert_close(tokens.loss(scores, tokens.train_targets), -chosen.mean())
+
+
+def test_bytes_are_scaled_and_resized_when_prepared() -> None:
+    pixels = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    images = dataset("images", pixels, torch.zeros(2, dtype=torch.int64), 1)
+    assert torch.equal(images.prepare(pixels), pixels.float() / 255)
+    larger = replace(images, resize=20)
+    assert larger.input_shape == (3, 20, 20)
+    expected = functional.interpolate(pixels.float() / 255, (20, 20), mode="bilinear")
+    assert torch.equal(larger.prepare(pixels), expected)
+    floats = random(2, 4)
+    assert larger.prepare(floats) is floats
+
+
+def test_resizing_agrees_with_pillow() -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    resized = Image.fromarray(pixels).resize((224, 224), Image.Resampling.BILINEAR)
+    stored = torch.from_numpy(pixels.transpose(2, 0, 1).copy())[None]
+    images = replace(dataset("images", stored, torch.zeros(1, dtype=torch.int64), 1), resize=224)
+    found = images.prepare(stored)[0].permute(1, 2, 0) * 255
+    # Pillow rounds to whole grey values after each of its two passes.
+    torch.testing.assert_close(
+        found, torch.from_numpy(np.array(resized)).float(), atol=1.01, rtol=0
+    )
+
+
+@given(st.integers(1, 30), st.integers(1, 8), st.integers(1, 5), st.data())
+def test_take_equals_indexing_also_for_windows(
+    n: int, time: int, width: int, draws: st.DataObject
+) -> None:
+    view, targets = windows(torch.arange((n + time) * width).view(-1, width), time, 1)
+    rows = torch.tensor(draws.draw(st.lists(st.integers(0, n - 1), max_size=9), label="rows"))
+    rows = rows.long()
+    for tensor in (
+        view,
+        targets,
+        view.clone(),
+        view[..., 0],
+        view[draws.draw(st.integers(0, n)) :],
+    ):
+        if len(tensor) == n:
+            assert torch.equal(data.take(tensor, rows), tensor[rows])
+            assert data.take(tensor, rows).is_contiguous()
+
+
+def test_moving_windows_moves_the_series_only() -> None:
+    whole = random(100, 4)
+    inputs, targets = windows(whole[20:], 30, 5)
+    series = dataset("windows", inputs, targets, 0)
+    assert inputs.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    moved = series.to("meta")
+    assert moved.train_inputs.shape == inputs.shape
+    assert moved.train_inputs.untyped_storage().nbytes() == 75 * 4 * whole.element_size()
+    assert moved.train_inputs.is_meta
+    assert moved.valid_targets.is_meta
+    again = dataset("windows", inputs[3:9, :, 1:], targets, 0).to("cpu")
+    assert torch.equal(again.train_inputs, inputs[3:9, :, 1:])
+    assert torch.equal(again.train_targets, targets)
+
+
+def test_windows_are_batched_like_their_copies() -> None:
+    inputs, targets = windows(random(100, 4), 30, 5)
+    pairs = list(data.batches(inputs, targets, 8, seeded(3)))
+    copies = list(data.batches(inputs.clone(), targets.clone(), 8, seeded(3)))
+    assert len(pairs) == 66 // 8
+    for (x, y), (x_copy, y_copy) in zip(pairs, copies, strict=True):
+        assert torch.equal(x, x_copy)
+        assert torch.equal(y, y_copy)

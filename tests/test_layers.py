@@ -188,22 +188,37 @@ def test_out_rows_are_undone(case: Layer) -> None:
 @given(layers)
 def test_push_is_the_derivative_of_the_layer(case: Layer) -> None:
     module, part, x = case.build()
-    x_dot, matrix = torch.randn_like(x), part.matrix()
+    x_dot, pieces = torch.randn_like(x), part.pieces()
     wanted = call(module, x + x_dot) - call(module, x)  # exact: the layer is affine
-    assert (part.push(x_dot, matrix) - wanted).abs().max() <= TOLERANCE
+    assert (part.push(x_dot, pieces[0]) - wanted).abs().max() <= TOLERANCE
     if part.has_bias_column or part.bias is None:
         like = call(module, x)
-        assert (part.push_affine(x, matrix, like) - like).abs().max() <= TOLERANCE
+        assert (part.push_affine(x, pieces, like) - like).abs().max() <= TOLERANCE
 
 
 @given(layers)
 def test_pull_is_the_adjoint_of_push(case: Layer) -> None:
     module, part, x = case.build()
-    delta, matrix = torch.randn_like(call(module, x)), part.matrix()
-    pulled = part.pull(delta, matrix, x)
+    delta, weight = torch.randn_like(call(module, x)), part.pieces()[0]
+    pulled = part.pull(delta, weight, x)
     assert pulled.shape == x.shape
-    assert abs((part.push(x, matrix) * delta).sum() - (x * pulled).sum()) <= 100 * TOLERANCE
-    assert (Part.pull(part, delta, matrix, x) - pulled).abs().max() <= TOLERANCE
+    assert abs((part.push(x, weight) * delta).sum() - (x * pulled).sum()) <= 100 * TOLERANCE
+    assert (Part.pull(part, delta, weight, x) - pulled).abs().max() <= TOLERANCE
+
+
+@given(layers)
+def test_what_avoids_the_rows_and_the_matrix_agrees_with_them(case: Layer) -> None:
+    """Norms, weight gradient and chunks, which the layers compute in ways of their own."""
+    module, part, x = case.build()
+    delta, pieces = torch.randn_like(call(module, x)), part.pieces()
+    for bias_input in (0.0, 1.0):
+        wanted = part.out_rows(delta).mT @ part.rows(x, bias_input)
+        found = part.weight_gradient(x, delta, bias_input)
+        assert (found - wanted).abs().max() <= TOLERANCE
+    assert (part.row_norms(x) - part.rows(x).norm(dim=-1)).abs().max() <= TOLERANCE
+    assert (part.out_norms(pieces) - part.matrix().norm(dim=-1)).abs().max() <= TOLERANCE
+    assert part.matrix().shape == part.matrix_shape
+    assert torch.equal(torch.cat([part.rows(c) for c in part.chunks(x)], dim=-2), part.rows(x))
 
 
 @given(layers)

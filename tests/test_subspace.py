@@ -236,3 +236,55 @@ def test_the_drift_bound_is_reached_along_the_one_direction_left_out() -> None:
     move = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
     assert basis.rank == 1
     assert float((matrix @ move.T).norm()) == pytest.approx(basis.drift_bound(move), rel=1e-12)
+
+
+@st.composite
+def barely_full(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
+    """Rows in random directions, one direction shrunk by a drawn power of ten; how many are read.
+
+    From full rank beyond doubt to no full rank at all.
+    """
+    width = draw(st.integers(1, 6))
+    count = draw(st.integers(width, 12 * width))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    shrink = 10.0 ** draw(st.floats(-18, 0))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    rows = torch.randn(count, width, generator=generator, dtype=torch.float64)
+    rows[:, 0] *= shrink
+    turn, _ = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+    return (rows @ turn).to(dtype), draw(st.integers(1, count))
+
+
+@pytest.mark.verifies("thm-rank")
+@given(barely_full())
+def test_reading_stops_early_only_where_all_rows_have_full_rank(
+    case: tuple[torch.Tensor, int],
+) -> None:
+    rows, read = case
+    some, all_ = RowSpace(), RowSpace()
+    some.add(rows[:read])
+    all_.add(rows)
+    early = some.basis_if_full(len(rows), float(rows.double().square().sum()))
+    if early is not None:
+        assert early.rank == all_.basis().rank == rows.shape[1]
+        matrix = torch.randn(3, rows.shape[1], dtype=rows.dtype)
+        assert not early.project(matrix).any()
+    assert read >= rows.shape[1] or early is None
+
+
+def test_reading_stops_early_on_plain_noise() -> None:
+    rows = torch.randn(5000, 20)
+    some = RowSpace()
+    some.add(rows[:100])
+    assert some.basis_if_full(5000, float(rows.square().sum())) is not None
+
+
+def test_groups_stop_together_or_not_at_all() -> None:
+    rows = torch.randn(2, 100, 5)
+    one_short = rows.clone()
+    one_short[1, :, 0] = 0.0
+    for given_rows, full in ((rows, True), (one_short, False)):
+        space = RowSpace()
+        space.add(given_rows)
+        found = space.basis_if_full(100, float(given_rows.square().sum()))
+        assert (found is not None) is full

@@ -22,7 +22,7 @@ from teleport.capture import Closure
 from teleport.coverage import Block, cover
 from teleport.objective import gradient, trainable
 from teleport.report import TeleportReport
-from teleport.subspace import Basis
+from teleport.subspace import Projector
 from teleport.tangent import Direction, step_to_norm
 from teleport.teleporter import Teleporter
 from teleport.transaction import Transaction
@@ -203,12 +203,12 @@ class RandomNullDirection(Rival):
 
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
         walk = self._walk(batch)
-        blocks = self._norms or {b: 1.0 for b in walk.start if b not in walk.fixed}
-        bases = {block: walk.basis(block, self._tau) for block in blocks if block in walk.start}
+        wanted = self._norms or {b: 1.0 for b in walk.blocks if b not in walk.fixed}
+        bases = walk.bases([block for block in wanted if block in walk.blocks], self._tau)
         room = {block: basis for block, basis in bases.items() if basis.null_dim > 0}
         if not room:
             return Move((), "nothing can move: no layer has a null space on this batch")
-        along = {block: self._draw(walk, block, basis) for block, basis in room.items()}
+        along = {block: self._draw(block, basis) for block, basis in room.items()}
         step = 1.0 if self._growth is None else self._step(walk, along, norm)
         if step is None:
             return Move((), "no step along the random direction reaches the wanted growth")
@@ -223,15 +223,15 @@ class RandomNullDirection(Rival):
         names = {block.name for block in self.coverage.blocks}
         return StreamedWalk(self.model, sites, batch.closures, names)
 
-    def _draw(self, walk: Walk, block: Block, basis: Basis) -> Tensor:
-        drawn = basis.project(_normal(walk.start[block], self._generator))
+    def _draw(self, block: Block, basis: Projector) -> Tensor:
+        drawn = basis.project(_normal(block.part.matrix(), self._generator))
         return drawn if self._growth else self._norms[block] / drawn.norm() * drawn
 
     def _step(self, walk: Walk, along: Direction, norm: float) -> float | None:
         """The step that reaches the growth; its sign is chosen at a thousandth of the weights."""
         assert self._growth is not None
         length = math.sqrt(sum(float(d.double().square().sum()) for d in along.values()))
-        weights = math.sqrt(sum(float(walk.start[b].double().square().sum()) for b in along))
+        weights = math.sqrt(sum(float(b.part.matrix().double().square().sum()) for b in along))
         trial = 1e-3 * (weights or 1.0) / length
         ahead, behind = (walk.norm_squared_at(along, sign * trial) for sign in (1.0, -1.0))
         sign = 1.0 if ahead >= behind else -1.0

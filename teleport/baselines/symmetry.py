@@ -19,7 +19,7 @@ from teleport.baselines.climb import Move, Ray, StepRule, climb
 from teleport.baselines.group import INVERSE_KINDS, PSEUDO_INVERSES, bend_of, group_action
 from teleport.baselines.rival import MAX_DRIFT, Rival
 from teleport.capture import Closure, watch
-from teleport.coverage import Block
+from teleport.coverage import Use
 from teleport.errors import ClosureError, GroupElementError
 
 
@@ -135,9 +135,9 @@ class SymmetryTeleporter(Rival):
         """Input rows of the first layer over all parts of the batch."""
         found = []
 
-        def see(block: Block, x: Tensor) -> None:
-            if block is self._blocks[0]:
-                found.append(block.part.rows(x))
+        def see(use: Use, x: Tensor) -> None:
+            if use.block is self._blocks[0]:
+                found.append(use.part.rows(x))
 
         for closure in closures:
             watch(self.coverage.sites, closure, see)

@@ -1,0 +1,187 @@
+"""From the checked files of a set to its parts: one function per format."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from teleport.data import images, jpeg, series, text
+from teleport.data.archive import tar_members
+from teleport.data.dataset import Parts
+from teleport.data.store import Checked, Decoded, decoded_once
+from teleport.errors import DataError
+
+
+def idx_images(files: Sequence[Checked], train: int, shape: tuple[int, ...] = (784,)) -> Parts:
+    """Build MNIST or Fashion-MNIST.
+
+    Args:
+        files: IDX files, images and labels in turn; their concatenation is the whole set.
+        train: Number of leading images that form the training part.
+        shape: Shape that each image gets: flat, or as a sequence ``(time, features)``.
+
+    Returns:
+        Inputs float32 ``[n, *shape]``, pixels divided by 255, and targets int64 ``[n]``.
+
+    Raises:
+        DataError: A file is no IDX file, or images and labels differ in number.
+    """
+    arrays = [images.read_idx(file.content, str(file.path)) for file in files]
+    for file, pixels, labels in zip(files[0::2], arrays[0::2], arrays[1::2], strict=True):
+        if pixels.shape[1:] != (28, 28) or labels.shape != pixels.shape[:1]:
+            raise DataError(
+                f"{file.path}: expected shape {(*labels.shape, 28, 28)}, found {pixels.shape}"
+            )
+    scaled = np.concatenate(arrays[0::2]).astype(np.float32)
+    inputs = torch.from_numpy(scaled).div_(255).view(len(scaled), *shape)
+    targets = torch.from_numpy(np.concatenate(arrays[1::2]).astype(np.int64))
+    return Parts((inputs[:train], targets[:train]), (inputs[train:], targets[train:]))
+
+
+def cifar(files: Sequence[Checked], classes: int, label_bytes: int, lists: str) -> Parts:
+    """Build CIFAR-10 or CIFAR-100 from the binary distribution.
+
+    Args:
+        files: The ``.tar.gz`` archive.
+        classes: Number of classes.
+        label_bytes: Labels per record, 1 or 2; the last one is used.
+        lists: Name of the text file in the archive that holds the class names.
+
+    Returns:
+        Inputs uint8 ``[n, 3, 32, 32]`` and targets int64 ``[n]``, in the official order.
+
+    Raises:
+        DataError: The archive is unsafe or damaged, or a member is missing or wrong.
+    """
+    (file,) = files
+    members = {
+        name.split("/")[-1]: (name, content)
+        for name, content in tar_members(file.content, str(file.path))
+        if name.endswith((".bin", lists))
+    }
+    test = [name for name in members if name.startswith("test") and name.endswith(".bin")]
+    train = sorted(name for name in members if name.endswith(".bin") and name not in test)
+    if not train or len(test) != 1 or lists not in members:
+        raise DataError(
+            f"{file.path}: expected .bin files for training, one for test, and {lists}; "
+            f"found {', '.join(sorted(members)) or 'none of them'}"
+        )
+
+    def part(names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        read = [
+            images.read_cifar(members[n][1], f"{file.path}: {members[n][0]}", classes, label_bytes)
+            for n in names
+        ]
+        pixels, labels = (np.concatenate(arrays) for arrays in zip(*read, strict=True))
+        return torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
+
+    names = tuple(members[lists][1].decode("ascii", "replace").split())
+    return Parts(part(train), part(test), names=names)
+
+
+def packed_jpegs(files: Sequence[Checked], key: str, side: int) -> Parts:
+    """Build a set of JPEG files in the packed npz layout; decoded once, then read from the cache.
+
+    Args:
+        files: The ``.npz`` file.
+        key: Name for the cache.
+        side: Height and width of the images in pixels.
+
+    Returns:
+        Inputs uint8 ``[n, 3, side, side]`` and targets int64 ``[n]``.
+
+    Raises:
+        DataError: The file is not of this layout, or an image is damaged.
+    """
+    (file,) = files
+
+    def decode() -> Decoded:
+        arrays = jpeg.read_packed(file.content, str(file.path), side)
+        names = tuple(map(str, arrays.pop("class_names")))
+        return Decoded(arrays, names)
+
+    return _split(decoded_once(key, files, decode))
+
+
+def tiny_imagenet(files: Sequence[Checked], side: int = 64) -> Parts:
+    """Build Tiny-ImageNet-200; decoded once, then read from the cache.
+
+    Args:
+        files: The official zip archive.
+        side: Height and width of the images in it, in pixels.
+
+    Returns:
+        Inputs uint8 ``[n, 3, side, side]`` and targets int64 ``[n]``. The official validation
+        images are the test part, because the official test images have no labels.
+
+    Raises:
+        DataError: The archive is unsafe or damaged, or an image is damaged or has no label.
+    """
+    (file,) = files
+
+    def decode() -> Decoded:
+        return Decoded(*jpeg.read_tiny_imagenet(file.content, str(file.path), side))
+
+    return _split(decoded_once("tiny-imagenet", files, decode))
+
+
+def table(
+    files: Sequence[Checked], variables: int, *, header: bool = False, skip: int = 0
+) -> Parts:
+    """Build a multivariate time series.
+
+    Args:
+        files: The file of comma-separated numbers.
+        variables: Number of variables.
+        header: Whether the first line names the columns.
+        skip: Leading columns that are not read.
+
+    Returns:
+        Windows of 168 steps with the step 24 after the last; see `series.split_windows`.
+
+    Raises:
+        DataError: The file is not such a table.
+    """
+    (file,) = files
+    read = series.read_table(file.content, str(file.path), variables, header=header, skip=skip)
+    return series.split_windows(*read)
+
+
+def penn_treebank(files: Sequence[Checked], *, treebank: bool, length: int = text.LENGTH) -> Parts:
+    """Build Penn Treebank for predicting the next token.
+
+    Args:
+        files: Training, validation and test text, in this order.
+        treebank: Whether to split as the paper does, with NLTK's tokenizer; else at spaces.
+        length: Tokens in a sequence.
+
+    Returns:
+        Inputs and targets int64 ``[n, length]``; the names are the vocabulary of the training
+        text.
+
+    Raises:
+        DataError: A file is not text, or NLTK is wanted and not installed.
+    """
+
+    def decode() -> Decoded:
+        tokenizer = text.treebank_tokenizer() if treebank else str.split
+        split = [text.words(file.content, str(file.path), tokenizer) for file in files]
+        names = text.vocabulary(split[0])
+        streams = zip(("train", "valid", "test"), split, strict=True)
+        return Decoded({name: text.encode(words, names) for name, words in streams}, names)
+
+    decoded = decoded_once("ptb-treebank" if treebank else "ptb", files, decode)
+    cut = partial(text.sequences, length=length)
+    return Parts(**{k: cut(v) for k, v in decoded.arrays.items()}, names=decoded.names)
+
+
+def _split(decoded: Decoded) -> Parts:
+    pixels, labels, split = (decoded.arrays[name] for name in ("images", "labels", "split"))
+    train = int(np.count_nonzero(split == 0))
+    inputs, targets = torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
+    return Parts(
+        train=(inputs[:train], targets[:train]),
+        test=(inputs[train:], targets[train:]),
+        names=decoded.names,
+    )
