@@ -83,7 +83,7 @@ def gap_figure(summaries: Sequence[ArmSummary], title: str = "") -> Figure:
         if summary.to_own is not None:
             groups.setdefault(summary.baseline, []).append(summary)
     rows = max(map(len, groups.values()), default=1)
-    figure = Figure(figsize=(6.5 * max(len(groups), 1), 1.6 + 0.34 * rows), layout="constrained")
+    figure = Figure(figsize=(7.5 * max(len(groups), 1), 1.6 + 0.34 * rows), layout="constrained")
     panels = figure.subplots(1, max(len(groups), 1), squeeze=False)[0]
     for axes, (baseline, arms) in zip(panels, groups.items(), strict=False):
         _draw_gaps(axes, baseline, arms)
@@ -95,13 +95,13 @@ def gap_figure(summaries: Sequence[ArmSummary], title: str = "") -> Figure:
 def _draw_gaps(axes: Axes, baseline: str, arms: Sequence[ArmSummary]) -> None:
     axes.axvline(0.0, color="black", linewidth=0.8)
     beside = axes.get_yaxis_transform()
-    for place, head in ((1.02, "steps"), (1.16, "seconds")):
+    for place, head in ((1.02, "steps"), (1.15, "seconds")):
         axes.text(place, -0.8, head, transform=beside, va="center", fontsize=8)
     for row, arm in enumerate(arms):
         assert arm.to_own is not None
         gap, spread = arm.to_own.log_loss, np.nan_to_num(arm.to_own.log_loss_spread)
         axes.errorbar(gap, row, xerr=spread, fmt="o", color=_SHADES[0], capsize=3)
-        for place, ratio in ((1.02, arm.to_own.steps), (1.16, arm.to_own.seconds)):
+        for place, ratio in ((1.02, arm.to_own.steps), (1.15, arm.to_own.seconds)):
             text = "-" if np.isnan(ratio) else f"× {ratio:.2f}"
             axes.text(place, row, text, transform=beside, va="center", fontsize=8)
     names = [arm.arm.removeprefix(baseline).removeprefix(" + ") for arm in arms]
