@@ -327,12 +327,14 @@ def test_too_large_a_step_is_rolled_back_bit_for_bit(activation: str) -> None:
     assert fingerprint(problem.model) == before
 
 
-def test_a_singular_element_is_an_error() -> None:
+def test_a_singular_element_is_an_error_and_so_is_a_numerically_singular_one() -> None:
     problem = Case(2, (3, 4, 2), "Identity").build()
-    element = torch.eye(4, dtype=float64)
-    element[1] = element[0]
-    with pytest.raises(GroupElementError, match="not invertible"):
-        group_action(problem.matrices, problem.rows, [element], problem.bends)
+    singular, nearly = torch.eye(4, dtype=float64), torch.eye(4, dtype=float64)
+    singular[1] = singular[0]
+    nearly[1, 1] = 1e-17
+    for element in (singular, nearly):
+        with pytest.raises(GroupElementError, match="not invertible"):
+            group_action(problem.matrices, problem.rows, [element], problem.bends)
 
 
 def test_an_element_that_leads_out_of_the_range_is_an_error() -> None:
