@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -79,6 +79,8 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+@example(Case((1, 2, 2, 3, 2), groups=2, convolutions=2))
+@example(Case((1, 2, 4, 3, 2), groups=2, convolutions=2, activation="PReLU", pool="max"))
 @given(cases())
 def test_no_input_notices_and_the_weights_move(case: Case) -> None:
     model, x, y = case.build()

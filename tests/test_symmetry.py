@@ -244,14 +244,18 @@ def test_a_step_keeps_the_loss_and_enlarges_the_gradient(activation: str, batch:
     assert report.growth == pytest.approx(after / norm)
 
 
-def test_steps_are_lr_times_the_lie_gradient() -> None:
-    problem = Case(3, (4, 5, 2), "Tanh").build()
+@pytest.mark.parametrize("inverse", ["exact", "first_order"])
+def test_steps_are_lr_times_the_lie_gradient(inverse: str) -> None:
+    problem = Case(3, (4, 5, 2), "LeakyReLU").build()
     batch = Batch(problem.model, [problem.closure])
-    lr = 1e-2
-    teleporter = SymmetryTeleporter(problem.model, 1, lr)
+    lr = 1.0
+    teleporter = SymmetryTeleporter(problem.model, 1, lr, inverse, max_drift=None)
     (gradient,) = teleporter._lie_gradient(batch, problem.matrices, problem.rows)
     element = torch.eye(5, dtype=float64) + lr * gradient
-    wanted = group_action(problem.matrices, problem.rows, [element], problem.bends)
+    rows, bends = problem.rows, problem.bends
+    wanted = group_action(problem.matrices, rows, [element], bends, inverse=inverse)
+    other = group_action(problem.matrices, rows, [element], bends, inverse="exact")
+    assert torch.allclose(wanted[1], other[1], rtol=1e-5) == (inverse == "exact")
     teleporter.step(problem.closure)
     for new, old in zip(problem.matrices, wanted, strict=True):
         torch.testing.assert_close(new, old)
