@@ -7,12 +7,22 @@ The book in ``chapters/`` derives why that works, what is wrong in the paper it 
 
 from importlib.metadata import version
 
-from teleport import attention, convolution, data, embedding, layers, recurrent, reference
+from teleport import (
+    attention,
+    baselines,
+    convolution,
+    data,
+    embedding,
+    layers,
+    recurrent,
+    reference,
+)
 from teleport.bound import LayerBound, NetworkBound, network_bound
 from teleport.coverage import supported
 from teleport.errors import (
     ClosureError,
     DataError,
+    GroupElementError,
     NonFiniteLossError,
     NullSpaceError,
     RunError,
@@ -29,6 +39,7 @@ __version__ = version("nullspace-teleport")
 __all__ = [
     "ClosureError",
     "DataError",
+    "GroupElementError",
     "LayerBound",
     "LayerReport",
     "NetworkBound",
@@ -43,6 +54,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "attention",
+    "baselines",
     "convolution",
     "data",
     "embedding",

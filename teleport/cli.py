@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm import tqdm
 
 import teleport
@@ -37,12 +38,13 @@ from teleport.experiment import (
     default_arms,
     device_of,
     new_folder,
+    rival_arms,
     run_arms,
     steps_per_run,
 )
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
 from teleport.models import INITS, mlp
-from teleport.plots import loss_figure, scaling_figure
+from teleport.plots import gap_figure, loss_figure, scaling_figure
 from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
 from teleport.remembering import METHODS
 from teleport.schedule import SCHEDULES, Schedule
@@ -142,6 +144,12 @@ def run(
     ] = None,
     cap: Annotated[float | None, typer.Option(help="Upper bound on the gradient norm.")] = None,
     tau: Annotated[float, typer.Option(help="Share of input energy kept fixed, in (0, 1].")] = 1.0,
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="Add every rival and control as an arm.")
+    ] = False,
+    activation: Annotated[
+        str, typer.Option(help="relu (the paper's), leaky_relu (needed by --rivals) or tanh.")
+    ] = "relu",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
@@ -149,11 +157,19 @@ def run(
 ) -> None:
     """Train with and without teleportation; print a table, write records and a figure."""
     options = _teleport_settings(schedule, batches, steps, teleport_lr, growth, cap, tau)
-    settings = Settings(name, preset, optimizer, epochs, device=device, teleport=options)
+    settings = Settings(
+        name, preset, optimizer, epochs, device=device, activation=activation, teleport=options
+    )
     settings.size()  # names are checked before any folder is made
+    if rivals and (lr or activation == "relu"):
+        raise ValueError(
+            "--rivals compares fixed arms, and not all of them act through relu: leave --lr out "
+            f"and give --activation leaky_relu; got --lr {lr} and --activation {activation}"
+        )
     options.check()
     device_of(device)
-    arms = [a for a in _arms(name, optimizer, lr, init, head_gain) if teleports or not a.teleport]
+    known = rival_arms(name, optimizer) if rivals else _arms(name, optimizer, lr, init, head_gain)
+    arms = [a for a in known if teleports or not a.teleport]
     dataset = datasets.load(EXPERIMENTS[name].data)
     total = steps_per_run(settings, dataset) * len(arms) * seeds
     folder = new_folder(name, out)
@@ -362,13 +378,14 @@ def _arms(
 def _show(folder: Path) -> None:
     """Print the tables of a folder, keep them as text, draw the figure, say where."""
     runs = read_runs(folder)
-    is_sequence = "sequence" in runs[0].config
-    tables = forgetting_tables(runs) if is_sequence else _tables(runs)
+    if "sequence" in runs[0].config:
+        tables, drawn = forgetting_tables(runs), forgetting_figure(runs)
+    else:
+        tables, drawn = _tables(runs), _loss_figure(runs)
     for table in tables:
         _console().print(table)
     with (folder / "table.txt").open("w", encoding="utf-8") as file:
         _console(file=file).print(*tables)
-    drawn = forgetting_figure(runs) if is_sequence else loss_figure(runs, _title(runs))
     drawn.savefig(folder / "figure.png", dpi=150)
     typer.echo(f"records, table.txt and figure.png are in {folder}")
 
@@ -395,7 +412,16 @@ def _sheet(sheet: Sheet) -> Table:
 
 
 def _tables(runs: list[Run]) -> list[Table]:
-    return [_losses(runs), _summaries(summarise(runs))]
+    summaries = summarise(runs)
+    if len(summaries) > MOST_COLUMNS:
+        return [_many(summaries)]
+    return [_losses(runs), _summaries(summaries)]
+
+
+def _loss_figure(runs: list[Run]) -> Figure:
+    summaries = summarise(runs)
+    many = len(summaries) > MOST_COLUMNS
+    return gap_figure(summaries, _title(runs)) if many else loss_figure(runs, _title(runs))
 
 
 def _title(runs: list[Run]) -> str:
@@ -441,12 +467,37 @@ _SUMMARY: dict[str, Callable[[ArmSummary], str]] = {
     "to best baseline: log loss": lambda s: _gap(s.to_best),
 }
 
+MOST_COLUMNS = 8
+"""Arms that fit side by side; more are shown one below the other."""
+
+_IN_BRIEF = {
+    "final train loss": "train loss",
+    "final test loss": "test loss",
+    "seconds training": "train s",
+    "seconds teleporting": "teleport s",
+    "gradient-norm growth": "growth",
+    "drift, teleport batches": "drift",
+    "to own baseline: steps": "steps",
+    "to own baseline: seconds": "seconds",
+    "to own baseline: log loss": "log loss",
+}
+
 _CAPTION = (
     "Own baseline: the same arm without teleport; best baseline: the lowest final train loss of "
     "all arms without. Steps and seconds (teleporting included) are ratios of the way to the "
     "baseline's final train loss; log loss is the mean difference of log train loss, -0.1 being "
     "10 % lower. '-': does not apply, or never reached."
 )
+
+
+def _many(summaries: list[ArmSummary]) -> Table:
+    """One row per arm, and only what the arms are compared by."""
+    table = Table(
+        Column("arm", no_wrap=True), *_IN_BRIEF.values(), title="summary", caption=_CAPTION
+    )
+    for summary in summaries:
+        table.add_row(summary.arm, *(_SUMMARY[name](summary) for name in _IN_BRIEF))
+    return table
 
 
 def _summaries(summaries: list[ArmSummary]) -> Table:

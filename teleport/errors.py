@@ -17,6 +17,10 @@ class UnsupportedModelError(TeleportError):
     """The model has no layer that teleportation could move, or one that no bound is known for."""
 
 
+class GroupElementError(TeleportError):
+    """A group element cannot act: it is singular, or leads out of an activation's range."""
+
+
 class NullSpaceError(TeleportError):
     """A null space does not fit the model, or its file cannot be read."""
 

@@ -20,7 +20,8 @@ from torch.nn.functional import cross_entropy
 
 from teleport.data import Dataset, batches, load
 from teleport.errors import NonFiniteLossError, RunError
-from teleport.models import mlp
+from teleport.interventions import INTERVENTIONS, Subject, intervene
+from teleport.models import ACTIVATIONS, mlp
 from teleport.objective import grad_norm, trainable
 from teleport.records import RecordWriter, environment
 from teleport.schedule import SCHEDULES, Schedule
@@ -169,24 +170,30 @@ PAPER_TELEPORT = TeleportSettings(schedule=SCHEDULES["paper"], lr=0.2, steps=8, 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: everything in which two runs of a seed may differ."""
+    """One way to train: everything in which two runs of a seed may differ.
+
+    Attributes:
+        teleport: whether anything is done when a teleport is due.
+        rival: what is done then; empty for a null-space teleport.
+    """
 
     lr: float
     teleport: bool = False
     init: str = "default"
     head_gain: float = 1.0
+    rival: str = ""
 
     @property
     def name(self) -> str:
         """What the tables and figures call it."""
         gain = "" if self.head_gain == 1.0 else f" head x{self.head_gain:g}"
         start = "" if self.init == "default" and not gain else f", {self.init} init{gain}"
-        return f"lr {self.lr:g}{start}" + (" + teleport" if self.teleport else "")
+        return f"lr {self.lr:g}{start}" + (f" + {self.rival or 'teleport'}" * self.teleport)
 
     @property
     def baseline(self) -> "Arm":
         """The same arm without teleportation."""
-        return replace(self, teleport=False)
+        return replace(self, teleport=False, rival="")
 
 
 def default_arms(experiment: str, optimizer: str) -> list[Arm]:
@@ -194,6 +201,17 @@ def default_arms(experiment: str, optimizer: str) -> list[Arm]:
     best = tuning(experiment, optimizer)
     pairs = [Arm(lr, teleport) for lr in (best.low, best.tuned) for teleport in (False, True)]
     return [*pairs, Arm(best.gain_lr, False, best.init, best.head_gain)]
+
+
+def rival_arms(experiment: str, optimizer: str) -> list[Arm]:
+    """The default arms, and every rival and control at the low and at the tuned learning rate.
+
+    A reset of the optimizer is left out for plain SGD, which has no state to forget.
+    """
+    best = tuning(experiment, optimizer)
+    names = [n for n in INTERVENTIONS if optimizer != "sgd" or n != "optimizer reset"]
+    rivals = [Arm(lr, True, rival=name) for lr in (best.low, best.tuned) for name in names]
+    return [*default_arms(experiment, optimizer), *rivals]
 
 
 @dataclass(frozen=True)
@@ -206,6 +224,7 @@ class Settings:
     epochs: int | None = None
     batch_size: int = 32
     device: str = "cpu"
+    activation: str = "relu"
     teleport: TeleportSettings = TeleportSettings()
 
     def size(self) -> Preset:
@@ -217,6 +236,7 @@ class Settings:
         experiment: Experiment = one_of("experiment", self.experiment, EXPERIMENTS)
         preset: Preset = one_of("preset", self.preset, experiment.presets)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
+        one_of("activation", self.activation, ACTIVATIONS)
         if self.epochs is None:
             return preset
         if self.epochs < 1:
@@ -305,11 +325,18 @@ class _Training:
     ) -> None:
         self.settings, self.size, self.arm, self.writer = settings, size, arm, writer
         torch.manual_seed(seed)
-        self.model = mlp(dataset.width, dataset.classes, init=arm.init, head_gain=arm.head_gain).to(
-            device
-        )
+        self.model = mlp(
+            dataset.width,
+            dataset.classes,
+            init=arm.init,
+            head_gain=arm.head_gain,
+            activation=settings.activation,
+        ).to(device)
         self.optimizer = OPTIMIZERS[settings.optimizer](list(self.model.parameters()), arm.lr)
         images = _train_size(size, dataset)
+        period = images // settings.batch_size
+        self.subject = Subject(self.model, self.optimizer, period, self._trial_step)
+        self.seed = seed
         self.inputs = dataset.train_inputs[:images].to(device)
         self.targets = dataset.train_targets[:images].to(device)
         look = size.evaluate_size
@@ -343,14 +370,25 @@ class _Training:
             if self.step in due:
                 self._teleport()
             started = time.perf_counter()
-            self.optimizer.zero_grad()
-            cross_entropy(self.model(inputs), targets).backward()
-            self.optimizer.step()
+            self._compute_gradients(inputs, targets)
+            self.subject.take_step()
             self.train_seconds += time.perf_counter() - started
             self.step += 1
             progress(1)
             if self.step % self.size.evaluate_every == 0:
                 self._evaluate()
+
+    def _compute_gradients(self, inputs: Tensor, targets: Tensor) -> None:
+        self.optimizer.zero_grad()
+        cross_entropy(self.model(inputs), targets).backward()
+
+    def _trial_step(self, number: int) -> None:
+        """A training step on a batch of its own, the same for every trial of that number."""
+        draw = torch.Generator().manual_seed(self.seed + 2_000_003 + number)
+        chosen = torch.randint(len(self.inputs), (self.settings.batch_size,), generator=draw)
+        chosen = chosen.to(self.inputs.device)
+        self._compute_gradients(self.inputs[chosen], self.targets[chosen])
+        self.optimizer.step()
 
     def _due(self) -> frozenset[int]:
         if not self.arm.teleport:
@@ -392,7 +430,18 @@ class _Training:
             chosen = torch.randperm(len(self.inputs), generator=self.draws)
             chosen = chosen[: size + options.held_out_size].to(self.inputs.device)
             held_out = self._closure(chosen[size:])
-            report = teleporter.step(self._closure(chosen[:size]), held_out=held_out)
+            batch = self._closure(chosen[:size])
+            if self.arm.rival:
+                report = intervene(
+                    self.arm.rival,
+                    self.subject,
+                    batch,
+                    held_out=held_out,
+                    growth=options.growth,
+                    seed=self.seed,
+                )
+            else:
+                report = teleporter.step(batch, held_out=held_out)
             self.teleport_seconds += report.seconds
             self.writer.write("teleport", step=self.step, **report.to_dict())
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 INITS = ("default", "he")
+ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh}
 
 
 def mlp(
@@ -15,6 +16,7 @@ def mlp(
     hidden: Sequence[int] = (1024, 1024),
     init: str = "default",
     head_gain: float = 1.0,
+    activation: str = "relu",
 ) -> nn.Sequential:
     """The paper's multi-layer perceptron: linear layers with ReLU between them (section 4.1).
 
@@ -26,13 +28,17 @@ def mlp(
             (normal, variance 2 / d) with zero biases.
         head_gain: factor on the initial weights of the last layer. Together with ``init`` this is
             the initial gain that a fair baseline has to tune.
+        activation: one of `ACTIVATIONS`; the paper's is ReLU, which symmetry teleportation cannot
+            act through.
 
     Returns:
         The network; it maps ``[..., d_in]`` to ``[..., classes]``.
 
     Raises:
-        ValueError: for an unknown ``init``.
+        ValueError: for an unknown ``init`` or ``activation``.
     """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
     if init not in INITS:
         raise ValueError(f"init must be one of {INITS}, got {init!r}")
     layers = [nn.Linear(a, b) for a, b in pairwise([d_in, *hidden, classes])]
@@ -43,7 +49,7 @@ def mlp(
     layers[-1].weight.data.mul_(head_gain)
     modules: list[nn.Module] = []
     for layer in layers:
-        modules += [layer, nn.ReLU()]
+        modules += [layer, ACTIVATIONS[activation]()]
     return nn.Sequential(*modules[:-1])
 
 

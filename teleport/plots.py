@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from teleport.measure import Curve
-from teleport.records import FloatArray, Run, by_arm
+from teleport.records import ArmSummary, FloatArray, Run, by_arm
 
 _SHADES = ("#0b3c5d", "#c8553d", "#5b8e7d", "#8d6a9f", "#c49a1a", "#4a4a4a")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -110,6 +110,51 @@ def draw_scaling(axes: Axes, size: str, claim: str, curves: Mapping[str, Curve])
     axes.set_title(f"the paper: {claim} in {size}", fontsize=10)
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+
+
+def gap_figure(summaries: Sequence[ArmSummary], title: str = "") -> Figure:
+    """Every arm against the same training without it: one panel per baseline, one line per arm.
+
+    A dot is the mean log train loss of the arm minus that of its baseline, with one standard
+    deviation over seeds: left of the line is better. Beside it stand the ratios of steps and
+    seconds to the baseline's final train loss; "-" if a seed never got there.
+
+    Args:
+        summaries: of the arms, from `summarise`; those without a baseline are not drawn.
+        title: above the figure.
+    """
+    groups: dict[str, list[ArmSummary]] = {}
+    for summary in summaries:
+        if summary.to_own is not None:
+            groups.setdefault(summary.baseline, []).append(summary)
+    rows = max(map(len, groups.values()), default=1)
+    figure = Figure(figsize=(7.5 * max(len(groups), 1), 1.6 + 0.34 * rows), layout="constrained")
+    panels = figure.subplots(1, max(len(groups), 1), squeeze=False)[0]
+    for axes, (baseline, arms) in zip(panels, groups.items(), strict=False):
+        _draw_gaps(axes, baseline, arms)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _draw_gaps(axes: Axes, baseline: str, arms: Sequence[ArmSummary]) -> None:
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    beside = axes.get_yaxis_transform()
+    for place, head in ((1.02, "steps"), (1.15, "seconds")):
+        axes.text(place, -0.8, head, transform=beside, va="center", fontsize=8)
+    for row, arm in enumerate(arms):
+        assert arm.to_own is not None
+        gap, spread = arm.to_own.log_loss, np.nan_to_num(arm.to_own.log_loss_spread)
+        axes.errorbar(gap, row, xerr=spread, fmt="o", color=_SHADES[0], capsize=3)
+        for place, ratio in ((1.02, arm.to_own.steps), (1.15, arm.to_own.seconds)):
+            text = "-" if np.isnan(ratio) else f"× {ratio:.2f}"
+            axes.text(place, row, text, transform=beside, va="center", fontsize=8)
+    names = [arm.arm.removeprefix(baseline).removeprefix(" + ") for arm in arms]
+    axes.set_yticks(range(len(arms)), names)
+    axes.invert_yaxis()
+    axes.set_title(f"against {baseline}", fontsize=10)
+    axes.set_xlabel("mean log train loss minus the baseline's")
+    axes.grid(alpha=0.25, axis="x")
 
 
 def _axis(run: Run, against: str) -> FloatArray:

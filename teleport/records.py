@@ -211,7 +211,7 @@ class ArmSummary:
     """One arm over its seeds; each number is a mean, NaN where there is nothing to average.
 
     Attributes:
-        arm: its name.
+        arm: its name, and ``baseline`` that of the same arm without teleportation.
         runs: number of runs, and ``status`` what they ended as.
         train_loss, test_loss, test_accuracy: at the last evaluation.
         train_seconds, teleport_seconds: spent in all.
@@ -223,6 +223,7 @@ class ArmSummary:
     """
 
     arm: str
+    baseline: str
     runs: int
     status: str
     train_loss: float
@@ -269,6 +270,7 @@ def _summary(
     own = runs[0].config["baseline"]
     return ArmSummary(
         arm=arm,
+        baseline=own,
         runs=len(runs),
         status=", ".join(sorted({run.status for run in runs})),
         train_loss=last("train_loss"),

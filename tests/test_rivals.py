@@ -1,0 +1,42 @@
+"""The comparison on the same batch: all rivals are there, and the numbers are what they say."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from teleport.rivals import same_batch_table, symmetry_speed_ratio, ways
+
+
+def test_every_way_is_in_the_table_once_with_what_it_promises() -> None:
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    rows = same_batch_table(hidden=(40, 40), samples=16, growth=1.2, warmup_steps=5, repeats=1)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [row.way for row in rows] == list(ways(1.2))
+    by_name = {row.way: row for row in rows}
+    for name, row in by_name.items():
+        assert all(math.isfinite(v) for v in (row.growth, row.held_out_drift, row.gradients))
+        assert row.seconds > 0.0
+        assert row.move > 0.0
+        if "level" not in name and "noise" not in name and "rescaled" not in name:
+            assert row.drift < 1e-4, name
+        if any(word in name for word in ("null space", "symmetry", "level", "same growth")):
+            assert row.growth == pytest.approx(1.2, rel=2e-3), name
+    ours = by_name["null space"]
+    for name in ("noise, same norm", "random null direction, same norm"):
+        assert by_name[name].move == pytest.approx(ours.move, rel=1e-5)
+    assert by_name["change of basis"].held_out_drift < 1e-5
+
+
+def test_the_speed_ratio_is_that_of_the_seconds() -> None:
+    speed = symmetry_speed_ratio(d=24, n=8, layers=3, steps=2, repeats=1, activation=nn.LeakyReLU)
+    assert speed.ratio == pytest.approx(speed.symmetry / speed.null_space)
+    assert speed.ratio_svd == pytest.approx(speed.symmetry_svd / speed.null_space)
+
+
+def test_sizes_out_of_range_are_refused() -> None:
+    for wrong in ({"n": 9, "d": 8}, {"layers": 1}, {"steps": 0}, {"repeats": 0}):
+        with pytest.raises(ValueError, match="sizes"):
+            symmetry_speed_ratio(**{"d": 8, "n": 4, **wrong})
