@@ -102,7 +102,7 @@ class Attempt:
                 self.walk.write()
                 after = self._measure_end()
             tolerance = self._tolerance(before)
-            failure = self._failure(before, after, tolerance)
+            failure = self._failure(before, after, tolerance) if self.step_sizes else ""
         except NonFiniteLossError:
             failure = "the loss became NaN or infinite on the way"
         return TeleportReport(

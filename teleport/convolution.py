@@ -87,7 +87,7 @@ class ConvPart(_SpatialPart):
     def row_norms(self, x: Tensor) -> Tensor:
         """By a convolution of the squares with ones: no patch is formed."""
         squares = self.padded(_batched(x, self.dims)).square()
-        ones = torch.ones_like(self.module.weight[: self.groups].detach())
+        ones = torch.ones_like(self.module.weight[: self.groups].detach(), dtype=squares.dtype)
         m = self.module
         sums = self._conv(squares, ones, None, m.stride, 0, m.dilation, m.groups)
         rows = _grouped(sums, self.groups, axes=0)[..., 0] + float(self.has_bias_column)

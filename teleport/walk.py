@@ -262,7 +262,7 @@ class FrozenWalk(Walk):
         if count < d_in:
             self._tape.collect(block, space)
             return space.basis_if_independent() or space.basis()
-        norms = (call.part.row_norms(call.x.detach()) for call in calls)
+        norms = (call.part.row_norms(at_least_single(call.x.detach())) for call in calls)
         energy = sum(map(squared_norm, norms))
         enough = 2 * d_in
         for call in calls:
