@@ -163,11 +163,11 @@ class Attempt:
     def _make_bases(self) -> dict[Block, Projector]:
         """Bases of the layers that may move and have room to; full-rank layers are kept for show.
 
-        The direction of a layer whose inputs depend on no parameter is zero, so it needs no basis
-        (``thm-fixed``); but for what double backward does not leave out at τ < 1.
+        The tangent direction of a layer whose inputs depend on no parameter is zero, so it needs
+        no basis (``thm-fixed``).
         """
         walk, settings = self.walk, self.settings
-        skipped = walk.fixed if settings.method == "tangent" or settings.tau == 1.0 else set()
+        skipped = walk.fixed if settings.method == "tangent" else set()
         wanted = [b for b in walk.blocks if b.name in settings.movable and b not in skipped]
         return walk.bases(wanted, settings.tau)
 
@@ -176,6 +176,10 @@ class Attempt:
         room = {block: basis for block, basis in self.bases.items() if basis.null_dim > 0}
         if not room:
             return _NO_ROOM
+        if self.settings.tau == 1.0:  # their direction is zero, but for rounding (``thm-fixed``)
+            room = {b: basis for b, basis in room.items() if b not in self.walk.fixed}
+            if not room:
+                return _FIXED
         if start == 0.0:
             return "the gradient is zero: there is nothing to enlarge"
         limit = self._limit(start)
