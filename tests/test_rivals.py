@@ -61,6 +61,20 @@ def test_a_teleport_that_did_not_move_is_not_timed() -> None:
         rivals._move((Teleporter(model), [closure]))
 
 
+def test_threads_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def ours(model: nn.Sequential) -> Teleporter:
+        seen.append(torch.get_num_threads())
+        return Teleporter(model, steps=1, lr=1e-6, cap=1e9)
+
+    monkeypatch.setattr(rivals, "speed_ways", lambda steps: {"null space": ours})
+    before = torch.get_num_threads()
+    symmetry_speed_ratio(d=12, n=4, steps=1, repeats=1, threads=before + 1)
+    assert set(seen) == {before + 1}
+    assert torch.get_num_threads() == before
+
+
 def test_sizes_out_of_range_are_refused() -> None:
     for wrong in ({"n": 9, "d": 8}, {"layers": 1}, {"steps": 0}, {"repeats": 0}):
         with pytest.raises(ValueError, match="sizes"):
