@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import teleport
 from teleport import data
-from teleport.bench_tables import holds_benchmarks, read_benchmarks
+from teleport.bench_tables import holds_benchmarks, read_benchmarks, timing
 from teleport.forgetting_report import forgetting_rows, markdown
 from teleport.models import mlp
 from teleport.records import ArmSummary, Comparison, read_runs, summarise
@@ -47,6 +47,34 @@ def comparison(found: Comparison | None) -> str:
         return "1 | 1 | 0"
     steps, seconds = ("-" if isnan(r) else f"× {r:.2f}" for r in (found.steps, found.seconds))
     return f"{steps} | {seconds} | {found.log_loss:+.3f} ± {found.log_loss_spread:.3f}"
+
+
+COSTS = (
+    ("step", "tangent step", "one step's direction, ours"),
+    ("step", "double backward direction", "the same by double backward, the paper's way"),
+    ("basis", "all bases", "bases of one batch"),
+    ("step", "one look of the line search", "one look of the line search"),
+    ("step", "default teleport, all in", "one default teleport, everything in"),
+)
+
+
+def cost_lines() -> list[str]:
+    """What a teleport costs in gradients, from the benchmarks' records; and did at first."""
+    now, then = (read_benchmarks(RESULTS / "bench" / name) for name in ("after", "before"))
+    networks = ("MLP", "CNN", "transformer")
+    lines = ["| gradients | MLP | CNN | transformer |", "|---|---|---|---|"]
+    for benchmark, operation, name in COSTS:
+        cells = []
+        for network in networks:
+            medians = [
+                timing(row).ratio.median
+                for found in (now, then)
+                for row in found[benchmark].rows
+                if (row["network"], row["operation"]) == (network, operation)
+            ]
+            cells.append("{:.2f} ({:.2f})".format(*medians))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def sequence_lines(name: str) -> list[str]:
@@ -93,6 +121,10 @@ def between(start: str, end: str) -> list[str]:
 
 def test_the_results_are_those_of_the_records() -> None:
     assert between("results", "end of results") == result_lines()
+
+
+def test_the_costs_are_those_of_the_records() -> None:
+    assert between("costs", "end of costs") == cost_lines()
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -151,6 +183,7 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
 
 if __name__ == "__main__":
     print(*result_lines(), sep="\n")  # noqa: T201
+    print(*cost_lines(), sep="\n")  # noqa: T201
     for name in SEQUENCES:
         print(*sequence_lines(name), sep="\n")  # noqa: T201
     print(example_report())  # noqa: T201
