@@ -20,8 +20,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from teleport.baselines import SymmetryTeleporter
 from teleport.capture import Tape
 from teleport.coverage import Block, cover
 from teleport.errors import RunError
@@ -139,13 +138,6 @@ def teleporter(model: nn.Module, steps: int | None, method: str) -> Teleporter:
     if steps is None:
         return Teleporter(model, method=method)
     return Teleporter(model, method=method, steps=steps, lr=1e-6, cap=1e9)
-
-
-def symmetry_teleporter() -> Callable[..., Any] | None:
-    """The rival, if this version of the package has it."""
-    if find_spec("teleport.baselines") is None:
-        return None
-    return getattr(import_module("teleport.baselines"), "SymmetryTeleporter", None)
 
 
 # Sizes.
@@ -423,8 +415,7 @@ def scaling_jobs(setting: Setting) -> list[Job]:
             "paper (double backward)": _teleport_task(case, point.t, "double_backward"),
             "tangent": _teleport_task(case, point.t, "tangent"),
         }
-        if (rival := symmetry_teleporter()) is not None:
-            tasks["symmetry teleportation"] = _symmetry_task(rival, case, point.t)
+        tasks["symmetry teleportation"] = _symmetry_task(case, point.t)
         tasks = {name: task for name, task in tasks.items() if (letter, name) not in too_slow}
         rows = _timed(setting, case, tasks)
         for row in rows:
@@ -657,13 +648,12 @@ def _teleport_task(case: Case, steps: int | None, method: str) -> Task:
     return Task(teleports, prepare)
 
 
-def _symmetry_task(rival: Callable[..., Any], case: Case, steps: int) -> Task:
+def _symmetry_task(case: Case, steps: int) -> Task:
     """With the pseudo-inverse of its authors: deep layers' inputs are singular in float32."""
 
     def prepare() -> tuple[Case, Any]:
         own = case.copy()
-        options = {"inverse": "exact", "pseudo_inverse": "svd"}
-        return own, rival(own.model, steps=steps, lr=1e-6, **options)
+        return own, SymmetryTeleporter(own.model, steps, lr=1e-6, pseudo_inverse="svd")
 
     def teleports(prepared: tuple[Case, Any]) -> None:
         own, mover = prepared

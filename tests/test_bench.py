@@ -239,18 +239,7 @@ def test_a_method_that_got_too_slow_is_not_run_at_larger_values_of_the_same_lett
     assert set(tables[0].rows[0][2:]) == {"-"}  # two points: no exponent
 
 
-class Rival(teleport.Teleporter):
-    """Stands for symmetry teleportation, whether the package has it or not."""
-
-    def __init__(self, model: nn.Module, steps: int, lr: float, inverse: str) -> None:
-        assert inverse == "exact"
-        super().__init__(model, steps=steps, lr=lr, cap=1e9)
-
-
-def test_symmetry_teleportation_is_measured_where_it_exists(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bench, "symmetry_teleporter", lambda: Rival)
+def test_symmetry_teleportation_is_measured_too() -> None:
     _, job = bench.scaling_jobs(SETTING)[0]
     rows = job()
     assert [row["method"] for row in rows][-1] == "symmetry teleportation"

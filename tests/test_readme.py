@@ -52,6 +52,34 @@ def comparison(found: Comparison | None) -> str:
     return f"{steps} | {seconds} | {found.log_loss:+.3f} ± {found.log_loss_spread:.3f}"
 
 
+COSTS = (
+    ("step", "tangent step", "one step's direction, ours"),
+    ("step", "double backward direction", "the same by double backward, the paper's way"),
+    ("basis", "all bases", "bases of one batch"),
+    ("step", "one look of the line search", "one look of the line search"),
+    ("step", "default teleport, all in", "one default teleport, everything in"),
+)
+
+
+def cost_lines() -> list[str]:
+    """What a teleport costs in gradients, from the benchmarks' records; and did at first."""
+    now, then = (read_benchmarks(RESULTS / "bench" / name) for name in ("after", "before"))
+    networks = ("MLP", "CNN", "transformer")
+    lines = ["| gradients | MLP | CNN | transformer |", "|---|---|---|---|"]
+    for benchmark, operation, name in COSTS:
+        cells = []
+        for network in networks:
+            medians = [
+                timing(row).ratio.median
+                for found in (now, then)
+                for row in found[benchmark].rows
+                if (row["network"], row["operation"]) == (network, operation)
+            ]
+            cells.append("{:.2f} ({:.2f})".format(*medians))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def sequence_lines(name: str) -> list[str]:
     """The columns of a sequence's table that fit on a page."""
     rows = forgetting_rows(read_runs(RESULTS / "continual" / name))
@@ -132,6 +160,10 @@ def test_the_results_are_those_of_the_records() -> None:
     assert between("results", "end of results") == result_lines()
 
 
+def test_the_costs_are_those_of_the_records() -> None:
+    assert between("costs", "end of costs") == cost_lines()
+
+
 def test_the_rivals_are_those_of_the_records() -> None:
     assert between("rivals", "end of rivals") == rival_lines()
 
@@ -192,6 +224,7 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
 
 if __name__ == "__main__":
     print(*result_lines(), sep="\n")  # noqa: T201
+    print(*cost_lines(), sep="\n")  # noqa: T201
     for name in SEQUENCES:
         print(*sequence_lines(name), sep="\n")  # noqa: T201
     print(*rival_lines(), sep="\n")  # noqa: T201
