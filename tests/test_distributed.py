@@ -30,6 +30,8 @@ from tests.ranks import (
     training_goes_on,
 )
 
+ROOT = Path(__file__).parents[1]
+
 SAME = {torch.float64: 1e-10, torch.float32: 1e-4}
 """Relative: sums in another order, times the condition of a teleport (step sizes up to 1e3)."""
 
@@ -43,7 +45,9 @@ Ranks = list[dict[str, Any]]
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """What both ranks found: one dictionary each, a key per scenario."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(run, (str(folder),), nprocs=SIZE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)  # the children import this folder, too
+        multiprocessing.spawn(run, (str(folder),), nprocs=SIZE)
     return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(SIZE)]
 
 
