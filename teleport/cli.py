@@ -25,29 +25,32 @@ from teleport.continual import (
     default_strategies,
     run_strategies,
 )
-from teleport.errors import TeleportError
+from teleport.errors import RunError, TeleportError
 from teleport.experiment import (
-    EXPERIMENTS,
-    OPTIMIZERS,
-    PAPER_TELEPORT,
-    TUNED,
     Arm,
-    Progress,
     Settings,
-    TeleportSettings,
     default_arms,
-    device_of,
-    new_folder,
     rival_arms,
-    run_arms,
-    steps_per_run,
+    teleport_settings,
 )
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
-from teleport.models import INITS, mlp
+from teleport.models import INITS
+from teleport.optimizers import OPTIMIZERS
 from teleport.plots import gap_figure, loss_figure, scaling_figure
+from teleport.recipe import one_of
 from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
+from teleport.registry import EXPERIMENTS, find_experiment
 from teleport.remembering import METHODS
-from teleport.schedule import SCHEDULES, Schedule
+from teleport.run import (
+    CHECKPOINT_SECONDS,
+    Progress,
+    device_of,
+    new_folder,
+    open_folder,
+    run_arms,
+    slug,
+    steps_per_run,
+)
 from teleport.tasks import SEQUENCES
 
 app = typer.Typer(
@@ -101,9 +104,10 @@ def list_experiments() -> None:
         table.add_row(e.name, e.title, e.data, presets)
     _console().print(table)
     arms = Table("experiment", "optimizer", "low lr", "tuned lr", "tuned initial gain")
-    for (name, optimizer), t in TUNED.items():
-        gain = f"lr {t.gain_lr:g}, {t.init} init, head x {t.head_gain:g}"
-        arms.add_row(name, optimizer, f"{t.low:g}", f"{t.tuned:g}", gain)
+    for e in EXPERIMENTS.values():
+        for optimizer, t in e.tuning.items():
+            gain = f"lr {t.gain_lr:g}, {t.init} init, head x {t.head_gain:g}"
+            arms.add_row(e.name, optimizer, f"{t.low:g}", f"{t.tuned:g}", gain)
     _console().print(arms)
 
 
@@ -111,7 +115,9 @@ def list_experiments() -> None:
 def run(
     name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")] = "mnist-sample",
     preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
-    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "sgd",
+    optimizer: Annotated[
+        str, typer.Option(help=f"{', '.join(OPTIMIZERS)}, or a class by its name.")
+    ] = "sgd",
     lr: Annotated[
         list[float] | None,
         typer.Option(help="Learning rate; may be repeated. Replaces the default arms."),
@@ -154,9 +160,27 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the folder of --out after a kill.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start over in the folder of --out.")
+    ] = False,
+    checkpoint: Annotated[
+        float, typer.Option(min=0.0, help="Seconds between checkpoints of a run.")
+    ] = CHECKPOINT_SECONDS,
 ) -> None:
     """Train with and without teleportation; print a table, write records and a figure."""
-    options = _teleport_settings(schedule, batches, steps, teleport_lr, growth, cap, tau)
+    options = teleport_settings(
+        name,
+        schedule,
+        batches=batches,
+        steps=steps,
+        lr=teleport_lr,
+        growth=growth,
+        cap=cap,
+        tau=tau,
+    )
     settings = Settings(
         name, preset, optimizer, epochs, device=device, activation=activation, teleport=options
     )
@@ -166,16 +190,23 @@ def run(
             "--rivals compares fixed arms, and not all of them act through relu: leave --lr out "
             f"and give --activation leaky_relu; got --lr {lr} and --activation {activation}"
         )
-    options.check()
     device_of(device)
     known = rival_arms(name, optimizer) if rivals else _arms(name, optimizer, lr, init, head_gain)
     arms = [a for a in known if teleports or not a.teleport]
-    dataset = datasets.load(EXPERIMENTS[name].data)
+    dataset = datasets.load(find_experiment(name).data)
     total = steps_per_run(settings, dataset) * len(arms) * seeds
-    folder = new_folder(name, out)
-    command = shlex.join(["teleport", *sys.argv[1:]])
+    folder = open_folder(slug(name), out, resume, force)
     with _progress(total, folder) as progress:
-        run_arms(settings, arms, range(seeds), folder, command=command, progress=progress)
+        run_arms(
+            settings,
+            arms,
+            range(seeds),
+            folder,
+            resume=resume,
+            checkpoint_seconds=checkpoint,
+            command=shlex.join(["teleport", *sys.argv[1:]]),
+            progress=progress,
+        )
     _show(folder)
 
 
@@ -342,33 +373,12 @@ def _progress(total: int, folder: Path) -> Iterator[Progress]:
             raise typer.Exit(130) from None
 
 
-def _teleport_settings(
-    schedule: str,
-    batches: int | None,
-    steps: int | None,
-    lr: float | None,
-    growth: float | None,
-    cap: float | None,
-    tau: float,
-) -> TeleportSettings:
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; there are: {', '.join(SCHEDULES)}")
-    chosen = SCHEDULES[schedule]
-    if batches is not None:
-        chosen = Schedule(chosen.epochs, batches, chosen.warmup_steps)
-    own_control = lr is not None or growth is not None
-    if schedule == "paper" and not own_control:
-        lr, cap = PAPER_TELEPORT.lr, cap or PAPER_TELEPORT.cap
-        steps = steps or PAPER_TELEPORT.steps
-    return TeleportSettings(chosen, tau=tau, growth=growth, cap=cap, lr=lr, steps=steps)
-
-
 def _arms(
     experiment: str, optimizer: str, lrs: list[float] | None, init: str, head_gain: float
 ) -> list[Arm]:
     if not lrs:
         return default_arms(experiment, optimizer)
-    mlp(1, 1, hidden=(), init=init)  # an unknown initialisation is refused now
+    one_of("init", init, dict.fromkeys(INITS))
     for lr in lrs:
         if not 0.0 < lr < math.inf:
             raise ValueError(f"lr must be > 0 and finite, got {lr}")
@@ -384,9 +394,15 @@ def _show(folder: Path) -> None:
         tables, drawn = _tables(runs), _loss_figure(runs)
     for table in tables:
         _console().print(table)
-    with (folder / "table.txt").open("w", encoding="utf-8") as file:
-        _console(file=file).print(*tables)
-    drawn.savefig(folder / "figure.png", dpi=150)
+    try:
+        with (folder / "table.txt").open("w", encoding="utf-8") as file:
+            _console(file=file).print(*tables)
+        drawn.savefig(folder / "figure.png", dpi=150)
+    except OSError as error:
+        raise RunError(
+            f"cannot write table.txt and figure.png to {folder}: {error.strerror}; the records "
+            f"are complete, and `teleport figure {folder}` draws them when there is room"
+        ) from error
     typer.echo(f"records, table.txt and figure.png are in {folder}")
 
 
@@ -453,7 +469,7 @@ _SUMMARY: dict[str, Callable[[ArmSummary], str]] = {
     "ended": lambda s: s.status,
     "final train loss": lambda s: f"{s.train_loss:.4f}",
     "final test loss": lambda s: f"{s.test_loss:.4f}",
-    "final test accuracy": lambda s: f"{s.test_accuracy:.4f}",
+    "final test accuracy": lambda s: _number(s.test_accuracy, "{:.4f}"),
     "seconds training": lambda s: f"{s.train_seconds:.2f}",
     "seconds teleporting": lambda s: f"{s.teleport_seconds:.2f}",
     "gradient-norm growth": lambda s: _number(s.growth, "x {:.4f}"),

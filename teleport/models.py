@@ -24,7 +24,8 @@ def mlp(
         d_in: input width.
         classes: output width.
         hidden: widths of the hidden layers.
-        init, head_gain: initial gain; see `initialise`.
+        init: initial values; see `initialise`.
+        head_gain: factor on the initial weights of the last layer.
         activation: one of `ACTIVATIONS`; the paper's is ReLU, which symmetry teleportation cannot
             act through.
 
