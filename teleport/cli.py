@@ -18,6 +18,8 @@ import teleport
 from teleport import bench as benchmarks
 from teleport import data as datasets
 from teleport.bench_tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
+from teleport.checkpoint import locked
+from teleport.cluster import run_on_cluster
 from teleport.continual import (
     LR_GRID,
     TUNING_SEED,
@@ -34,9 +36,10 @@ from teleport.experiment import (
     teleport_settings,
 )
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
+from teleport.matrix import blocks, markdown, without_controls
 from teleport.models import INITS
 from teleport.optimizers import OPTIMIZERS
-from teleport.plots import gap_figure, loss_figure, scaling_figure
+from teleport.plots import gap_figure, loss_figure, matrix_figure, scaling_figure
 from teleport.recipe import one_of
 from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
 from teleport.registry import EXPERIMENTS, find_experiment
@@ -51,6 +54,8 @@ from teleport.run import (
     slug,
     steps_per_run,
 )
+from teleport.schedule import SCHEDULES
+from teleport.sweep import Failure, Job, Plan, run_local, total_steps
 from teleport.tasks import SEQUENCES
 
 app = typer.Typer(
@@ -305,6 +310,105 @@ def bench(
             typer.echo(f"interrupted; the records so far are complete in {folder}", err=True)
             raise typer.Exit(130) from None
     _show_benchmarks(folder)
+
+
+@app.command()
+def sweep(
+    names: Annotated[list[str], typer.Argument(help="Experiments; see `teleport list`.")],
+    optimizers: Annotated[str, typer.Option(help="Optimizers, with commas.")] = "sgd",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 3,
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    schedule: Annotated[
+        str, typer.Option(help=f"When to teleport: {' or '.join(SCHEDULES)}.")
+    ] = "default",
+    epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Add the controls that act on any network.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler, instead of --jobs.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    checkpoint: Annotated[
+        float, typer.Option(min=0.0, help="Seconds between checkpoints of a run.")
+    ] = CHECKPOINT_SECONDS,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder; what is finished there is left. Default runs/<date>-sweep."),
+    ] = None,
+) -> None:
+    """Run every cell of a matrix (experiment, optimizer, arm, seed); list what failed."""
+    plan = Plan(
+        tuple(names),
+        tuple(optimizers.split(",")),
+        seeds,
+        preset,
+        schedule,
+        epochs,
+        controls,
+        device,
+    )
+    device_of(device)
+    plan.jobs(Path())  # names are checked before any folder is made
+    command = shlex.join(["teleport", *sys.argv[1:]])
+    folder = open_folder("sweep", out, resume=out is not None).resolve()
+    cells = plan.jobs(folder, checkpoint_seconds=checkpoint, command=command)
+    with locked(folder / ".lock", str(folder)):
+        failures = _sweep(cells, folder, jobs, scheduler)
+    for failure in failures:
+        typer.echo(f"failed: {failure.job.cell}: {failure.reason}", err=True)
+    typer.echo(f"{len(cells) - len(failures)} of {_count(len(cells), 'cell')} are in {folder}")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _sweep(cells: list[Job], folder: Path, processes: int, scheduler: str | None) -> list[Failure]:
+    with _progress(total_steps(cells), folder) as progress:
+        count = [0]
+
+        def ended(job: Job) -> None:
+            count[0] += 1
+            progress(f"cell {count[0]} of {len(cells)}", 0)
+
+        progress(f"cell 0 of {len(cells)}", 0)
+        if scheduler is None:
+            return run_local(
+                cells,
+                processes,
+                stepped=lambda steps: progress(f"cell {count[0]} of {len(cells)}", steps),
+                ended=ended,
+            )
+
+        def ended_there(job: Job) -> None:
+            ended(job)
+            progress(f"cell {count[0]} of {len(cells)}", total_steps([job]))
+
+        return run_on_cluster(cells, scheduler, ended=ended_there)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder with records of runs and sweeps.")],
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for a figure of every experiment.")
+    ] = None,
+) -> None:
+    """Print the matrix of all runs below a folder as Markdown."""
+    found = blocks(folder)
+    typer.echo(markdown(found))
+    if figures is None:
+        return
+    figures.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(block.experiment for block in found):
+        rows = {
+            f"{block.optimizer} ({block.folder})": without_controls(block)
+            for block in found
+            if block.experiment == name
+        }
+        title = EXPERIMENTS[name].title if name in EXPERIMENTS else name
+        matrix_figure(rows, title).savefig(figures / f"{slug(name)}.png", dpi=150)
+    typer.echo(f"figures are in {figures}", err=True)
 
 
 @app.command()

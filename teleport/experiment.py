@@ -133,6 +133,17 @@ def default_arms(experiment: str, optimizer: str) -> list[Arm]:
     return [*pairs, Arm(best.gain_lr, False, best.init, best.head_gain)]
 
 
+CONTROLS = ("random null direction, same norm", "noise, same norm", "lr raised")
+"""The controls of a teleport that act on any network; the tuned initial gain is a baseline."""
+
+
+def control_arms(experiment: str, optimizer: str) -> list[Arm]:
+    """The default arms, and `CONTROLS` at the low and at the tuned learning rate."""
+    best = tuning(experiment, optimizer)
+    controls = [Arm(lr, True, rival=name) for lr in (best.low, best.tuned) for name in CONTROLS]
+    return [*default_arms(experiment, optimizer), *controls]
+
+
 def rival_arms(experiment: str, optimizer: str) -> list[Arm]:
     """The default arms, and every rival and control at the low and at the tuned learning rate.
 
