@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import fields
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,15 @@ def find_experiment(name: str) -> Experiment:
         RunError: if the file cannot be read or is not a table of experiments.
     """
     path, colon, own = name.rpartition(".toml:")
-    known = read_experiments(Path(f"{path}.toml")) if colon else EXPERIMENTS
+    known = _read_once(Path(f"{path}.toml").resolve()) if colon else EXPERIMENTS
     experiment: Experiment = one_of("experiment", own if colon else name, known)
     return experiment
+
+
+@cache
+def _read_once(path: Path) -> dict[str, Experiment]:
+    """One reading serves a whole process, so that a table that is edited meanwhile harms no run."""
+    return read_experiments(path)
 
 
 def _inherited(name: str, table: dict[str, Any], children: tuple[str, ...]) -> dict[str, Any]:

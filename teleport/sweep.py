@@ -21,9 +21,18 @@ from typing import Any
 import torch
 
 from teleport.data import Dataset, load
-from teleport.errors import TeleportError
+from teleport.errors import RunError, TeleportError
 from teleport.experiment import Settings, control_arms, default_arms, teleport_settings
-from teleport.run import CHECKPOINT_SECONDS, Cell, device_of, run_cell, slug, steps_per_run
+from teleport.run import (
+    CHECKPOINT_SECONDS,
+    Cell,
+    configuration,
+    device_of,
+    is_finished,
+    run_cell,
+    slug,
+    steps_per_run,
+)
 
 REPORT_SECONDS = 0.5
 """Between two messages of a process about its steps."""
@@ -118,6 +127,12 @@ def _steps(settings: Settings) -> int:
     return steps_per_run(settings, _data(settings.recipe().data, "cpu"))
 
 
+def _is_done(job: Job) -> bool:
+    settings = job.cell.settings
+    dataset = _data(settings.recipe().data, "cpu")
+    return is_finished(job.folder / job.cell.record, configuration(job.cell, dataset))
+
+
 @lru_cache(maxsize=2)
 def _data(name: str, device: str) -> Dataset:
     return load(name).to(device_of(device))
@@ -166,9 +181,20 @@ def run_local(
     """
     if processes < 1:
         raise ValueError(f"jobs must be >= 1, got {processes}")
-    waiting, failures = list(reversed(jobs)), list[Failure]()
+    waiting, failures = list[Job](), list[Failure]()
+    for job in reversed(jobs):  # what is done, or is another run's, needs no process
+        try:
+            done = _is_done(job)
+        except RunError as error:
+            failures.append(Failure(job, reason_of(error)))
+            done = True
+        if done:
+            stepped(_steps(job.cell.settings))
+            ended(job)
+        else:
+            waiting.append(job)
     threads = max(1, torch.get_num_threads() // processes)
-    with _pool(min(processes, len(jobs)), threads) as pool:
+    with _pool(min(processes, len(waiting)), threads) as pool:
         busy = {worker.pipe: (worker, worker.take(waiting.pop())) for worker in pool}
         while busy:
             for pipe in wait(list(busy)):

@@ -25,14 +25,14 @@ TABLE = """
 title = "a small network"
 data.paper = "mnist-sample"
 network.kind.paper = "mlp"
-network.hidden.paper = [12, 12]
+network.hidden.paper = [40, 40]
 batch_size.paper = 32
 teleport.lr.ours = 0.2
 teleport.cap.ours = 3.0
 teleport.warmup_steps.ours = 2
-teleport.n.ours = 8
+teleport.n.ours = 25
 teleport.held_out.ours = 20
-presets.tiny.ours = { epochs = 2, train_size = 1920, evaluate_every = 10, evaluate_size = 50 }
+presets.tiny.ours = { epochs = 3, train_size = 640, evaluate_every = 10, evaluate_size = 50 }
 tuning.sgd.ours = { low = 0.05, tuned = 0.2, gain_lr = 0.2, init = "he", head_gain = 2.0 }
 tuning.adam.ours = { low = 0.001, tuned = 0.01, gain_lr = 0.01, init = "he", head_gain = 2.0 }
 """
@@ -73,7 +73,7 @@ def test_a_sweep_is_the_product_of_its_parts(small: str, tmp_path: Path) -> None
     jobs = plan(small, optimizers=("sgd", "adam"), controls=True).jobs(tmp_path)
     assert len(jobs) == 2 * 2 * len(control_arms(small, "sgd"))
     assert len({job.folder / job.cell.record for job in jobs}) == len(jobs)
-    assert total_steps(jobs) == len(jobs) * 2 * (1920 // 32)
+    assert total_steps(jobs) == len(jobs) * 3 * (640 // 32)
     first = jobs[: len(control_arms(small, "sgd"))]
     assert {job.cell.seed for job in first} == {0}, "every arm has its first seed early"
     other = plan(small, schedule="paper").jobs(tmp_path)
@@ -83,10 +83,10 @@ def test_a_sweep_is_the_product_of_its_parts(small: str, tmp_path: Path) -> None
 def test_processes_do_what_one_process_does_and_done_cells_are_left(
     small: str, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["sweep", small, "--preset", "tiny", "--seeds", "2", "--jobs", "2"]
+    options = ["sweep", small, "--preset", "tiny", "--seeds", "1", "--jobs", "2"]
     assert cli.main([*options, "--out", str(tmp_path)]) == 0
     mine, theirs = trajectories(tmp_path), trajectories(swept)
-    assert len(mine) == 2 * len(default_arms(small, "sgd"))
+    assert len(mine) == len(default_arms(small, "sgd"))
     assert all(theirs[name] == rows for name, rows in mine.items())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
     broken = sorted(before)[3]
@@ -94,7 +94,7 @@ def test_processes_do_what_one_process_does_and_done_cells_are_left(
     assert cli.main([*options, "--out", str(tmp_path)]) == 0
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
     assert {path for path in before if before[path] != after[path]} == {broken}
-    assert "10 of 10 cells" in capsys.readouterr().out
+    assert "5 of 5 cells" in capsys.readouterr().out
     config = json.loads(broken.read_text().splitlines()[0])
     assert config["command"].startswith("teleport ")
 
@@ -109,7 +109,7 @@ def test_a_cell_that_fails_or_dies_is_listed_and_the_others_finish(
     killed: list[int] = []
 
     def stepped(count: int) -> None:
-        if not killed:  # the first to tell about steps is at work on the second cell
+        if not killed and children():  # one is at work on the second cell
             killed.extend(children())
             os.kill(killed[0], signal.SIGKILL)
 
@@ -242,7 +242,7 @@ def test_a_cluster_does_what_one_process_does_though_a_worker_is_killed(
     small: str, swept: Path, tmp_path: Path
 ) -> None:
     distributed = pytest.importorskip("distributed")
-    jobs = plan(small).jobs(tmp_path, checkpoint_seconds=0.0)
+    jobs = plan(small, seeds=1).jobs(tmp_path, checkpoint_seconds=0.0)
     with cluster(2) as (address, workers):
         with distributed.Client(address, timeout=60) as client:
             client.wait_for_workers(2, timeout=60)
@@ -250,7 +250,7 @@ def test_a_cluster_does_what_one_process_does_though_a_worker_is_killed(
 
         def kill_one(job: sweep.Job) -> None:
             ended.append(job)
-            if len(ended) == 3:
+            if len(ended) == 2:
                 workers[0].kill()
 
         failures = run_on_cluster(jobs, address, ended=kill_one)
