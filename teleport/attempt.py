@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from teleport.capture import Closure, evaluate
+from teleport.capture import Closure
 from teleport.coverage import Block, Coverage
+from teleport.distributed import Ranks
 from teleport.errors import NonFiniteLossError
 from teleport.objective import mean_grad_norm, mean_loss, squared_norm, trainable
 from teleport.report import LayerReport, TeleportReport
@@ -47,6 +48,11 @@ _FIXED = (
     "parameters, or only within their own span"
 )
 
+_OVERFLOW = (
+    "the gradient or its derivative is not finite: it leaves the range of the dtype. Scale the "
+    "loss down, or compute in bfloat16 or float32"
+)
+
 
 @dataclass
 class _Outcome:
@@ -64,12 +70,18 @@ class Attempt:
         settings: how.
         closures: parts of the batch; the loss is their mean.
         held_out: loss of other data, for the report.
+        ranks: the processes that teleport together, each with closures of its own.
     """
 
     def __init__(
-        self, settings: Settings, closures: Sequence[Closure], held_out: Closure | None
+        self,
+        settings: Settings,
+        closures: Sequence[Closure],
+        held_out: Closure | None,
+        ranks: Ranks,
     ) -> None:
         self.settings = settings
+        self.ranks = ranks
         self.closures = closures
         self.held_out = held_out
         self.bases: dict[Block, Projector] = {}
@@ -84,10 +96,13 @@ class Attempt:
         self.bases = self._make_bases()
         after, failure, tolerance = before, "", 0.0
         try:
-            reason = self._ascend(before.norm)
-            tolerance = self._tolerance(before)
+            finite = math.isfinite(before.norm)
+            reason = self._ascend(math.sqrt(self.walk.norm_squared())) if finite else _OVERFLOW
             if self.step_sizes:
-                after, failure = self._check(before, tolerance)
+                self.walk.write()
+                after = self._measure_end()
+            tolerance = self._tolerance(before)
+            failure = self._failure(before, after, tolerance) if self.step_sizes else ""
         except NonFiniteLossError:
             failure = "the loss became NaN or infinite on the way"
         return TeleportReport(
@@ -107,22 +122,39 @@ class Attempt:
         )
 
     def _measure_start(self) -> _Outcome:
+        if self.walk.precision != self.walk.dtype:
+            return self._plain_outcome()
         norm = math.sqrt(self.walk.norm_squared())
         return _Outcome(self.walk.loss, norm, self._held_out_loss())
 
+    def _measure_end(self) -> _Outcome:
+        """Where the walk ended, from scratch: the model runs again with the new parameters."""
+        if self.walk.precision != self.walk.dtype:
+            return self._plain_outcome()
+        return _Outcome(*self.walk.measure(), self._held_out_loss())
+
+    def _plain_outcome(self) -> _Outcome:
+        """Measured by plain autograd.
+
+        Layers that autocast computes in another precision than their recorded products, as
+        recurrent ones, are another function by its rounding: compare the model with itself.
+        """
+        parameters = trainable(self.settings.model)
+        loss, norm = mean_grad_norm(self.closures, parameters, self.ranks)
+        return _Outcome(loss, norm, self._held_out_loss())
+
     def _start_walk(self) -> Walk:
         settings, sites = self.settings, self.settings.coverage.sites
-        if settings.tau == 1.0 and len(self.closures) == 1:
+        if settings.tau == 1.0 and len(self.closures) == 1 and self.ranks.size == 1:
             return FrozenWalk(settings.model, sites, self.closures[0])
-        return StreamedWalk(settings.model, sites, self.closures, settings.movable)
+        return StreamedWalk(settings.model, sites, self.closures, settings.movable, self.ranks)
 
     def _held_out_loss(self) -> float | None:
         if self.held_out is None:
             return None
         started = time.perf_counter()
         try:
-            with torch.no_grad():
-                loss = float(evaluate(self.held_out))
+            loss = mean_loss([self.held_out], self.ranks)
         except NonFiniteLossError:
             loss = math.nan  # it is only reported: no reason to undo or to refuse anything
         self.held_out_seconds += time.perf_counter() - started
@@ -131,11 +163,11 @@ class Attempt:
     def _make_bases(self) -> dict[Block, Projector]:
         """Bases of the layers that may move and have room to; full-rank layers are kept for show.
 
-        The direction of a layer whose inputs depend on no parameter is zero, so it needs no basis
-        (``thm-fixed``); but for what double backward does not leave out at τ < 1.
+        The tangent direction of a layer whose inputs depend on no parameter is zero, so it needs
+        no basis (``thm-fixed``).
         """
         walk, settings = self.walk, self.settings
-        skipped = walk.fixed if settings.method == "tangent" or settings.tau == 1.0 else set()
+        skipped = walk.fixed if settings.method == "tangent" else set()
         wanted = [b for b in walk.blocks if b.name in settings.movable and b not in skipped]
         return walk.bases(wanted, settings.tau)
 
@@ -144,6 +176,10 @@ class Attempt:
         room = {block: basis for block, basis in self.bases.items() if basis.null_dim > 0}
         if not room:
             return _NO_ROOM
+        if self.settings.tau == 1.0:  # their direction is zero, but for rounding (``thm-fixed``)
+            room = {b: basis for b, basis in room.items() if b not in self.walk.fixed}
+            if not room:
+                return _FIXED
         if start == 0.0:
             return "the gradient is zero: there is nothing to enlarge"
         limit = self._limit(start)
@@ -152,6 +188,9 @@ class Attempt:
         for number in range(1, self.settings.steps + 1):
             along = self._direction(room)
             slope = sum(map(squared_norm, along.values()))
+            slope = self.ranks.of_first(slope)
+            if not math.isfinite(slope):
+                return _OVERFLOW
             if slope == 0.0:
                 return _FIXED if not self.step_sizes else "a stationary point was reached"
             share = number / self.settings.steps if self.settings.lr is None else 1.0
@@ -175,7 +214,7 @@ class Attempt:
             start,
             2 * slope,
             target**2,
-            rtol=16 * torch.finfo(self.walk.dtype).eps,
+            rtol=8 * torch.finfo(self.walk.precision).eps,
             degree=self.walk.degree(along),
         )
 
@@ -201,22 +240,19 @@ class Attempt:
             return f"gradient norm reached the cap {limit:.6g}"
         return f"gradient norm reached {self.settings.growth:.6g} x its start"
 
-    def _check(self, before: _Outcome, allowed: float) -> tuple[_Outcome, str]:
-        """Measure the new position from scratch; say what is wrong with it, if anything."""
-        self.walk.write()
-        loss, norm = mean_grad_norm(self.closures, trainable(self.settings.model))
-        after = _Outcome(loss, norm, self._held_out_loss())
-        if not math.isfinite(norm):
-            return after, f"the gradient norm became {norm}"
-        drift = abs(loss - before.loss)
+    def _failure(self, before: _Outcome, after: _Outcome, allowed: float) -> str:
+        """What is wrong with the new position, if anything."""
+        if not math.isfinite(after.norm):
+            return f"the gradient norm became {after.norm}"
+        drift = abs(after.loss - before.loss)
         if drift <= allowed:
-            return after, ""
+            return ""
         why = f"the loss moved by {drift:.2e}, more than the allowed {allowed:.2e}"
         self.walk.write_start()
-        again = [mean_loss(self.closures) for _ in range(2)]
+        again = [mean_loss(self.closures, self.ranks) for _ in range(2)]
         if any(abs(other - before.loss) > allowed for other in again):
             why += "; the closure is not deterministic: at the start it now returns another loss"
-        return after, why
+        return why
 
     def _tolerance(self, before: _Outcome) -> float:
         if self.settings.max_drift is not None:

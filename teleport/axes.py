@@ -71,6 +71,18 @@ class AxisSpace(Space):
         counts = torch.bincount(tokens.reshape(-1), minlength=self._size).double()
         self._counts = counts if self._counts is None else self._counts + counts
 
+    @property
+    def counts(self) -> Float[Tensor, " d_in"] | None:
+        """How often each token was the input; None before the first."""
+        return self._counts
+
+    @classmethod
+    def of_counts(cls, counts: Float[Tensor, " d_in"]) -> "AxisSpace":
+        """The space of tokens counted elsewhere."""
+        space = cls(len(counts))
+        space.count, space._counts = int(counts.sum()), counts
+        return space
+
     def basis(self, tau: float = 1.0) -> AxisBasis:
         if not 0.0 < tau <= 1.0:
             raise ValueError(f"tau must be in (0, 1], got {tau}; 1 keeps every token seen")

@@ -611,9 +611,12 @@ def _teleport_task(case: Case, steps: int | None, method: str) -> Task:
 
 
 def _symmetry_task(rival: Callable[..., Any], case: Case, steps: int) -> Task:
+    """With the pseudo-inverse of its authors: deep layers' inputs are singular in float32."""
+
     def prepare() -> tuple[Case, Any]:
         own = case.copy()
-        return own, rival(own.model, steps=steps, lr=1e-6, inverse="exact")
+        options = {"inverse": "exact", "pseudo_inverse": "svd"}
+        return own, rival(own.model, steps=steps, lr=1e-6, **options)
 
     def teleports(prepared: tuple[Case, Any]) -> None:
         own, mover = prepared

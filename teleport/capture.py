@@ -10,7 +10,6 @@ joint null space guarantees (theorem ``thm-invariance``): the forward pass is fr
 backward pass is repeated.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -28,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from teleport.coverage import Block, Site, Use
 from teleport.errors import ClosureError, NonFiniteLossError
 from teleport.layers import Part, Pieces
+from teleport.precision import as_computed, at_least_single, coarsest, uncached_casts
 from teleport.subspace import Space
 
 Closure = Callable[[], Tensor]
@@ -39,7 +39,8 @@ class Call:
 
     Attributes:
         use: the block, and the part of it that was called.
-        x, z: input and output as the layer saw them.
+        x, z: input and output as the product saw them; autocast may have lowered their dtype. The
+            memory of ``z`` is the model's, which may overwrite it in place.
         delta: dL/dz for the matrices of the last `Tape.backward`; None if the loss ignores ``z``.
         x_dot: tangent of ``x`` from the last `Tape.push_tangents`; None if ``x`` does not depend
             on trainable parameters (theorem ``thm-fixed``).
@@ -50,6 +51,9 @@ class Call:
     z: Tensor
     delta: Tensor | None = None
     x_dot: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.version = self.z._version
 
     @property
     def block(self) -> Block:
@@ -134,14 +138,13 @@ class Tape:
     def row_gram(self, block: Block) -> Float[Tensor, "*groups rows rows"]:
         """Inner products of all pairs of input rows."""
         if block not in self._grams:
-            rows = self.rows(block)
+            rows = at_least_single(self.rows(block))
             self._grams[block] = rows @ rows.mT
         return self._grams[block]
 
     def row_count(self, block: Block) -> int:
         """Number of input rows, without forming them."""
-        *groups, d_out, _ = block.part.matrix_shape
-        return sum(call.z.numel() for call in self.calls_of(block)) // (math.prod(groups) * d_out)
+        return sum(call.part.row_count(call.z) for call in self.calls_of(block))
 
     def collect(self, block: Block, space: Space) -> None:
         """Add the inputs of all calls of a block to what ``block.space()`` returned."""
@@ -160,7 +163,8 @@ class Tape:
         return self._sum(block, (call.survivor() for call in self.calls_of(block)))
 
     def _sum(self, block: Block, terms: Iterable[Tensor | None]) -> Tensor:
-        given = [term for term in terms if term is not None]
+        dtype = block.part.weight.parameter.dtype
+        given = [term.to(dtype) for term in terms if term is not None]
         return sum(given[1:], given[0]) if given else block.part.matrix().zero_()
 
     def deltas(self, block: Block) -> Float[Tensor, "*groups rows d_out"]:
@@ -180,6 +184,15 @@ class Tape:
     def depends_on_parameters(self, block: Block) -> bool:
         """Whether any input of the block depends on a trainable parameter."""
         return any(call.x.requires_grad for call in self.calls_of(block))
+
+    def computed_in(self, block: Block) -> torch.dtype:
+        """The coarsest precision a block's products were computed in."""
+        return coarsest(call.z.dtype for call in self.calls_of(block))
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarsest precision anything on the tape was computed in."""
+        return coarsest([self.loss.dtype, *(call.z.dtype for call in self.calls)])
 
     def backward(self) -> None:
         """Carry dL/dz to every call; fill ``delta`` and ``other_gradients``."""
@@ -201,11 +214,11 @@ class Tape:
         self,
         model: nn.Module,
         closure: Closure,
-        drive: dict[Block, list[Tensor]],
+        drive: Mapping[Block, Iterable[Tensor]],
         velocity: Mapping[nn.Parameter, Tensor],
         wanted: AbstractSet[Block] | None = None,
     ) -> None:
-        """One forward-mode pass: fill ``x_dot`` of the calls up to the last one ``wanted``.
+        """One forward-mode pass: fill ``x_dot`` of the calls ``wanted``.
 
         The closure runs again, but a covered layer returns its recorded output with the tangent
         ``W ẋ + drive``: no matrix product of the forward pass is repeated. What the closure does
@@ -215,15 +228,16 @@ class Tape:
             model: the model of the closure.
             closure: the closure this tape was recorded from.
             drive: per block and call, in the shape of the output, the part of its tangent due to
-                the velocity of the block's own weights.
+                the velocity of the block's own weights. Taken when it is needed: an iterator that
+                computes it then saves memory.
             velocity: tangents of the parameters in ``others``.
             wanted: blocks whose tangents are needed; all by default.
 
         Raises:
             ClosureError: if the closure calls other layers than when it was recorded.
         """
-        needed = [n for n, c in enumerate(self.calls, 1) if wanted is None or c.block in wanted]
-        replay = _Replay(self, drive, last=max(needed, default=len(self.calls)))
+        wanted = set(self.blocks) if wanted is None else wanted
+        replay = _Replay(self, drive, wanted)
         with (
             torch.no_grad(),
             forward_ad.dual_level(),
@@ -284,9 +298,10 @@ def watch(
     """Run a closure without gradients and show every input of a covered product to ``see``."""
 
     def product(use: Use, x: Tensor) -> Tensor:
+        z = use.part.compute(x)
         if x.numel():
-            see(use, x)
-        return use.part.compute(x)
+            see(use, as_computed(x, z))
+        return z
 
     with torch.no_grad(), _replaced_forwards(sites, product):
         closure()
@@ -324,11 +339,12 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
             raise ClosureError(
                 f"layer {use.block.name!r} received an empty batch of shape {tuple(x.shape)}"
             )
-        with torch.no_grad():
+        with torch.no_grad(), uncached_casts():
             z = use.part.compute(x)
-        call = Call(use, x, z)
+        x = as_computed(x, z)
+        call = Call(use, x, z.detach())
         calls.append(call)
-        output: Tensor = _Relay.apply(x, anchor, call, tapes)
+        output: Tensor = _Relay.apply(x, anchor, call, [z], tapes)
         return output
 
     with (
@@ -379,38 +395,47 @@ class _Relay(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, call: Call, tapes: list) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, call: Call, z: list[Tensor], tapes: list
+    ) -> Tensor:
         ctx.call, ctx.tapes, ctx.anchor = call, tapes, anchor
-        return call.z.clone()  # the copy keeps z intact under in-place activations
+        return z.pop()
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         call = ctx.call
         if not ctx.tapes:
             raise ClosureError(_BACKWARD_CALLED)
         call.delta = delta
         grad = None
         if ctx.needs_input_grad[0]:
-            weight = ctx.tapes[0]().pieces(call)[0]
+            weight = ctx.tapes[0]().pieces(call)[0].to(delta.dtype)
             grad = call.part.pull(delta, weight, call.x.detach())
-        return grad, torch.zeros_like(ctx.anchor), None, None
+        return grad, torch.zeros_like(ctx.anchor), None, None, None
 
 
 class _Replay:
     """Answers the products of a second run with recorded outputs and new tangents."""
 
-    def __init__(self, tape: Tape, drive: dict[Block, list[Tensor]], last: int) -> None:
+    def __init__(
+        self, tape: Tape, drive: Mapping[Block, Iterable[Tensor]], wanted: AbstractSet[Block]
+    ) -> None:
         self.tape = tape
         self.position = 0
-        self._last = last
         self._drive = {block: iter(tangents) for block, tangents in drive.items()}
+        self._wanted = wanted
+        last = [n for n, call in enumerate(tape.calls, 1) if call.block in wanted]
+        self._last = max(last, default=len(tape.calls))
 
     def product(self, use: Use, x: Tensor) -> Tensor:
         call = self._next(use, x)
-        call.x_dot = forward_ad.unpack_dual(x).tangent
+        x_dot = forward_ad.unpack_dual(x).tangent
+        if x_dot is not None:
+            x_dot = x_dot.to(call.z.dtype)
+        call.x_dot = x_dot if call.block in self._wanted else None
         if self.position == self._last:
             raise _LastCallReached
-        dual: Tensor = forward_ad.make_dual(call.z.clone(), self._output_tangent(call))
+        dual: Tensor = forward_ad.make_dual(_recorded_output(call), self._tangent(call, x_dot))
         return dual
 
     def _next(self, use: Use, x: Tensor) -> Call:
@@ -422,11 +447,18 @@ class _Replay:
         self.position += 1
         return call
 
-    def _output_tangent(self, call: Call) -> Tensor:
-        own = next(self._drive[call.block])
-        if call.x_dot is None:
+    def _tangent(self, call: Call, x_dot: Tensor | None) -> Tensor:
+        own = next(self._drive[call.block]).to(call.z.dtype)
+        if x_dot is None:
             return own
-        return own + call.part.push(call.x_dot, self.tape.pieces(call)[0])
+        return own + call.part.push(x_dot, self.tape.pieces(call)[0].to(x_dot.dtype))
+
+
+def _recorded_output(call: Call) -> Tensor:
+    """A copy of the output; computed again if an in-place activation has overwritten it."""
+    if call.z._version == call.version:
+        return call.z.clone()
+    return call.part.compute(call.x.detach()).to(call.z.dtype)
 
 
 class _LastCallReached(BaseException):

@@ -33,10 +33,10 @@ class _SpatialPart(Part):
         z = self.push(x, pieces[0])
         return z + pieces[1].reshape(-1, *[1] * self.dims) if len(pieces) == 2 else z
 
-    def chunks(self, x: Tensor) -> Sequence[Tensor]:
+    def chunks(self, x: Tensor, rows: int = CHUNK) -> Sequence[Tensor]:
         batched = _batched(x, self.dims)
         positions = max(1, batched[0, 0].numel())  # about one row per position of the input
-        return torch.split(batched, max(1, CHUNK // positions))
+        return torch.split(batched, max(1, rows // positions))
 
 
 class ConvPart(_SpatialPart):
@@ -87,7 +87,7 @@ class ConvPart(_SpatialPart):
     def row_norms(self, x: Tensor) -> Tensor:
         """By a convolution of the squares with ones: no patch is formed."""
         squares = self.padded(_batched(x, self.dims)).square()
-        ones = torch.ones_like(self.module.weight[: self.groups].detach())
+        ones = torch.ones_like(self.module.weight[: self.groups].detach(), dtype=squares.dtype)
         m = self.module
         sums = self._conv(squares, ones, None, m.stride, 0, m.dilation, m.groups)
         rows = _grouped(sums, self.groups, axes=0)[..., 0] + float(self.has_bias_column)
@@ -103,7 +103,7 @@ class ConvPart(_SpatialPart):
 
     def weight_gradient(self, x: Tensor, delta: Tensor, bias_input: float = 1.0) -> Tensor:
         padded = self.padded(_batched(x, self.dims))
-        weight = self.module.weight.detach()
+        weight = self.module.weight.detach().to(delta.dtype)
         pieces = self._backward(delta, padded, weight, (False, True, self.has_bias_column))
         return self.join([pieces[0], *(bias_input * grad for grad in pieces[1:])])
 

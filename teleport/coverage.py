@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from teleport.errors import UnsupportedModelError
 from teleport.layers import RULES, LayerRule, Part, Slot, rule_for
@@ -91,6 +92,11 @@ class Site:
 
         return self.rule.forward(self.module, product, *args, **kwargs)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """What is covered, in the order of the parts."""
+        return [use.block for use in self.uses.values()]
+
     def without(self, left_out: set[Block]) -> "Site":
         """The same site with some of its blocks computed as the module does itself."""
         kept = {name: use for name, use in self.uses.items() if use.block not in left_out}
@@ -137,6 +143,8 @@ def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
         that holds a weight upright and one that holds its transpose; layers that share a parameter
         in any other way are frozen.
     """
+    parallel = parallel_part(model)
+    model = model if parallel is None else parallel.module
     found, frozen = _find(model)
     conflicts, ties = _shared(model, found)
     uses: dict[Any, Use] = {}
@@ -189,6 +197,36 @@ def _new_uses(name: str, kind: str, part: Part, ties: dict[Any, Part]) -> dict[A
 def _site(entry: _Found, uses: dict[Any, Use]) -> Site:
     mine = {part.name: uses[part.key] for part in entry.parts.values() if part.key in uses}
     return Site(entry.module, entry.rule, entry.parts, mine)
+
+
+def parallel_part(model: nn.Module) -> DistributedDataParallel | None:
+    """The wrapper, if the model is in `DistributedDataParallel`; names leave it out.
+
+    Raises:
+        UnsupportedModelError: for other ways to spread a model, with what to do.
+    """
+    whole = getattr(model, "_orig_mod", model)  # compiled, after it was wrapped
+    for module in model.modules():
+        kind = type(module).__name__
+        if isinstance(module, DistributedDataParallel) and module is not whole:
+            raise UnsupportedModelError(
+                "a part of the model is in DistributedDataParallel; wrap the whole model"
+            )
+        if isinstance(module, nn.DataParallel):
+            raise UnsupportedModelError(
+                "nn.DataParallel runs copies of the layers; teleport model.module and call that "
+                "in the closure, or use DistributedDataParallel"
+            )
+        if kind == "FullyShardedDataParallel" or any(
+            type(p).__name__ in ("DTensor", "FlatParameter")
+            for p in module.parameters(recurse=False)
+        ):
+            raise UnsupportedModelError(
+                "the model's parameters are sharded (FSDP or DTensor): no rank holds a whole "
+                "weight matrix. Use DistributedDataParallel, or gather the parameters into a "
+                "plain copy of the model, teleport that, and load its state_dict back"
+            )
+    return whole if isinstance(whole, DistributedDataParallel) else None
 
 
 def _no_layer(model: nn.Module, frozen: dict[str, str]) -> str:
@@ -305,7 +343,8 @@ def supported(model: nn.Module) -> Support:
         )
         for block in coverage.blocks
     ]
-    modules = dict(model.named_modules())
+    parallel = parallel_part(model)
+    modules = dict((model if parallel is None else parallel.module).named_modules())
     for name, why in coverage.frozen.items():
         module = modules.get(name)
         kind = type(module).__name__ if module is not None else "part"

@@ -16,6 +16,7 @@ null space of its own. Then ``z = rows @ matrix.mT``, and the weight gradient is
 writes its forward pass as a function of them: ``apply(part, x)`` in place of each product.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport.subspace import RowSpace, Space
+
+CHUNK = 4096
+"""Rows decomposed at a time: enough for fast products, few enough to stay in the cache."""
 
 Pieces = tuple[Tensor, ...]
 """A value for each slot of a part, in the slots' shapes: its weight, and its bias if that moves."""
@@ -125,8 +129,8 @@ class Part(ABC):
         for some in self.chunks(x):
             space.add(self.rows(some))
 
-    def chunks(self, x: Tensor) -> Sequence[Tensor]:
-        """The input cut into pieces with a few thousand rows each, where it can be."""
+    def chunks(self, x: Tensor, rows: int = CHUNK) -> Sequence[Tensor]:
+        """The input cut into pieces with about so many rows each, where it can be."""
         return [x]
 
     def rows_key(self, x: Tensor) -> Any:
@@ -151,6 +155,10 @@ class Part(ABC):
     @abstractmethod
     def out_rows(self, z: Tensor) -> Float[Tensor, "*groups rows d_out"]:
         """Outputs, or cotangents of outputs, as rows in the order of `rows`."""
+
+    def row_count(self, z: Tensor) -> int:
+        """How many rows an output has, without forming them."""
+        return z.numel() // math.prod(self.matrix_shape[:-1])
 
     @abstractmethod
     def from_out_rows(self, rows: Float[Tensor, "*groups rows d_out"], like: Tensor) -> Tensor:
@@ -299,10 +307,6 @@ def rule_for(module: nn.Module) -> LayerRule[Any] | None:
     return RULES.get(kind) or BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
-CHUNK = 4096
-"""Rows decomposed at a time: enough for fast products, few enough to stay in the cache."""
-
-
 class LinearPart(Part):
     """``z = W x + b`` over any leading axes: ``x [..., features]`` gives one row per position.
 
@@ -360,8 +364,8 @@ class LinearPart(Part):
         gradient[:, -1] = delta.sum(0) * bias_input
         return gradient
 
-    def chunks(self, x: Tensor) -> Sequence[Tensor]:
-        return torch.split(x.reshape(-1, self.features), CHUNK)
+    def chunks(self, x: Tensor, rows: int = CHUNK) -> Sequence[Tensor]:
+        return torch.split(x.reshape(-1, self.features), rows)
 
     def rows_key(self, x: Tensor) -> Any:
         flat = x.reshape(-1, self.features)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from teleport.axes import AxisBasis
 from teleport.capture import watch
 from teleport.coverage import Block, Use, cover
+from teleport.distributed import ranks_of, silenced
 from teleport.errors import ClosureError, NullSpaceError
+from teleport.precision import Autocast
 from teleport.subspace import Basis, Projector
 from teleport.tied import TiedBasis
 from teleport.transaction import Transaction
@@ -47,7 +49,7 @@ class NullSpace:
             NullSpaceError: if the model's layers are not those of this space.
         """
         blocks = self._match(model)
-        with torch.no_grad():
+        with torch.no_grad(), Autocast().off():
             covered = {p for block in blocks for p in block.parameters}
             grads = {p: _grad(p) for p in covered}
             for block in blocks:
@@ -140,7 +142,13 @@ class NullSpace:
             inputs: batches for both.
         """
         worst = 0.0
-        with Transaction(before), Transaction(after), torch.no_grad():
+        with (
+            silenced(before),
+            silenced(after),
+            Transaction(before),
+            Transaction(after),
+            torch.no_grad(),
+        ):
             before.eval()
             after.eval()
             for x in inputs:
@@ -187,7 +195,7 @@ class Keeper:
 
     def project(self) -> None:
         """Project the displacement since the last projection now."""
-        with torch.no_grad():
+        with torch.no_grad(), Autocast().off():
             for block, start in zip(self._blocks, self._matrices, strict=True):
                 moved = block.part.matrix() - start
                 block.part.write(start + self._bases[block.name].project(moved))
@@ -220,7 +228,8 @@ def null_space(
         model: the model.
         closures: each runs the model on some of the data; what it returns does not matter. They
             are taken one at a time, so a generator over a data loader needs the memory of one
-            batch and of one ``d_in x d_in`` matrix per layer.
+            batch and of one ``d_in x d_in`` matrix per layer. For a model in
+            ``DistributedDataParallel`` every rank gives its own, any number of them.
         tau: share of each layer's input energy to keep, in (0, 1].
 
     Returns:
@@ -235,14 +244,25 @@ def null_space(
     spaces = {block: block.space() for block in coverage.blocks}
 
     def see(use: Use, x: Tensor) -> None:
-        use.block.collect(spaces[use.block], use.part, x)
+        with Autocast().off():  # that of the closure, too
+            use.block.collect(spaces[use.block], use.part, x)
 
-    with Transaction(model):
-        for closure in closures:
-            watch(coverage.sites, closure, see)
-    if not any(space.count for space in spaces.values()):
-        raise ClosureError("no closure called a covered layer of this model; do they call it?")
-    return NullSpace({block.name: block.basis(space, tau) for block, space in spaces.items()})
+    autocast = Autocast()
+    ranks = ranks_of(model)
+    with autocast.off(), ranks.together(), silenced(model), Transaction(model):
+        with ranks.together():
+            for closure in closures:
+                with autocast.on():
+                    watch(coverage.sites, closure, see)
+        spaces = {block: ranks.joined(space, block) for block, space in spaces.items()}
+        if not any(space.count for space in spaces.values()):
+            raise ClosureError("no closure called a covered layer of this model; do they call it?")
+        return NullSpace(
+            {
+                block.name: ranks.basis_of_first(block.basis(space, tau))
+                for block, space in spaces.items()
+            }
+        )
 
 
 _KINDS: dict[str, Any] = {"rows": Basis, "axes": AxisBasis}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from teleport.capture import Closure, evaluate
+from teleport.distributed import ALONE, Ranks
+from teleport.precision import at_least_single
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -24,9 +26,8 @@ def squared_norm(tensor: Tensor) -> float:
     A float32 sum over a million entries is wrong in the fifth digit, and a float64 copy of them
     takes fifty times as long as the sum.
     """
-    rows = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        rows = rows.float()
+    rows = at_least_single(tensor)
+    rows = rows.reshape(1, -1) if tensor.dim() < 2 else rows.flatten(1)
     return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
 
 
@@ -55,22 +56,27 @@ def gradient(
 
 
 def mean_grad_norm(
-    closures: Sequence[Closure], parameters: Sequence[nn.Parameter]
+    closures: Sequence[Closure], parameters: Sequence[nn.Parameter], ranks: Ranks = ALONE
 ) -> tuple[float, float]:
     """Mean loss of some closures and the Euclidean norm of its gradient, one closure at a time."""
     total, summed = 0.0, list[Tensor]()
-    for closure in closures:
-        loss, grads = gradient(closure, parameters)
-        total += float(loss)
-        dense = [g.to_dense() if g.is_sparse else g for g in grads]
-        summed = [a + g for a, g in zip(summed, dense, strict=True)] if summed else dense
-    return total / len(closures), math.sqrt(sum(map(squared_norm, summed))) / len(closures)
+    with ranks.together():
+        for closure in closures:
+            loss, grads = gradient(closure, parameters)
+            total += float(loss) / len(closures)
+            grads = [g.to_dense() if g.is_sparse else g for g in grads]
+            if len(closures) > 1:
+                grads = [g / len(closures) for g in grads]
+            summed = [a + g for a, g in zip(summed, grads, strict=True)] if summed else grads
+    ranks.mean_(summed)
+    return ranks.mean(total), ranks.of_first(math.sqrt(sum(map(squared_norm, summed))))
 
 
-def mean_loss(closures: Sequence[Closure]) -> float:
+def mean_loss(closures: Sequence[Closure], ranks: Ranks = ALONE) -> float:
     """Mean of what the closures return, without gradients."""
-    with torch.no_grad():
-        return sum(float(evaluate(closure)) for closure in closures) / len(closures)
+    with ranks.together(), torch.no_grad():
+        loss = sum(float(evaluate(closure)) for closure in closures) / len(closures)
+    return ranks.mean(loss)
 
 
 def grad_norm(closure: Closure, parameters: Sequence[nn.Parameter]) -> tuple[float, float]:

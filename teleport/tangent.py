@@ -33,7 +33,8 @@ each evaluation costs one backward pass: `step_to_norm` finds where it reaches a
 """
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -45,6 +46,7 @@ from teleport.capture import Closure, Tape
 from teleport.coverage import Block
 from teleport.layers import Pieces
 from teleport.objective import squared_norm
+from teleport.precision import at_least_single, rounding_unit, scaled, unit_scale
 from teleport.subspace import Projector
 
 Direction = dict[Block, Float[Tensor, "*groups d_out d_in"]]
@@ -73,16 +75,22 @@ def direction(
     Returns:
         One matrix per block, zero where nothing but rounding survives the projection.
     """
-    velocity = dict(zip(tape.others, tape.other_gradients, strict=True))
-    drive = {block: _drive(tape, block) for block in tape.blocks}
+    scale = unit_scale(lambda: grad_norm_squared(tape), tape.precision)
+    velocity = {p: scaled(g, scale) for p, g in zip(tape.others, tape.other_gradients, strict=True)}
+    drive = {block: _drive(tape, block, scale) for block in tape.blocks}
     tape.push_tangents(model, closure, drive, velocity, wanted=bases.keys())
-    return {block: _survivor(tape, block, basis) for block, basis in bases.items()}
+    return {b: scaled(_survivor(tape, b, basis), 1 / scale) for b, basis in bases.items()}
 
 
-def project_ascent(ascent: Direction, bases: Mapping[Block, Projector]) -> Direction:
-    """π of a full ascent direction (paper equation 11): the reference for `direction`."""
+def project_ascent(
+    ascent: Direction, bases: Mapping[Block, Projector], dtype: torch.dtype | None = None
+) -> Direction:
+    """π of a full ascent direction (paper equation 11): the reference for `direction`.
+
+    ``dtype`` is what the ascent was computed in, if not its own.
+    """
     return {
-        block: without_rounding(basis.project(ascent[block]), ascent[block])
+        block: without_rounding(basis.project(ascent[block]), ascent[block], dtype)
         for block, basis in bases.items()
     }
 
@@ -127,7 +135,7 @@ def step_to_norm(
         if not math.isfinite(excess(high)):
             ceiling, high = high, (low + high) / 2
         elif excess(high) >= 0.0:
-            return _root(excess, seen, slope / target, degree, low, high)
+            return _root(excess, seen, slope / target, rtol, degree, low, high)
         else:
             low, high = high, min(2.0 * high, (high + ceiling) / 2)
     return None
@@ -137,6 +145,7 @@ def _root(
     excess: Callable[[float], float],
     seen: dict[float, float],
     slope: float,
+    rtol: float,
     degree: int | None,
     low: float,
     high: float,
@@ -149,12 +158,16 @@ def _root(
     """
     for _ in range(8):
         finite = [(s, e) for s, e in seen.items() if math.isfinite(e)]
+        if len({s / high for s, _ in finite}) < len(finite):
+            break  # steps that cannot be told apart determine no polynomial
         step = _polynomial_root(finite, slope, low, high)
         if step is None or not low < step < high:
             break
         # With the slope there is one value more than looks; far values drown the near ones.
         known = degree is not None and len(finite) >= degree
         if known and max(abs(e) for _, e in finite) < 10.0:
+            return step
+        if _expected_miss(finite, slope, step) <= rtol:
             return step
         value = excess(step)
         if value == 0.0:
@@ -167,37 +180,59 @@ def _polynomial_root(
     points: list[tuple[float, float]], slope: float, low: float, high: float
 ) -> float | None:
     """The root in the bracket of the polynomial through ``points`` with this slope at step 0."""
-    nodes = [0.0, *(s / high for s, _ in points)]  # step 0 twice: its value and its slope
-    values = [points[0][1], *(e for _, e in points)]
-    polynomial = KroghInterpolator(nodes, [*values[:1], slope * high, *values[2:]])
+    polynomial = _polynomial(points, slope, high)
     if polynomial(low / high) >= 0.0 or polynomial(1.0) <= 0.0:
         return None
     return high * float(toms748(polynomial, low / high, 1.0, xtol=1e-300, rtol=1e-15))
 
 
+def _polynomial(points: list[tuple[float, float]], slope: float, unit: float) -> KroghInterpolator:
+    """Through all points, step 0 first, with a slope there; its argument is in units of a step."""
+    nodes = [0.0, *(s / unit for s, _ in points)]  # step 0 twice: its value and its slope
+    values = [points[0][1], slope * unit, *(e for _, e in points[1:])]
+    return KroghInterpolator(nodes, values)
+
+
+def _expected_miss(points: list[tuple[float, float]], slope: float, step: float) -> float:
+    """About how far from zero the value at a root of the polynomial is, ten times over.
+
+    The last point changed the polynomial there by as much as its predecessor missed; it misses
+    less by how near that point is (the next term of Newton's form).
+    """
+    if len(points) < 3:
+        return math.inf
+    change = abs(float(_polynomial(points[:-1], slope, points[-1][0])(step / points[-1][0])))
+    rounding = sys.float_info.epsilon * max(abs(value) for _, value in points)
+    return 10.0 * (change * abs(points[-1][0] - step) / step + rounding)
+
+
 def _block_norm_squared(tape: Tape, block: Block) -> float:
     if _prefers_gram(tape, block):
-        deltas = tape.deltas(block)
+        deltas = at_least_single(tape.deltas(block))
         return float(((deltas @ deltas.mT) * tape.row_gram(block)).double().sum())
     return squared_norm(tape.weight_gradient(block))
 
 
-def _drive(tape: Tape, block: Block) -> list[Tensor]:
-    """G x for every call of a block: the outputs' tangent due to the block's own weights."""
+def _drive(tape: Tape, block: Block, scale: float) -> Iterator[Tensor]:
+    """G x, scaled, for every call of a block: the tangents due to the block's own weights."""
     calls, part = tape.calls_of(block), block.part
-    if _prefers_gram(tape, block):
-        counts = [part.out_rows(call.z).shape[-2] for call in calls]
-        pieces = (tape.row_gram(block) @ tape.deltas(block)).split(counts, dim=-2)
-        return [part.from_out_rows(p, c.z) for p, c in zip(pieces, calls, strict=True)]
-    return drive_of(tape, block, block.part.split(tape.weight_gradient(block)))
+    if not _prefers_gram(tape, block):
+        gradient = scaled(tape.weight_gradient(block), scale)
+        yield from drive_of(tape, block, block.part.split(gradient))
+        return
+    gram = tape.row_gram(block)
+    products = gram @ scaled(tape.deltas(block).to(gram.dtype), scale)
+    counts = [call.part.row_count(call.z) for call in calls]
+    for call, rows in zip(calls, products.split(counts, dim=-2), strict=True):
+        yield part.from_out_rows(rows, call.z)
 
 
-def drive_of(tape: Tape, block: Block, velocity: Pieces) -> list[Tensor]:
-    """Ẇ x for every call of a block, in the shape of the outputs."""
-    return [
-        call.part.push_affine(call.x.detach(), velocity[: len(call.part.slots)], call.z)
-        for call in tape.calls_of(block)
-    ]
+def drive_of(tape: Tape, block: Block, velocity: Pieces) -> Iterator[Tensor]:
+    """Ẇ x for every call of a block, in the shape of the outputs; each when it is asked for."""
+    for call in tape.calls_of(block):
+        pieces = velocity[: len(call.part.slots)]
+        same = tuple(piece.to(call.z.dtype) for piece in pieces)
+        yield call.part.push_affine(call.x.detach(), same, call.z)
 
 
 def _prefers_gram(tape: Tape, block: Block) -> bool:
@@ -210,16 +245,28 @@ def _survivor(tape: Tape, block: Block, basis: Projector) -> Float[Tensor, "*gro
     """Σ δ (P ẋ)ᵀ; the projection is done on rows or on the sum, whichever is smaller."""
     fewer_rows = tape.row_count(block) < block.part.matrix_shape[-2]
     x_dot = tape.tangents(block) if fewer_rows and block.other is None else None
+    dtype = tape.computed_in(block)
     if x_dot is None:
         whole = tape.survivor(block)
-        return without_rounding(basis.project(whole), whole)
-    return tape.deltas(block).mT @ without_rounding(basis.project(x_dot), x_dot)
+        return without_rounding(basis.project(whole), whole, dtype)
+    x_dot = at_least_single(x_dot)
+    projected = without_rounding(basis.project(x_dot), x_dot, dtype)
+    deltas = tape.deltas(block).to(x_dot.dtype)
+    return (deltas.mT @ projected).to(block.part.weight.parameter.dtype)
 
 
-def without_rounding(projected: Tensor, original: Tensor) -> Tensor:
+def without_rounding(
+    projected: Tensor, original: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """Zero if what is left is no larger than the rounding of what was projected.
 
     Without this a layer that must not move (``thm-fixed``) would move along its own rounding.
+
+    Args:
+        projected: what is left.
+        original: what was projected.
+        dtype: that ``original`` was computed in, if not its own.
     """
-    cut = max(original.shape) * torch.finfo(original.dtype).eps * original.norm()
-    return projected if projected.norm() > cut else torch.zeros_like(projected)
+    unit = rounding_unit(original.dtype if dtype is None else dtype, max(original.shape))
+    cut = unit * original.norm()
+    return torch.zeros_like(projected) if projected.norm() <= cut else projected

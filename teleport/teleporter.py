@@ -12,7 +12,9 @@ from torch import nn
 from teleport.attempt import Attempt, Settings
 from teleport.capture import Closure
 from teleport.coverage import cover, supported
+from teleport.distributed import ranks_of, silenced
 from teleport.errors import UnsupportedModelError
+from teleport.precision import Autocast
 from teleport.report import TeleportReport
 from teleport.transaction import Transaction
 
@@ -28,7 +30,9 @@ class Teleporter:
 
     Args:
         model: any module with at least one layer in ``teleport.layers.RULES``. Its parameters are
-            changed in place, so optimizers made before stay valid.
+            changed in place, so optimizers made before stay valid. A model in
+            ``DistributedDataParallel`` teleports collectively: every rank calls `step` with its
+            own shard, and the loss is the mean of the ranks' losses.
         tau: share of each layer's input energy that must stay untouched, in (0, 1]. 1 keeps the
             loss to rounding; less frees more directions and lets the loss drift.
         steps: directions taken per batch. Default 1 with ``growth``, 8 (the paper's) with ``lr``.
@@ -126,23 +130,40 @@ class Teleporter:
             ClosureError: if a closure is unusable; the model is exactly as before.
         """
         started = time.perf_counter()
-        parts = _parts(closure)
-        with Transaction(self.model) as transaction:
+        autocast, ranks = Autocast(), ranks_of(self.model)
+        with (
+            autocast.off(),
+            ranks.together(),
+            silenced(self.model),
+            Transaction(self.model) as transaction,
+        ):
+            parts = _parts(closure)
+            ranks.require_same(self._request(held_out))
 
             def repeatable(closure: Closure) -> Closure:
                 def call() -> Any:  # what a user's closure returns is checked where it is used
                     transaction.rewind_random()
-                    return closure()
+                    with autocast.on():
+                        return closure()
 
                 return call
 
             held = None if held_out is None else repeatable(held_out)
-            attempt = Attempt(self._settings, [repeatable(part) for part in parts], held)
-            report = attempt.run()
+            closures = [repeatable(part) for part in parts]
+            attempt = Attempt(self._settings, closures, held, ranks)
+            with ranks.together():  # before anything is kept
+                report = attempt.run()
             if report.steps and not report.rolled_back:
                 transaction.commit()
         spent = time.perf_counter() - started - attempt.held_out_seconds
         return replace(report, seconds=spent)
+
+    def _request(self, held_out: Closure | None) -> str:
+        """What is asked for, in the same words on all ranks that ask for the same."""
+        s = self._settings
+        names = [(b.name, tuple(b.part.matrix().shape)) for b in s.coverage.blocks]
+        asked = (s.tau, s.steps, s.lr, s.growth, s.cap, s.method, s.max_drift, sorted(s.movable))
+        return f"{asked}, held_out {'not ' if held_out is None else ''}given, {names}"
 
     def run(
         self, closures: Iterable[Closure], *, held_out: Closure | None = None

@@ -17,9 +17,17 @@ from torch import Tensor, nn
 
 from teleport.capture import Call, Closure, Tape, record
 from teleport.coverage import Block, Site
+from teleport.distributed import ALONE, Ranks
 from teleport.layers import Pieces
-from teleport.objective import ascent_double_backward, squared_norm, trainable
+from teleport.objective import (
+    ascent_double_backward,
+    gradient,
+    mean_grad_norm,
+    squared_norm,
+    trainable,
+)
 from teleport.parallel import in_parallel
+from teleport.precision import PRECISIONS, at_least_single, coarsest, is_half, scaled, unit_scale
 from teleport.subspace import Projector, RowSpace, Space
 from teleport.tangent import (
     Direction,
@@ -41,12 +49,17 @@ class Walk(ABC):
         blocks: the covered blocks that are called.
         position: the weights of the blocks that moved; all others are as they were.
         loss: at the start.
+        dtype: of the loss.
+        precision: the coarsest that products were computed in; coarser under autocast.
         fixed: blocks whose inputs depend on no parameter (``thm-fixed``).
+        ranks: the processes that walk together.
     """
 
     loss: float
     dtype: torch.dtype
+    precision: torch.dtype
     fixed: set[Block]
+    ranks: Ranks = ALONE
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self._model = model
@@ -54,12 +67,18 @@ class Walk(ABC):
         self.position: Position = {}
         self._start: Position = {}  # of what was written to, copied just before
         self._ahead: float | None = None
+        self._behind = False
         self._ahead_at: Position = {}  # memory for the next look: fresh memory costs a pass
         self._move_norms: dict[Block, float] = {}
 
-    @abstractmethod
     def norm_squared(self) -> float:
-        """The squared gradient norm where the walk last looked."""
+        """The squared gradient norm where the walk last looked, or has advanced to since."""
+        self._catch_up()
+        return self._norm_squared()
+
+    @abstractmethod
+    def _norm_squared(self) -> float:
+        """The same, where the walk last looked."""
 
     @abstractmethod
     def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
@@ -72,6 +91,10 @@ class Walk(ABC):
     @abstractmethod
     def degree(self, along: Direction) -> int | None:
         """Degree of the squared norm along a direction, at most (``thm-polynomial``), if known."""
+
+    @abstractmethod
+    def measure(self) -> tuple[float, float]:
+        """Loss and gradient norm of the model as it is written now, from scratch."""
 
     @abstractmethod
     def ascent(self) -> Gradient:
@@ -88,21 +111,23 @@ class Walk(ABC):
     def norm_squared_at(self, along: Direction, step: float) -> float:
         """Look ahead: the squared norm at a step along a direction; the position stays."""
         self._look_at(self._moved(along, step))
-        self._ahead = step
-        return self.norm_squared()
+        self._ahead, self._behind = step, False
+        return self._norm_squared()
 
     def advance(self, along: Direction, step: float) -> None:
-        """Go there; where the last look ahead was need not be looked at again."""
-        position = self._moved(along, step)
-        if step != self._ahead:
-            self._look_at(position)
-        self.position, self._ahead_at = position, {}
-        self._move_norms, self._ahead = {}, None
+        """Go there; it is looked at when that is needed, if the last look ahead was elsewhere."""
+        self.position = self._moved(along, step)
+        self._behind = step != self._ahead
+        self._move_norms, self._ahead, self._ahead_at = {}, None, {}
 
     def look_back(self) -> None:
         """Look at the present position again, after looking ahead in vain."""
         self._look_at(self.position)
-        self._ahead = None
+        self._ahead, self._behind = None, False
+
+    def _catch_up(self) -> None:
+        if self._behind:
+            self.look_back()
 
     def write(self) -> None:
         """Put the position into the model's parameters."""
@@ -116,7 +141,9 @@ class Walk(ABC):
         """π(∇T) by definition: the reference for `tangent_direction`."""
         self.write()
         ascent = self.ascent()
-        return project_ascent({block: block.part.of(ascent) for block in bases}, bases)
+        full = {block: block.part.of(ascent) for block in bases}
+        dtype = self.precision if is_half(self.precision) else None
+        return self._of_first(project_ascent(full, bases, dtype))
 
     def move_norm(self, block: Block) -> float:
         """Frobenius norm of the block's change since the start."""
@@ -136,14 +163,20 @@ class Walk(ABC):
         the loss through δ; outputs of one row add in quadrature, rows may share their errors. What
         the rank rule may cut off (`Basis.residual`) is not in the basis, and ΔW acts on it.
         """
-        total = 8 * torch.finfo(self.dtype).eps * abs(self.loss)
+        with self.ranks.together():
+            total = self._first_order_rounding(bases)
+        return 8 * torch.finfo(self.dtype).eps * abs(self.loss) + self.ranks.mean(total)
+
+    def _first_order_rounding(self, bases: Mapping[Block, Projector]) -> float:
+        total = 0.0
         for tape, share in self._tapes():
             total += share * sum(self._call_rounding(call) for call in tape.calls)
             for block in bases.keys() & set(tape.blocks):
                 calls = [call for call in tape.calls_of(block) if call.delta is not None]
                 eps = max((torch.finfo(call.z.dtype).eps for call in calls), default=0.0)
                 left = bases[block].rounding(tape.row_count(block), eps)
-                norms = [float(call.delta.norm()) for call in calls if call.delta is not None]
+                deltas = (at_least_single(c.delta) for c in calls if c.delta is not None)
+                norms = [float(delta.norm()) for delta in deltas]
                 total += share * math.hypot(*norms) * self.move_norm(block) * left
             del tape
         return total
@@ -154,9 +187,10 @@ class Walk(ABC):
             return 0.0
         part, block, eps = call.part, call.block, torch.finfo(call.z.dtype).eps
         ends = [self._start_of(block), self.position.get(block, self._start_of(block))]
-        weights = torch.hypot(*(part.out_norms(pieces[: len(part.slots)]) for pieces in ends))
-        deltas = part.out_rows(call.delta) * weights[..., None, :]
-        errors = deltas.norm(dim=-1) * part.row_norms(call.x.detach())
+        norms = (map(at_least_single, pieces[: len(part.slots)]) for pieces in ends)
+        weights = torch.hypot(*(part.out_norms(tuple(pieces)) for pieces in norms))
+        deltas = at_least_single(part.out_rows(call.delta)) * weights[..., None, :]
+        errors = deltas.norm(dim=-1) * part.row_norms(at_least_single(call.x.detach()))
         terms = part.matrix_shape[-1] if eps < 1e-4 else 1  # half precision sums in float32
         return 2 * eps * math.sqrt(terms) * float(errors.sum())
 
@@ -182,19 +216,24 @@ class Walk(ABC):
         for block, start in self._start.items():
             block.part.put(position.get(block, start))
 
+    def _of_first(self, along: Direction) -> Direction:
+        """One direction for all ranks, to the last bit."""
+        self.ranks.of_first_(list(along.values()))
+        return along
+
 
 class FrozenWalk(Walk):
     """One batch at τ = 1: one tape for the whole walk."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], closure: Closure) -> None:
-        self._closure = closure
+        self._sites, self._closure = sites, closure
         self._tape = record(model, sites, closure)
         super().__init__(model, self._tape.blocks)
         self.loss = float(self._tape.loss.detach())
-        self.dtype = self._tape.loss.dtype
+        self.dtype, self.precision = self._tape.loss.dtype, self._tape.precision
         self.fixed = {b for b in self._tape.blocks if not self._tape.depends_on_parameters(b)}
 
-    def norm_squared(self) -> float:
+    def _norm_squared(self) -> float:
         return grad_norm_squared(self._tape)
 
     def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
@@ -203,8 +242,8 @@ class FrozenWalk(Walk):
             same_rows.setdefault(tape.rows_key(block), []).append(block)
 
         def basis(block: Block) -> Projector:
-            if tau == 1.0 and (full := self._if_full(block)) is not None:
-                return full
+            if tau == 1.0 and block.other is None:
+                return self._basis(block)
             space = block.space()
             tape.collect(block, space)
             return block.basis(space, tau)
@@ -213,28 +252,44 @@ class FrozenWalk(Walk):
         groups = zip(same_rows.values(), found, strict=True)
         return {block: basis for sharing, basis in groups for block in sharing}
 
-    def _if_full(self, block: Block) -> Projector | None:
-        """The basis of everything, if a few of the rows show already that all of them span it."""
+    def _basis(self, block: Block) -> Projector:
+        """The basis at τ = 1; no more rows are read once they span everything."""
         calls, (*_, d_in) = self._tape.calls_of(block), block.part.matrix_shape
-        count = self._tape.row_count(block)
-        if block.other is not None or count < 16 * d_in:
-            return None
-        norms = [call.part.row_norms(call.x.detach()) for call in calls]
-        energy = sum(squared_norm(n) for n in norms)
-        space = RowSpace()
+        count, space = self._tape.row_count(block), block.part.space()
+        if not isinstance(space, RowSpace):
+            self._tape.collect(block, space)
+            return block.basis(space, 1.0)
+        if count < d_in:
+            self._tape.collect(block, space)
+            return space.basis_if_independent() or space.basis()
+        norms = (call.part.row_norms(at_least_single(call.x.detach())) for call in calls)
+        energy = sum(map(squared_norm, norms))
+        enough = 2 * d_in
         for call in calls:
-            for some in call.part.chunks(call.x.detach()):
+            for some in call.part.chunks(call.x.detach(), rows=max(1024, enough)):
                 space.add(call.part.rows(some))
-                if space.count >= 4 * d_in:
-                    return space.basis_if_full(count, energy)
-        return None
+                if space.count >= min(enough, count):
+                    if (full := space.basis_if_full(count, energy)) is not None:
+                        return full
+                    enough = 4 * space.count
+        return space.basis()
 
     def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
+        self._catch_up()
         return direction(self._tape, self._model, self._closure, bases)
 
     def ascent(self) -> Gradient:
         parameters = trainable(self._model)
-        return dict(zip(parameters, ascent_double_backward(self._closure, parameters), strict=True))
+        velocity, scale = None, unit_scale(self.norm_squared, self.precision)
+        if scale != 1.0:
+            velocity = [scaled(g, scale) for g in gradient(self._closure, parameters)[1]]
+        ascent = ascent_double_backward(self._closure, parameters, velocity)
+        return {p: scaled(a, 1 / scale) for p, a in zip(parameters, ascent, strict=True)}
+
+    def measure(self) -> tuple[float, float]:
+        del self._tape  # before the next one is recorded: memory is that of one
+        self._tape, self._behind = record(self._model, self._sites, self._closure), False
+        return float(self._tape.loss.detach()), math.sqrt(self.norm_squared())
 
     def degree(self, along: Direction) -> int | None:
         return 2 * sum(len(self._tape.calls_of(b)) for b, matrix in along.items() if matrix.any())
@@ -244,13 +299,15 @@ class FrozenWalk(Walk):
         self._tape.backward()
 
     def _tapes(self) -> Iterator[tuple[Tape, float]]:
+        self._catch_up()
         yield self._tape, 1.0
 
 
 class StreamedWalk(Walk):
     """Micro-batches of one batch, or τ < 1: closures run again wherever the walk looks.
 
-    The loss is the mean of the closures. Each is recorded, used and forgotten in turn.
+    The loss is the mean of the closures, and over ranks the mean of their losses. Each closure is
+    recorded, used and forgotten in turn.
     """
 
     def __init__(
@@ -259,7 +316,9 @@ class StreamedWalk(Walk):
         sites: Sequence[Site],
         closures: Sequence[Closure],
         movable: AbstractSet[str],
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self._sites, self._closures, self._movable = sites, closures, movable
         self._model = model
         self._gradient: Gradient = {}
@@ -268,47 +327,64 @@ class StreamedWalk(Walk):
         super().__init__(model, list(self._spaces))
         self.fixed = {block for block, depends in self._depends.items() if not depends}
 
-    def norm_squared(self) -> float:
-        return sum(map(squared_norm, self._gradient.values()))
+    def _norm_squared(self) -> float:
+        return self.ranks.of_first(sum(map(squared_norm, self._gradient.values())))
 
     def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
         blocks = list(blocks)
         found = in_parallel(lambda block: block.basis(self._spaces[block], tau), blocks)
-        return dict(zip(blocks, found, strict=True))
+        return {b: self.ranks.basis_of_first(own) for b, own in zip(blocks, found, strict=True)}
 
     def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         self.write()
+        self._catch_up()
         whole = {block: block.part.matrix().zero_() for block in bases}
-        for closure in self._closures:
-            tape = record(self._model, self._sites, closure)
-            drive = {b: drive_of(tape, b, self._velocity(b)) for b in tape.blocks}
-            tape.push_tangents(self._model, closure, drive, self._gradient, wanted=bases.keys())
-            for block in whole.keys() & set(tape.blocks):
-                whole[block] += tape.survivor(block) / len(self._closures)
-            del tape
-        return {b: without_rounding(bases[b].project(sum_), sum_) for b, sum_ in whole.items()}
+        scale = unit_scale(self.norm_squared, self.precision)
+        velocity = {p: scaled(grad, scale) for p, grad in self._gradient.items()}
+        with self.ranks.together():
+            for closure in self._closures:
+                tape = record(self._model, self._sites, closure)
+                drive = {b: drive_of(tape, b, _pieces_of(b, velocity)) for b in tape.blocks}
+                tape.push_tangents(self._model, closure, drive, velocity, wanted=bases.keys())
+                for block in whole.keys() & set(tape.blocks):
+                    whole[block] += tape.survivor(block) / (len(self._closures) * scale)
+                del tape, drive
+        self.ranks.mean_(list(whole.values()))
+        along = {
+            b: without_rounding(bases[b].project(sum_), sum_, self._computed_in[b])
+            for b, sum_ in whole.items()
+        }
+        return self._of_first(along)
 
     def ascent(self) -> Gradient:
+        self._catch_up()
         parameters = trainable(self._model)
-        velocity = [self._grad(p) for p in parameters]
+        scale = unit_scale(self.norm_squared, self.precision)
+        velocity = [scaled(self._grad(p), scale) for p in parameters]
         total = [torch.zeros_like(v) for v in velocity]
-        for closure in self._closures:
-            for place, share in zip(
-                total, ascent_double_backward(closure, parameters, velocity), strict=True
-            ):
-                place.add_(share, alpha=1.0 / len(self._closures))
-        return dict(zip(parameters, total, strict=True))
+        with self.ranks.together():
+            for closure in self._closures:
+                shares = ascent_double_backward(closure, parameters, velocity)
+                for place, share in zip(total, shares, strict=True):
+                    place.add_(share, alpha=1.0 / len(self._closures))
+        self.ranks.mean_(total)
+        return {p: scaled(sum_, 1 / scale) for p, sum_ in zip(parameters, total, strict=True)}
 
     def _survey(self) -> set[Block]:
         """Loss, gradient and row spaces at the start; blocks that have to be left out, if any."""
         self._spaces: dict[Block, Space] = {}
         self._depends: dict[Block, bool] = {}
+        self._computed_in: dict[Block, torch.dtype] = {}
         losses = []
+        precisions = []
 
         def note(tape: Tape) -> None:
             losses.append(float(tape.loss.detach()))
             self.dtype = tape.loss.dtype
+            precisions.append(tape.precision)
             for block in tape.blocks:
+                known = self._computed_in.get(block, tape.computed_in(block))
+                self._computed_in[block] = coarsest([known, tape.computed_in(block)])
                 space = self._spaces.setdefault(block, block.space())
                 depends = tape.depends_on_parameters(block)
                 self._depends[block] = self._depends.get(block, False) or depends
@@ -317,26 +393,56 @@ class StreamedWalk(Walk):
 
         left_out: set[Block] = set()
         self._gradient = {}
-        for closure in self._closures:
-            tape = record(self._model, self._sites, closure)
-            left_out |= tape.left_out
-            note(tape)
-            self._add(tape)
-            del tape  # before the next one is recorded: memory is that of one
-        self.loss = sum(losses) / len(losses)
+        with self.ranks.together():
+            for closure in self._closures:
+                tape = record(self._model, self._sites, closure)
+                left_out |= tape.left_out
+                note(tape)
+                self._add(tape)
+                del tape  # before the next one is recorded: memory is that of one
+        self.loss = self.ranks.mean(sum(losses) / len(losses))
+        self.precision = coarsest(precisions)
+        if self.ranks.size > 1:
+            left_out = self._share_survey(left_out)
         return left_out
+
+    def measure(self) -> tuple[float, float]:
+        return mean_grad_norm(self._closures, trainable(self._model), self.ranks)
 
     def degree(self, along: Direction) -> int | None:
         return None  # a layer that drifts, as at τ < 1, makes it no polynomial at all
 
-    def _velocity(self, block: Block) -> Pieces:
-        return tuple(slot.of(self._gradient[slot.parameter]) for slot in block.part.slots)
+    def _share_survey(self, left_out: set[Block]) -> set[Block]:
+        """What other ranks have seen; all go on with the same blocks in the same order."""
+        blocks = list(dict.fromkeys(b for site in self._sites for b in site.blocks))
+        seen = [(b in left_out, b in self._spaces, self._depends.get(b, False)) for b in blocks]
+        anywhere = self.ranks.most([int(flag) for flags in seen for flag in flags])
+        out, called, depends = (dict(zip(blocks, anywhere[i::3], strict=True)) for i in range(3))
+        if any(out.values()):
+            return {block for block in blocks if out[block]}
+        blocks = [block for block in blocks if called[block]]
+        precisions = [PRECISIONS.index(self.precision)]
+        precisions += [PRECISIONS.index(self._computed_in.get(b, torch.float64)) for b in blocks]
+        self.precision, *each = (PRECISIONS[i] for i in self.ranks.most(precisions))
+        self._computed_in = dict(zip(blocks, each, strict=True))
+        self._depends = {block: bool(depends[block]) for block in blocks}
+        spaces = {block: self._spaces.get(block, block.space()) for block in blocks}
+        self._spaces = {b: self.ranks.joined(space, b) for b, space in spaces.items()}
+        self._share_gradient()
+        return set()
+
+    def _share_gradient(self) -> None:
+        """The mean of the ranks' gradients, for parameters that any of them may have reached."""
+        if self.ranks.size > 1:
+            self.ranks.mean_([self._grad(p) for p in trainable(self._model)])
 
     def _look_at(self, position: Position) -> None:
         self._write(position)
         self._gradient = {}
-        for closure in self._closures:
-            self._add(record(self._model, self._sites, closure))
+        with self.ranks.together():
+            for closure in self._closures:
+                self._add(record(self._model, self._sites, closure))
+        self._share_gradient()
 
     def _add(self, tape: Tape) -> None:
         """Add one micro-batch's share to the gradient."""
@@ -357,3 +463,8 @@ class StreamedWalk(Walk):
         self.write()
         for closure in self._closures:
             yield record(self._model, self._sites, closure), 1.0 / len(self._closures)
+
+
+def _pieces_of(block: Block, values: Mapping[nn.Parameter, Tensor]) -> Pieces:
+    """A block's share of a value per parameter."""
+    return tuple(slot.of(values[slot.parameter]) for slot in block.part.slots)

@@ -235,7 +235,7 @@ def test_a_method_that_got_too_slow_is_not_run_at_larger_values_of_the_same_lett
     tables = sheets(_benchmark("scaling", rows, small=True))
     cells = {row[0]: row[1:] for row in tables[1].rows}
     assert "t = 4" not in cells
-    assert tables[0].rows[0][2:] == ("-", "-")  # two points: no exponent
+    assert set(tables[0].rows[0][2:]) == {"-"}  # two points: no exponent
 
 
 class Rival(teleport.Teleporter):

@@ -1,5 +1,7 @@
 """Capture: the tape of a closure holds its layers' inputs, cotangents and tangents."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from teleport.capture import Tape, record
-from teleport.coverage import cover
+from teleport.coverage import Block, cover
 from teleport.tangent import drive_of
 from tests.fingerprint import fingerprint
 from tests.networks import GRAPHS, Task, task, without_dropout
@@ -125,10 +127,40 @@ def test_input_tangents_are_directional_derivatives(case: Case) -> None:
 def test_the_tangent_pass_ends_at_the_last_wanted_call(case: Case, last: int) -> None:
     problem = case.build()
     tape = tape_of(problem)
-    drive = {b: drive_of(tape, b, b.part.pieces()) for b in tape.blocks}
-    tape.push_tangents(problem.model, problem.closure, drive, {}, wanted={tape.blocks[last]})
-    reached = [tape.tangents(b) is not None for b in tape.blocks]
-    assert reached == [0 < n <= last for n in range(len(tape.blocks))]
+    asked = []
+
+    def drive(block: Block) -> Iterator[Tensor]:
+        asked.append(tape.blocks.index(block))
+        yield from drive_of(tape, block, block.part.pieces())
+
+    drives = {b: drive(b) for b in tape.blocks}
+    tape.push_tangents(problem.model, problem.closure, drives, {}, wanted={tape.blocks[last]})
+    assert asked == list(range(last))
+    kept = [tape.tangents(b) is not None for b in tape.blocks]
+    assert kept == [0 < n == last for n in range(len(tape.blocks))]
+
+
+def test_in_place_activations_do_not_reach_what_was_recorded() -> None:
+    """The tangent pass needs outputs that the model may have overwritten."""
+
+    def tangents(inplace: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(4, 20), nn.LeakyReLU(0.1, inplace), nn.Linear(20, 20), nn.ReLU(inplace),
+            nn.Linear(20, 3),
+        ).double()  # fmt: skip
+        x, y = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+
+        def closure() -> Tensor:
+            return (model(x) - y).square().mean()
+
+        tape = record(model, cover(model).sites, closure)
+        drive = {b: drive_of(tape, b, b.part.split(tape.weight_gradient(b))) for b in tape.blocks}
+        tape.push_tangents(model, closure, drive, {})
+        return [tape.tangents(b) for b in tape.blocks[1:]]
+
+    pairs = zip(tangents(inplace=True), tangents(inplace=False), strict=True)
+    assert all(torch.equal(one, other) and bool(one.any()) for one, other in pairs)
 
 
 @pytest.mark.verifies("thm-fixed")

@@ -288,3 +288,40 @@ def test_groups_stop_together_or_not_at_all() -> None:
         space.add(given_rows)
         found = space.basis_if_full(100, float(given_rows.square().sum()))
         assert (found is not None) is full
+
+
+@st.composite
+def few_rows(draw: st.DrawFn) -> torch.Tensor:
+    """Fewer rows than columns in float32; the last one depends on the others to a drawn degree."""
+    count = draw(st.integers(1, 8))
+    width = count + draw(st.integers(1, 8))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    rows = torch.randn(count, width, generator=generator, dtype=torch.float64)
+    if count > 1:
+        rows[-1] = rows[:-1].sum(0) + 10.0 ** draw(st.floats(-12, 0)) * rows[-1]
+    return rows.float()
+
+
+@pytest.mark.verifies("thm-rank")
+@given(few_rows())
+def test_independent_rows_have_the_basis_of_the_decomposition(rows: torch.Tensor) -> None:
+    """Where the short way answers, it is the same projector: orthonormal, of the same rank."""
+    space = RowSpace()
+    space.add(rows)
+    short, long = space.basis_if_independent(), space.basis()
+    if short is None:
+        return
+    assert short.rank == long.rank == len(rows)
+    assert short.residual == 0.0
+    eye = torch.eye(len(rows), dtype=torch.float64)
+    assert (short.vectors.T @ short.vectors - eye).abs().max() <= 1e-9
+    matrix = torch.randn(4, rows.shape[1], dtype=torch.float64)
+    assert (short.project(matrix) - long.project(matrix)).abs().max() <= 1e-8
+
+
+def test_plainly_independent_rows_need_no_decomposition() -> None:
+    space = RowSpace()
+    space.add(torch.randn(50, 200))
+    assert space.basis_if_independent() is not None
+    space.add(torch.zeros(1, 200))
+    assert space.basis_if_independent() is None

@@ -27,7 +27,7 @@ few = settings(max_examples=6)
 methods = pytest.mark.parametrize("method", METHODS)
 
 SAME_STEP = 1e-8
-"""Relative. The line search stops at 16 eps of the norm; a step follows with the condition number
+"""Relative. The line search stops at 8 eps of the norm; a step follows with the condition number
 of the norm in the step, and directions agree to 1e-11 (tests/test_tangent.py)."""
 
 SAME_PLACE = 1e-10

@@ -1,0 +1,112 @@
+"""Autocast: on while a closure runs, off while the package computes.
+
+Under ``torch.autocast`` every product is done in half precision, whatever the dtype of its
+factors. The user wants that of the model; a basis or a projection would be destroyed by it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""From the finest to the coarsest."""
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+class Autocast:
+    """The autocast state in which it is made, to leave and to come back to.
+
+    Autocast keeps the cast copy of a weight until its region ends. Here weights change inside a
+    region, so every way in and out forgets the copies.
+    """
+
+    def __init__(self) -> None:
+        self._dtypes = {
+            device: torch.get_autocast_dtype(device)
+            for device in _DEVICES
+            if torch.is_autocast_enabled(device)
+        }
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """No autocast for a while."""
+        with ExitStack() as stack:
+            stack.callback(torch.clear_autocast_cache)
+            for device in self._dtypes:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """As it was, for a while."""
+        torch.clear_autocast_cache()
+        with ExitStack() as stack:
+            stack.callback(torch.clear_autocast_cache)
+            for device, dtype in self._dtypes.items():
+                stack.enter_context(torch.autocast(device, dtype))
+            yield
+
+
+@contextmanager
+def uncached_casts() -> Iterator[None]:
+    """Cast weights anew: a copy made without gradients must not serve where they count.
+
+    Older versions of torch reuse it (https://github.com/pytorch/pytorch/issues/112583).
+    """
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def as_computed(x: Tensor, z: Tensor) -> Tensor:
+    """An input in the dtype of the product it went into, which autocast may have lowered."""
+    return x.to(z.dtype) if x.is_floating_point() else x
+
+
+def rounding_unit(dtype: torch.dtype, terms: int) -> float:
+    """Relative rounding of a sum of products: half precision rounds once, after summing in float32.
+
+    Args:
+        dtype: of the factors and of the result.
+        terms: bounds the number of terms.
+    """
+    eps = torch.finfo(dtype).eps
+    return 2 * eps if is_half(dtype) else terms * eps
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype with the largest rounding."""
+    return max(dtypes, key=PRECISIONS.index)
+
+
+def unit_scale(norm_squared: Callable[[], float], dtype: torch.dtype) -> float:
+    """The power of two that brings a norm near one before it meets float16, whose range is short.
+
+    A loss scaled up for float16 has gradients near the end of that range; derivatives along them
+    would leave it. Other formats have room, and need no scale: there it is 1.
+    """
+    if dtype != torch.float16 or not 0.0 < (squared := norm_squared()) < math.inf:
+        return 1.0
+    return 2.0 ** -round(math.log2(squared) / 2)
+
+
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    """``scale * tensor``, and no copy where nothing changes."""
+    return tensor if scale == 1.0 else scale * tensor
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether a dtype is one of the 16-bit formats."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
+def at_least_single(tensor: Tensor) -> Tensor:
+    """Half precision as float32, in which its products are exact; anything else as it is."""
+    return tensor.float() if is_half(tensor.dtype) else tensor
