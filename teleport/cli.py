@@ -35,11 +35,13 @@ from teleport.experiment import (
     rival_arms,
     teleport_settings,
 )
+from teleport.folders import new_folder, open_folder, slug
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
 from teleport.matrix import blocks, markdown, without_controls
 from teleport.models import INITS
 from teleport.optimizers import OPTIMIZERS
 from teleport.plots import gap_figure, loss_figure, matrix_figure, scaling_figure
+from teleport.pool import run_local
 from teleport.recipe import one_of
 from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
 from teleport.registry import EXPERIMENTS, find_experiment
@@ -48,14 +50,11 @@ from teleport.run import (
     CHECKPOINT_SECONDS,
     Progress,
     device_of,
-    new_folder,
-    open_folder,
     run_arms,
-    slug,
     steps_per_run,
 )
 from teleport.schedule import SCHEDULES
-from teleport.sweep import Failure, Job, Plan, run_local, total_steps
+from teleport.sweep import Failure, Job, Plan, total_steps
 from teleport.tasks import SEQUENCES
 
 app = typer.Typer(

@@ -21,11 +21,12 @@ from torch.nn.functional import cross_entropy
 
 from teleport.data import Dataset, batches, load
 from teleport.errors import NonFiniteLossError
+from teleport.folders import slug
 from teleport.models import mlp
 from teleport.recipe import one_of
 from teleport.records import RecordWriter, environment
 from teleport.remembering import METHODS, Plain
-from teleport.run import Progress, is_finished, slug
+from teleport.run import Progress, is_finished
 from teleport.tasks import SEQUENCES, Size, Task, TaskSequence
 
 

@@ -14,12 +14,13 @@ from torch import nn
 
 from teleport.errors import RunError
 from teleport.experiment import Arm, Settings, TeleportSettings, default_arms
+from teleport.folders import new_folder
 from teleport.models import mlp
 from teleport.optimizers import OPTIMIZERS
 from teleport.plots import loss_figure
 from teleport.records import Run, read_runs
 from teleport.registry import EXPERIMENTS
-from teleport.run import new_folder, run_arms
+from teleport.run import run_arms
 from teleport.schedule import Schedule
 
 EARLY = TeleportSettings(schedule=Schedule(warmup_steps=20), batch_size=100, held_out_size=100)

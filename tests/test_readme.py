@@ -144,9 +144,9 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
             continue
         for run in read_runs(folder):
             assert run.status in ("finished", "diverged"), run.path
-            assert run.config["command"].startswith(("teleport run", "teleport continual")), (
-                run.path
-            )
+            assert run.config["command"].startswith(
+                ("teleport run", "teleport sweep", "teleport continual")
+            ), run.path
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from teleport.cluster import run_on_cluster
 from teleport.errors import RunError
 from teleport.experiment import control_arms, default_arms
 from teleport.matrix import blocks, markdown
+from teleport.pool import run_local
 from teleport.records import read_run, read_runs, summarise
-from teleport.sweep import Plan, run_job, run_local, total_steps
+from teleport.sweep import Plan, run_job, total_steps
 
 TABLE = """
 [small]
