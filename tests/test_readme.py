@@ -15,11 +15,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import teleport
-from teleport import data
+from teleport import data, matrix
 from teleport.bench_tables import holds_benchmarks, read_benchmarks
 from teleport.forgetting_report import forgetting_rows, markdown
 from teleport.models import mlp
 from teleport.records import ArmSummary, Comparison, read_runs, summarise
+from teleport.registry import EXPERIMENTS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "chapters" / "results"
@@ -131,6 +132,16 @@ def test_every_file_the_readme_points_to_exists() -> None:
     targets = re.findall(r"\]\(((?!http)[^)]+)\)", readme())
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_matrix_is_that_of_the_records() -> None:
+    """``teleport report chapters/results > chapters/results/matrix.md`` writes it."""
+    written = (RESULTS / "matrix.md").read_text(encoding="utf-8")
+    assert written.strip() == matrix.markdown(matrix.blocks(RESULTS)).strip()
+
+
+def test_the_readme_names_every_experiment() -> None:
+    assert [name for name in EXPERIMENTS if f"`{name}`" not in readme()] == []
 
 
 def test_every_committed_result_is_complete_and_tells_its_command() -> None:
