@@ -37,7 +37,7 @@ from teleport.experiment import (
 )
 from teleport.folders import new_folder, open_folder, slug
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
-from teleport.matrix import blocks, markdown, without_controls
+from teleport.matrix import blocks, markdown, smaller, without_controls
 from teleport.models import INITS
 from teleport.optimizers import OPTIMIZERS
 from teleport.plots import gap_figure, loss_figure, matrix_figure, scaling_figure
@@ -406,7 +406,8 @@ def report(
             if block.experiment == name
         }
         title = EXPERIMENTS[name].title if name in EXPERIMENTS else name
-        matrix_figure(rows, title).savefig(figures / f"{slug(name)}.png", dpi=150)
+        config = next(b for b in found if b.experiment == name).runs[0].config
+        matrix_figure(rows, title + smaller(config)).savefig(figures / f"{slug(name)}.png", dpi=150)
     typer.echo(f"figures are in {figures}", err=True)
 
 
@@ -546,7 +547,8 @@ def _loss_figure(runs: list[Run]) -> Figure:
 def _title(runs: list[Run]) -> str:
     name, optimizer = runs[0].config["experiment"], runs[0].config["settings"]["optimizer"]
     what = EXPERIMENTS[name].title if name in EXPERIMENTS else name
-    return f"{what} - {optimizer}, {_count(len({run.seed for run in runs}), 'seed')}"
+    seeds = _count(len({run.seed for run in runs}), "seed")
+    return f"{what}{smaller(runs[0].config)} - {optimizer}, {seeds}"
 
 
 def _losses(runs: list[Run]) -> Table:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from teleport.errors import RunError
 from teleport.records import (
@@ -54,10 +55,17 @@ class Block:
             control = f"{settings['teleport']['steps']} steps of {settings['teleport']['lr']:g}"
         times = "once" if when["epochs"] == 1 else f"in each of the first {when['epochs']} epochs"
         return (
-            f"{self.experiment}, {self.optimizer}: preset {settings['preset']}, data "
+            f"{self.experiment}, {self.optimizer}: preset {settings['preset']}"
+            f"{smaller(self.runs[0].config)}, data "
             f"{self.runs[0].config['data']['name']}; teleport {times}, {when['batches']} x "
             f"{settings['teleport']['batch_size']} examples, {control}"
         )
+
+
+def smaller(config: dict[str, Any]) -> str:
+    """In which sizes the network of a run differs from that of its experiment."""
+    sizes = config["size"].get("network") or {}
+    return f" ({', '.join(f'{key} {value}' for key, value in sizes.items())})" if sizes else ""
 
 
 def blocks(folder: Path) -> list[Block]:
