@@ -128,6 +128,18 @@ def test_a_causal_transformer_does_not_see_the_future(
         assert moved[place:].all()
 
 
+@given(seed=st.integers(0, 999), norm_first=st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_a_readout_is_taken_from_the_answers_at_all_positions(seed: int, norm_first: bool) -> None:
+    torch.manual_seed(seed)
+    model = Transformer(2, 3, 6, width=8, readout="all", norm_first=norm_first).double()
+    x = torch.randn(2, 6, 2, dtype=torch.float64)
+    answers = model(x)
+    for readout, expected in (("mean", answers.mean(1)), ("last", answers[:, -1])):
+        model.readout = readout
+        assert torch.allclose(model(x), expected, atol=1e-12)
+
+
 def test_the_last_position_sees_all_and_an_unknown_readout_is_refused() -> None:
     torch.manual_seed(0)
     model = Transformer(2, 3, 6, width=8, readout="last")

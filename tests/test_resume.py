@@ -222,9 +222,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_says_so(tmp_path: Path) -> N
     rows = [json.loads(line) for line in run.path.read_text().splitlines()]
     assert "train loss is" in rows[-1]["reason"]
     # Resuming does not try again what can only end in the same way.
-    before = run.path.read_bytes()
+    before = run.path.stat()
     run_arms(replace(TINY, optimizer="sgd"), [Arm(1e9)], [0], tmp_path, resume=True)
-    assert run.path.read_bytes() == before
+    assert run.path.stat() == before
 
 
 def test_resuming_another_run_is_refused_and_changes_nothing(tmp_path: Path) -> None:
