@@ -8,7 +8,8 @@ PyTorch runs on one thread unless asked otherwise: with two threads on two cores
 that wants one of them makes both wait, and ratios then measure that program. With one thread what
 is counted is CPU time: that of the wall clock on an idle machine, and the same on a busy one.
 
-The costs depend on shapes, not on values, so inputs are standard normal and no data is read.
+The costs depend on shapes, not on values, so inputs are standard normal and no data is read; only
+the comparison with the rivals also tells what they gain and break, on embedded images.
 """
 
 import math
@@ -19,8 +20,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from teleport.baselines import SymmetryTeleporter
 from teleport.capture import Tape
 from teleport.coverage import Block, cover
 from teleport.errors import RunError
-from teleport.measure import Stopwatch, Task, interleaved, peak_bytes, stopwatch_for
+from teleport.measure import Stopwatch, Task, Timing, interleaved, peak_bytes, stopwatch_for
 from teleport.models import Transformer, cnn, mlp
 from teleport.objective import trainable
 from teleport.records import RecordWriter, environment
 from teleport.report import TeleportReport
+from teleport.rivals import same_batch_table, symmetry_speed_ratio
 from teleport.subspace import Projector
 from teleport.tangent import Direction
 from teleport.teleporter import Teleporter
@@ -139,13 +140,6 @@ def teleporter(model: nn.Module, steps: int | None, method: str) -> Teleporter:
     return Teleporter(model, method=method, steps=steps, lr=1e-6, cap=1e9)
 
 
-def symmetry_teleporter() -> Callable[..., Any] | None:
-    """The rival, if this version of the package has it."""
-    if find_spec("teleport.baselines") is None:
-        return None
-    return getattr(import_module("teleport.baselines"), "SymmetryTeleporter", None)
-
-
 # Sizes.
 
 
@@ -180,6 +174,7 @@ class Preset:
         axes: values of each letter.
         depths: numbers of layers for the layer-parallel benchmark, and their width and samples.
         limit: a method slower than this at a point is not run at larger values of that letter.
+        rival_seconds: after which the rivals' jobs, whose rounds are long, begin no further one.
     """
 
     small: bool
@@ -190,6 +185,7 @@ class Preset:
     depths: tuple[int, ...]
     layer_size: tuple[int, int]
     limit: float
+    rival_seconds: float
 
     def points(self) -> list[tuple[str, Point]]:
         """Points with the letter they vary; the base comes first and only once."""
@@ -226,6 +222,7 @@ PRESETS = {
         depths=(2, 4),
         layer_size=(24, 6),
         limit=5.0,
+        rival_seconds=1.0,
     ),
     "cpu": Preset(
         small=False,
@@ -242,6 +239,7 @@ PRESETS = {
         depths=(2, 4, 8, 16, 32),
         layer_size=(512, 128),
         limit=5.0,
+        rival_seconds=60.0,
     ),
     "paper": Preset(
         small=False,
@@ -258,6 +256,7 @@ PRESETS = {
         depths=(2, 4, 8, 16, 32),
         layer_size=(1024, 200),
         limit=60.0,
+        rival_seconds=300.0,
     ),
 }
 
@@ -416,8 +415,7 @@ def scaling_jobs(setting: Setting) -> list[Job]:
             "paper (double backward)": _teleport_task(case, point.t, "double_backward"),
             "tangent": _teleport_task(case, point.t, "tangent"),
         }
-        if (rival := symmetry_teleporter()) is not None:
-            tasks["symmetry teleportation"] = _symmetry_task(rival, case, point.t)
+        tasks["symmetry teleportation"] = _symmetry_task(case, point.t)
         tasks = {name: task for name, task in tasks.items() if (letter, name) not in too_slow}
         rows = _timed(setting, case, tasks)
         for row in rows:
@@ -477,13 +475,52 @@ def layers_jobs(setting: Setting) -> list[Job]:
     return [(f"l = {depth}", partial(job, depth)) for depth in setting.preset.depths]
 
 
+def rivals_jobs(setting: Setting) -> list[Job]:
+    """Every way to teleport on the same images, and seconds against symmetry teleportation.
+
+    Both at the sizes of the scaling benchmark's base.
+    """
+    base, preset = setting.preset.base, setting.preset
+    spent: dict[str, Any] = {
+        "repeats": preset.rounds,
+        "seconds": preset.rival_seconds,
+        "threads": setting.threads,
+        "device": setting.device,
+    }
+
+    def same_batch() -> list[Row]:
+        table = same_batch_table(hidden=(base.d, base.d), samples=base.n, **spent)
+        return [{"part": "same batch", **_rival_row(asdict(row), row.timing)} for row in table]
+
+    def speed(activation: type[nn.Module]) -> list[Row]:
+        found = symmetry_speed_ratio(
+            base.d, base.n, base.l, base.t, batches=base.b, activation=activation, **spent
+        )
+        note = {"part": "speed", "activation": activation.__name__}
+        return [{**note, **_rival_row({"way": w}, timing)} for w, timing in found.timings.items()]
+
+    jobs: list[Job] = [("same batch", same_batch)]
+    for kind in (nn.LeakyReLU, nn.Tanh):
+        jobs.append((f"speed, {kind.__name__}", partial(speed, kind)))
+    return jobs
+
+
+def _rival_row(row: Row, timing: Timing) -> Row:
+    times = {"seconds": list(timing.seconds), "gradient_seconds": list(timing.reference)}
+    return {**{key: value for key, value in row.items() if key != "timing"}, **times}
+
+
 BENCHMARKS: dict[str, Callable[[Setting], list[Job]]] = {
     "step": step_jobs,
     "basis": basis_jobs,
     "scaling": scaling_jobs,
     "memory": memory_jobs,
     "layers": layers_jobs,
+    "rivals": rivals_jobs,
 }
+
+NOT_IN_ALL = ("rivals",)
+"""Too long to come with the others: a rival's teleport can take a hundred gradients."""
 
 
 def chosen(what: str, preset: str) -> tuple[list[str], Preset]:
@@ -496,7 +533,8 @@ def chosen(what: str, preset: str) -> tuple[list[str], Preset]:
         raise ValueError(f"unknown benchmark {what!r}; there are: {', '.join(BENCHMARKS)}, all")
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are: {', '.join(PRESETS)}")
-    return (list(BENCHMARKS) if what == "all" else [what]), PRESETS[preset]
+    every = [name for name in BENCHMARKS if name not in NOT_IN_ALL]
+    return (every if what == "all" else [what]), PRESETS[preset]
 
 
 def check_threads(threads: int) -> None:
@@ -610,13 +648,12 @@ def _teleport_task(case: Case, steps: int | None, method: str) -> Task:
     return Task(teleports, prepare)
 
 
-def _symmetry_task(rival: Callable[..., Any], case: Case, steps: int) -> Task:
+def _symmetry_task(case: Case, steps: int) -> Task:
     """With the pseudo-inverse of its authors: deep layers' inputs are singular in float32."""
 
     def prepare() -> tuple[Case, Any]:
         own = case.copy()
-        options = {"inverse": "exact", "pseudo_inverse": "svd"}
-        return own, rival(own.model, steps=steps, lr=1e-6, **options)
+        return own, SymmetryTeleporter(own.model, steps, lr=1e-6, pseudo_inverse="svd")
 
     def teleports(prepared: tuple[Case, Any]) -> None:
         own, mover = prepared

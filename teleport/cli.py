@@ -265,7 +265,11 @@ def continual(
 @app.command()
 def bench(
     what: Annotated[
-        str, typer.Argument(help=f"One of {', '.join(benchmarks.BENCHMARKS)}, or all.")
+        str,
+        typer.Argument(
+            help=f"One of {', '.join(benchmarks.BENCHMARKS)}, or all: "
+            f"all but {', '.join(benchmarks.NOT_IN_ALL)}, which takes minutes more."
+        ),
     ],
     preset: Annotated[
         str, typer.Option(help="Size: tiny (seconds), cpu (minutes) or paper (for a GPU).")

@@ -3,15 +3,15 @@
 `same_batch_table` lets every way to teleport, and every control, move the same perceptron on the
 same images, and tells what it gained, what it broke, and what it cost. `symmetry_speed_ratio` times
 a teleport of fixed steps against the null-space one (paper figure 5). All repeats start from the
-same weights and are interleaved, so that a slow minute of the machine meets all alike.
+same weights and are timed as `teleport.measure` says.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -30,6 +30,8 @@ from teleport.baselines import (
 )
 from teleport.baselines.rival import Rival
 from teleport.data import load
+from teleport.errors import RunError
+from teleport.measure import Spread, Task, Timing, interleaved, stopwatch_for
 from teleport.objective import gradient, trainable
 from teleport.report import TeleportReport
 from teleport.teleporter import Teleporter
@@ -37,8 +39,19 @@ from teleport.teleporter import Teleporter
 Way = Callable[[nn.Module, Rehearsal], Teleporter | Rival]
 """A way to move, made for a model; controls look at the rehearsal of the default teleport."""
 
+Part = tuple[Tensor, Tensor]
+"""Inputs and classes."""
+
+Prepared = tuple[Teleporter | Rival, list[Callable[[], Tensor]]]
+"""Something that moves a model of its own, and the closures of its batches."""
+
+CPU = torch.device("cpu")
+OURS = "null space"
 STEPS = 8
 """Directions of the ways that take several: the paper's t."""
+
+HELD_OUT = 1000
+"""Images outside the batch whose loss is compared."""
 
 
 def ways(growth: float, seed: int = 0) -> dict[str, Way]:
@@ -81,8 +94,7 @@ class Row:
         drift: relative change of the batch loss.
         held_out_drift: relative change of the loss of other images.
         move: norm of the change of all weights together.
-        seconds: median of the repeats.
-        gradients: ``seconds`` in units of one gradient of the batch, median of the ratios.
+        timing: of all repeats, each right after one gradient of the batch.
         note: how it ended.
     """
 
@@ -91,8 +103,7 @@ class Row:
     drift: float
     held_out_drift: float
     move: float
-    seconds: float
-    gradients: float
+    timing: Timing
     note: str
 
 
@@ -106,7 +117,9 @@ def same_batch_table(
     warmup_steps: int = 50,
     seed: int = 0,
     repeats: int = 5,
+    seconds: float = math.inf,
     threads: int = 1,
+    device: torch.device = CPU,
 ) -> list[Row]:
     """Let every rival and control move the same perceptron on the same batch.
 
@@ -118,8 +131,10 @@ def same_batch_table(
         growth: wanted factor on the gradient norm, where a way can be asked for one.
         warmup_steps: training steps (SGD, learning rate 0.1, batch 32) before.
         seed: of the initial weights, of the batches and of all random moves.
-        repeats: of the timing; each from the same weights.
+        repeats: of the timing at most; each from the same weights.
+        seconds: after which no further repeat is begun.
         threads: of torch.
+        device: where.
 
     Returns:
         One row per way, in the order of `ways`.
@@ -129,33 +144,29 @@ def same_batch_table(
         images = load(data)
         model = _perceptron([images.width, *hidden, images.classes], activation)
         _warm_up(model, images.train_inputs, images.train_targets, warmup_steps)
-        chosen = torch.randperm(len(images.train_inputs))[: samples + 1000]
-        parts = [(images.train_inputs[i], images.train_targets[i]) for i in _cut(chosen, samples)]
-        return _table(model, parts[0], parts[1], growth, seed, repeats)
+        chosen = torch.randperm(len(images.train_inputs))[: samples + HELD_OUT]
+        batch, others = (
+            (images.train_inputs[part].to(device), images.train_targets[part].to(device))
+            for part in (chosen[:samples], chosen[samples:])
+        )
+        model.to(device)
+        rehearsal = rehearse(Teleporter(model, growth=growth), _closure(model, batch))
+        movers = {
+            name: partial(_prepared, model, way, [batch], rehearsal)
+            for name, way in ways(growth, seed).items()
+        }
+        looks = {name: _look(make, others) for name, make in movers.items()}
+        timings = _timed(model, batch, movers, repeats, seconds, threads)
+        return [_row(name, report, timings[name]) for name, report in looks.items()]
 
 
-def _table(
-    model: nn.Sequential,
-    batch: tuple[Tensor, Tensor],
-    others: tuple[Tensor, Tensor],
-    growth: float,
-    seed: int,
-    repeats: int,
-) -> list[Row]:
-    rehearsal = rehearse(Teleporter(model, growth=growth), _closure(model, batch))
-    found: dict[str, list[tuple[TeleportReport, float]]] = {}
-    for _ in range(repeats + 1):
-        for name, way in ways(growth, seed).items():
-            own = deepcopy(model)
-            mover = way(own, rehearsal)
-            unit = _one_gradient(own, _closure(own, batch))
-            report = mover.step(_closure(own, batch), held_out=_closure(own, others))
-            found.setdefault(name, []).append((report, report.seconds / unit))
-    return [_row(name, runs[1:]) for name, runs in found.items()]  # the first warms up
+def _look(make: Callable[[], Prepared], others: Part) -> TeleportReport:
+    """What one way does, with the loss of other images; not timed."""
+    mover, (closure,) = make()
+    return mover.step(closure, held_out=_closure(mover.model, others))
 
 
-def _row(name: str, runs: Sequence[tuple[TeleportReport, float]]) -> Row:
-    report = runs[0][0]
+def _row(name: str, report: TeleportReport, timing: Timing) -> Row:
     held = report.held_out_drift
     assert held is not None
     assert report.held_out_before is not None
@@ -165,30 +176,26 @@ def _row(name: str, runs: Sequence[tuple[TeleportReport, float]]) -> Row:
         drift=report.drift / abs(report.loss_before),
         held_out_drift=held / abs(report.held_out_before),
         move=sum(layer.move_norm**2 for layer in report.layers) ** 0.5,
-        seconds=statistics.median(r.seconds for r, _ in runs),
-        gradients=statistics.median(ratio for _, ratio in runs),
+        timing=timing,
         note=report.reason,
     )
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A teleport of fixed steps by three programs, medians of interleaved runs.
+    """A teleport of fixed steps by several programs, timed in turn.
 
     Attributes:
-        null_space: seconds of `Teleporter`, fast direction.
-        double_backward: seconds of `Teleporter` with the paper's direction.
-        symmetry: seconds of `SymmetryTeleporter`, pseudo-inverse by QR.
-        symmetry_svd: the same with the pseudo-inverse by SVD, as in the published code.
-        ratio, ratio_svd: medians of the symmetry's seconds over those of ``null_space``.
+        timings: by program, in the order of `speed_ways`; the reference is one gradient.
     """
 
-    null_space: float
-    double_backward: float
-    symmetry: float
-    symmetry_svd: float
-    ratio: float
-    ratio_svd: float
+    timings: dict[str, Timing]
+
+    def ratio(self, program: str) -> Spread:
+        """Seconds of a program over those of the null-space teleport, repeat by repeat."""
+        ours = self.timings[OURS].seconds
+        pairs = zip(self.timings[program].seconds, ours, strict=True)
+        return Spread.of([theirs / own for theirs, own in pairs])
 
 
 def symmetry_speed_ratio(
@@ -200,13 +207,16 @@ def symmetry_speed_ratio(
     batches: int = 1,
     activation: type[nn.Module] = nn.Tanh,
     repeats: int = 7,
+    seconds: float = math.inf,
     threads: int = 1,
     seed: int = 0,
+    device: torch.device = CPU,
 ) -> Speed:
     """Seconds of symmetry teleportation over seconds of null-space teleportation.
 
-    Both take ``steps`` small steps of fixed size on each batch of a perceptron with ``layers``
-    linear layers of width ``d`` (10 outputs) and normal inputs, checks and reports included.
+    All programs take ``steps`` small steps of fixed size on each batch of a perceptron with
+    ``layers`` linear layers of width ``d`` (10 outputs) and normal inputs, checks and reports
+    included.
 
     Raises:
         ValueError: if a size is not positive, or ``n`` > ``d``, where symmetry is not exact.
@@ -216,42 +226,69 @@ def symmetry_speed_ratio(
             f"sizes must be >= 1, layers >= 2 and n <= d; got d={d}, n={n}, layers={layers}, "
             f"steps={steps}, batches={batches}, repeats={repeats}"
         )
+    with _threads(threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _perceptron([*[d] * layers, 10], activation).to(device)
+        parts = [
+            (torch.randn(n, d).to(device), torch.randint(10, (n,)).to(device))
+            for _ in range(batches)
+        ]
+        movers = {
+            name: partial(_prepared, model, way, parts) for name, way in speed_ways(steps).items()
+        }
+        return Speed(_timed(model, parts[0], movers, repeats, seconds, threads))
+
+
+def speed_ways(steps: int) -> dict[str, Callable[[nn.Sequential], Teleporter | Rival]]:
+    """The programs whose seconds are compared; steps so small that nothing ends early."""
     lr = 1e-6
-    makers: dict[str, Callable[[nn.Module], Teleporter | Rival]] = {
-        "null_space": lambda m: Teleporter(m, steps=steps, lr=lr, cap=1e9),
-        "double_backward": lambda m: Teleporter(
+    return {
+        OURS: lambda m: Teleporter(m, steps=steps, lr=lr, cap=1e9),
+        "null space, double backward": lambda m: Teleporter(
             m, steps=steps, lr=lr, cap=1e9, method="double_backward"
         ),
         "symmetry": lambda m: SymmetryTeleporter(m, steps, lr),
-        "symmetry_svd": lambda m: SymmetryTeleporter(m, steps, lr, pseudo_inverse="svd"),
+        "symmetry, SVD pseudo-inverse": lambda m: SymmetryTeleporter(
+            m, steps, lr, pseudo_inverse="svd"
+        ),
     }
-    with _threads(threads), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _perceptron([*[d] * layers, 10], activation)
-        data = [(torch.randn(n, d), torch.randint(10, (n,))) for _ in range(batches)]
-        times: dict[str, list[float]] = {name: [] for name in makers}
-        for _ in range(repeats + 1):
-            for name, make in makers.items():
-                own = deepcopy(model)
-                times[name].append(_seconds(make(own), [_closure(own, part) for part in data]))
-    kept = {name: seconds[1:] for name, seconds in times.items()}  # the first warms up
-    medians = {name: statistics.median(seconds) for name, seconds in kept.items()}
-
-    def ratio(name: str) -> float:
-        pairs = zip(kept[name], kept["null_space"], strict=True)
-        return statistics.median(a / b for a, b in pairs)
-
-    return Speed(**medians, ratio=ratio("symmetry"), ratio_svd=ratio("symmetry_svd"))
 
 
-def _seconds(mover: Teleporter | Rival, closures: Sequence[Callable[[], Tensor]]) -> float:
-    started = time.perf_counter()
-    reports = [mover.step(closure) for closure in closures]
-    spent = time.perf_counter() - started
-    for report in reports:
+def _prepared(
+    model: nn.Sequential,
+    way: Callable[..., Teleporter | Rival],
+    parts: Sequence[Part],
+    *matched: Rehearsal,
+) -> Prepared:
+    """A copy of the model, ready to be moved."""
+    own = deepcopy(model)
+    return way(own, *matched), [_closure(own, part) for part in parts]
+
+
+def _timed(
+    model: nn.Module,
+    batch: Part,
+    movers: Mapping[str, Callable[[], Prepared]],
+    repeats: int,
+    seconds: float,
+    threads: int,
+) -> dict[str, Timing]:
+    reference, parameters = _closure(model, batch), trainable(model)
+    return interleaved(
+        Task(lambda _: gradient(reference, parameters)),
+        {name: Task(_move, make) for name, make in movers.items()},
+        rounds=repeats,
+        seconds=seconds,
+        stopwatch=stopwatch_for(batch[0].device, threads),
+    )
+
+
+def _move(prepared: Prepared) -> None:
+    mover, closures = prepared
+    for closure in closures:
+        report = mover.step(closure)
         if report.rolled_back or not report.steps:
-            raise RuntimeError(f"a timed teleport did not move: {report.reason}")
-    return spent
+            raise RunError(f"a timed teleport did not move: {report.reason}")
 
 
 def _perceptron(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
@@ -271,22 +308,8 @@ def _warm_up(model: nn.Module, inputs: Tensor, targets: Tensor, steps: int) -> N
     optimizer.zero_grad()
 
 
-def _cut(chosen: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    return chosen[:first], chosen[first:]
-
-
 def _closure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
     return lambda: cross_entropy(model(batch[0]), batch[1])
-
-
-def _one_gradient(model: nn.Module, closure: Callable[[], Tensor]) -> float:
-    """Seconds of one gradient, the middle of three."""
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        gradient(closure, trainable(model))
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from teleport import bench, cli
 from teleport.bench_tables import Benchmark, curves, read_benchmarks, sheets
 from teleport.errors import RunError
 from teleport.models import Transformer, cnn, mlp
+from teleport.rivals import Speed, speed_ways, ways
 from teleport.transaction import _unfused
 from teleport.walk import FrozenWalk
 
@@ -238,18 +239,7 @@ def test_a_method_that_got_too_slow_is_not_run_at_larger_values_of_the_same_lett
     assert set(tables[0].rows[0][2:]) == {"-"}  # two points: no exponent
 
 
-class Rival(teleport.Teleporter):
-    """Stands for symmetry teleportation, whether the package has it or not."""
-
-    def __init__(self, model: nn.Module, steps: int, lr: float, inverse: str) -> None:
-        assert inverse == "exact"
-        super().__init__(model, steps=steps, lr=lr, cap=1e9)
-
-
-def test_symmetry_teleportation_is_measured_where_it_exists(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(bench, "symmetry_teleporter", lambda: Rival)
+def test_symmetry_teleportation_is_measured_too() -> None:
     _, job = bench.scaling_jobs(SETTING)[0]
     rows = job()
     assert [row["method"] for row in rows][-1] == "symmetry teleportation"
@@ -279,10 +269,77 @@ def test_parallel_bases_are_measured_with_every_thread(monkeypatch: pytest.Monke
     assert all(" - " in row[-1] for row in sheet.rows)
 
 
+@pytest.fixture(scope="module")
+def rivals(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The comparison with the rivals through the command line: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("bench") / "rivals"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cli.main(["bench", "rivals", "--preset", "tiny", "--out", str(out)]) == 0
+    return out, printed.getvalue()
+
+
+def test_the_rivals_are_measured_at_the_base_by_every_way(rivals: tuple[Path, str]) -> None:
+    folder, printed = rivals
+    (found,) = read_benchmarks(folder).values()
+    assert found.status == "finished"
+    rows = {part: [r for r in found.rows if r["part"] == part] for part in ("same batch", "speed")}
+    assert [row["way"] for row in rows["same batch"]] == list(ways(1.5))
+    wanted = [(kind, way) for kind in ("LeakyReLU", "Tanh") for way in speed_ways(1)]
+    assert [(row["activation"], row["way"]) for row in rows["speed"]] == wanted
+    ours = rows["same batch"][0]
+    assert ours["growth"] == pytest.approx(1.5, rel=1e-5)
+    assert ours["drift"] < 1e-5 < ours["held_out_drift"]
+    assert all(len(r["seconds"]) == len(r["gradient_seconds"]) <= TINY.rounds for r in found.rows)
+    assert all(word in printed for word in ("held out", "x null space", "change of basis"))
+    assert (folder / "table.txt").exists()
+    assert not (folder / "scaling.png").exists()
+
+
+def test_sizes_of_the_rivals_are_those_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def table(**given: Any) -> list[Any]:
+        asked.append((given["hidden"], given["samples"], given["threads"], given["seconds"]))
+        return []
+
+    def speed(*sizes: int, **given: Any) -> Speed:
+        asked.append((*sizes, given["batches"], given["activation"]))
+        return Speed({})
+
+    monkeypatch.setattr(bench, "same_batch_table", table)
+    monkeypatch.setattr(bench, "symmetry_speed_ratio", speed)
+    assert [job() for _, job in bench.rivals_jobs(replace(SETTING, threads=3))] == [[], [], []]
+    sizes = (24, 6, 3, 2, 1)
+    same = ((24, 24), 6, 3, TINY.rival_seconds)
+    assert asked == [same, (*sizes, nn.LeakyReLU), (*sizes, nn.Tanh)]
+    assert bench.PRESETS["cpu"].base == bench.Point(t=8, d=512, n=128, l=3, b=1)
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(49.0, "missed"), (50.0, "met")])
+def test_the_speed_ratio_is_held_against_its_budget(seconds: float, verdict: str) -> None:
+    ours = _row(part="speed", activation="Tanh", way="null space", seconds=[1.0, 2.0, 4.0])
+    theirs = {**ours, "way": "symmetry", "seconds": [seconds, 2 * seconds, 1.0]}
+    for row in (ours, theirs):
+        row["gradient_seconds"] = [1.0] * 3
+    _, sheet = sheets(_benchmark("rivals", [ours, theirs], small=False))
+    assert sheet.rows[0][4:] == ("1.00", "", "")
+    assert sheet.rows[1][4:] == (f"{seconds:.2f}", ">= 50", verdict)
+    _, small = sheets(_benchmark("rivals", [ours, theirs], small=True))
+    assert small.rows[1][5:] == ("", "")
+
+
+def test_all_leaves_out_what_takes_minutes_more(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.chosen("all", "cpu")[0] == ["step", "basis", "scaling", "memory", "layers"]
+    assert bench.chosen("rivals", "cpu")[0] == ["rivals"]
+    assert cli.main(["bench", "--help"]) == 0
+    assert "all but rivals" in " ".join(capsys.readouterr().out.replace("│", "").split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "step, basis, scaling, memory, layers, all"),
+        (["speed"], "step, basis, scaling, memory, layers, rivals, all"),
         (["step", "--preset", "huge"], "tiny, cpu, paper"),
         (["step", "--threads", "0"], "threads must be >= 1, got 0"),
         (["step", "--device", "no-such-device"], "not available"),

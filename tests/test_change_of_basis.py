@@ -79,6 +79,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
+@pytest.mark.verifies("thm-change-of-basis")
 @example(Case((1, 2, 2, 3, 2), groups=2, convolutions=2))
 @example(Case((1, 2, 4, 3, 2), groups=2, convolutions=2, activation="PReLU", pool="max"))
 @given(cases())

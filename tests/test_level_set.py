@@ -42,6 +42,7 @@ def hessian_by_definition(model: nn.Module, closure: Callable[[], Tensor]) -> Te
     return torch.stack(rows)
 
 
+@pytest.mark.verifies("thm-linearised")
 @settings(max_examples=15)
 @given(smooth, lrs)
 def test_one_step_solves_the_linearised_problem(case: Case, lr: float) -> None:
@@ -61,6 +62,7 @@ def test_one_step_solves_the_linearised_problem(case: Case, lr: float) -> None:
     torch.testing.assert_close(moved, wanted, rtol=1e-6, atol=1e-9 * scale + 1e-15)
 
 
+@pytest.mark.verifies("thm-linearised")
 @settings(max_examples=15)
 @given(smooth)
 def test_the_drift_of_a_step_is_of_second_order(case: Case) -> None:
@@ -90,6 +92,7 @@ def bowl(point: tuple[float, float]) -> tuple[nn.Linear, Callable[[], Tensor]]:
     return model, lambda: (scale * model.weight.square()).sum()
 
 
+@pytest.mark.verifies("thm-linearised")
 def test_the_exponent_is_two_on_a_quadratic() -> None:
     drifts = []
     for lr in (1e-2, 1e-3, 1e-4):

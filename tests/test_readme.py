@@ -8,6 +8,7 @@ import io
 import re
 from math import isnan
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from torch.nn.functional import cross_entropy
 
 import teleport
 from teleport import data, matrix
-from teleport.bench_tables import holds_benchmarks, read_benchmarks
+from teleport.bench_tables import holds_benchmarks, read_benchmarks, timing
 from teleport.forgetting_report import forgetting_rows, markdown
+from teleport.measure import Spread
 from teleport.models import mlp
 from teleport.records import ArmSummary, Comparison, read_runs, summarise
 from teleport.registry import EXPERIMENTS
+from teleport.rivals import OURS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "chapters" / "results"
@@ -50,6 +53,34 @@ def comparison(found: Comparison | None) -> str:
     return f"{steps} | {seconds} | {found.log_loss:+.3f} ± {found.log_loss_spread:.3f}"
 
 
+COSTS = (
+    ("step", "tangent step", "one step's direction, ours"),
+    ("step", "double backward direction", "the same by double backward, the paper's way"),
+    ("basis", "all bases", "bases of one batch"),
+    ("step", "one look of the line search", "one look of the line search"),
+    ("step", "default teleport, all in", "one default teleport, everything in"),
+)
+
+
+def cost_lines() -> list[str]:
+    """What a teleport costs in gradients, from the benchmarks' records; and did at first."""
+    now, then = (read_benchmarks(RESULTS / "bench" / name) for name in ("after", "before"))
+    networks = ("MLP", "CNN", "transformer")
+    lines = ["| gradients | MLP | CNN | transformer |", "|---|---|---|---|"]
+    for benchmark, operation, name in COSTS:
+        cells = []
+        for network in networks:
+            medians = [
+                timing(row).ratio.median
+                for found in (now, then)
+                for row in found[benchmark].rows
+                if (row["network"], row["operation"]) == (network, operation)
+            ]
+            cells.append("{:.2f} ({:.2f})".format(*medians))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def sequence_lines(name: str) -> list[str]:
     """The columns of a sequence's table that fit on a page."""
     rows = forgetting_rows(read_runs(RESULTS / "continual" / name))
@@ -60,6 +91,40 @@ def sequence_lines(name: str) -> list[str]:
         left_out |= {"ACC", "BWT"}
     kept = [i for i, title in enumerate(rows[0]) if title not in left_out]
     return markdown([[row[i] for i in kept] for row in rows])
+
+
+def rival_lines() -> list[str]:
+    """The rivals on the same batch and in training, and the speed ratio, from the records."""
+    measured = read_benchmarks(RESULTS / "bench" / "rivals")["rivals"].rows
+    arms = {s.arm: s.to_own for s in summarise(read_runs(RESULTS / "rivals"))}
+    low, tuned = [arm for arm, against in arms.items() if against is None][:2]
+    lines = [
+        f"| way | growth | drift | held out | gradients | log loss, {low} | log loss, {tuned} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in measured:
+        arm = "teleport" if row["way"] == "null space" else row["way"]
+        if row["part"] == "same batch" and f"{low} + {arm}" in arms:
+            drifts = f"{row['drift']:.0e} | {row['held_out_drift']:.0e}"
+            gaps = " | ".join(log_loss(arms[f"{rate} + {arm}"]) for rate in (low, tuned))
+            cost = f"{timing(row).ratio.median:.1f}"
+            lines.append(f"| {row['way']} | {row['growth']:.2f} | {drifts} | {cost} | {gaps} |")
+    return [*lines, *speed_lines(measured)]
+
+
+def log_loss(found: Comparison | None) -> str:
+    assert found is not None
+    return f"{found.log_loss:+.3f} ± {found.log_loss_spread:.3f}"
+
+
+def speed_lines(measured: list[dict[str, Any]]) -> list[str]:
+    rows = [row for row in measured if row.get("activation") == "LeakyReLU"]
+    own = next(row["seconds"] for row in rows if row["way"] == OURS)
+    lines = ["| eight fixed steps | gradients | × null space |", "|---|---|---|"]
+    for row in rows:
+        ratio = Spread.of([theirs / ours for theirs, ours in zip(row["seconds"], own, strict=True)])
+        lines.append(f"| {row['way']} | {timing(row).ratio.median:.0f} | {ratio.median:.1f} |")
+    return lines
 
 
 def example_output(change: tuple[str, str] = ("", "")) -> list[float]:
@@ -94,6 +159,14 @@ def between(start: str, end: str) -> list[str]:
 
 def test_the_results_are_those_of_the_records() -> None:
     assert between("results", "end of results") == result_lines()
+
+
+def test_the_costs_are_those_of_the_records() -> None:
+    assert between("costs", "end of costs") == cost_lines()
+
+
+def test_the_rivals_are_those_of_the_records() -> None:
+    assert between("rivals", "end of rivals") == rival_lines()
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -162,6 +235,8 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
 
 if __name__ == "__main__":
     print(*result_lines(), sep="\n")  # noqa: T201
+    print(*cost_lines(), sep="\n")  # noqa: T201
     for name in SEQUENCES:
         print(*sequence_lines(name), sep="\n")  # noqa: T201
+    print(*rival_lines(), sep="\n")  # noqa: T201
     print(example_report())  # noqa: T201

@@ -124,6 +124,7 @@ def condition(problem: Problem) -> float:
     return worst
 
 
+@pytest.mark.verifies("thm-group-action")
 @given(cases())
 def test_the_action_keeps_the_outputs_of_the_batch(case: Case) -> None:
     problem = case.build()
@@ -137,6 +138,7 @@ def test_the_action_keeps_the_outputs_of_the_batch(case: Case) -> None:
     )
 
 
+@pytest.mark.verifies("thm-group-action")
 @given(cases())
 def test_the_identity_element_changes_no_weight_even_if_the_batch_is_narrow(case: Case) -> None:
     problem = case.build()
@@ -161,6 +163,7 @@ def test_two_elements_act_like_their_product(case: Case) -> None:
         torch.testing.assert_close(a, b, rtol=0.0, atol=1e-12 * condition(problem) ** 2)
 
 
+@pytest.mark.verifies("thm-group-action")
 @given(cases(deepest=2))
 def test_hidden_activations_of_the_batch_are_multiplied_by_the_element(case: Case) -> None:
     problem = case.build()
@@ -175,6 +178,7 @@ def test_hidden_activations_of_the_batch_are_multiplied_by_the_element(case: Cas
     )
 
 
+@pytest.mark.verifies("thm-lie-gradient")
 @given(cases())
 def test_the_lie_gradient_is_that_of_finite_differences(case: Case) -> None:
     problem = case.build()
@@ -210,11 +214,28 @@ def output_error(case: Case, inverse: str, size: float) -> float:
     return float((problem.model(problem.x).detach() - before).norm() / before.norm())
 
 
+@pytest.mark.verifies("thm-first-order-inverse")
 @given(cases())
 def test_the_first_order_inverse_leaves_the_level_set_as_the_square(case: Case) -> None:
     small, large = (output_error(case, "first_order", size) for size in (1e-3, 1e-2))
     if large > 1e-7:  # the square of M may be small on the batch's activations
         assert math.log10(large / small) == pytest.approx(2.0, abs=0.2)
+
+
+@pytest.mark.verifies("thm-first-order-inverse")
+@given(cases(deepest=2))
+def test_the_first_order_inverse_moves_the_next_outputs_by_the_square(case: Case) -> None:
+    problem = case.build()
+    element, *rest = problem.elements(0.1)
+    elements = [element, *(torch.eye(len(other), dtype=float64) for other in rest)]
+    hidden, second = problem.model[:2](problem.x).detach(), problem.linears[1]
+    before, weight = second(hidden).detach(), second.weight.detach().clone()
+    rows, bends = problem.rows, problem.bends
+    problem.write(group_action(problem.matrices, rows, elements, bends, inverse="first_order"))
+    change = problem.model[:3](problem.x).detach() - before
+    away = element - torch.eye(len(element), dtype=float64)
+    wanted = -hidden @ (weight @ away @ away).mT
+    torch.testing.assert_close(change, wanted, rtol=0.0, atol=1e-12 * condition(problem) ** 2)
 
 
 def test_the_first_order_inverse_does_not_keep_the_loss() -> None:
