@@ -64,7 +64,7 @@ class Block:
 
 def smaller(config: dict[str, Any]) -> str:
     """In which sizes the network of a run differs from that of its experiment."""
-    sizes = config["size"].get("network") or {}
+    sizes = config.get("size", {}).get("network") or {}  # older records name no sizes
     return f" ({', '.join(f'{key} {value}' for key, value in sizes.items())})" if sizes else ""
 
 
