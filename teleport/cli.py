@@ -18,6 +18,8 @@ import teleport
 from teleport import bench as benchmarks
 from teleport import data as datasets
 from teleport.bench_tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
+from teleport.checkpoint import locked
+from teleport.cluster import run_on_cluster
 from teleport.continual import (
     LR_GRID,
     TUNING_SEED,
@@ -25,29 +27,34 @@ from teleport.continual import (
     default_strategies,
     run_strategies,
 )
-from teleport.errors import TeleportError
+from teleport.errors import RunError, TeleportError
 from teleport.experiment import (
-    EXPERIMENTS,
-    OPTIMIZERS,
-    PAPER_TELEPORT,
-    TUNED,
     Arm,
-    Progress,
     Settings,
-    TeleportSettings,
     default_arms,
-    device_of,
-    new_folder,
     rival_arms,
+    teleport_settings,
+)
+from teleport.folders import new_folder, open_folder, slug
+from teleport.forgetting_report import forgetting_figure, forgetting_tables
+from teleport.matrix import blocks, markdown, smaller, without_controls
+from teleport.models import INITS
+from teleport.optimizers import OPTIMIZERS
+from teleport.plots import gap_figure, loss_figure, matrix_figure, scaling_figure
+from teleport.pool import run_local
+from teleport.recipe import one_of
+from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
+from teleport.registry import EXPERIMENTS, find_experiment
+from teleport.remembering import METHODS
+from teleport.run import (
+    CHECKPOINT_SECONDS,
+    Progress,
+    device_of,
     run_arms,
     steps_per_run,
 )
-from teleport.forgetting_report import forgetting_figure, forgetting_tables
-from teleport.models import INITS, mlp
-from teleport.plots import gap_figure, loss_figure, scaling_figure
-from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
-from teleport.remembering import METHODS
-from teleport.schedule import SCHEDULES, Schedule
+from teleport.schedule import SCHEDULES
+from teleport.sweep import Failure, Job, Plan, total_steps
 from teleport.tasks import SEQUENCES
 
 app = typer.Typer(
@@ -101,9 +108,10 @@ def list_experiments() -> None:
         table.add_row(e.name, e.title, e.data, presets)
     _console().print(table)
     arms = Table("experiment", "optimizer", "low lr", "tuned lr", "tuned initial gain")
-    for (name, optimizer), t in TUNED.items():
-        gain = f"lr {t.gain_lr:g}, {t.init} init, head x {t.head_gain:g}"
-        arms.add_row(name, optimizer, f"{t.low:g}", f"{t.tuned:g}", gain)
+    for e in EXPERIMENTS.values():
+        for optimizer, t in e.tuning.items():
+            gain = f"lr {t.gain_lr:g}, {t.init} init, head x {t.head_gain:g}"
+            arms.add_row(e.name, optimizer, f"{t.low:g}", f"{t.tuned:g}", gain)
     _console().print(arms)
 
 
@@ -111,7 +119,9 @@ def list_experiments() -> None:
 def run(
     name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")] = "mnist-sample",
     preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
-    optimizer: Annotated[str, typer.Option(help=f"One of {', '.join(OPTIMIZERS)}.")] = "sgd",
+    optimizer: Annotated[
+        str, typer.Option(help=f"{', '.join(OPTIMIZERS)}, or a class by its name.")
+    ] = "sgd",
     lr: Annotated[
         list[float] | None,
         typer.Option(help="Learning rate; may be repeated. Replaces the default arms."),
@@ -154,9 +164,27 @@ def run(
     out: Annotated[
         Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the folder of --out after a kill.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start over in the folder of --out.")
+    ] = False,
+    checkpoint: Annotated[
+        float, typer.Option(min=0.0, help="Seconds between checkpoints of a run.")
+    ] = CHECKPOINT_SECONDS,
 ) -> None:
     """Train with and without teleportation; print a table, write records and a figure."""
-    options = _teleport_settings(schedule, batches, steps, teleport_lr, growth, cap, tau)
+    options = teleport_settings(
+        name,
+        schedule,
+        batches=batches,
+        steps=steps,
+        lr=teleport_lr,
+        growth=growth,
+        cap=cap,
+        tau=tau,
+    )
     settings = Settings(
         name, preset, optimizer, epochs, device=device, activation=activation, teleport=options
     )
@@ -166,16 +194,23 @@ def run(
             "--rivals compares fixed arms, and not all of them act through relu: leave --lr out "
             f"and give --activation leaky_relu; got --lr {lr} and --activation {activation}"
         )
-    options.check()
     device_of(device)
     known = rival_arms(name, optimizer) if rivals else _arms(name, optimizer, lr, init, head_gain)
     arms = [a for a in known if teleports or not a.teleport]
-    dataset = datasets.load(EXPERIMENTS[name].data)
+    dataset = datasets.load(find_experiment(name).data)
     total = steps_per_run(settings, dataset) * len(arms) * seeds
-    folder = new_folder(name, out)
-    command = shlex.join(["teleport", *sys.argv[1:]])
+    folder = open_folder(slug(name), out, resume, force)
     with _progress(total, folder) as progress:
-        run_arms(settings, arms, range(seeds), folder, command=command, progress=progress)
+        run_arms(
+            settings,
+            arms,
+            range(seeds),
+            folder,
+            resume=resume,
+            checkpoint_seconds=checkpoint,
+            command=shlex.join(["teleport", *sys.argv[1:]]),
+            progress=progress,
+        )
     _show(folder)
 
 
@@ -281,6 +316,106 @@ def bench(
 
 
 @app.command()
+def sweep(
+    names: Annotated[list[str], typer.Argument(help="Experiments; see `teleport list`.")],
+    optimizers: Annotated[str, typer.Option(help="Optimizers, with commas.")] = "sgd",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 3,
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    schedule: Annotated[
+        str, typer.Option(help=f"When to teleport: {' or '.join(SCHEDULES)}.")
+    ] = "default",
+    epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Add the controls that act on any network.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler, instead of --jobs.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    checkpoint: Annotated[
+        float, typer.Option(min=0.0, help="Seconds between checkpoints of a run.")
+    ] = CHECKPOINT_SECONDS,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder; what is finished there is left. Default runs/<date>-sweep."),
+    ] = None,
+) -> None:
+    """Run every cell of a matrix (experiment, optimizer, arm, seed); list what failed."""
+    plan = Plan(
+        tuple(names),
+        tuple(optimizers.split(",")),
+        seeds,
+        preset,
+        schedule,
+        epochs,
+        controls,
+        device,
+    )
+    device_of(device)
+    plan.jobs(Path())  # names are checked before any folder is made
+    command = shlex.join(["teleport", *sys.argv[1:]])
+    folder = open_folder("sweep", out, resume=out is not None).resolve()
+    cells = plan.jobs(folder, checkpoint_seconds=checkpoint, command=command)
+    with locked(folder / ".lock", str(folder)):
+        failures = _sweep(cells, folder, jobs, scheduler)
+    for failure in failures:
+        typer.echo(f"failed: {failure.job.cell}: {failure.reason}", err=True)
+    typer.echo(f"{len(cells) - len(failures)} of {_count(len(cells), 'cell')} are in {folder}")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _sweep(cells: list[Job], folder: Path, processes: int, scheduler: str | None) -> list[Failure]:
+    with _progress(total_steps(cells), folder) as progress:
+        count = [0]
+
+        def ended(job: Job) -> None:
+            count[0] += 1
+            progress(f"cell {count[0]} of {len(cells)}", 0)
+
+        progress(f"cell 0 of {len(cells)}", 0)
+        if scheduler is None:
+            return run_local(
+                cells,
+                processes,
+                stepped=lambda steps: progress(f"cell {count[0]} of {len(cells)}", steps),
+                ended=ended,
+            )
+
+        def ended_there(job: Job) -> None:
+            ended(job)
+            progress(f"cell {count[0]} of {len(cells)}", total_steps([job]))
+
+        return run_on_cluster(cells, scheduler, ended=ended_there)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder with records of runs and sweeps.")],
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for a figure of every experiment.")
+    ] = None,
+) -> None:
+    """Print the matrix of all runs below a folder as Markdown."""
+    found = blocks(folder)
+    typer.echo(markdown(found))
+    if figures is None:
+        return
+    figures.mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(block.experiment for block in found):
+        rows = {
+            f"{block.optimizer} ({block.folder})": without_controls(block)
+            for block in found
+            if block.experiment == name
+        }
+        title = EXPERIMENTS[name].title if name in EXPERIMENTS else name
+        config = next(b for b in found if b.experiment == name).runs[0].config
+        matrix_figure(rows, title + smaller(config)).savefig(figures / f"{slug(name)}.png", dpi=150)
+    typer.echo(f"figures are in {figures}", err=True)
+
+
+@app.command()
 def figure(
     folders: Annotated[
         list[Path], typer.Argument(help="Folders written by `teleport run` or `teleport bench`.")
@@ -346,33 +481,12 @@ def _progress(total: int, folder: Path) -> Iterator[Progress]:
             raise typer.Exit(130) from None
 
 
-def _teleport_settings(
-    schedule: str,
-    batches: int | None,
-    steps: int | None,
-    lr: float | None,
-    growth: float | None,
-    cap: float | None,
-    tau: float,
-) -> TeleportSettings:
-    if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}; there are: {', '.join(SCHEDULES)}")
-    chosen = SCHEDULES[schedule]
-    if batches is not None:
-        chosen = Schedule(chosen.epochs, batches, chosen.warmup_steps)
-    own_control = lr is not None or growth is not None
-    if schedule == "paper" and not own_control:
-        lr, cap = PAPER_TELEPORT.lr, cap or PAPER_TELEPORT.cap
-        steps = steps or PAPER_TELEPORT.steps
-    return TeleportSettings(chosen, tau=tau, growth=growth, cap=cap, lr=lr, steps=steps)
-
-
 def _arms(
     experiment: str, optimizer: str, lrs: list[float] | None, init: str, head_gain: float
 ) -> list[Arm]:
     if not lrs:
         return default_arms(experiment, optimizer)
-    mlp(1, 1, hidden=(), init=init)  # an unknown initialisation is refused now
+    one_of("init", init, dict.fromkeys(INITS))
     for lr in lrs:
         if not 0.0 < lr < math.inf:
             raise ValueError(f"lr must be > 0 and finite, got {lr}")
@@ -388,9 +502,15 @@ def _show(folder: Path) -> None:
         tables, drawn = _tables(runs), _loss_figure(runs)
     for table in tables:
         _console().print(table)
-    with (folder / "table.txt").open("w", encoding="utf-8") as file:
-        _console(file=file).print(*tables)
-    drawn.savefig(folder / "figure.png", dpi=150)
+    try:
+        with (folder / "table.txt").open("w", encoding="utf-8") as file:
+            _console(file=file).print(*tables)
+        drawn.savefig(folder / "figure.png", dpi=150)
+    except OSError as error:
+        raise RunError(
+            f"cannot write table.txt and figure.png to {folder}: {error.strerror}; the records "
+            f"are complete, and `teleport figure {folder}` draws them when there is room"
+        ) from error
     typer.echo(f"records, table.txt and figure.png are in {folder}")
 
 
@@ -431,7 +551,8 @@ def _loss_figure(runs: list[Run]) -> Figure:
 def _title(runs: list[Run]) -> str:
     name, optimizer = runs[0].config["experiment"], runs[0].config["settings"]["optimizer"]
     what = EXPERIMENTS[name].title if name in EXPERIMENTS else name
-    return f"{what} - {optimizer}, {_count(len({run.seed for run in runs}), 'seed')}"
+    seeds = _count(len({run.seed for run in runs}), "seed")
+    return f"{what}{smaller(runs[0].config)} - {optimizer}, {seeds}"
 
 
 def _losses(runs: list[Run]) -> Table:
@@ -457,7 +578,7 @@ _SUMMARY: dict[str, Callable[[ArmSummary], str]] = {
     "ended": lambda s: s.status,
     "final train loss": lambda s: f"{s.train_loss:.4f}",
     "final test loss": lambda s: f"{s.test_loss:.4f}",
-    "final test accuracy": lambda s: f"{s.test_accuracy:.4f}",
+    "final test accuracy": lambda s: _number(s.test_accuracy, "{:.4f}"),
     "seconds training": lambda s: f"{s.train_seconds:.2f}",
     "seconds teleporting": lambda s: f"{s.teleport_seconds:.2f}",
     "gradient-norm growth": lambda s: _number(s.growth, "x {:.4f}"),

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from teleport.data import Dataset, batches, load
-from teleport.errors import NonFiniteLossError, RunError
-from teleport.experiment import Progress, one_of, slug
+from teleport.errors import NonFiniteLossError
+from teleport.folders import slug
 from teleport.models import mlp
-from teleport.records import RecordWriter, environment, read_run
+from teleport.recipe import one_of
+from teleport.records import RecordWriter, environment
 from teleport.remembering import METHODS, Plain
+from teleport.run import Progress, is_finished
 from teleport.tasks import SEQUENCES, Size, Task, TaskSequence
 
 
@@ -189,9 +191,11 @@ def run_strategies(
             paths.append(path)
             what = f"{strategy.name} (seed {seed})"
             config = _config(course, strategy, seed, order, sets)
-            if resume and _finished(path, config):
+            if resume and is_finished(path, config):
                 progress(what, course.steps(sets))
                 continue
+            if resume:
+                path.unlink(missing_ok=True)
             first = first or _learn_first(course.size(), tasks, seed, course.split)
             with RecordWriter(path) as writer:
                 writer.write("config", command=command, **config, **environment())
@@ -348,32 +352,3 @@ def _config(
         "size": asdict(course.size()),
         "data": [{"name": d.name, "checksum": d.checksum, "source": d.source} for d in sets],
     }
-
-
-def _finished(path: Path, config: dict[str, Any]) -> bool:
-    """Whether this very run is there and complete; what is left of a broken one is removed.
-
-    Raises:
-        RunError: if the record is of another configuration.
-    """
-    if not path.exists():
-        return False
-    if path.stat().st_size:
-        run = read_run(path)
-        differing = [key for key in config if run.config.get(key) != _as_read(config[key])]
-        if differing:
-            raise RunError(
-                f"{path} is the record of a run with another {', '.join(differing)}; "
-                "resume with the command that made it, or give another --out"
-            )
-        if run.status in ("finished", "diverged"):
-            return True
-    path.unlink()
-    return False
-
-
-def _as_read(value: Any) -> Any:
-    """A value as it comes back from JSON: tuples are lists there."""
-    if isinstance(value, dict):
-        return {key: _as_read(item) for key, item in value.items()}
-    return [_as_read(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -51,7 +51,7 @@ class Subject:
         take_step: what the training calls for a step; some controls replace it.
     """
 
-    model: nn.Sequential
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     period: int
     train_on: Callable[[int], None]

@@ -36,6 +36,26 @@ def loss_figure(runs: Sequence[Run], title: str = "") -> Figure:
     return figure
 
 
+def matrix_figure(rows: Mapping[str, Sequence[Run]], title: str = "") -> Figure:
+    """Train loss against steps (left) and seconds (right), a row for every optimizer.
+
+    Args:
+        rows: by the row's name, the runs it shows; mean with a band of one standard deviation.
+        title: above the figure.
+    """
+    figure = Figure(figsize=(10, 0.6 + 3.4 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 2, sharey="row", squeeze=False)
+    for (left, right), (name, runs) in zip(panels, rows.items(), strict=True):
+        groups = by_arm(runs)
+        draw_losses(left, groups, "train_loss", "step")
+        draw_losses(right, groups, "train_loss", "seconds")
+        left.set_title(name, fontsize=10, loc="left")
+        right.legend(fontsize=8)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
 def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, against: str) -> None:
     """One panel: ``column`` of every arm on a log axis, against ``"step"`` or ``"seconds"``.
 

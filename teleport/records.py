@@ -8,6 +8,7 @@ moment a run stops, whatever stops it.
 
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -26,27 +27,56 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class RecordWriter:
-    """Appends rows to a new file, each flushed as one line.
+    """Appends rows to a record, each written whole.
+
+    Args:
+        path: of a new file, or of a record to go on with.
+        keep: bytes of that record to keep, what follows them being dropped; None for a new file.
 
     Raises:
-        RunError: if the file exists already or cannot be written.
+        RunError: if a new record's file exists already, or if it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep: int | None = None) -> None:
         self.path = path
+        self.length = keep or 0
         try:
-            self._file = path.open("x", encoding="utf-8")
+            self._file = path.open("xb" if keep is None else "r+b", buffering=0)
+            self._file.seek(self.length)
+            self._file.truncate()
         except OSError as error:
             raise RunError(f"cannot write the record {path}: {error.strerror}") from error
 
     def write(self, kind: str, **row: Any) -> None:
-        """Write one row; numbers that are not finite become null, as JSON has no name for them."""
-        line = json.dumps({"type": kind, **_finite(row)}, allow_nan=False)
+        """Write one row; numbers that are not finite become null, as JSON has no name for them.
+
+        Raises:
+            RunError: if it cannot be written, a full disk for one; all rows before it are there.
+        """
+        line = json.dumps({"type": kind, **_finite(row)}, allow_nan=False) + "\n"
+        rest = memoryview(line.encode())
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.truncate(self.length)
+            raise RunError(
+                f"cannot write the record {self.path}: {error.strerror}; what is before is "
+                "complete. Make room, then run the same command with --resume"
+            ) from error
+        self.length += len(line.encode())
+
+    def sync(self) -> int:
+        """Wait until all rows are on the disk; return their bytes.
+
+        Raises:
+            RunError: if they do not get there.
+        """
+        try:
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise RunError(f"cannot write the record {self.path}: {error.strerror}") from error
+        return self.length
 
     def __enter__(self) -> "RecordWriter":
         return self

@@ -36,7 +36,7 @@ from teleport.objective import gradient, trainable
 from teleport.report import TeleportReport
 from teleport.teleporter import Teleporter
 
-Way = Callable[[nn.Sequential, Rehearsal], Teleporter | Rival]
+Way = Callable[[nn.Module, Rehearsal], Teleporter | Rival]
 """A way to move, made for a model; controls look at the rehearsal of the default teleport."""
 
 Part = tuple[Tensor, Tensor]

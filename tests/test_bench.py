@@ -418,11 +418,11 @@ def test_the_paper_s_cnn_is_full_rank_but_for_its_head() -> None:
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("pool", [True, False])
-def test_a_transformer_answers_once_or_at_every_position(norm_first: bool, pool: bool) -> None:
-    model = Transformer(3, 5, length=6, width=8, norm_first=norm_first, pool=pool)
+@pytest.mark.parametrize("readout", ["mean", "last", "all"])
+def test_a_transformer_answers_once_or_at_every_position(norm_first: bool, readout: str) -> None:
+    model = Transformer(3, 5, length=6, width=8, norm_first=norm_first, readout=readout)
     x = torch.randn(2, 6, 3)
-    assert model(x).shape == ((2, 5) if pool else (2, 6, 5))
+    assert model(x).shape == ((2, 6, 5) if readout == "all" else (2, 5))
     assert model.blocks[0].linear1.out_features == 32
     swapped = x[:, [1, 0, 2, 3, 4, 5]]
     assert not torch.allclose(model(x), model(swapped), atol=1e-6)  # it knows its positions

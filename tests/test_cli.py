@@ -6,6 +6,7 @@ import pytest
 
 import teleport
 from teleport import cli
+from teleport.experiment import teleport_settings
 from teleport.records import read_runs
 
 
@@ -46,6 +47,9 @@ def test_version_and_module_are_the_same_program(capsys: pytest.CaptureFixture[s
                 "--device",
                 "--init",
                 "--head-gain",
+                "--resume",
+                "--force",
+                "--checkpoint",
             ],
         ),
         (
@@ -150,10 +154,14 @@ def test_every_teleport_option_reaches_the_record(tmp_path: Path) -> None:
 
 
 def test_the_papers_schedule_brings_the_papers_step_control() -> None:
-    options = cli._teleport_settings("paper", None, None, None, None, None, 1.0)
+    options = teleport_settings("mnist-sample", "paper")
     assert (options.schedule.epochs, options.schedule.batches) == (5, 32)
-    assert (options.steps, options.lr) == (8, 0.2)
+    assert (options.steps, options.lr, options.schedule.warmup_steps) == (8, 0.2, 0)
     assert options.cap is not None
+    convolution = teleport_settings("cifar10-cnn", "paper")
+    assert (convolution.lr, convolution.schedule.warmup_steps) == (0.003, 40)
+    own = teleport_settings("mnist-sample", "paper", growth=1.2)
+    assert (own.lr, own.steps, own.growth) == (None, None, 1.2)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +170,13 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
         (["run", "nope"], "mnist-sample"),
         (["run", "--preset", "huge"], "tiny"),
         (["run", "--optimizer", "sdg"], "adagrad"),
+        (["run", "--optimizer", "lbfgs"], "one gradient per step"),
+        (["run", "cifar10-cnn", "--optimizer", "adamw"], "give --lr"),
+        (["run", "cifar10-cnn", "--activation", "tanh", "--lr", "1"], "has relu"),
+        (["run", "--resume"], "--out"),
+        (["run", "--force"], "--out"),
+        (["run", "--resume", "--force", "--out", "x"], "one of them"),
+        (["run", "no-such.toml:mine"], "cannot read"),
         (["run", "--schedule", "never"], "default"),
         (["run", "--tau", "0"], "(0, 1]"),
         (["run", "--tau", "1.5"], "(0, 1]"),

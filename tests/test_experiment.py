@@ -13,19 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from teleport.errors import RunError
-from teleport.experiment import (
-    EXPERIMENTS,
-    OPTIMIZERS,
-    Arm,
-    Settings,
-    TeleportSettings,
-    default_arms,
-    new_folder,
-    run_arms,
-)
+from teleport.experiment import Arm, Settings, TeleportSettings, default_arms
+from teleport.folders import new_folder
 from teleport.models import mlp
+from teleport.optimizers import OPTIMIZERS
 from teleport.plots import loss_figure
 from teleport.records import Run, read_runs
+from teleport.registry import EXPERIMENTS
+from teleport.run import run_arms
 from teleport.schedule import Schedule
 
 EARLY = TeleportSettings(schedule=Schedule(warmup_steps=20), batch_size=100, held_out_size=100)
@@ -82,8 +77,10 @@ def test_a_diverging_run_is_recorded_and_the_next_one_runs(tmp_path: Path) -> No
     assert [run.status for run in read_runs(tmp_path)] == ["diverged", "finished"]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+TUNED = [(e.name, optimizer) for e in EXPERIMENTS.values() for optimizer in e.tuning]
+
+
+@pytest.mark.parametrize(("experiment", "optimizer"), TUNED)
 def test_default_arms_hold_a_baseline_for_every_teleport(experiment: str, optimizer: str) -> None:
     arms = default_arms(experiment, optimizer)
     assert {arm.baseline for arm in arms if arm.teleport} <= set(arms)

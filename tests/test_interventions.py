@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from teleport import Teleporter, cli
-from teleport.experiment import Arm, Settings, default_arms, rival_arms, run_arms
+from teleport.experiment import Arm, Settings, default_arms, rival_arms
 from teleport.interventions import (
     INTERVENTIONS,
     LONGEST_TRIAL,
@@ -20,6 +20,7 @@ from teleport.interventions import (
 )
 from teleport.plots import gap_figure
 from teleport.records import RecordWriter, read_run, read_runs, summarise
+from teleport.run import run_arms
 from tests.fingerprint import weights
 
 

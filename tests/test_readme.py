@@ -16,12 +16,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import teleport
-from teleport import data
+from teleport import data, matrix
 from teleport.bench_tables import holds_benchmarks, read_benchmarks, timing
 from teleport.forgetting_report import forgetting_rows, markdown
 from teleport.measure import Spread
 from teleport.models import mlp
 from teleport.records import ArmSummary, Comparison, read_runs, summarise
+from teleport.registry import EXPERIMENTS
 from teleport.rivals import OURS
 
 ROOT = Path(__file__).parents[1]
@@ -206,6 +207,16 @@ def test_every_file_the_readme_points_to_exists() -> None:
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
+def test_the_matrix_is_that_of_the_records() -> None:
+    """``teleport report chapters/results > chapters/results/matrix.md`` writes it."""
+    written = (RESULTS / "matrix.md").read_text(encoding="utf-8")
+    assert written.strip() == matrix.markdown(matrix.blocks(RESULTS)).strip()
+
+
+def test_the_readme_names_every_experiment() -> None:
+    assert [name for name in EXPERIMENTS if f"`{name}`" not in readme()] == []
+
+
 def test_every_committed_result_is_complete_and_tells_its_command() -> None:
     folders = {path.parent for path in RESULTS.rglob("*.jsonl")}
     assert folders
@@ -217,9 +228,9 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
             continue
         for run in read_runs(folder):
             assert run.status in ("finished", "diverged"), run.path
-            assert run.config["command"].startswith(("teleport run", "teleport continual")), (
-                run.path
-            )
+            assert run.config["command"].startswith(
+                ("teleport run", "teleport sweep", "teleport continual")
+            ), run.path
 
 
 if __name__ == "__main__":

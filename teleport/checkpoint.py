@@ -1,0 +1,81 @@
+"""Files that survive a kill: checkpoints replaced at once, locks that end with their process."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from teleport.errors import RunError
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a state to disk so that at every moment the old or the new one is there, whole.
+
+    Args:
+        path: of the checkpoint.
+        state: tensors and plain values.
+
+    Raises:
+        RunError: if it cannot be written; the old one stays.
+    """
+    fresh = path.with_name(path.name + ".new")
+    try:
+        with fresh.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(fresh, path)
+    except (OSError, RuntimeError) as error:  # torch reports a short write as RuntimeError
+        fresh.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(
+            f"cannot write the checkpoint {path}: {reason}. Make room, then run the same command "
+            "with --resume"
+        ) from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote; no code in the file is run.
+
+    Raises:
+        RunError: if it cannot be read.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise RunError(
+            f"cannot read the checkpoint {path}: it is damaged; delete it to start its run over"
+        ) from error
+    return state
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file; the operating system frees it when the process ends, however it ends.
+
+    Args:
+        path: of the lock file; it is removed afterwards.
+        what: what it guards, for the message.
+
+    Raises:
+        RunError: if another process holds it, or the file cannot be made.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise RunError(
+            f"{what} is in use by another process; wait for it, or give another --out"
+        ) from error
+    except OSError as error:
+        raise RunError(f"cannot lock {what}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is still held: no other can hold it by this name
+        lock.release()

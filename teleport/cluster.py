@@ -1,0 +1,56 @@
+"""The cells of a sweep on a Dask cluster: the same calls, sent elsewhere.
+
+The cluster's workers need this package, the data sets, and the folder of the sweep under the same
+path. The cell of a worker that dies is given to another one, where it goes on from its checkpoint.
+"""
+
+from collections.abc import Callable, Sequence
+
+from teleport.errors import RunError
+from teleport.sweep import Failure, Job, reason_of, run_job
+
+
+def run_on_cluster(
+    jobs: Sequence[Job],
+    address: str,
+    *,
+    ended: Callable[[Job], None] = lambda job: None,
+    timeout: float = 30.0,
+) -> list[Failure]:
+    """All cells, by the workers of a Dask scheduler.
+
+    Args:
+        jobs: the cells; their folders must be absolute.
+        address: of the scheduler, such as ``tcp://10.0.0.1:8786``.
+        ended: told about every cell that has come to an end.
+        timeout: seconds to wait for the scheduler.
+
+    Returns:
+        The cells that failed, with why; a worker that dies does not make its cell fail before the
+        scheduler's ``allowed-failures`` (3) are used up.
+
+    Raises:
+        RunError: if the extra ``dask`` is not installed, the scheduler does not answer, or it has
+            no workers.
+    """
+    try:
+        from distributed import Client, as_completed
+    except ImportError as error:
+        raise RunError(
+            "--scheduler needs Dask; install it with: pip install 'nullspace-teleport[dask]'"
+        ) from error
+    try:
+        client = Client(address, timeout=timeout)
+    except (OSError, ValueError) as error:
+        raise RunError(f"the Dask scheduler at {address} does not answer: {error}") from error
+    with client:
+        if not client.scheduler_info()["workers"]:
+            raise RunError(f"the Dask scheduler at {address} has no workers; start some")
+        futures = {client.submit(run_job, job, pure=False): job for job in jobs}
+        failures = []
+        for future in as_completed(futures):
+            raised = future.exception()
+            if raised is not None:
+                failures.append(Failure(futures[future], reason_of(raised)))
+            ended(futures[future])
+    return failures

@@ -1,0 +1,70 @@
+"""The folders of runs: new ones, and those to go on or start over in."""
+
+from datetime import date
+from pathlib import Path
+
+from teleport.checkpoint import locked
+from teleport.errors import RunError
+
+
+def open_folder(name: str, out: Path | None, resume: bool = False, force: bool = False) -> Path:
+    """The folder of a run: a new one, or with ``resume`` or ``force`` the one that is there.
+
+    Args:
+        name: of the run, for the default folder.
+        out: the folder, or None for a new one by `new_folder`.
+        resume: go on in ``out`` if it exists.
+        force: start over in ``out``: records, checkpoints, tables and figures there are removed.
+
+    Raises:
+        ValueError: if both are wanted, or one of them without ``out``.
+        RunError: if the folder is in use, exists already, or cannot be made.
+    """
+    if resume and force:
+        raise ValueError("--resume goes on and --force starts over: give one of them")
+    if (resume or force) and out is None:
+        option = "--resume" if resume else "--force"
+        raise ValueError(f"{option} needs the folder to use; give it with --out")
+    if out is None or not out.is_dir() or not (resume or force):
+        return new_folder(name, out)
+    with locked(out / ".lock", str(out)):
+        patterns = ("*.jsonl", "*.checkpoint*", "table.txt", "figure.png") if force else ()
+        for file in (file for pattern in patterns for file in out.glob(pattern)):
+            file.unlink()
+    return out
+
+
+def new_folder(name: str, out: Path | None) -> Path:
+    """Make the folder of a new run: ``out``, or ``runs/<date>-<name>`` with a number if taken.
+
+    Raises:
+        RunError: if the folder exists already, or cannot be made or written to.
+    """
+    if out is not None:
+        return _make_folder(out)
+    base = Path("runs") / f"{date.today().isoformat()}-{name}"
+    candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 1000))
+    return _make_folder(next(folder for folder in candidates if not folder.exists()))
+
+
+def _make_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except FileExistsError as error:
+        raise RunError(
+            f"{folder} exists already and runs never share a folder; give another --out, or "
+            "--resume to go on in it, or --force to start over in it"
+        ) from error
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {folder}: {error.strerror}; choose a folder with --out"
+        ) from error
+    return folder
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's."""
+    kept = "".join(c if c.isalnum() or c == "." else "-" for c in name)
+    return "-".join(part for part in kept.split("-") if part)

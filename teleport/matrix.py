@@ -1,0 +1,171 @@
+"""The whole matrix of a folder of records, as Markdown: what teleporting is worth, cell by cell."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teleport.errors import RunError
+from teleport.records import (
+    ArmSummary,
+    Comparison,
+    Run,
+    best_baseline,
+    by_arm,
+    read_runs,
+    summarise,
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One folder of records: an experiment with one optimizer and one way to teleport.
+
+    Attributes:
+        folder: relative to the folder of the report.
+        runs: its records.
+        summaries: one per arm.
+        best: name of the best arm without teleport.
+    """
+
+    folder: Path
+    runs: list[Run]
+    summaries: list[ArmSummary]
+    best: str | None
+
+    @property
+    def experiment(self) -> str:
+        """Name of the experiment."""
+        return str(self.runs[0].config["experiment"])
+
+    @property
+    def optimizer(self) -> str:
+        """Name of the optimizer."""
+        return str(self.runs[0].config["settings"]["optimizer"])
+
+    @property
+    def title(self) -> str:
+        """What the block compares."""
+        settings = self.runs[0].config["settings"]
+        when = settings["teleport"]["schedule"]
+        control = f"growth {settings['teleport']['growth'] or 1.5:g}"
+        if settings["teleport"]["lr"]:
+            control = f"{settings['teleport']['steps']} steps of {settings['teleport']['lr']:g}"
+        times = "once" if when["epochs"] == 1 else f"in each of the first {when['epochs']} epochs"
+        return (
+            f"{self.experiment}, {self.optimizer}: preset {settings['preset']}"
+            f"{smaller(self.runs[0].config)}, data "
+            f"{self.runs[0].config['data']['name']}; teleport {times}, {when['batches']} x "
+            f"{settings['teleport']['batch_size']} examples, {control}"
+        )
+
+
+def smaller(config: dict[str, Any]) -> str:
+    """In which sizes the network of a run differs from that of its experiment."""
+    sizes = config.get("size", {}).get("network") or {}  # older records name no sizes
+    return f" ({', '.join(f'{key} {value}' for key, value in sizes.items())})" if sizes else ""
+
+
+def blocks(folder: Path) -> list[Block]:
+    """Every folder below with runs that teleport and their baselines.
+
+    Raises:
+        RunError: if there is none, or a record is damaged.
+    """
+    found = [
+        Block(path.relative_to(folder), runs, summarise(runs), best_baseline(by_arm(runs)))
+        for path, runs in _folders(folder)
+    ]
+    compared = [b for b in found if any(s.to_own is not None for s in b.summaries)]
+    if not compared:
+        raise RunError(
+            f"{folder} holds no records of runs with and without teleport; give a folder that "
+            "`teleport run` or `teleport sweep` has written"
+        )
+    return sorted(compared, key=lambda b: (b.experiment, b.folder))
+
+
+def _folders(folder: Path) -> Iterator[tuple[Path, list[Run]]]:
+    for path in sorted({record.parent for record in folder.rglob("*.jsonl")}):
+        records = sorted(path.glob("*.jsonl"))
+        if all(_is_training(record) for record in records):
+            yield path, read_runs(path)
+
+
+def _is_training(record: Path) -> bool:
+    """Whether it is a record of `teleport run` or `teleport sweep`: other commands keep theirs."""
+    with record.open(encoding="utf-8") as file:
+        try:
+            first = json.loads(file.readline())
+        except json.JSONDecodeError as error:
+            raise RunError(f"{record}, line 1: not a JSON record ({error.msg})") from error
+    return "training" in first and "experiment" in first
+
+
+_Cell = Callable[[Block, ArmSummary], str]
+_COLUMNS: dict[str, _Cell] = {
+    "arm": lambda b, s: s.arm + (" (best baseline)" if s.arm == b.best else ""),
+    "seeds": lambda b, s: str(s.runs),
+    "train loss": lambda b, s: _number(s.train_loss, "{:.4f}") + _end(s),
+    "test loss": lambda b, s: _number(s.test_loss, "{:.4f}"),
+    "same lr: steps": lambda b, s: _ratio(s.to_own, "steps"),
+    "same lr: seconds": lambda b, s: _ratio(s.to_own, "seconds"),
+    "same lr: log loss": lambda b, s: _gap(s.to_own),
+    "best: steps": lambda b, s: _ratio(s.to_best, "steps"),
+    "best: seconds": lambda b, s: _ratio(s.to_best, "seconds"),
+    "best: log loss": lambda b, s: _gap(s.to_best),
+    "drift": lambda b, s: _number(s.drift, "{:.0e}"),
+    "drift elsewhere": lambda b, s: _number(s.held_out_drift, "{:+.3f}"),
+    "teleport share of time": lambda b, s: _share(s),
+}
+
+LEGEND = """\
+Every row is a way to train, mean over seeds. *Same lr*: against the same training without the
+intervention; *best*: against the arm without any that ended with the lowest train loss, learning
+rate and initial gain tuned. *Steps* and *seconds* (teleporting included) are ratios of the way to
+the baseline's final train loss, below 1 is faster; "-": a seed never got there. *Log loss*: mean
+difference of the log train loss over the run, with its spread over seeds; -0.1 is 10 % lower.
+*Drift*: change of the loss on the teleport batch; *elsewhere*: on other training examples.
+"""
+
+
+def markdown(found: Sequence[Block]) -> str:
+    """The matrix: one table per block, good and bad alike."""
+    parts = [LEGEND]
+    for block in found:
+        rows = [[cell(block, s) for cell in _COLUMNS.values()] for s in block.summaries]
+        lines = [list(_COLUMNS), ["---"] * len(_COLUMNS), *rows]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        parts.append(f"### {block.title}\n\n{table}\n\nRecords: `{block.folder}`\n")
+    return "\n".join(parts)
+
+
+def without_controls(block: Block) -> list[Run]:
+    """The runs a figure of trajectories shows: with and without teleport, but no control."""
+    return [run for run in block.runs if not run.config["training"].get("rival")]
+
+
+def _end(summary: ArmSummary) -> str:
+    return "" if summary.status == "finished" else f" ({summary.status})"
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else form.format(value)
+
+
+def _ratio(comparison: Comparison | None, axis: str) -> str:
+    return "" if comparison is None else _number(getattr(comparison, axis), "{:.2f}")
+
+
+def _gap(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return ""
+    spread = comparison.log_loss_spread
+    return f"{comparison.log_loss:+.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}")
+
+
+def _share(summary: ArmSummary) -> str:
+    whole = summary.train_seconds + summary.teleport_seconds
+    return "" if not summary.teleport_seconds else f"{summary.teleport_seconds / whole:.0%}"

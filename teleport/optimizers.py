@@ -1,0 +1,95 @@
+"""Optimizers by name: ours, those of ``torch.optim`` and of the package pytorch-optimizer."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+Build = Callable[[Sequence[nn.Parameter], float], torch.optim.Optimizer]
+
+OPTIMIZERS: dict[str, Build] = {
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
+    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    "adagrad": lambda parameters, lr: torch.optim.Adagrad(parameters, lr=lr),
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr),
+}
+"""Those with a name of our own; every other name is that of a class, in any case of letters."""
+
+EXTRA = "pytorch_optimizer"
+
+
+def find_optimizer(name: str) -> Build:
+    """The optimizer of this name, as a function of parameters and learning rate.
+
+    Args:
+        name: one of `OPTIMIZERS`, or a class of ``torch.optim`` or of ``pytorch_optimizer`` (extra
+            ``optimizers``), such as ``rmsprop``, ``AdamP``, ``diffgrad`` or ``lion``.
+
+    Raises:
+        ValueError: for a name that neither knows, and for an optimizer that needs more than
+            parameters, a learning rate and one gradient per step.
+    """
+    lower = name.lower()
+    if lower in OPTIMIZERS:
+        return OPTIMIZERS[lower]
+    known = _of_torch()
+    extra = _names_of_extra()
+    if lower not in known and lower not in extra:
+        near = difflib.get_close_matches(lower, [*OPTIMIZERS, *known, *extra], n=3)
+        raise ValueError(
+            f"unknown optimizer {name!r}; there are: {', '.join(OPTIMIZERS)}, and every class of "
+            "torch.optim and of the package pytorch-optimizer "
+            f"({'installed' if extra else 'not installed: pip install pytorch-optimizer'})"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
+    chosen = known[lower] if lower in known else _class_of_extra(lower)
+
+    def build(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = chosen(parameters, lr=lr)
+        return optimizer
+
+    _try_out(name, build)
+    return build
+
+
+def _of_torch() -> dict[str, Any]:
+    classes = [c for c in vars(torch.optim).values() if isinstance(c, type)]
+    found = [c for c in classes if issubclass(c, torch.optim.Optimizer)]
+    return {c.__name__.lower(): c for c in found if c is not torch.optim.Optimizer}
+
+
+def _names_of_extra() -> list[str]:
+    if not find_spec(EXTRA):
+        return []
+    from pytorch_optimizer import get_supported_optimizers
+
+    return list(get_supported_optimizers())
+
+
+def _class_of_extra(name: str) -> Any:
+    from pytorch_optimizer import load_optimizer
+
+    return load_optimizer(name)
+
+
+def _try_out(name: str, build: Build) -> None:
+    """Two steps on a small layer, so that an optimizer that cannot be used is refused by name."""
+    state = torch.get_rng_state()
+    layer = nn.Linear(3, 2)
+    try:
+        optimizer = build(list(layer.parameters()), 0.01)
+        for _ in range(2):
+            optimizer.zero_grad()
+            layer(torch.ones(4, 3)).square().mean().backward()
+            optimizer.step()
+    except Exception as error:
+        raise ValueError(
+            f"optimizer {name!r} needs more than parameters, a learning rate and one gradient per "
+            f"step: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        torch.set_rng_state(state)

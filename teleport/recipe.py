@@ -1,0 +1,212 @@
+"""What a named experiment consists of: data, network, sizes, learning rates."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from teleport.data import Dataset
+from teleport.models import ACTIVATIONS, INITS, READOUTS, Transformer, cnn, mlp
+from teleport.residual import ResidualNetwork, ResNet18
+
+Check = Callable[[Any], bool]
+
+
+def natural(value: Any) -> bool:
+    """Whether it is an integer >= 1."""
+    return type(value) is int and value >= 1
+
+
+def count(value: Any) -> bool:
+    """Whether it is an integer >= 0."""
+    return type(value) is int and value >= 0
+
+
+def positive(value: Any) -> bool:
+    """Whether it is a number > 0, and finite."""
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def naturals(value: Any) -> bool:
+    """Whether it is a list of integers >= 1."""
+    return isinstance(value, list) and bool(value) and all(map(natural, value))
+
+
+def text(value: Any) -> bool:
+    """Whether it is a text and not empty."""
+    return isinstance(value, str) and bool(value)
+
+
+def initialisation(value: Any) -> bool:
+    """Whether it is one of `INITS`."""
+    return value in INITS
+
+
+def readout(value: Any) -> bool:
+    """Whether it is one of `READOUTS`."""
+    return value in READOUTS
+
+
+def one_of(what: str, name: str, known: Mapping[str, Any]) -> Any:
+    """The entry of this name.
+
+    Raises:
+        ValueError: for an unknown name, with the known ones.
+    """
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; there are: {', '.join(known)}")
+    return known[name]
+
+
+ALLOWED: dict[Check, str] = {
+    natural: "an integer >= 1",
+    count: "an integer >= 0",
+    positive: "a number > 0",
+    naturals: "a list of integers >= 1",
+    text: "a text",
+    initialisation: f"one of {', '.join(INITS)}",
+    readout: f"one of {', '.join(READOUTS)}",
+}
+"""What each check lets pass, for messages."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The size of an experiment.
+
+    Attributes:
+        epochs: passes over the training data.
+        train_size: training examples used, the first ones; None for all.
+        evaluate_every: training steps between evaluations.
+        evaluate_size: examples of each split an evaluation looks at, the first ones.
+        network: sizes of the network that differ from the experiment's.
+    """
+
+    epochs: int
+    evaluate_every: int
+    evaluate_size: int
+    train_size: int | None = None
+    network: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Learning rates and initial gain of the default arms for one optimizer.
+
+    Attributes:
+        low: a learning rate of the paper's kind, well below the best (its Table 1 is lost).
+        tuned: the best constant learning rate with PyTorch's initialisation.
+        gain_lr: the best learning rate together with the initial gain.
+        init: initialisation of that; see `teleport.models.initialise`.
+        head_gain: factor on the initial weights of the head.
+    """
+
+    low: float
+    tuned: float
+    gain_lr: float
+    init: str
+    head_gain: float
+
+
+@dataclass(frozen=True)
+class PaperTeleport:
+    """What the paper's schedule needs to know of an experiment.
+
+    Attributes:
+        lr: fixed teleport step size, the paper's eta.
+        cap: bound on the gradient norm, its CAP.
+        warmup_steps: training steps before the first teleport.
+        n: examples of a teleport batch, with every schedule.
+        held_out: training examples on which the drift outside the batch is measured.
+    """
+
+    lr: float
+    cap: float
+    warmup_steps: int
+    n: int
+    held_out: int
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A data set, a network on it, and sizes.
+
+    Attributes:
+        name: what the command line calls it.
+        title: what figures call it.
+        data: name of the data set.
+        network: ``kind``, one of `NETWORKS`, and its sizes.
+        batch_size: of training.
+        teleport: what the paper's schedule needs.
+        presets: sizes by name.
+        tuning: by optimizer.
+        marks: ``"paper"`` or ``"ours"`` for every key, such as ``network.hidden``.
+    """
+
+    name: str
+    title: str
+    data: str
+    network: dict[str, Any]
+    batch_size: int
+    teleport: PaperTeleport
+    presets: dict[str, Preset]
+    tuning: dict[str, Tuning]
+    marks: dict[str, str]
+
+    def check_activation(self, activation: str) -> None:
+        """Raise ValueError for an activation that the network cannot have."""
+        one_of("activation", activation, ACTIVATIONS)
+        kind = self.network["kind"]
+        if kind != "mlp" and activation != "relu":
+            raise ValueError(f"the network {kind!r} of {self.name} has relu; got {activation!r}")
+
+    def build(self, dataset: Dataset, preset: Preset, activation: str = "relu") -> nn.Module:
+        """The network for a data set, at PyTorch's initial values.
+
+        Raises:
+            ValueError: as `check_activation`.
+        """
+        self.check_activation(activation)
+        sizes = {**self.network, **preset.network}
+        kind = sizes.pop("kind")
+        if kind == "mlp":
+            sizes["activation"] = activation
+        return NETWORKS[kind].make(dataset, sizes)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A kind of network: its sizes, each with its check, and how it is made for a data set."""
+
+    sizes: dict[str, Check]
+    make: Callable[[Dataset, dict[str, Any]], nn.Module]
+
+
+def _transformer(dataset: Dataset, sizes: dict[str, Any]) -> nn.Module:
+    tokens = dataset.kind == "tokens"
+    length = dataset.input_shape[0]
+    return Transformer(
+        dataset.width, dataset.outputs, length, tokens=tokens, causal=tokens, **sizes
+    )
+
+
+NETWORKS = {
+    "mlp": Network({"hidden": naturals}, lambda d, s: mlp(d.width, d.outputs, **s)),
+    "cnn": Network(
+        {"channels": naturals},
+        lambda d, s: cnn(image=d.input_shape[-1], classes=d.outputs, **s),
+    ),
+    "residual": Network({"widths": naturals}, lambda d, s: ResidualNetwork(classes=d.outputs, **s)),
+    "resnet18": Network({"width": natural}, lambda d, s: ResNet18(d.outputs, **s)),
+    "transformer": Network(
+        {
+            "heads": natural,
+            "width": natural,
+            "blocks": natural,
+            "readout": readout,
+        },
+        _transformer,
+    ),
+}

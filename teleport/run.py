@@ -1,0 +1,253 @@
+"""From arms and seeds to records, resuming what is broken off."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from teleport.checkpoint import load_checkpoint, locked, save_checkpoint
+from teleport.data import Dataset, load
+from teleport.errors import RunError
+from teleport.experiment import Arm, Settings
+from teleport.folders import slug
+from teleport.models import mlp
+from teleport.optimizers import find_optimizer
+from teleport.records import RecordWriter, environment, read_run
+from teleport.teleporter import Teleporter
+from teleport.training import Training, train_size
+
+Progress = Callable[[str, int], None]
+"""Called with what is being run and the training steps done since the last call."""
+
+CHECKPOINT_SECONDS = 60.0
+"""Between checkpoints of a run."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a matrix: everything that decides what its record says.
+
+    Attributes:
+        order: its arm's place among the arms, for the name of the record and the tables.
+    """
+
+    settings: Settings
+    arm: Arm
+    seed: int
+    order: int
+
+    @property
+    def record(self) -> str:
+        """Name of its record."""
+        return f"{self.order:02d}-{slug(self.arm.name)}-seed{self.seed}.jsonl"
+
+    def __str__(self) -> str:
+        s = self.settings
+        return f"{s.experiment} {s.optimizer} {self.arm.name} (seed {self.seed})"
+
+
+def steps_per_run(settings: Settings, dataset: Dataset) -> int:
+    """Training steps of one run."""
+    size = settings.size()
+    return size.epochs * (train_size(size, dataset) // settings.batch())
+
+
+def run_arms(
+    settings: Settings,
+    arms: Sequence[Arm],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    resume: bool = False,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    command: str = "",
+    progress: Progress = lambda what, steps: None,
+) -> list[Path]:
+    """Train every arm with every seed; one record file each.
+
+    Args:
+        settings: what all runs share.
+        arms: the ways to train.
+        seeds: each gives an initialisation and an order of the data, the same for all arms.
+        out: an existing folder for the records, which no other process uses.
+        resume: leave finished runs as they are and go on with broken ones.
+        checkpoint_seconds: between checkpoints.
+        command: the command line, for the record.
+        progress: told about every few steps.
+
+    Returns:
+        The records' paths, in the order of the runs.
+
+    Raises:
+        RunError: if the device is not available, the folder is in use, or a record cannot be
+            written.
+        DataError: if the data cannot be had.
+    """
+    device = device_of(settings.device)
+    dataset = load(settings.recipe().data).to(device)
+    with locked(out / ".lock", str(out)):
+        return [
+            run_cell(
+                Cell(settings, arm, seed, order),
+                dataset,
+                out,
+                resume=resume,
+                checkpoint_seconds=checkpoint_seconds,
+                command=command,
+                progress=partial(progress, f"{arm.name} (seed {seed})"),
+            )
+            for seed in seeds
+            for order, arm in enumerate(arms)
+        ]
+
+
+def run_cell(
+    cell: Cell,
+    dataset: Dataset,
+    out: Path,
+    *,
+    resume: bool = False,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    command: str = "",
+    progress: Callable[[int], None] = lambda steps: None,
+) -> Path:
+    """One run to its end; with ``resume`` from where it broke off, on CPU bit for bit.
+
+    Args:
+        cell: the run.
+        dataset: its data, on its device.
+        out: the folder of its record.
+        resume: go on; a finished run is left as it is.
+        checkpoint_seconds: between checkpoints.
+        command: the command line, for the record.
+        progress: told the steps done since the last call.
+
+    Returns:
+        The record's path.
+
+    Raises:
+        RunError: if the record is in use, is another run's, or cannot be written.
+    """
+    path = out / cell.record
+    checkpoint = path.with_suffix(".checkpoint")
+    config = configuration(cell, dataset)
+    with locked(path.with_suffix(".lock"), str(path)):
+        if resume and is_finished(path, config):
+            checkpoint.unlink(missing_ok=True)
+            progress(steps_per_run(cell.settings, dataset))
+            return path
+        state = load_checkpoint(checkpoint) if resume and checkpoint.exists() else None
+        if state is not None and (not path.exists() or path.stat().st_size < state["record_bytes"]):
+            state = None  # the record was lost, or never reached the disk
+        if resume and state is None:
+            path.unlink(missing_ok=True)
+        _warm_up(cell.settings)
+        with RecordWriter(path, None if state is None else state["record_bytes"]) as writer:
+            if state is None:
+                writer.write("config", **config, command=command, **environment())
+            else:
+                writer.write("resumed", step=state["step"], **environment())
+            training = Training(cell.settings, cell.arm, cell.seed, dataset, writer)
+            if state is not None:
+                training.restore(state)
+                progress(training.step)
+            training.run(_Saving(training, checkpoint, checkpoint_seconds, progress))
+        checkpoint.unlink(missing_ok=True)
+    return path
+
+
+class _Saving:
+    """What is done after every training step: a checkpoint when one is due, and progress."""
+
+    def __init__(
+        self, training: Training, path: Path, seconds: float, progress: Callable[[int], None]
+    ) -> None:
+        self.training, self.path, self.seconds, self.progress = training, path, seconds, progress
+        self.saved = time.monotonic()
+
+    def __call__(self) -> None:
+        self.progress(1)
+        if time.monotonic() - self.saved < self.seconds:
+            return
+        state = self.training.state()
+        if state is not None:
+            save_checkpoint(self.path, state)
+        self.saved = time.monotonic()
+
+
+def configuration(cell: Cell, dataset: Dataset) -> dict[str, Any]:
+    """The first row of a run's record, but for the command line and the machine."""
+    return {
+        "experiment": cell.settings.experiment,
+        "preset": cell.settings.preset,
+        "arm": cell.arm.name,
+        "baseline": cell.arm.baseline.name,
+        "order": cell.order,
+        "seed": cell.seed,
+        "training": asdict(cell.arm),
+        "settings": asdict(cell.settings),
+        "size": asdict(cell.settings.size()),
+        "network": cell.settings.recipe().network,
+        "data": {
+            "name": dataset.name,
+            "checksum": dataset.checksum,
+            "source": dataset.source,
+            "note": dataset.note,
+        },
+    }
+
+
+def is_finished(path: Path, config: dict[str, Any]) -> bool:
+    """Whether this very run is there and complete.
+
+    Raises:
+        RunError: if the record is of another configuration.
+    """
+    if not path.exists() or b"\n" not in path.read_bytes():
+        return False  # killed before the first row was whole
+    run = read_run(path)
+    differing = [key for key in config if run.config.get(key) != as_read(config[key])]
+    if differing:
+        raise RunError(
+            f"{path} is the record of a run with another {', '.join(differing)}; "
+            "resume with the command that made it, or give another --out"
+        )
+    return run.status in ("finished", "diverged")
+
+
+def as_read(value: Any) -> Any:
+    """A value as it comes back from JSON: tuples are lists there."""
+    if isinstance(value, dict):
+        return {key: as_read(item) for key, item in value.items()}
+    return [as_read(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def device_of(name: str) -> torch.device:
+    """The device of this name, if it can be used here.
+
+    Raises:
+        RunError: if it cannot.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"device {name!r} is not available here ({error}); use cpu") from error
+    return device
+
+
+def _warm_up(settings: Settings) -> None:
+    """One step and one teleport nobody times: first calls load what later calls find loaded."""
+    state = torch.get_rng_state()
+    device = device_of(settings.device)
+    model = mlp(4, 2, hidden=(16, 16)).to(device)
+    x, y = torch.rand(8, 4, device=device), torch.zeros(8, dtype=torch.long, device=device)
+    cross_entropy(model(x), y).backward()
+    find_optimizer(settings.optimizer)(list(model.parameters()), 0.01).step()
+    Teleporter(model).step(lambda: cross_entropy(model(x), y))
+    torch.set_rng_state(state)

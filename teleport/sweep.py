@@ -1,0 +1,149 @@
+"""A matrix of experiments and its cells; `teleport.pool` and `teleport.cluster` run them.
+
+A cell is one run: experiment, optimizer, arm, seed. Cells that are finished are left alone, and
+broken ones go on from their checkpoint.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from teleport.data import Dataset, load
+from teleport.errors import TeleportError
+from teleport.experiment import Settings, control_arms, default_arms, teleport_settings
+from teleport.folders import slug
+from teleport.run import (
+    CHECKPOINT_SECONDS,
+    Cell,
+    configuration,
+    device_of,
+    is_finished,
+    run_cell,
+    steps_per_run,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell and where its record goes.
+
+    Attributes:
+        checkpoint_seconds: between checkpoints.
+        command: the command line, for the record.
+    """
+
+    cell: Cell
+    folder: Path
+    checkpoint_seconds: float = CHECKPOINT_SECONDS
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that did not finish, and why."""
+
+    job: Job
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A matrix: experiments x optimizers x arms x seeds.
+
+    Attributes:
+        names: experiments.
+        optimizers: every experiment is run with every one of them.
+        seeds: how many, counted from 0.
+        preset: size.
+        schedule: when teleports are due.
+        epochs: instead of the preset's.
+        controls: add the controls that act on any network, at both learning rates.
+        device: where to train.
+    """
+
+    names: tuple[str, ...]
+    optimizers: tuple[str, ...] = ("sgd",)
+    seeds: int = 3
+    preset: str = "cpu"
+    schedule: str = "default"
+    epochs: int | None = None
+    controls: bool = False
+    device: str = "cpu"
+
+    def jobs(
+        self, out: Path, *, checkpoint_seconds: float = CHECKPOINT_SECONDS, command: str = ""
+    ) -> list[Job]:
+        """All cells, seed by seed, so that every arm has its first seed early.
+
+        Raises:
+            ValueError: for an unknown name, or an optimizer that was not tuned for an experiment.
+        """
+        arms = control_arms if self.controls else default_arms
+        jobs = []
+        for name in self.names:
+            options = teleport_settings(name, self.schedule)
+            for optimizer in self.optimizers:
+                settings = Settings(
+                    name,
+                    self.preset,
+                    optimizer,
+                    self.epochs,
+                    device=self.device,
+                    teleport=options,
+                )
+                settings.size()
+                ending = "" if self.schedule == "default" else f"-{self.schedule}"
+                folder = out / slug(name) / f"{slug(optimizer)}{ending}"
+                jobs += [
+                    Job(Cell(settings, arm, seed, order), folder, checkpoint_seconds, command)
+                    for seed in range(self.seeds)
+                    for order, arm in enumerate(arms(name, optimizer))
+                ]
+        return jobs
+
+
+def total_steps(jobs: Sequence[Job]) -> int:
+    """Training steps of all cells together."""
+    return sum(_steps(job.cell.settings) for job in jobs)
+
+
+@lru_cache
+def _steps(settings: Settings) -> int:
+    return steps_per_run(settings, _data(settings.recipe().data, "cpu"))
+
+
+def is_done(job: Job) -> bool:
+    """Whether its record is there and complete.
+
+    Raises:
+        RunError: if the record there is of another run.
+    """
+    settings = job.cell.settings
+    dataset = _data(settings.recipe().data, "cpu")
+    return is_finished(job.folder / job.cell.record, configuration(job.cell, dataset))
+
+
+@lru_cache(maxsize=2)
+def _data(name: str, device: str) -> Dataset:
+    return load(name).to(device_of(device))
+
+
+def run_job(job: Job, progress: Callable[[int], None] = lambda steps: None) -> Path:
+    """One cell, from wherever its record is; what a process or a Dask worker calls."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    settings = job.cell.settings
+    return run_cell(
+        job.cell,
+        _data(settings.recipe().data, settings.device),
+        job.folder,
+        resume=True,
+        checkpoint_seconds=job.checkpoint_seconds,
+        command=job.command,
+        progress=progress,
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """What a failed cell is listed with."""
+    return str(error) if isinstance(error, TeleportError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,241 @@
+"""One training run: an arm, a seed, a record, and a state that can be saved and restored."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport.data import Dataset, batches, take
+from teleport.errors import NonFiniteLossError, RunError
+from teleport.experiment import Arm, Settings
+from teleport.interventions import Subject, intervene
+from teleport.models import initialise
+from teleport.objective import grad_norm, trainable
+from teleport.optimizers import find_optimizer
+from teleport.recipe import Preset
+from teleport.records import RecordWriter
+
+
+def train_size(size: Preset, dataset: Dataset) -> int:
+    """Training examples that are used."""
+    return min(size.train_size or len(dataset.train_inputs), len(dataset.train_inputs))
+
+
+class Training:
+    """A run that goes on from wherever its state is.
+
+    Args:
+        settings: what it shares with other runs.
+        arm: the way to train.
+        seed: of the initial values, the order of the data and the teleport batches.
+        dataset: on the device.
+        writer: of its record.
+
+    Raises:
+        RunError: if the training examples are fewer than a teleport and its held-out data need.
+    """
+
+    def __init__(
+        self, settings: Settings, arm: Arm, seed: int, dataset: Dataset, writer: RecordWriter
+    ) -> None:
+        self.settings, self.arm, self.seed = settings, arm, seed
+        self.dataset, self.writer, self.size = dataset, writer, settings.size()
+        count = train_size(self.size, dataset)
+        wanted = settings.teleport.batch_size + settings.teleport.held_out_size
+        if arm.teleport and count < wanted:
+            raise RunError(
+                f"a teleport batch and its held-out data need {wanted} examples, the preset "
+                f"{settings.preset} of {settings.experiment} trains on {count}"
+            )
+        self.inputs, self.targets = dataset.train_inputs[:count], dataset.train_targets[:count]
+        look = self.size.evaluate_size
+        self.seen = (self.inputs[:look], self.targets[:look])
+        self.unseen = (dataset.test_inputs[:look], dataset.test_targets[:look])
+        self.device = self.targets.device
+        self.steps_per_epoch = count // settings.batch()
+        torch.manual_seed(seed)
+        model = settings.recipe().build(dataset, self.size, settings.activation)
+        initialise(model, arm.init, arm.head_gain)
+        self.model = model.to(self.device)
+        build = find_optimizer(settings.optimizer)
+        self.optimizer = build(list(self.model.parameters()), arm.lr)
+        self.subject = Subject(self.model, self.optimizer, self.steps_per_epoch, self._trial_step)
+        self._own_step = self.subject.take_step
+        # Two generators: drawing teleport batches must not change the order of the training data.
+        self.order = torch.Generator().manual_seed(seed)
+        self.draws = torch.Generator().manual_seed(seed + 1_000_003)
+        self.epoch_start = self.order.get_state()
+        self.step = 0
+        self.train_seconds = self.teleport_seconds = 0.0
+
+    def state(self) -> dict[str, Any] | None:
+        """Everything the rest of the run depends on, as tensors and plain values.
+
+        None while a control drives the steps its own way, whose state is not ours to save: such a
+        run goes on from its last state before that.
+        """
+        if self.subject.take_step is not self._own_step:
+            return None
+        gpu = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch_start": self.epoch_start,
+            "draws": self.draws.get_state(),
+            "random": torch.get_rng_state(),
+            "random_gpu": gpu,
+            "step": self.step,
+            "train_seconds": self.train_seconds,
+            "teleport_seconds": self.teleport_seconds,
+            "record_bytes": self.writer.sync(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.order.set_state(state["epoch_start"])
+        self.draws.set_state(state["draws"])
+        torch.set_rng_state(state["random"])
+        if state["random_gpu"] is not None:
+            torch.cuda.set_rng_state(state["random_gpu"], self.device)
+        self.step = state["step"]
+        self.train_seconds = state["train_seconds"]
+        self.teleport_seconds = state["teleport_seconds"]
+
+    def run(self, after_step: Callable[[], None]) -> None:
+        """Train to the end; the record tells how it ended, whatever ends it.
+
+        Args:
+            after_step: called after every training step and its evaluation.
+        """
+        try:
+            self._train(after_step)
+        except NonFiniteLossError as error:
+            self.writer.write("end", status="diverged", step=self.step, reason=str(error))
+        except KeyboardInterrupt:
+            self.writer.write("end", status="interrupted", step=self.step)
+            raise
+        else:
+            self.writer.write("end", status="finished", step=self.step)
+
+    def _train(self, after_step: Callable[[], None]) -> None:
+        due = self._due()
+        if self.step == 0:
+            self._evaluate()
+        for inputs, targets in self._stream():
+            if self.step in due:
+                self._teleport()
+            started = self._now()
+            self._compute_gradients(inputs, targets)
+            self.subject.take_step()
+            self.train_seconds += self._now() - started
+            self.step += 1
+            if self.step % self.size.evaluate_every == 0:
+                self._evaluate()
+            after_step()
+
+    def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from the current step on; the order of an epoch is drawn at its start."""
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        for _ in range(epoch, self.size.epochs):
+            self.epoch_start = self.order.get_state()
+            size = self.settings.batch()
+            yield from islice(batches(self.inputs, self.targets, size, self.order), done, None)
+            done = 0
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.dataset.loss(self.model(self.dataset.prepare(inputs)), targets)
+
+    def _compute_gradients(self, inputs: Tensor, targets: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self._loss(inputs, targets).backward()
+
+    def _trial_step(self, number: int) -> None:
+        """A training step on a batch of its own, the same for every trial of that number."""
+        draw = torch.Generator().manual_seed(self.seed + 2_000_003 + number)
+        chosen = torch.randint(len(self.inputs), (self.settings.batch(),), generator=draw)
+        self._compute_gradients(*self._examples(chosen))
+        self.optimizer.step()
+
+    def _due(self) -> frozenset[int]:
+        if not self.arm.teleport:
+            return frozenset()
+        return self.settings.teleport.schedule.due_steps(self.steps_per_epoch)
+
+    def _evaluate(self) -> None:
+        """One row; BatchNorm uses its statistics, and nothing of the training changes."""
+        self.model.eval()
+        try:
+            train, _ = self._look(*self.seen)
+            test, accuracy = self._look(*self.unseen)
+            if not math.isfinite(train):
+                raise NonFiniteLossError(f"the train loss is {train} after {self.step} steps")
+            x, y = (part[: self.settings.teleport.batch_size] for part in self.seen)
+            _, norm = grad_norm(lambda: self._loss(x, y), trainable(self.model))
+        finally:
+            self.model.train()
+        self.writer.write(
+            "evaluation",
+            step=self.step,
+            epoch=self.step * self.settings.batch() / len(self.inputs),
+            train_seconds=self.train_seconds,
+            teleport_seconds=self.teleport_seconds,
+            train_loss=train,
+            test_loss=test,
+            test_accuracy=accuracy,
+            grad_norm=norm,
+        )
+
+    def _look(self, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
+        """Mean loss and accuracy, NaN for a regression; at a time what a teleport batch holds."""
+        losses, hits = 0.0, 0.0
+        size = self.settings.teleport.batch_size
+        pairs = zip(inputs.split(size), targets.split(size), strict=True)
+        with torch.no_grad():
+            for x, y in pairs:
+                outputs = self.model(self.dataset.prepare(x))
+                losses += float(self.dataset.loss(outputs, y)) * len(x)
+                if self.dataset.loss_kind == "cross_entropy":
+                    hits += float((outputs.argmax(-1) == y).double().mean()) * len(x)
+        accuracy = hits / len(inputs) if self.dataset.classes else math.nan
+        return losses / len(inputs), accuracy
+
+    def _teleport(self) -> None:
+        options = self.settings.teleport
+        teleporter = options.teleporter(self.model)
+        size = options.batch_size
+        for _ in range(options.schedule.batches):
+            chosen = torch.randperm(len(self.inputs), generator=self.draws)
+            chosen = chosen[: size + options.held_out_size]
+            held_out, batch = self._closure(chosen[size:]), self._closure(chosen[:size])
+            if self.arm.rival:
+                report = intervene(
+                    self.arm.rival,
+                    self.subject,
+                    batch,
+                    held_out=held_out,
+                    growth=options.growth,
+                    seed=self.seed,
+                )
+            else:
+                report = teleporter.step(batch, held_out=held_out)
+            self.teleport_seconds += report.seconds
+            self.writer.write("teleport", step=self.step, **report.to_dict())
+
+    def _closure(self, chosen: Tensor) -> Callable[[], Tensor]:
+        x, y = self._examples(chosen)
+        return lambda: self._loss(x, y)
+
+    def _examples(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        rows = chosen.to(self.device)
+        return take(self.inputs, rows), take(self.targets, rows)

@@ -1,0 +1,211 @@
+"""The table of experiments is read to the last key, and says what is the paper's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from teleport import data
+from teleport.errors import RunError
+from teleport.experiment import Settings, control_arms, rival_arms, tuning
+from teleport.models import initialise
+from teleport.optimizers import OPTIMIZERS, find_optimizer
+from teleport.registry import EXPERIMENTS, find_experiment, read_experiments
+
+BASE = """
+[base]
+title = "a title"
+data.paper = "mnist-sample"
+network.kind.paper = "mlp"
+network.hidden.paper = [8, 8]
+batch_size.paper = 32
+teleport.lr.ours = 0.2
+teleport.cap.ours = 3.0
+teleport.warmup_steps.paper = 0
+teleport.n.ours = 20
+teleport.held_out.ours = 20
+presets.tiny.ours = { epochs = 1, train_size = 64, evaluate_every = 1, evaluate_size = 20 }
+tuning.sgd.ours = { low = 0.1, tuned = 0.2, gain_lr = 0.2, init = "he", head_gain = 3.0 }
+"""
+
+
+def table(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "own.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("mnist-mlp", {"data", "network.kind", "network.hidden", "batch_size"}),
+        ("cifar10-cnn", {"data", "network.channels", "teleport.warmup_steps"}),
+        ("tiny-imagenet-residual", {"data", "network.widths", "teleport.warmup_steps"}),
+        ("smnist", {"data", "network.heads", "network.blocks", "network.readout"}),
+        ("electricity", {"data", "network.heads", "network.width", "network.blocks"}),
+        ("ptb", {"data", "network.heads", "network.readout"}),
+    ],
+)
+def test_what_stands_in_the_paper_is_marked_so(name: str, keys: set[str]) -> None:
+    marks = EXPERIMENTS[name].marks
+    assert {key for key in keys if marks[key] != "paper"} == set()
+    assert marks["batch_size"] == "paper"
+    # The paper's Table 1 is lost: nothing that stood in it can be the paper's here.
+    lost = {"teleport.lr", "teleport.cap", "teleport.n", "presets.paper", "tuning.sgd"}
+    assert {marks[key] for key in lost & set(marks)} == {"ours"}
+
+
+def test_the_papers_values() -> None:
+    assert {e.batch_size for e in EXPERIMENTS.values()} == {32}
+    cnn = EXPERIMENTS["cifar10-cnn"]
+    assert cnn.network == {"kind": "cnn", "channels": [3, 16, 32, 64]}
+    assert cnn.teleport.warmup_steps == 40
+    assert EXPERIMENTS["cifar100-cnn"].network == cnn.network
+    assert EXPERIMENTS["smnist"].network["heads"] * 64 == EXPERIMENTS["smnist"].network["width"]
+
+
+@pytest.mark.parametrize("name", [e.name for e in EXPERIMENTS.values() if "sample" in e.data])
+def test_every_preset_of_an_embedded_set_builds_its_network(name: str) -> None:
+    experiment = EXPERIMENTS[name]
+    dataset = data.load(experiment.data)
+    for preset in experiment.presets.values():
+        torch.manual_seed(0)
+        model = experiment.build(dataset, preset)
+        initialise(model)
+        outputs = model(dataset.prepare(dataset.train_inputs[:2]))
+        assert dataset.loss(outputs, dataset.train_targets[:2]).isfinite()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_all_sizes_and_a_known_data_set(name: str) -> None:
+    experiment = find_experiment(name)
+    assert {"tiny", "cpu", "paper"} == set(experiment.presets)
+    assert experiment.data in data.SOURCES
+    for preset in experiment.presets.values():
+        need = experiment.teleport.n + experiment.teleport.held_out
+        assert preset.train_size is None or preset.train_size >= need
+        steps = preset.epochs * (preset.train_size or 10**9) // experiment.batch_size
+        assert steps >= preset.evaluate_every
+
+
+def test_a_table_of_ones_own_is_used_by_file_and_name(tmp_path: Path) -> None:
+    path = table(tmp_path, BASE + '[mine]\nlike = "base"\ndata.ours = "mnist-sample-rows"\n')
+    mine = find_experiment(f"{path}:mine")
+    assert (mine.data, mine.marks["data"]) == ("mnist-sample-rows", "ours")
+    assert mine.presets == find_experiment(f"{path}:base").presets
+    with pytest.raises(ValueError, match="base, mine"):
+        find_experiment(f"{path}:yours")
+    assert Settings(f"{path}:mine", "tiny").size().epochs == 1
+
+
+def test_another_kind_of_network_inherits_no_sizes(tmp_path: Path) -> None:
+    text = BASE + '[b]\nlike = "base"\nnetwork.kind.ours = "cnn"\nnetwork.channels.ours = [3, 4]\n'
+    assert read_experiments(table(tmp_path, text))["b"].network == {
+        "kind": "cnn",
+        "channels": [3, 4],
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("batch_size.paper = 32", "batch_size.paper = 0", r"base\.batch_size: must be an int"),
+        ("batch_size.paper = 32", "batch_size.paper = true", r"base\.batch_size: must be an int"),
+        ("batch_size.paper = 32", "batch_size = 32", r"base\.batch_size: mark the value"),
+        ("batch_size.paper = 32", "batch_size.theirs = 3", r"base\.batch_size: mark the value"),
+        ("batch_size.paper = 32", "", r"base\.batch_size: missing"),
+        ("batch_size.paper = 32", "batch_size.paper == 32", "line 7"),
+        ("[8, 8]", "[8, 0]", r"base\.network\.hidden: must be a list"),
+        ("hidden.paper", "widths.paper", r"base\.network\.widths: unknown key; known are hidden"),
+        ('"mlp"', '"mpl"', r"base\.network\.kind: must be one of mlp"),
+        ("epochs = 1", "epochs = 1.5", r"base\.presets\.tiny\.epochs: must be an int"),
+        ("epochs = 1", "epoch = 1", r"base\.presets\.tiny\.epoch: unknown key"),
+        ("tuned = 0.2", "tuned = -1", r"base\.tuning\.sgd\.tuned: must be a number > 0"),
+        ("tuned = 0.2", "tuned = inf", r"base\.tuning\.sgd\.tuned: must be a number > 0"),
+        ('init = "he"', 'init = "xavier"', r"base\.tuning\.sgd\.init: must be one of default, he"),
+        ("lr.ours = 0.2", "eta.ours = 0.2", r"base\.teleport\.eta: unknown key"),
+        ('title = "a title"', "title = 3", r"base\.title: must be a text"),
+        ('title = "a title"', 'like = "nobody"', r"base\.like: expected the name"),
+        ('title = "a title"', 'like = "base"', r"base\.like: goes in a circle"),
+        ('title = "a title"', 'name = "x"\ntitle = "x"', r"base\.name: unknown key"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_line_or_key(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    assert old in BASE
+    with pytest.raises(RunError, match=message) as refused:
+        read_experiments(table(tmp_path, BASE.replace(old, new, 1)))
+    assert "own.toml" in str(refused.value)
+
+
+def test_a_table_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cannot read"):
+        read_experiments(tmp_path / "none.toml")
+
+
+@given(name=st.sampled_from(["RMSprop", "nadam", "Adamax", "RAdam", *OPTIMIZERS]))
+def test_an_optimizer_by_name_descends_and_leaves_random_numbers_alone(name: str) -> None:
+    descends(name)
+
+
+@pytest.mark.parametrize("name", ["AdamP", "diffGrad", "Lion"])
+def test_an_optimizer_of_the_extra_package_descends(name: str) -> None:
+    pytest.importorskip("pytorch_optimizer")
+    descends(name)
+    assert (
+        name.lower()
+        in type(find_optimizer(name)([nn.Parameter(torch.ones(2))], 0.1)).__name__.lower()
+    )
+
+
+def descends(name: str) -> None:
+    state = torch.get_rng_state()
+    build = find_optimizer(name)
+    assert torch.equal(torch.get_rng_state(), state)
+    x = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = build([x], 0.01)
+    before = float(x.detach().square().sum())
+    for _ in range(5):
+        optimizer.zero_grad()
+        x.square().sum().backward()
+        optimizer.step()
+    assert float(x.detach().square().sum()) < before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adamm", "did you mean adam"),
+        ("lbfgs", "one gradient per step"),
+        ("sparseadam", "one gradient per step"),
+        ("optimizer", "unknown optimizer"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_used_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_optimizer(name)
+
+
+def test_without_the_extra_package_its_names_are_unknown_and_how_to_get_it_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("teleport.optimizers.EXTRA", "no_such_package")
+    with pytest.raises(ValueError, match="pip install pytorch-optimizer"):
+        find_optimizer("adamp")
+
+
+def test_controls_stand_beside_the_teleports_they_are_for() -> None:
+    for arms in (control_arms("mnist-sample", "adam"), rival_arms("mnist-sample", "adam")):
+        assert {arm.baseline for arm in arms} <= set(arms)
+        assert len({arm.name for arm in arms}) == len(arms)
+        rates = {arm.lr for arm in arms if arm.rival}
+        assert rates == {tuning("mnist-sample", "adam").low, tuning("mnist-sample", "adam").tuned}
+
+
+def test_a_rate_that_was_not_tuned_is_asked_for() -> None:
+    with pytest.raises(ValueError, match=r"known.*give --lr"):
+        tuning("mnist-sample", "adamw")

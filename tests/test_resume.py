@@ -1,0 +1,293 @@
+"""A run that is killed, at any moment, goes on to the numbers it would have had."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teleport import cli, data
+from teleport.checkpoint import load_checkpoint, locked, save_checkpoint
+from teleport.errors import RunError
+from teleport.experiment import Arm, Settings, TeleportSettings
+from teleport.records import read_run, read_runs
+from teleport.run import Cell, run_arms, run_cell
+from teleport.schedule import Schedule
+
+TWICE = TeleportSettings(Schedule(epochs=2, batches=2, warmup_steps=3), batch_size=64)
+TINY = Settings("sample-rows", "tiny", "adam", epochs=2, teleport=replace(TWICE, held_out_size=64))
+PLAIN = Arm(0.002)
+MOVED = Arm(0.002, teleport=True)
+
+
+class KilledError(Exception):
+    """Stands for a kill: nothing of the run is told about it."""
+
+
+def trajectory(path: Path) -> list[dict[str, Any]]:
+    """All rows but the first and those of resuming, without anything measured in seconds."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[0]["type"] == "config"
+    return [
+        {key: value for key, value in row.items() if "seconds" not in key}
+        for row in rows[1:]
+        if row["type"] != "resumed"
+    ]
+
+
+def killed_after(steps: int) -> Callable[[int], None]:
+    left = [steps]
+
+    def progress(done: int) -> None:
+        left[0] -= done
+        if left[0] <= 0:
+            raise KilledError
+
+    return progress
+
+
+def resumed(cell: Cell, folder: Path, kills: list[int], seconds: float) -> Path:
+    """Run a cell, killed after so many steps each time."""
+    dataset = data.load(cell.settings.recipe().data)
+    for steps in kills:
+        with pytest.raises(KilledError):
+            run_cell(
+                cell,
+                dataset,
+                folder,
+                resume=True,
+                checkpoint_seconds=seconds,
+                progress=killed_after(steps),
+            )
+    return run_cell(cell, dataset, folder, resume=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What runs look like that nobody disturbs."""
+    dataset = data.load("mnist-sample-rows")
+    folder = tmp_path_factory.mktemp("whole")
+    return {
+        arm.name: trajectory(run_cell(Cell(TINY, arm, 0, 0), dataset, folder))
+        for arm in (PLAIN, MOVED)
+    }
+
+
+@given(
+    kills=st.lists(st.integers(1, 35), min_size=1, max_size=3),
+    arm=st.sampled_from([PLAIN, MOVED]),
+    always=st.booleans(),
+)
+@settings(max_examples=6, deadline=None)
+def test_a_run_broken_off_anywhere_goes_on_bit_for_bit(
+    tmp_path_factory: pytest.TempPathFactory,
+    whole: dict[str, list[dict[str, Any]]],
+    kills: list[int],
+    arm: Arm,
+    always: bool,
+) -> None:
+    folder = tmp_path_factory.mktemp("killed")
+    cell = Cell(TINY, arm, 0, 0)
+    # Each try comes further than the one before, from the checkpoints of every step or from none.
+    path = resumed(cell, folder, sorted(kills), 0.0 if always else 1e9)
+    assert trajectory(path) == whole[arm.name]
+    assert sorted(file.name for file in folder.iterdir()) == [path.name]
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adagrad", "adamw", "rmsprop", "NAdam"])
+def test_the_state_of_every_optimizer_is_kept(optimizer: str, tmp_path: Path) -> None:
+    check_optimizer(optimizer, tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamP", "diffGrad", "Lion"])
+def test_the_state_of_optimizers_of_the_extra_package_is_kept(
+    optimizer: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("pytorch_optimizer")
+    check_optimizer(optimizer, tmp_path)
+
+
+def check_optimizer(optimizer: str, folder: Path) -> None:
+    one = replace(TINY, optimizer=optimizer, epochs=1)
+    (folder / "whole").mkdir()
+    whole = run_cell(Cell(one, PLAIN, 1, 0), data.load("mnist-sample-rows"), folder / "whole")
+    path = resumed(Cell(one, PLAIN, 1, 0), folder, [17], 0.0)
+    assert trajectory(path) == trajectory(whole)
+    losses = read_run(path).column("train_loss")
+    assert losses[-1] < losses[0]
+
+
+def test_a_control_that_drives_the_steps_goes_on_from_before_it(tmp_path: Path) -> None:
+    settings_ = Settings(
+        "mnist-sample",
+        "tiny",
+        activation="leaky_relu",
+        teleport=TeleportSettings(Schedule(warmup_steps=10), batch_size=64, held_out_size=64),
+    )
+    cell = Cell(settings_, Arm(0.05, True, rival="warm restarts"), 0, 0)
+    (tmp_path / "whole").mkdir()
+    whole = run_cell(cell, data.load("mnist-sample"), tmp_path / "whole")
+    path = resumed(cell, tmp_path, [30], 0.0)
+    assert trajectory(path) == trajectory(whole)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows if row["type"] == "resumed"] == [10]
+
+
+def test_kill_9_at_any_moment(tmp_path: Path) -> None:
+    """The real thing, by the command line: two arms, killed again and again."""
+    options = ["run", "sample-rows", "--preset", "tiny", "--lr", "0.1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert cli.main([*options, "--out", str(whole)]) == 0
+    command = [sys.executable, "-m", "teleport", *options, "--checkpoint", "0", "--resume"]
+    draw = random.Random(6)
+    ends = []
+    for number in range(6):
+        process = subprocess.Popen(
+            [*command, "--out", str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        if number < 2:
+            deadline = time.monotonic() + 60
+            before = sum(p.stat().st_size for p in broken.glob("*.jsonl"))
+            while process.poll() is None and time.monotonic() < deadline:
+                if sum(p.stat().st_size for p in broken.glob("*.jsonl")) > before:
+                    break
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0.0, 0.3))
+            process.send_signal(signal.SIGKILL)
+        ends.append(process.wait(timeout=120))
+        if ends[-1] == 0:
+            break
+    assert ends[-1] == 0
+    assert -signal.SIGKILL in ends
+    for path in sorted(whole.glob("*.jsonl")):
+        assert trajectory(broken / path.name) == trajectory(path)
+    assert sorted(f.name for f in broken.iterdir()) == sorted(f.name for f in whole.iterdir())
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file may grow beyond the limit: what writes more fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(
+    ("what", "limit", "seconds"),
+    [("record", 3_000, "1000"), ("checkpoint", 12_000, "0"), ("figure", 12_000, "1000")],
+)
+def test_a_full_disk_ends_with_a_message_and_complete_records(
+    what: str, limit: int, seconds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["run", "sample-rows", "--preset", "tiny", "--lr", "0.1", "--no-teleport"]
+    options += ["--epochs", "2", "--out", str(tmp_path / "run"), "--checkpoint", seconds]
+    with full_disk(limit):
+        assert cli.main(options) == 1
+    message = capsys.readouterr().err
+    assert "cannot write" in message
+    assert what in message
+    assert ("teleport figure" if what == "figure" else "--resume") in message
+    (path,) = (tmp_path / "run").glob("*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[0]["type"] == "config"
+    assert (rows[-1]["type"] == "end") == (what == "figure")
+    assert not list((tmp_path / "run").glob("*.checkpoint*"))
+    assert cli.main([*options, "--resume"]) == 0
+    (run,) = read_runs(tmp_path / "run")
+    assert run.status == "finished"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_says_so(tmp_path: Path) -> None:
+    run_arms(replace(TINY, optimizer="sgd"), [Arm(1e9)], [0], tmp_path)
+    (run,) = read_runs(tmp_path)
+    assert run.status == "diverged"
+    rows = [json.loads(line) for line in run.path.read_text().splitlines()]
+    assert "train loss is" in rows[-1]["reason"]
+    # Resuming does not try again what can only end in the same way.
+    before = run.path.stat()
+    run_arms(replace(TINY, optimizer="sgd"), [Arm(1e9)], [0], tmp_path, resume=True)
+    assert run.path.stat() == before
+
+
+def test_resuming_another_run_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    run_arms(TINY, [PLAIN], [0], tmp_path)
+    (path,) = tmp_path.glob("*.jsonl")
+    before = path.read_bytes()
+    with pytest.raises(RunError, match="another"):
+        run_arms(replace(TINY, epochs=1), [PLAIN], [0], tmp_path, resume=True)
+    with pytest.raises(RunError, match="cannot write the record"):
+        run_arms(TINY, [PLAIN], [0], tmp_path)
+    assert path.read_bytes() == before
+
+
+def test_two_processes_never_write_into_one_folder(tmp_path: Path) -> None:
+    with locked(tmp_path / ".lock", str(tmp_path)):
+        code = (
+            "import sys; from pathlib import Path; from teleport.checkpoint import locked\n"
+            "with locked(Path(sys.argv[1]) / '.lock', sys.argv[1]): print('in')"
+        )
+        other = [sys.executable, "-c", code, str(tmp_path)]
+        refused = subprocess.run(other, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "in use by another process" in refused.stderr
+    assert subprocess.run(other, capture_output=True, text=True).stdout == "in\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_force_starts_over_and_only_removes_what_runs_leave(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ["run", "sample-rows", "--preset", "tiny", "--no-teleport", "--out", str(out)]
+    assert cli.main([*options, "--lr", "0.1"]) == 0
+    (out / "notes.txt").write_text("mine")
+    assert cli.main([*options, "--lr", "0.2"]) == 1
+    assert cli.main([*options, "--lr", "0.2", "--force"]) == 0
+    assert [run.arm for run in read_runs(out)] == ["lr 0.2"]
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@given(values=st.lists(st.floats(allow_nan=False), min_size=1, max_size=5), step=st.integers(0))
+def test_a_checkpoint_comes_back_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, values: list[float], step: int
+) -> None:
+    path = tmp_path_factory.mktemp("c") / "a.checkpoint"
+    save_checkpoint(path, {"x": torch.tensor(values, dtype=torch.float64), "step": step})
+    state = load_checkpoint(path)
+    assert state["x"].tolist() == values
+    assert state["step"] == step
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.checkpoint"
+    save_checkpoint(path, {"step": 1})
+    with full_disk(10_000), pytest.raises(RunError, match="Make room"):
+        save_checkpoint(path, {"step": 2, "x": torch.zeros(10_000)})
+    assert load_checkpoint(path) == {"step": 1}
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_damaged_checkpoint_is_named_and_runs_no_code(tmp_path: Path) -> None:
+    path = tmp_path / "a.checkpoint"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(RunError, match=r"a\.checkpoint.*delete it"):
+        load_checkpoint(path)
+    torch.save({"x": Path("/")}, path)  # an object, which only pickle could bring back
+    with pytest.raises(RunError, match="delete it"):
+        load_checkpoint(path)

@@ -1,0 +1,268 @@
+"""A matrix of runs: what is done, what is left alone, what fails, and what the report says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from teleport import cli, sweep
+from teleport.cluster import run_on_cluster
+from teleport.errors import RunError
+from teleport.experiment import control_arms, default_arms
+from teleport.matrix import blocks, markdown
+from teleport.pool import run_local
+from teleport.records import read_run, read_runs, summarise
+from teleport.sweep import Plan, run_job, total_steps
+
+TABLE = """
+[small]
+title = "a small network"
+data.paper = "mnist-sample"
+network.kind.paper = "mlp"
+network.hidden.paper = [40, 40]
+batch_size.paper = 32
+teleport.lr.ours = 0.2
+teleport.cap.ours = 3.0
+teleport.warmup_steps.ours = 2
+teleport.n.ours = 25
+teleport.held_out.ours = 20
+presets.tiny.ours = { epochs = 3, train_size = 640, evaluate_every = 10, evaluate_size = 50 }
+tuning.sgd.ours = { low = 0.05, tuned = 0.2, gain_lr = 0.2, init = "he", head_gain = 2.0 }
+tuning.adam.ours = { low = 0.001, tuned = 0.01, gain_lr = 0.01, init = "he", head_gain = 2.0 }
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("table") / "t.toml"
+    path.write_text(TABLE)
+    return f"{path}:small"
+
+
+@pytest.fixture(scope="module")
+def swept(small: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sweep of two optimizers, one with controls; done in this process."""
+    out = tmp_path_factory.mktemp("sweep")
+    for job in plan(small, optimizers=("sgd", "adam")).jobs(out):
+        run_job(job)
+    for job in plan(small, controls=True, seeds=1).jobs(out):
+        run_job(job)
+    return out
+
+
+def plan(name: str, **options: object) -> Plan:
+    return Plan((name,), **{"preset": "tiny", "seeds": 2, **options})  # type: ignore[arg-type]
+
+
+def trajectories(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    found = [run for path in {p.parent for p in folder.rglob("*.jsonl")} for run in read_runs(path)]
+    assert {run.status for run in found} == {"finished"}
+    return {
+        str(run.path.relative_to(folder)): [(r["step"], r["train_loss"]) for r in run.evaluations]
+        for run in found
+    }
+
+
+def test_a_sweep_is_the_product_of_its_parts(small: str, tmp_path: Path) -> None:
+    jobs = plan(small, optimizers=("sgd", "adam"), controls=True).jobs(tmp_path)
+    assert len(jobs) == 2 * 2 * len(control_arms(small, "sgd"))
+    assert len({job.folder / job.cell.record for job in jobs}) == len(jobs)
+    assert total_steps(jobs) == len(jobs) * 3 * (640 // 32)
+    first = jobs[: len(control_arms(small, "sgd"))]
+    assert {job.cell.seed for job in first} == {0}, "every arm has its first seed early"
+    other = plan(small, schedule="paper").jobs(tmp_path)
+    assert {job.folder for job in other}.isdisjoint({job.folder for job in jobs})
+
+
+def test_processes_do_what_one_process_does_and_done_cells_are_left(
+    small: str, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["sweep", small, "--preset", "tiny", "--seeds", "1", "--jobs", "2"]
+    assert cli.main([*options, "--out", str(tmp_path)]) == 0
+    mine, theirs = trajectories(tmp_path), trajectories(swept)
+    assert len(mine) == len(default_arms(small, "sgd"))
+    assert all(theirs[name] == rows for name, rows in mine.items())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
+    broken = sorted(before)[3]
+    broken.unlink()
+    assert cli.main([*options, "--out", str(tmp_path)]) == 0
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
+    assert {path for path in before if before[path] != after[path]} == {broken}
+    assert "5 of 5 cells" in capsys.readouterr().out
+    config = json.loads(broken.read_text().splitlines()[0])
+    assert config["command"].startswith("teleport ")
+
+
+def test_a_cell_that_fails_or_dies_is_listed_and_the_others_finish(
+    small: str, tmp_path: Path
+) -> None:
+    jobs = plan(small, seeds=1).jobs(tmp_path)
+    jobs[0].folder.mkdir(parents=True)
+    (jobs[0].folder / jobs[0].cell.record).write_text('{"type": "config", "seed": 7}\n')
+    ended: list[sweep.Job] = []
+    killed: list[int] = []
+
+    def stepped(count: int) -> None:
+        if not killed and children():  # one is at work on the second cell
+            killed.extend(children())
+            os.kill(killed[0], signal.SIGKILL)
+
+    failures = run_local(jobs, 1, stepped=stepped, ended=ended.append)
+    assert ended == jobs
+    assert [failure.job for failure in failures] == jobs[:2]
+    assert "another" in failures[0].reason
+    assert "exit code -9" in failures[1].reason
+    for job in jobs[2:]:
+        assert read_run(job.folder / job.cell.record).status == "finished"
+    # The same again: what was killed goes on, what is damaged fails again.
+    assert [failure.job for failure in run_local(jobs, 1)] == jobs[:1]
+
+
+def children() -> list[int]:
+    task = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [pid for pid in map(int, task) if "spawn_main" in command_of(pid)]
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nope"], "mnist-sample"),
+        (["mnist-sample", "--optimizers", "sgd,adamm"], "adamm"),
+        (["mnist-sample", "--optimizers", "adamw"], "give --lr"),
+        (["mnist-sample", "--schedule", "never"], "default"),
+        (["mnist-sample", "--preset", "huge"], "tiny"),
+        (["mnist-sample", "--device", "no-such-device"], "not available"),
+    ],
+)
+def test_a_sweep_checks_its_names_before_anything_runs(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["sweep", *options, "--out", str(tmp_path / "s")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_two_sweeps_never_share_a_folder(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with cli.locked(tmp_path / ".lock", str(tmp_path)):
+        assert cli.main(["sweep", small, "--preset", "tiny", "--out", str(tmp_path)]) == 1
+    assert "in use by another process" in capsys.readouterr().err
+
+
+def test_the_report_holds_every_arm_with_the_numbers_of_its_records(
+    small: str, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = tmp_path / "figures"
+    assert cli.main(["report", str(swept), "--figures", str(figures)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == markdown(blocks(swept)).strip()
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line[:5] == "| lr "]
+    assert len(rows) == len(control_arms(small, "sgd")) + len(default_arms(small, "adam"))
+    for block in blocks(swept):
+        for summary in summarise(read_runs(swept / block.folder)):
+            note = " (best baseline)" if summary.arm == block.best else ""
+            assert [summary.arm + note] in [row[:1] for row in rows]
+    (adam, sgd) = blocks(swept)
+    assert (adam.optimizer, sgd.optimizer) == ("adam", "sgd")
+    moved = next(s for s in sgd.summaries if s.arm == "lr 0.2 + teleport")
+    line = next(row for row in rows if row[0] == "lr 0.2 + teleport")
+    assert moved.to_own is not None
+    assert line[6].startswith(f"{moved.to_own.log_loss:+.3f} ± ")
+    share = moved.teleport_seconds / (moved.teleport_seconds + moved.train_seconds)
+    assert line[-1].strip() == f"{share:.0%}"
+    assert sum("(best baseline)" in row[0] for row in rows) == 2
+    (figure,) = figures.iterdir()
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_with_nothing_to_compare_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="teleport sweep"):
+        blocks(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "bench.jsonl").write_text('{"type": "config", "benchmark": "step"}\n')
+    with pytest.raises(RunError, match="teleport sweep"):
+        blocks(tmp_path)
+    (tmp_path / "a" / "bad.jsonl").write_text("not json\n")
+    with pytest.raises(RunError, match=r"bad\.jsonl, line 1"):
+        blocks(tmp_path)
+
+
+@contextmanager
+def cluster(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A scheduler and workers, each a process of its own on this machine."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with socket_free() as port:
+        address = f"tcp://127.0.0.1:{port}"
+    scheduler = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--no-dashboard"]
+    started = [subprocess.Popen([*scheduler, *options], **quiet)]  # type: ignore[call-overload]
+    worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1"]
+    worker += ["--no-dashboard", "--no-nanny", "--host", "127.0.0.1"]
+    for _ in range(workers):
+        started.append(subprocess.Popen(worker, **quiet))  # type: ignore[call-overload]
+    try:
+        yield address, started[1:]
+    finally:
+        for process in reversed(started):
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def socket_free() -> Iterator[int]:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+    yield port
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def test_a_cluster_does_what_one_process_does_though_a_worker_is_killed(
+    small: str, swept: Path, tmp_path: Path
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    jobs = plan(small, seeds=1).jobs(tmp_path, checkpoint_seconds=0.0)
+    with cluster(2) as (address, workers):
+        with distributed.Client(address, timeout=60) as client:
+            client.wait_for_workers(2, timeout=60)
+        ended: list[sweep.Job] = []
+
+        def kill_one(job: sweep.Job) -> None:
+            ended.append(job)
+            if len(ended) == 2:
+                workers[0].kill()
+
+        failures = run_on_cluster(jobs, address, ended=kill_one)
+    assert failures == []
+    assert len(ended) == len(jobs)
+    mine, theirs = trajectories(tmp_path), trajectories(swept)
+    assert len(mine) == len(jobs)
+    assert all(theirs[name] == rows for name, rows in mine.items())
+
+
+def test_a_scheduler_that_does_not_answer_is_named(small: str, tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    with socket_free() as port, pytest.raises(RunError, match="does not answer"):
+        run_on_cluster(plan(small).jobs(tmp_path), f"tcp://127.0.0.1:{port}", timeout=1.0)
