@@ -20,6 +20,7 @@ settings.register_profile("ci", derandomize=True, **COMMON)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # processes that tests start: same threads, same rounding
 
 
 @pytest.fixture(autouse=True)
