@@ -15,8 +15,7 @@ the comparison with the rivals also tells what they gain and break, on embedded 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -34,6 +33,7 @@ from teleport.errors import RunError
 from teleport.measure import Stopwatch, Task, Timing, interleaved, peak_bytes, stopwatch_for
 from teleport.models import Transformer, cnn, mlp
 from teleport.objective import trainable
+from teleport.parallel import using_threads
 from teleport.records import RecordWriter, environment
 from teleport.report import TeleportReport
 from teleport.rivals import same_batch_table, symmetry_speed_ratio
@@ -463,7 +463,7 @@ def layers_jobs(setting: Setting) -> list[Job]:
         # The first layer is a fixed point and needs no basis, so one more than the depth.
         case = _seeded(_mlp_at, Point(1, width, samples, depth + 1, 1), setting.device)
         fresh = partial(recorded, case)
-        every = partial(_threads, os.cpu_count() or 1)
+        every = partial(using_threads, os.cpu_count() or 1)
         tasks = {
             "sequential": Task(lambda w: sequential_bases(w, candidates(w)), fresh, every),
             "parallel": Task(lambda w: parallel_bases(w, candidates(w)), fresh, every),
@@ -576,7 +576,7 @@ def run(
     """
     check_threads(threads)
     setting = Setting(PRESETS[preset], device, threads)
-    with _threads(threads):
+    with using_threads(threads):
         jobs = {name: BENCHMARKS[name](setting) for name in names}
         start(sum(len(each) for each in jobs.values()))
         for name, each in jobs.items():
@@ -681,16 +681,6 @@ def _seeded(make: Callable[..., Any], *arguments: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make(*arguments)
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _load() -> list[float] | None:

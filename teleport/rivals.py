@@ -7,8 +7,7 @@ same weights and are timed as `teleport.measure` says.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +32,7 @@ from teleport.data import load
 from teleport.errors import RunError
 from teleport.measure import Spread, Task, Timing, interleaved, stopwatch_for
 from teleport.objective import gradient, trainable
+from teleport.parallel import using_threads
 from teleport.report import TeleportReport
 from teleport.teleporter import Teleporter
 
@@ -139,7 +139,7 @@ def same_batch_table(
     Returns:
         One row per way, in the order of `ways`.
     """
-    with _threads(threads), torch.random.fork_rng(devices=[]):
+    with using_threads(threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         images = load(data)
         model = _perceptron([images.width, *hidden, images.classes], activation)
@@ -226,7 +226,7 @@ def symmetry_speed_ratio(
             f"sizes must be >= 1, layers >= 2 and n <= d; got d={d}, n={n}, layers={layers}, "
             f"steps={steps}, batches={batches}, repeats={repeats}"
         )
-    with _threads(threads), torch.random.fork_rng(devices=[]):
+    with using_threads(threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _perceptron([*[d] * layers, 10], activation).to(device)
         parts = [
@@ -310,13 +310,3 @@ def _warm_up(model: nn.Module, inputs: Tensor, targets: Tensor, steps: int) -> N
 
 def _closure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
     return lambda: cross_entropy(model(batch[0]), batch[1])
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
