@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,9 @@ from teleport.schedule import SCHEDULES
 from teleport.sweep import Failure, Job, Plan, total_steps
 from teleport.tasks import SEQUENCES
 
+# What was typed, for the records.
+COMMAND_LINE: ContextVar[str] = ContextVar("COMMAND_LINE", default="teleport")
+
 app = typer.Typer(
     name="teleport",
     help="Teleportation with null-space gradient projection: experiments, figures, data.",
@@ -71,8 +75,10 @@ app.add_typer(data_app, name="data")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code (130 after Ctrl-C, 1 after an error)."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments)
+        COMMAND_LINE.set(shlex.join(["teleport", *given]))
+        app(given)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
@@ -208,7 +214,7 @@ def run(
             folder,
             resume=resume,
             checkpoint_seconds=checkpoint,
-            command=shlex.join(["teleport", *sys.argv[1:]]),
+            command=COMMAND_LINE.get(),
             progress=progress,
         )
     _show(folder)
@@ -255,7 +261,7 @@ def continual(
     total = course.steps(course.sets()) * len(strategies) * seeds
     folder = out if resume and out is not None and out.is_dir() else new_folder(name, out)
     with _progress(total, folder) as progress:
-        command = shlex.join(["teleport", *sys.argv[1:]])
+        command = COMMAND_LINE.get()
         run_strategies(
             course, strategies, numbers, folder, resume=resume, command=command, progress=progress
         )
@@ -287,7 +293,7 @@ def bench(
     benchmarks.check_threads(threads)
     where = device_of(device)
     folder = new_folder(f"bench-{what}", out)
-    command = shlex.join(["teleport", *sys.argv[1:]])
+    command = COMMAND_LINE.get()
     with tqdm(unit="job", dynamic_ncols=True) as bar:
 
         def start(total: int) -> None:
@@ -354,7 +360,7 @@ def sweep(
     )
     device_of(device)
     plan.jobs(Path())  # names are checked before any folder is made
-    command = shlex.join(["teleport", *sys.argv[1:]])
+    command = COMMAND_LINE.get()
     folder = open_folder("sweep", out, resume=out is not None).resolve()
     cells = plan.jobs(folder, checkpoint_seconds=checkpoint, command=command)
     with locked(folder / ".lock", str(folder)):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_processes_do_what_one_process_does_and_done_cells_are_left(
     assert {path for path in before if before[path] != after[path]} == {broken}
     assert "5 of 5 cells" in capsys.readouterr().out
     config = json.loads(broken.read_text().splitlines()[0])
-    assert config["command"].startswith("teleport ")
+    assert config["command"] == shlex.join(["teleport", *options, "--out", str(tmp_path)])
 
 
 def test_a_cell_that_fails_or_dies_is_listed_and_the_others_finish(
