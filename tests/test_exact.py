@@ -221,6 +221,46 @@ def test_one_layer_drifts_no_more_than_the_energy_left_out(
     assert drift <= sum(m**2 for m in move) * (1 - tau) * total
 
 
+@pytest.mark.verifies("thm-batch", exact=True)
+@given(matrices(3, 2), matrices(3, 4), matrices(2, 3))
+def test_on_other_data_the_output_moves_by_what_the_batch_left_free(
+    batch: exact.Matrix, other: exact.Matrix, weight: exact.Matrix
+) -> None:
+    """And the mean square of that is tr(ΔW C ΔWᵀ), with C the second moment of the other data."""
+    free = exact.null_projector(batch)
+    move = weight @ free
+    drift = (weight + move) @ other - weight @ other
+    assert np.array_equal(drift, move @ free @ other)
+    moment = other @ other.T / Fraction(other.shape[1])
+    mean_square = (drift * drift).sum() / other.shape[1]
+    assert mean_square == np.trace(move @ moment @ move.T)
+
+
+@pytest.mark.verifies("thm-batch", exact=True)
+@given(matrices(4, 2), matrices(4, 2), matrices(4, 3))
+def test_with_more_data_in_the_batch_less_of_other_data_is_free(
+    batch: exact.Matrix, more: exact.Matrix, other: exact.Matrix
+) -> None:
+    """The free part of every input gets no longer; of inputs in the batch nothing is left."""
+    before = exact.null_projector(batch)
+    after = exact.null_projector(np.hstack([batch, more]))
+    squares = [((p @ other) ** 2).sum(axis=0) for p in (before, after)]
+    assert (squares[1] <= squares[0]).all()
+    assert (after @ np.hstack([batch, more]) == 0).all()
+
+
+@pytest.mark.verifies("thm-batch", exact=True)
+def test_a_single_direction_may_drift_more_with_more_data() -> None:
+    """What shrinks is the free part of x', and so the mean over all directions, not each drift.
+
+    W = (1, 1) and x' = (2, -1): with nothing in the batch W x' = 1; with (0, 1) in it W P x' = 2.
+    """
+    weight, other = exact.matrix([[1, 1]]), exact.matrix([[2], [-1]])
+    nothing, one = exact.matrix([[0], [0]]), exact.matrix([[0], [1]])
+    assert (weight @ exact.null_projector(nothing) @ other).tolist() == [[1]]
+    assert (weight @ exact.null_projector(one) @ other).tolist() == [[2]]
+
+
 @pytest.mark.verifies("thm-layernorm", exact=True)
 @given(st.integers(2, 4), st.integers(1, 3), st.data())
 def test_behind_a_layer_norm_one_direction_changes_nothing_on_any_data(
