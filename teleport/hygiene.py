@@ -1,7 +1,7 @@
-"""What a finished chapter must not contain, found by reading the notebook and running nothing.
+"""What a finished chapter must not contain, found by reading the notebook only.
 
 The outputs that are stored are what readers see, and the code is what they copy: `faults` lists
-what is wrong with one notebook, and what to do about it; ``python -m teleport.hygiene`` prints that.
+what is wrong with one notebook and what to do; ``python -m teleport.hygiene`` prints it for all.
 """
 
 import argparse

@@ -187,8 +187,10 @@ def _unverified(stated: list[Theorem], marks: dict[str, dict[str, Kind]]) -> Ite
         if not theorem.label:
             yield f"{where} without a label: add the line `:label: thm-…`"
         elif theorem.label in pages:
-            first = pages[theorem.label]
-            yield f"{where} as {theorem.label}, as does {first}: state it once, refer to it elsewhere"
+            yield (
+                f"{where} as {theorem.label}, which {pages[theorem.label]} states already: "
+                "state it once and refer to it elsewhere"
+            )
         elif theorem.label not in verified:
             yield (
                 f"{where}, which no test verifies: mark one with "
@@ -243,7 +245,8 @@ def _stale(root: Path, marks: dict[str, dict[str, Kind]], rows: dict[str, Row]) 
             files.setdefault(test.split("::")[0], []).append(test)
     for path, tests in files.items():
         absent = [test.split("::")[1] for test in tests if test not in rows]
-        what = f"has no row for {', '.join(absent)}" if absent else "is older than the file"
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        what = f"has no row for {absent[0]}{more}" if absent else "is older than the file"
         yield f"{path}: {LEDGER} {what}: run `pytest {path} --ledger`, or `{REGENERATE}` for all"
     for test in sorted(set(rows) - set(marks)):
         yield f"{LEDGER} has a row for {test}, which is no marked test: run `{REGENERATE}`"
