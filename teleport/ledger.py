@@ -130,9 +130,9 @@ def read_mark(labels: Iterable[object], options: dict[str, object]) -> dict[str,
     return dict.fromkeys(names, "exact" if exact else "numerical")
 
 
-def digest(test: str, root: Path) -> str:
-    """Digest of the file that holds a test, the same on every system."""
-    text = (root / test.split("::")[0]).read_text(encoding="utf-8")
+def digest(path: Path) -> str:
+    """Digest of a file of tests, the same on every system."""
+    text = path.read_text(encoding="utf-8")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -151,16 +151,15 @@ def read(path: Path) -> dict[str, Row]:
         raise ValueError(f"{path} is not a ledger ({error!r}): run `{REGENERATE}`") from error
 
 
-def update(root: Path, examples: dict[str, int]) -> dict[str, Row]:
+def update(root: Path, results: dict[str, tuple[int, str]]) -> dict[str, Row]:
     """Write what tests did into the ledger; rows of other tests stay as long as they exist.
 
     Args:
         root: The repository.
-        examples: Test id → how many examples passed.
+        results: Test id → how many examples passed, and the `digest` of its file before it ran.
     """
     marks, rows = marked(root), read(root / LEDGER)
-    for test, count in examples.items():
-        rows[test] = Row(marks[test], count, digest(test, root))
+    rows |= {test: Row(marks[test], *result) for test, result in results.items() if test in marks}
     rows = {test: rows[test] for test in sorted(rows) if test in marks}
     lines = [f"  {json.dumps(test)}: {json.dumps(asdict(row))}" for test, row in rows.items()]
     head = f'{{\n "written by": {json.dumps(REGENERATE)},\n "tests": {{\n'
@@ -241,7 +240,11 @@ def _stale(root: Path, marks: dict[str, dict[str, Kind]], rows: dict[str, Row]) 
     files: dict[str, list[str]] = {}
     for test, labels in marks.items():
         row = rows.get(test)
-        if row is None or row.theorems != labels or row.source != digest(test, root):
+        if (
+            row is None
+            or row.theorems != labels
+            or row.source != digest(root / test.split("::")[0])
+        ):
             files.setdefault(test.split("::")[0], []).append(test)
     for path, tests in files.items():
         absent = [test.split("::")[1] for test in tests if test not in rows]

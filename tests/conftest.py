@@ -41,12 +41,20 @@ def _seeds() -> Iterator[None]:
 class Ledger:
     """``--ledger``: counts the examples of tests marked ``verifies`` and writes them down.
 
-    The package is imported when the tests have run: before, its annotations are not checked.
+    The package is imported late: before pytest is configured, its annotations are not checked.
     """
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.examples: Counter[str] = Counter()
+        self.sources: dict[str, str] = {}
+
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        """Take the digest of the file as it is now: it may be edited while the tests run."""
+        from teleport import ledger
+
+        if item.get_closest_marker("verifies") and str(item.path) not in self.sources:
+            self.sources[str(item.path)] = ledger.digest(item.path)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -71,13 +79,16 @@ class Ledger:
             if given:
                 given.inner_test = body
         item.user_properties.append(("examples", passed if given else 1))
+        item.user_properties.append(("source", self.sources[str(item.path)]))
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add up the parameters of one function; reports also come from other processes."""
         properties = dict(report.user_properties)
         if report.when == "call" and report.passed and "examples" in properties:
-            self.examples[report.nodeid.split("[")[0]] += properties["examples"]
+            test = report.nodeid.split("[")[0]
+            self.examples[test] += properties["examples"]
+            self.sources[test] = properties["source"]
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Write the ledger if all tests passed."""
@@ -89,7 +100,8 @@ class Ledger:
         if exitstatus != pytest.ExitCode.OK:
             say("\nThe ledger is left as it was: not all tests passed.")
             return
-        rows = ledger.update(self.config.rootpath, dict(self.examples))
+        results = {test: (count, self.sources[test]) for test, count in self.examples.items()}
+        rows = ledger.update(self.config.rootpath, results)
         say(f"\n{ledger.LEDGER}: {len(self.examples)} tests of {len(rows)} written.")
 
 
