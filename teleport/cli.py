@@ -18,8 +18,8 @@ from tqdm import tqdm
 import teleport
 from teleport import bench as benchmarks
 from teleport import data as datasets
-from teleport.book.commands import app as book_app
 from teleport.bench_tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
+from teleport.book.commands import app as book_app
 from teleport.checkpoint import locked
 from teleport.cluster import run_on_cluster
 from teleport.continual import (

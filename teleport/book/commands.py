@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from teleport.book.build import build, over_budget
-from teleport.book.links import check_links
+from teleport.book.links import built_pages, check_links
 from teleport.book.manifest import read_book
 from teleport.book.serve import server
 from teleport.errors import BookError
@@ -32,7 +32,9 @@ def build_book(
     page = build(
         book, out, run=execute, started=lambda chapter: typer.echo(f"running {chapter.file.name}")
     )
-    typer.echo(f"built in {time.monotonic() - start:.0f} s; open {page} or run `teleport book serve`")
+    typer.echo(
+        f"built in {time.monotonic() - start:.0f} s; open {page} or run `teleport book serve`"
+    )
 
 
 @app.command()
@@ -56,7 +58,7 @@ def check(out: Out = OUT, book: File = BOOK) -> None:
     problems: list[str] = []
     if out.is_dir():
         problems += check_links(out) + over_budget(described, out)
-        typer.echo(f"{out}: {len(list(out.rglob('*.html')))} pages checked")
+        typer.echo(f"{out}: {len(built_pages(out))} pages checked")
     else:
         typer.echo(f"{out}: not built, so links and times were not checked")
     if problems:

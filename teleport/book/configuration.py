@@ -1,5 +1,6 @@
 """The configuration of Sphinx, made from ``book.toml``; there is no ``conf.py`` to keep in step."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,14 @@ EXTENSIONS = (
     "sphinx.ext.mathjax",
     "teleport.book.extension",
 )
-OPTIONAL_EXTENSIONS = ("teleport.ledger",)
-"""Extensions that are used where they exist."""
+OWN_EXTENSIONS = ("teleport.ledger",)
+"""Modules of the package that add to the book where they exist."""
 
 STATIC = Path(__file__).parent / "static"
 
 # Without the menu an equation is no stop of the tab key, and nothing can ask for parts of MathJax
 # that are not copied. Screen readers get the equations as MathML.
-_MATHJAX = {"options": {"enableMenu": False}, "chtml": {"displayOverflow": "overflow"}}
+_MATHJAX = {"options": {"enableMenu": False}}
 
 
 def configuration(book: Book) -> dict[str, Any]:
@@ -39,19 +40,22 @@ def configuration(book: Book) -> dict[str, Any]:
         "language": book.language,
         "root_doc": book.document(book.front),
         "include_patterns": [file.relative_to(book.source).as_posix() for file in files],
-        "extensions": [*EXTENSIONS, *filter(find_spec, OPTIONAL_EXTENSIONS)],
+        "extensions": [*EXTENSIONS, *filter(_extends, OWN_EXTENSIONS)],
         "teleport_book": book,
         "bibtex_bibfiles": [book.bibliography.relative_to(book.source).as_posix()],
         "bibtex_reference_style": "author_year",
         "default_role": "py:obj",
         "autodoc_member_order": "bysource",
-        "autodoc_typehints": "none",
+        "autodoc_typehints_format": "short",
+        "napoleon_use_ivar": True,
         "napoleon_use_rtype": False,
+        "python_maximum_signature_line_length": 80,
         "numfig": True,
         "nb_execution_mode": "off",
         "myst_enable_extensions": ["amsmath", "colon_fence", "deflist", "dollarmath"],
         "myst_heading_anchors": 3,
         "mathjax_path": "mathjax/tex-chtml.js",
+        "mathjax_options": {"async": "async"},
         "mathjax3_config": _MATHJAX,
         "togglebutton_hint": "Show",
         "togglebutton_hint_hide": "Hide",
@@ -59,6 +63,8 @@ def configuration(book: Book) -> dict[str, Any]:
         "html_theme": "sphinx_book_theme",
         "html_theme_options": _theme_options(book),
         "html_title": book.title,
+        "html_favicon": str(STATIC / "favicon.svg"),
+        "html_context": {"default_mode": "auto"},
         "html_static_path": [str(STATIC)],
         "html_css_files": ["book.css"],
         "html_js_files": [("book.js", {"defer": "defer"})],
@@ -68,6 +74,10 @@ def configuration(book: Book) -> dict[str, Any]:
     }
 
 
+def _extends(name: str) -> bool:
+    return find_spec(name) is not None and hasattr(import_module(name), "setup")
+
+
 def _theme_options(book: Book) -> dict[str, Any]:
     links = (f'<a href="{address}">{text}</a>' for text, address in book.links.items())
     return {
@@ -75,6 +85,7 @@ def _theme_options(book: Book) -> dict[str, Any]:
         "home_page_in_toc": True,
         "launch_buttons": {},
         "logo": {"text": book.title},
+        "navbar_persistent": [],
         "pygments_dark_style": "a11y-high-contrast-dark",
         "pygments_light_style": "a11y-high-contrast-light",
         "show_toc_level": 2,

@@ -6,6 +6,7 @@ cite.
 """
 
 import shutil
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from sphinx.environment.collectors.toctree import TocTreeCollector
 
 from teleport import data as datasets
 from teleport.book.extras import needed
+from teleport.book.generated import citation, contents, public_names
 from teleport.book.manifest import Book, Chapter
-from teleport.book.reference_pages import citation, contents, public_names
 
 MATHJAX_FILES = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
 
@@ -42,7 +43,7 @@ class ChapterNumbers(TocTreeCollector):
     def clear_doc(self, app: Sphinx, env: BuildEnvironment, docname: str) -> None: ...
 
     def merge_other(
-        self, app: Sphinx, env: BuildEnvironment, docnames: set[str], other: BuildEnvironment
+        self, app: Sphinx, env: BuildEnvironment, docnames: Set[str], other: BuildEnvironment
     ) -> None: ...
 
     def process_doc(self, app: Sphinx, doctree: nodes.document) -> None: ...
@@ -87,7 +88,7 @@ def _box(book: Book, chapter: Chapter) -> nodes.Node:
     document = book.document(chapter.file)
     fetch = [f"teleport data fetch {data}" for data in chapter.data if not _embedded(data)]
     commands = ["pip install '.[book]'", *fetch, f"jupyter lab {name}"]
-    box = nodes.admonition("", classes=["run-it-yourself", "dropdown"])
+    box = nodes.admonition("", classes=["run-it-yourself"])
     box += nodes.title("", "Run it yourself")
     box += nodes.paragraph("", "In the top folder of the repository:")
     box += nodes.literal_block("\n".join(commands), "\n".join(commands), language="bash")

@@ -36,7 +36,7 @@ def check_links(folder: Path) -> list[str]:
     not come from elsewhere. Addresses that a reader may follow out of the book are not asked.
     """
     folder = folder.resolve()
-    pages = {file: _read(file) for file in sorted(folder.rglob("*.html"))}
+    pages = {file: _read(file) for file in built_pages(folder)}
     found = []
     for file, page in pages.items():
         for line, tag, link in page.links:
@@ -44,6 +44,12 @@ def check_links(folder: Path) -> list[str]:
             if problem:
                 found.append(f"{file.relative_to(folder)}:{line}: {link}: {problem}")
     return found
+
+
+def built_pages(folder: Path) -> list[Path]:
+    """The pages of a built book, without the templates that a theme leaves among its files."""
+    static = folder / "_static"
+    return [file for file in sorted(folder.rglob("*.html")) if not file.is_relative_to(static)]
 
 
 def _read(file: Path) -> _Page:
