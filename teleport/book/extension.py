@@ -40,15 +40,19 @@ class ChapterNumbers(TocTreeCollector):
     It works after Sphinx's own collector, which has collected the tables of contents already.
     """
 
-    def clear_doc(self, app: Sphinx, env: BuildEnvironment, docname: str) -> None: ...
+    def clear_doc(self, app: Sphinx, env: BuildEnvironment, docname: str) -> None:
+        """Sphinx's own collector does it."""
 
     def merge_other(
         self, app: Sphinx, env: BuildEnvironment, docnames: Set[str], other: BuildEnvironment
-    ) -> None: ...
+    ) -> None:
+        """Sphinx's own collector does it."""
 
-    def process_doc(self, app: Sphinx, doctree: nodes.document) -> None: ...
+    def process_doc(self, app: Sphinx, doctree: nodes.document) -> None:
+        """Sphinx's own collector does it."""
 
     def assign_section_numbers(self, env: BuildEnvironment) -> list[str]:
+        """Number the sections of the chapters; return the documents to write again."""
         changed = super().assign_section_numbers(env)
         book: Book = env.config.teleport_book
         for chapter in book.chapters:

@@ -1,6 +1,4 @@
-"""The links of the built pages: every one inside the book resolves, and nothing is loaded from
-outside it.
-"""
+"""The links of the built pages: all resolve, and nothing is loaded from outside the book."""
 
 from dataclasses import dataclass, field
 from html.parser import HTMLParser

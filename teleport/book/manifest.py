@@ -24,6 +24,7 @@ holds ``book.toml``, and have to exist.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ class _Reader:
         exercises = entry.get("exercises")
         return Chapter(
             file,
-            entry["seconds"],
+            float(entry["seconds"]),
             tuple(entry["data"]),
             exercises and self.file(exercises, (*keys, "exercises"), ".ipynb", folder),
         )
@@ -264,7 +265,7 @@ class _Reader:
             if file in seen:
                 raise self.fail(keys, f"{file.name!r} is listed twice")
             seen.add(file)
-        for i, (before, after) in enumerate(zip(chapters, chapters[1:], strict=False)):
+        for i, (before, after) in enumerate(pairwise(chapters)):
             if before.number >= after.number:
                 raise self.fail(
                     ("chapter", i + 1, "file"),
