@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -44,7 +45,6 @@ def build(
             ``out`` holds something else, if a cell fails, or if Sphinx has anything to warn of.
     """
     book = read_book(file)
-    application = needed("sphinx.application")
     for extension in configuration(book)["extensions"]:
         needed(extension)
     with ExitStack() as stack:
@@ -55,21 +55,8 @@ def build(
             shutil.copytree(book.source, source, ignore=shutil.ignore_patterns(".*"))
             seconds = execute(book, source, started)
         _clear(out)
-        said = io.StringIO()
-        app = application.Sphinx(
-            srcdir=str(source),
-            confdir=None,
-            outdir=str(out),
-            doctreedir=str(stack.enter_context(tempfile.TemporaryDirectory())),
-            buildername="html",
-            confoverrides=configuration(book),
-            status=None,
-            warning=said,
-            freshenv=True,
-        )
-        app.build(force_all=True)
-    warnings = said.getvalue().strip()
-    if warnings or app.statuscode:
+        warnings = _run_sphinx(book, source, out)
+    if warnings:
         raise BookError(
             f"Sphinx warns, and every warning is an error; the pages are in {out} for a look:\n"
             f"{warnings.replace(str(source), book.source.name)}"
@@ -77,6 +64,30 @@ def build(
     if seconds is not None:
         (out / TIMES).write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
     return out / f"{book.document(book.front)}.html"
+
+
+def _run_sphinx(book: Book, source: Path, out: Path) -> str:
+    """Build the pages from nothing; return what Sphinx warned of."""
+    sphinx, docutils = needed("sphinx.application"), needed("sphinx.util.docutils")
+    said = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as doctrees,
+        docutils.patch_docutils(),
+        docutils.docutils_namespace(),
+    ):
+        app = sphinx.Sphinx(
+            srcdir=str(source),
+            confdir=None,
+            outdir=str(out),
+            doctreedir=doctrees,
+            buildername="html",
+            confoverrides=configuration(book),
+            status=None,
+            warning=said,
+            freshenv=True,
+        )
+        app.build(force_all=True)
+    return re.sub("\x1b\\[[0-9;]*m", "", said.getvalue()).strip()
 
 
 def _clear(out: Path) -> None:
