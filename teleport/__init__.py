@@ -20,6 +20,7 @@ from teleport import (
 from teleport.bound import LayerBound, NetworkBound, network_bound
 from teleport.coverage import supported
 from teleport.errors import (
+    BookError,
     ClosureError,
     DataError,
     GroupElementError,
@@ -37,6 +38,7 @@ from teleport.teleporter import Teleporter
 __version__ = version("nullspace-teleport")
 
 __all__ = [
+    "BookError",
     "ClosureError",
     "DataError",
     "GroupElementError",

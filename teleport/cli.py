@@ -19,6 +19,7 @@ import teleport
 from teleport import bench as benchmarks
 from teleport import data as datasets
 from teleport.bench_tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
+from teleport.book.commands import app as book_app
 from teleport.checkpoint import locked
 from teleport.cluster import run_on_cluster
 from teleport.continual import (
@@ -71,6 +72,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Fetch, list and verify data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(book_app, name="book")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
