@@ -10,6 +10,7 @@ from importlib.metadata import version
 from teleport import (
     attention,
     baselines,
+    check,
     convolution,
     data,
     embedding,
@@ -55,6 +56,7 @@ __all__ = [
     "__version__",
     "attention",
     "baselines",
+    "check",
     "convolution",
     "data",
     "embedding",

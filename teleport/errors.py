@@ -31,3 +31,7 @@ class DataError(TeleportError):
 
 class RunError(TeleportError):
     """An experiment cannot be run, or its records cannot be written or read."""
+
+
+class CheckError(TeleportError):
+    """A file of exercises cannot be read, or what checking needs is not installed."""
