@@ -10,6 +10,7 @@ from importlib.metadata import version
 from teleport import (
     attention,
     baselines,
+    check,
     convolution,
     data,
     embedding,
@@ -57,6 +58,7 @@ __all__ = [
     "__version__",
     "attention",
     "baselines",
+    "check",
     "convolution",
     "data",
     "embedding",

@@ -35,3 +35,7 @@ class RunError(TeleportError):
 
 class BookError(TeleportError):
     """The book cannot be built: a wrong ``book.toml``, a failing cell, a warning, a broken link."""
+
+
+class CheckError(TeleportError):
+    """A file of exercises cannot be read, or what checking needs is not installed."""
