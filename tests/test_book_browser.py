@@ -15,7 +15,7 @@ from teleport.book import Book, build, check_links, read_book
 from teleport.book.links import built_pages
 from teleport.book.serve import server
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("needs Chromium: apt-get install chromium", allow_module_level=True)
 
