@@ -1,7 +1,5 @@
 """The configuration of Sphinx, made from ``book.toml``; there is no ``conf.py`` to keep in step."""
 
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ EXTENSIONS = (
     "sphinx.ext.mathjax",
     "teleport.book.extension",
 )
-OWN_EXTENSIONS = ("teleport.ledger",)
-"""Modules of the package that add to the book where they exist."""
+LEDGER = "ledger.json"
+"""The record that the page of verified theorems is made from, in the book's source folder."""
 
 STATIC = Path(__file__).parent / "static"
 
@@ -33,6 +31,7 @@ def configuration(book: Book) -> dict[str, Any]:
     """All of Sphinx's settings for this book, as ``confoverrides`` takes them."""
     exercises = [c.exercises for c in book.chapters if c.exercises is not None]
     files = [book.front, *(c.file for c in book.chapters), *exercises, *book.pages]
+    ledger = ["teleport.ledger_page"] if (book.source / LEDGER).is_file() else []
     return {
         "project": book.title,
         "author": ", ".join(book.authors),
@@ -40,7 +39,7 @@ def configuration(book: Book) -> dict[str, Any]:
         "language": book.language,
         "root_doc": book.document(book.front),
         "include_patterns": [file.relative_to(book.source).as_posix() for file in files],
-        "extensions": [*EXTENSIONS, *filter(_extends, OWN_EXTENSIONS)],
+        "extensions": [*EXTENSIONS, *ledger],
         "teleport_book": book,
         "bibtex_bibfiles": [book.bibliography.relative_to(book.source).as_posix()],
         "bibtex_reference_style": "author_year",
@@ -72,10 +71,6 @@ def configuration(book: Book) -> dict[str, Any]:
         "html_sourcelink_suffix": "",
         "html_show_sphinx": False,
     }
-
-
-def _extends(name: str) -> bool:
-    return find_spec(name) is not None and hasattr(import_module(name), "setup")
 
 
 def _theme_options(book: Book) -> dict[str, Any]:
