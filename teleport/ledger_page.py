@@ -18,7 +18,7 @@ from teleport.ledger import REGENERATE, Row, read
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("Theorem", "Chapter", "Verified by", "Examples", "Arithmetic")
+COLUMNS = ("Theorem", "Chapter", "Verified by", "Examples")
 
 
 class TheoremTable(nodes.General, nodes.Element):  # type: ignore[misc]
@@ -83,12 +83,20 @@ def _note(tests: dict[str, Row], label: str) -> list[nodes.Node]:
     """One line that opens to the list of tests."""
     if not tests:
         return [nodes.paragraph("", "No test verifies this yet.", classes=["verified-by"])]
+    return _folded(f"Verified by {_tests(tests, label)}; {_examples(tests)}", tests, label)
+
+
+def _tests(tests: dict[str, Row], label: str) -> str:
+    """Their number, and how many of them are exact."""
     exact = sum(row.theorems[label] == "exact" for row in tests.values())
-    examples = sum(row.examples for row in tests.values())
-    summary = f"Verified by {_count(len(tests), 'test')}, {_count(examples, 'example')}"
-    if exact:
-        summary += ", exact" if exact == len(tests) else f"; {exact} of the tests exact"
-    return _folded(summary, tests, label)
+    count = _count(len(tests), "test")
+    if exact == len(tests):
+        return f"{count}, exact" if exact == 1 else f"{count}, all exact"
+    return f"{count}, {exact} of them exact" if exact else count
+
+
+def _examples(tests: dict[str, Row]) -> str:
+    return _count(sum(row.examples for row in tests.values()), "example")
 
 
 def _folded(summary: str, tests: dict[str, Row], label: str) -> list[nodes.Node]:
@@ -114,7 +122,7 @@ def _table(app: Sphinx, docname: str, rows: dict[str, Row]) -> nodes.table:
         body += _row(*_cells(app, docname, page, theorem, rows))
     head = nodes.thead("", _row(*(nodes.paragraph("", column) for column in COLUMNS)))
     group = nodes.tgroup("", cols=len(COLUMNS))
-    group += [nodes.colspec(colwidth=width) for width in (30, 20, 30, 10, 10)]
+    group += [nodes.colspec(colwidth=width) for width in (30, 25, 35, 10)]
     group += [head, body]
     return nodes.table("", group, classes=["theorem-ledger"])
 
@@ -142,10 +150,8 @@ def _cells(
     yield nodes.paragraph("", "", link, *(child.deepcopy() for child in theorem[0].children))
     title = app.env.titles[page].astext()
     yield nodes.paragraph("", "", nodes.reference("", title, refuri=target, internal=True))
-    yield _folded(_count(len(tests), "test"), tests, label) if tests else nodes.paragraph("", "–")
-    yield nodes.paragraph("", f"{sum(row.examples for row in tests.values()):,}")
-    kinds = sorted({row.theorems[label] for row in tests.values()})
-    yield nodes.paragraph("", " and ".join(kinds) or "–")
+    yield _folded(_tests(tests, label), tests, label) if tests else nodes.paragraph("", "–")
+    yield nodes.paragraph("", _examples(tests).split()[0])
 
 
 def _row(*cells: nodes.Node | list[nodes.Node]) -> nodes.row:

@@ -234,6 +234,7 @@ def test_on_other_data_the_output_moves_by_what_the_batch_left_free(
     moment = other @ other.T / Fraction(other.shape[1])
     mean_square = (drift * drift).sum() / other.shape[1]
     assert mean_square == np.trace(move @ moment @ move.T)
+    assert mean_square <= (move * move).sum() * np.trace(free @ moment)
 
 
 @pytest.mark.verifies("thm-batch", exact=True)
@@ -247,6 +248,16 @@ def test_with_more_data_in_the_batch_less_of_other_data_is_free(
     squares = [((p @ other) ** 2).sum(axis=0) for p in (before, after)]
     assert (squares[1] <= squares[0]).all()
     assert (after @ np.hstack([batch, more]) == 0).all()
+
+
+@pytest.mark.verifies("thm-batch", exact=True)
+@given(st.integers(1, 3), st.integers(1, 7), st.data())
+def test_at_most_as_many_inputs_as_dimensions_bring_something_new(
+    width: int, count: int, data: st.DataObject
+) -> None:
+    inputs = data.draw(matrices(width, count))
+    free = [exact.null_projector(inputs[:, :n]) @ inputs[:, n] for n in range(count)]
+    assert sum((part != 0).any() for part in free) == exact.rank(inputs) <= width
 
 
 @pytest.mark.verifies("thm-batch", exact=True)
