@@ -10,6 +10,7 @@ from importlib.metadata import version
 from teleport import (
     attention,
     baselines,
+    check,
     convolution,
     data,
     embedding,
@@ -20,6 +21,7 @@ from teleport import (
 from teleport.bound import LayerBound, NetworkBound, network_bound
 from teleport.coverage import supported
 from teleport.errors import (
+    BookError,
     ClosureError,
     DataError,
     GroupElementError,
@@ -37,6 +39,7 @@ from teleport.teleporter import Teleporter
 __version__ = version("nullspace-teleport")
 
 __all__ = [
+    "BookError",
     "ClosureError",
     "DataError",
     "GroupElementError",
@@ -55,6 +58,7 @@ __all__ = [
     "__version__",
     "attention",
     "baselines",
+    "check",
     "convolution",
     "data",
     "embedding",

@@ -31,3 +31,11 @@ class DataError(TeleportError):
 
 class RunError(TeleportError):
     """An experiment cannot be run, or its records cannot be written or read."""
+
+
+class BookError(TeleportError):
+    """The book cannot be built: a wrong ``book.toml``, a failing cell, a warning, a broken link."""
+
+
+class CheckError(TeleportError):
+    """A file of exercises cannot be read, or what checking needs is not installed."""
