@@ -26,7 +26,7 @@ from teleport.objective import (
     squared_norm,
     trainable,
 )
-from teleport.parallel import in_parallel
+from teleport.parallel import in_parallel, worth_threads
 from teleport.precision import PRECISIONS, at_least_single, coarsest, is_half, scaled, unit_scale
 from teleport.subspace import Projector, RowSpace, Space
 from teleport.tangent import (
@@ -81,8 +81,13 @@ class Walk(ABC):
         """The same, where the walk last looked."""
 
     @abstractmethod
-    def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
-        """Bases of the blocks' inputs at the start."""
+    def bases(
+        self, blocks: Collection[Block], tau: float, parallel: bool | None = None
+    ) -> dict[Block, Projector]:
+        """Bases of the blocks' inputs at the start.
+
+        ``parallel`` says whether several are made at the same time; by default, if that pays.
+        """
 
     @abstractmethod
     def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
@@ -236,7 +241,9 @@ class FrozenWalk(Walk):
     def _norm_squared(self) -> float:
         return grad_norm_squared(self._tape)
 
-    def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
+    def bases(
+        self, blocks: Collection[Block], tau: float, parallel: bool | None = None
+    ) -> dict[Block, Projector]:
         tape, same_rows = self._tape, dict[Any, list[Block]]()
         for block in blocks:
             same_rows.setdefault(tape.rows_key(block), []).append(block)
@@ -248,7 +255,10 @@ class FrozenWalk(Walk):
             tape.collect(block, space)
             return block.basis(space, tau)
 
-        found = in_parallel(basis, [sharing[0] for sharing in same_rows.values()])
+        first = [sharing[0] for sharing in same_rows.values()]
+        if parallel is None:
+            parallel = worth_threads(_multiplications(b, tape.row_count(b)) for b in first)
+        found = in_parallel(basis, first, parallel)
         groups = zip(same_rows.values(), found, strict=True)
         return {block: basis for sharing, basis in groups for block in sharing}
 
@@ -330,9 +340,14 @@ class StreamedWalk(Walk):
     def _norm_squared(self) -> float:
         return self.ranks.of_first(sum(map(squared_norm, self._gradient.values())))
 
-    def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
+    def bases(
+        self, blocks: Collection[Block], tau: float, parallel: bool | None = None
+    ) -> dict[Block, Projector]:
         blocks = list(blocks)
-        found = in_parallel(lambda block: block.basis(self._spaces[block], tau), blocks)
+        if parallel is None:
+            counts = (self._spaces[block].count for block in blocks)
+            parallel = worth_threads(map(_multiplications, blocks, counts))
+        found = in_parallel(lambda b: b.basis(self._spaces[b], tau), blocks, parallel)
         return {b: self.ranks.basis_of_first(own) for b, own in zip(blocks, found, strict=True)}
 
     def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
@@ -463,6 +478,19 @@ class StreamedWalk(Walk):
         self.write()
         for closure in self._closures:
             yield record(self._model, self._sites, closure), 1.0 / len(self._closures)
+
+
+def _multiplications(block: Block, rows: int) -> float:
+    """What a basis takes at least: the smaller Gram matrix, or as much again to decompose it.
+
+    None on a device that is not the CPU, whose own threads are not ours to start, and none to speak
+    of where inputs are tokens that are only counted.
+    """
+    on_cpu = block.part.weight.parameter.device.type == "cpu"
+    if not on_cpu or not block.part.gram_pays:
+        return 0.0
+    *groups, _, d_in = block.part.matrix_shape
+    return float(math.prod(groups) * min(rows, d_in) ** 2 * d_in)
 
 
 def _pieces_of(block: Block, values: Mapping[nn.Parameter, Tensor]) -> Pieces:
