@@ -21,6 +21,10 @@ class GroupElementError(TeleportError):
     """A group element cannot act: it is singular, or leads out of an activation's range."""
 
 
+class OptimizerStateError(TeleportError):
+    """The state of an optimizer does not give a preconditioner, or not yet."""
+
+
 class NullSpaceError(TeleportError):
     """A null space does not fit the model, or its file cannot be read."""
 
