@@ -218,13 +218,14 @@ class Attempt:
     def _step_size(self, along: Direction, slope: float, target: float) -> float | None:
         """The fixed step, or where the norm reaches ``target`` if that comes first."""
         lr, start = self.settings.lr, self.walk.norm_squared()
-        if lr is not None and self.walk.norm_squared_at(along, lr) <= target**2:
+        wanted = target * target  # infinite for the largest limits, where ** would raise
+        if lr is not None and self.walk.norm_squared_at(along, lr) <= wanted:
             return lr
         return step_to_norm(
             lambda s: self.walk.norm_squared_at(along, s),
             start,
             2 * slope,
-            target**2,
+            wanted,
             rtol=8 * torch.finfo(self.walk.precision).eps,
             degree=self.walk.degree(along),
         )

@@ -93,6 +93,16 @@ def test_the_cap_is_respected(case: Case, growth: float, share: float) -> None:
     assert abs(norm(problem) / min(cap, growth * before) - 1) <= REACHED
 
 
+@pytest.mark.parametrize("settings", [{"lr": 0.1, "cap": 1e300}, {"growth": 1e300}])
+def test_a_limit_whose_square_overflows_is_a_limit_like_any_other(settings: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    x = torch.randn(4, 3).double()
+    report = Teleporter(model, steps=1, **settings).step(lambda: model(x).square().mean())
+    assert math.isfinite(report.grad_norm_after)
+    assert (report.steps == 1) == ("lr" in settings)
+
+
 @given(roomy, st.floats(0.1, 0.999))
 def test_a_gradient_above_the_cap_stays_where_it_is(case: Case, share: float) -> None:
     problem = case.build()
