@@ -258,11 +258,14 @@ def test_a_failing_run_and_a_part_of_a_test_leave_the_ledger_as_it_was(tmp_path:
 def test_the_page_shows_every_theorem_with_its_tests(tmp_path: Path) -> None:
     pytest.importorskip("sphinx_proof", reason="needs the extra book")
     root = repository(tmp_path)
+    record(root, 9, only="test_refusing")
     html = build(root)
-    assert "<summary>Verified by 2 tests, 1 of them exact; 6 examples</summary>" in html["a"]
+    assert "<summary>Verified by 2 tests, 1 of them exact; 12 examples</summary>" in html["a"]
     table = html["index"]
     assert '<a class="reference internal" href="a.html#thm-first">Theorem 1</a>' in table
-    assert table.index("drawn (") < table.index("refusing (")  # exact ones first
+    assert table.index("drawn (") < table.index(
+        "refusing ("
+    )  # exact ones first, even if of fewer examples
     assert "(With a longer fence)" in table
     assert "<summary>2 tests</summary>" in table  # of the second theorem, none exact
 

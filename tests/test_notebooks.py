@@ -153,6 +153,7 @@ def test_cells_run_out_of_order_are_found(
 
 
 UNTIDY: dict[str, Callable[[Cell], object]] = {
+    "layout": lambda n: n["cells"][0].update(source="plt.show()"),
     "metadata": lambda n: n["metadata"].update(widgets={}),
     "Python": lambda n: n["metadata"]["language_info"].update(version="3.11.2"),
     "editor": lambda n: n["cells"][0]["metadata"].update(collapsed=True),
@@ -169,7 +170,7 @@ def test_untidy_files_are_found_and_tidied(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path, cell, prose("text"))
     notebook = json.loads(path.read_text())
     UNTIDY[name](notebook)
-    path.write_text(json.dumps(notebook))
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
     (fault,) = hygiene.faults(path)
     assert "not in normal form" in fault
     assert "python -m teleport.notebooks" in fault
