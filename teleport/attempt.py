@@ -27,7 +27,8 @@ from teleport.tangent import Direction, step_to_norm
 from teleport.walk import FrozenWalk, StreamedWalk, Walk
 
 DEFAULT_MAX_DRIFT = 0.01
-"""Relative loss change allowed at tau < 1, where the level set is left by design."""
+"""Relative loss change allowed at tau < 1, where the level set is left by design, and at most at
+tau = 1, where only rounding moves the loss."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,11 @@ class Attempt:
             return self.settings.max_drift * abs(before.loss)
         if self.settings.tau < 1.0:
             return DEFAULT_MAX_DRIFT * abs(before.loss)
-        return self.walk.rounding(self.bases)
+        # Far out rounding is as large as the loss, and nothing tells whether the loss was kept.
+        ceiling = max(
+            DEFAULT_MAX_DRIFT * abs(before.loss), math.sqrt(torch.finfo(self.walk.dtype).eps)
+        )
+        return min(self.walk.rounding(self.bases), ceiling)
 
     def _layer_reports(self, failed: bool) -> Iterator[LayerReport]:
         coverage = self.settings.coverage

@@ -37,6 +37,7 @@ each evaluation costs one backward pass: `step_to_norm` finds where it reaches a
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -149,6 +150,10 @@ def step_to_norm(
     return None
 
 
+# To the last digit, however many powers of ten the bracket spans: it is halved every three rounds.
+SEARCH: dict[str, Any] = {"xtol": 1e-300, "rtol": 1e-15, "maxiter": 4000}
+
+
 def _root(
     excess: Callable[[float], float],
     seen: dict[float, float],
@@ -181,7 +186,7 @@ def _root(
         if value == 0.0:
             return step
         low, high = (step, high) if value < 0.0 else (low, step)
-    return float(toms748(excess, low, high, xtol=1e-300, rtol=1e-15))
+    return float(toms748(excess, low, high, **SEARCH))
 
 
 def _polynomial_root(
@@ -191,7 +196,7 @@ def _polynomial_root(
     polynomial = _polynomial(points, slope, high)
     if polynomial(low / high) >= 0.0 or polynomial(1.0) <= 0.0:
         return None
-    return high * float(toms748(polynomial, low / high, 1.0, xtol=1e-300, rtol=1e-15))
+    return high * float(toms748(polynomial, low / high, 1.0, **SEARCH))
 
 
 def _polynomial(points: list[tuple[float, float]], slope: float, unit: float) -> KroghInterpolator:

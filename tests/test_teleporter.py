@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from teleport import Teleporter, TeleportReport, reference
+from teleport.models import mlp
 from teleport.subspace import Basis, RowSpace
 from teleport.tangent import step_to_norm
 from tests.networks import GRAPHS, Task, task, without_dropout
@@ -176,6 +177,20 @@ def test_the_tolerance_is_measured_where_the_walk_ended() -> None:
         report = Teleporter(problem.model, growth=2.0, steps=2).step(problem.closure)
     assert report.steps == 1
     assert report.tolerance <= 1e-10 * report.loss_before
+
+
+def test_a_walk_so_far_that_rounding_hides_the_loss_is_undone() -> None:
+    """The rounding it would have to be forgiven is many times the loss."""
+    torch.manual_seed(0)
+    model = mlp(20, 3, hidden=(16, 16)).double()
+    x, y = torch.randn(8, 20, dtype=torch.float64), torch.randint(3, (8,))
+    before = [p.clone() for p in model.parameters()]
+    report = Teleporter(model, steps=12, lr=300.0, cap=1e200).step(
+        lambda: torch.nn.functional.cross_entropy(model(x), y)
+    )
+    assert report.rolled_back
+    assert report.tolerance <= 0.01 * report.loss_before
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def mirrored(basis: Basis) -> Basis:
