@@ -1,7 +1,6 @@
 """One attempt to teleport on one batch: walk, check, report. `Teleporter` wraps it safely."""
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from teleport.capture import Closure
+from teleport.clock import now
 from teleport.coverage import Block, Coverage
 from teleport.distributed import Ranks
 from teleport.errors import NonFiniteLossError
@@ -152,12 +152,12 @@ class Attempt:
     def _held_out_loss(self) -> float | None:
         if self.held_out is None:
             return None
-        started = time.perf_counter()
+        started = now()
         try:
             loss = mean_loss([self.held_out], self.ranks)
         except NonFiniteLossError:
             loss = math.nan  # it is only reported: no reason to undo or to refuse anything
-        self.held_out_seconds += time.perf_counter() - started
+        self.held_out_seconds += now() - started
         return loss
 
     def _make_bases(self) -> dict[Block, Projector]:

@@ -6,7 +6,6 @@ network, and see the same batches; they are run one after the other within the s
 seconds, taken on a machine that may be busy, compare.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy, deepcopy
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from teleport.clock import now
 from teleport.data import Dataset, batches, load
 from teleport.errors import NonFiniteLossError
 from teleport.folders import slug
@@ -260,7 +260,7 @@ class _Learning:
                 self._evaluate(number, done)
 
     def _step(self, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor) -> None:
-        started, spent = time.perf_counter(), self.space_seconds
+        started, spent = now(), self.space_seconds
         inputs, targets = self.method.batch(inputs, targets)
         optimizer.zero_grad()
         cross_entropy(self.model(inputs), targets).backward()
@@ -269,12 +269,12 @@ class _Learning:
         self._timed(lambda: self.method.after_step(self.model))
         self.step += 1
         # What the method spent on its spaces is inside this stretch, and counted there already.
-        self.train_seconds += time.perf_counter() - started - (self.space_seconds - spent)
+        self.train_seconds += now() - started - (self.space_seconds - spent)
 
     def _timed(self, part: Callable[[], None]) -> None:
-        started = time.perf_counter()
+        started = now()
         part()
-        self.space_seconds += time.perf_counter() - started
+        self.space_seconds += now() - started
 
     def _keep(self, number: int) -> None:
         task = self.tasks[number]

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from scipy.special import stdtrit
 
+from teleport.clock import clock_name
 from teleport.errors import RunError
 
 FloatArray = npt.NDArray[np.float64]
@@ -350,6 +351,7 @@ def environment() -> dict[str, Any]:
             "machine": platform.machine(),
             "system": platform.system(),
             "threads": torch.get_num_threads(),
+            "clock": clock_name(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }

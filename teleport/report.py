@@ -51,7 +51,8 @@ class TeleportReport:
         step_sizes: how far along each of them.
         rolled_back: whether the model is as before because a check failed.
         reason: why the teleport ended.
-        seconds: wall-clock time of all of it but the held-out losses, which serve only the report.
+        seconds: time spent on all but the held-out losses, which serve only the report; see
+            `teleport.clock.now` for the clock.
         layers: one entry per layer that holds parameters.
     """
 

@@ -1,7 +1,6 @@
 """`Teleporter`: move a model to other parameters with the same loss and a larger gradient."""
 
 import math
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -11,6 +10,7 @@ from torch import nn
 
 from teleport.attempt import Attempt, Settings
 from teleport.capture import Closure
+from teleport.clock import now
 from teleport.coverage import cover, supported
 from teleport.distributed import ranks_of, silenced
 from teleport.errors import UnsupportedModelError
@@ -129,7 +129,7 @@ class Teleporter:
         Raises:
             ClosureError: if a closure is unusable; the model is exactly as before.
         """
-        started = time.perf_counter()
+        started = now()
         autocast, ranks = Autocast(), ranks_of(self.model)
         with (
             autocast.off(),
@@ -155,7 +155,7 @@ class Teleporter:
                 report = attempt.run()
             if report.steps and not report.rolled_back:
                 transaction.commit()
-        spent = time.perf_counter() - started - attempt.held_out_seconds
+        spent = now() - started - attempt.held_out_seconds
         return replace(report, seconds=spent)
 
     def _request(self, held_out: Closure | None) -> str:

@@ -1,7 +1,6 @@
 """One training run: an arm, a seed, a record, and a state that can be saved and restored."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teleport.clock import now
 from teleport.data import Dataset, batches, take
 from teleport.errors import NonFiniteLossError, RunError
 from teleport.experiment import Arm, Settings
@@ -151,7 +151,7 @@ class Training:
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return now()
 
     def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.dataset.loss(self.model(self.dataset.prepare(inputs)), targets)

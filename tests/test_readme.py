@@ -35,8 +35,8 @@ HEAD = [
 
 
 def result_lines() -> list[str]:
-    once = [result_line(s) for s in summarise(read_runs(RESULTS / "mnist-mlp"))]
-    paper = summarise(read_runs(RESULTS / "mnist-mlp-paper"))
+    once = [result_line(s) for s in summarise(read_runs(RESULTS / "mnist-mlp" / "sgd"))]
+    paper = summarise(read_runs(RESULTS / "mnist-mlp" / "sgd-paper"))
     schedule = [result_line(s, ", paper's schedule") for s in paper if s.to_own is not None]
     return [*HEAD, *once[:2], schedule[0], *once[2:4], schedule[1], *once[4:]]
 

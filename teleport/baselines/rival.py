@@ -5,7 +5,6 @@ back. What is compared is then only the move itself.
 """
 
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from teleport.baselines.batch import Batch, require
 from teleport.baselines.climb import Move
 from teleport.capture import Closure, evaluate
+from teleport.clock import now
 from teleport.coverage import Block, Coverage, cover
 from teleport.errors import GroupElementError, NonFiniteLossError
 from teleport.report import LayerReport, TeleportReport
@@ -62,7 +62,7 @@ class Rival(ABC):
         Raises:
             ClosureError: if the closure or its batch is unusable; the model is as before.
         """
-        started = time.perf_counter()
+        started = now()
         parts = [closure] if callable(closure) else list(closure)
         require("closure", closure, bool(parts), "a closure or a list of at least one")
         with Transaction(self.model) as transaction:
@@ -78,7 +78,7 @@ class Rival(ABC):
             report = self._attempt(Batch(self.model, [repeatable(p) for p in parts]), held)
             if report.steps and not report.rolled_back:
                 transaction.commit()
-        spent = time.perf_counter() - started - (held.seconds if held else 0.0)
+        spent = now() - started - (held.seconds if held else 0.0)
         return replace(report, seconds=spent)
 
     def _attempt(self, batch: Batch, held_out: "_HeldOut | None") -> TeleportReport:
@@ -151,11 +151,11 @@ class _HeldOut:
         self.seconds = 0.0
 
     def loss(self) -> float:
-        started = time.perf_counter()
+        started = now()
         try:
             with torch.no_grad():
                 return float(evaluate(self.closure))
         except NonFiniteLossError:
             return math.nan  # only reported: no reason to undo anything
         finally:
-            self.seconds += time.perf_counter() - started
+            self.seconds += now() - started
