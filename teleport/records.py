@@ -235,8 +235,6 @@ class Comparison:
         That is, whether its 95 % interval, by Student's t, leaves 0 out. One seed resolves nothing,
         and of many comparisons without a difference one in twenty is resolved by chance.
         """
-        if self.seeds < 2:
-            return False
         half_width = stdtrit(self.seeds - 1, 0.975) * self.log_loss_spread / math.sqrt(self.seeds)
         return bool(abs(self.log_loss) > half_width)
 
