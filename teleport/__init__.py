@@ -10,6 +10,7 @@ from importlib.metadata import version
 from teleport import (
     attention,
     baselines,
+    check,
     convolution,
     data,
     embedding,
@@ -20,11 +21,13 @@ from teleport import (
 from teleport.bound import LayerBound, NetworkBound, network_bound
 from teleport.coverage import supported
 from teleport.errors import (
+    BookError,
     ClosureError,
     DataError,
     GroupElementError,
     NonFiniteLossError,
     NullSpaceError,
+    OptimizerStateError,
     RunError,
     TeleportError,
     UnsupportedModelError,
@@ -37,6 +40,7 @@ from teleport.teleporter import Teleporter
 __version__ = version("nullspace-teleport")
 
 __all__ = [
+    "BookError",
     "ClosureError",
     "DataError",
     "GroupElementError",
@@ -46,6 +50,7 @@ __all__ = [
     "NonFiniteLossError",
     "NullSpace",
     "NullSpaceError",
+    "OptimizerStateError",
     "RunError",
     "Schedule",
     "TeleportError",
@@ -55,6 +60,7 @@ __all__ = [
     "__version__",
     "attention",
     "baselines",
+    "check",
     "convolution",
     "data",
     "embedding",

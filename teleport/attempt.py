@@ -13,7 +13,14 @@ from teleport.clock import now
 from teleport.coverage import Block, Coverage
 from teleport.distributed import Ranks
 from teleport.errors import NonFiniteLossError
-from teleport.objective import mean_grad_norm, mean_loss, squared_norm, trainable
+from teleport.objective import (
+    EUCLIDEAN,
+    Metric,
+    mean_grad_norm,
+    mean_loss,
+    squared_norm,
+    trainable,
+)
 from teleport.report import LayerReport, TeleportReport
 from teleport.subspace import Projector
 from teleport.tangent import Direction, step_to_norm
@@ -71,6 +78,7 @@ class Attempt:
         closures: parts of the batch; the loss is their mean.
         held_out: loss of other data, for the report.
         ranks: the processes that teleport together, each with closures of its own.
+        metric: of the gradient norm that is to grow.
     """
 
     def __init__(
@@ -79,9 +87,10 @@ class Attempt:
         closures: Sequence[Closure],
         held_out: Closure | None,
         ranks: Ranks,
+        metric: Metric = EUCLIDEAN,
     ) -> None:
         self.settings = settings
-        self.ranks = ranks
+        self.ranks, self.metric = ranks, metric
         self.closures = closures
         self.held_out = held_out
         self.bases: dict[Block, Projector] = {}
@@ -119,6 +128,7 @@ class Attempt:
             reason=(failure or reason) + self._fallback_note(),
             seconds=0.0,
             layers=tuple(self._layer_reports(bool(failure))),
+            norm=self.metric.name,
         )
 
     def _measure_start(self) -> _Outcome:
@@ -140,14 +150,15 @@ class Attempt:
         recurrent ones, are another function by its rounding: compare the model with itself.
         """
         parameters = trainable(self.settings.model)
-        loss, norm = mean_grad_norm(self.closures, parameters, self.ranks)
+        loss, norm = mean_grad_norm(self.closures, parameters, self.ranks, self.metric)
         return _Outcome(loss, norm, self._held_out_loss())
 
     def _start_walk(self) -> Walk:
-        settings, sites = self.settings, self.settings.coverage.sites
-        if settings.tau == 1.0 and len(self.closures) == 1 and self.ranks.size == 1:
-            return FrozenWalk(settings.model, sites, self.closures[0])
-        return StreamedWalk(settings.model, sites, self.closures, settings.movable, self.ranks)
+        model, sites, metric = self.settings.model, self.settings.coverage.sites, self.metric
+        if self.settings.tau == 1.0 and len(self.closures) == 1 and self.ranks.size == 1:
+            return FrozenWalk(model, sites, self.closures[0], metric)
+        movable = self.settings.movable
+        return StreamedWalk(model, sites, self.closures, movable, self.ranks, metric)
 
     def _held_out_loss(self) -> float | None:
         if self.held_out is None:
@@ -184,7 +195,7 @@ class Attempt:
             return "the gradient is zero: there is nothing to enlarge"
         limit = self._limit(start)
         if limit <= start:
-            return f"the gradient norm {start:.6g} is already at the cap {self.settings.cap:.6g}"
+            return f"the {self.metric.name} {start:.6g} is already at the cap {limit:.6g}"
         for number in range(1, self.settings.steps + 1):
             along = self._direction(room)
             slope = sum(map(squared_norm, along.values()))
@@ -197,7 +208,7 @@ class Attempt:
             step = self._step_size(along, slope, start * (limit / start) ** share)
             if step is None:
                 self.walk.look_back()
-                return "no step along the ascent direction reaches the wanted gradient norm"
+                return f"no step along the ascent direction reaches the wanted {self.metric.name}"
             self.walk.advance(along, step)
             self.step_sizes.append(step)
             if self.settings.lr is not None and step != self.settings.lr:
@@ -237,8 +248,8 @@ class Attempt:
 
     def _limit_reached(self, limit: float) -> str:
         if self.settings.cap == limit:
-            return f"gradient norm reached the cap {limit:.6g}"
-        return f"gradient norm reached {self.settings.growth:.6g} x its start"
+            return f"{self.metric.name} reached the cap {limit:.6g}"
+        return f"{self.metric.name} reached {self.settings.growth:.6g} x its start"
 
     def _failure(self, before: _Outcome, after: _Outcome, allowed: float) -> str:
         """What is wrong with the new position, if anything."""

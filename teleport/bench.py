@@ -113,7 +113,12 @@ def sequential_bases(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, P
 
 
 def parallel_bases(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
-    """Bases as a teleport makes them: shared where inputs are, a thread to each at a time."""
+    """Bases at the same time, a thread to each, whether that pays or not."""
+    return walk.bases(blocks, 1.0, parallel=True)
+
+
+def bases_as_made(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
+    """Bases as a teleport makes them: shared where inputs are, at the same time if that pays."""
     return walk.bases(blocks, 1.0)
 
 
@@ -389,7 +394,7 @@ def basis_jobs(setting: Setting) -> list[Job]:
 
         def some(numbers: list[int], walk: FrozenWalk) -> object:
             blocks = candidates(walk)
-            return parallel_bases(walk, [blocks[i] for i in numbers])
+            return bases_as_made(walk, [blocks[i] for i in numbers])
 
         # Every run gets a fresh walk: rows and Gram matrices are kept once they are formed.
         fresh = partial(recorded, case)

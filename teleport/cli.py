@@ -1,8 +1,10 @@
 """The ``teleport`` command."""
 
+import json
 import math
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +21,8 @@ import teleport
 from teleport import bench as benchmarks
 from teleport import data as datasets
 from teleport.bench_tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
+from teleport.book.commands import app as book_app
+from teleport.check.grading import Grades, grade
 from teleport.checkpoint import locked
 from teleport.cluster import run_on_cluster
 from teleport.continual import (
@@ -28,7 +32,7 @@ from teleport.continual import (
     default_strategies,
     run_strategies,
 )
-from teleport.errors import RunError, TeleportError
+from teleport.errors import CheckError, RunError, TeleportError
 from teleport.experiment import (
     Arm,
     Settings,
@@ -71,6 +75,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Fetch, list and verify data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(book_app, name="book")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -467,6 +472,46 @@ def data_verify(
     _console().print(table)
     if any(status.state != "ok" for status in statuses.values()):
         raise typer.Exit(1)
+
+
+@app.command("check")
+def check_answers(
+    path: Annotated[Path, typer.Argument(help="A notebook (.ipynb) or a Python file (.py).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    time_limit: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for each cell or statement of the file.")
+    ] = 10.0,
+) -> None:
+    """Grade the exercises in a file; exit code 0: all right, 1: some wrong, 2: unusable file."""
+    try:
+        grades = grade(path, time_limit)
+    except CheckError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(grades.to_dict(), indent=1))
+    else:
+        _show_grades(grades)
+    if not grades.passed:
+        raise typer.Exit(1)
+
+
+def _show_grades(grades: Grades) -> None:
+    """The table of points, then what is to be said about the exercises that failed."""
+    table = Table("exercise", "where", Column("points", justify="right"), "of", "theorem")
+    for exercise in grades.exercises:
+        theorem = next((v.theorem for v in exercise.verdicts if not v), "")
+        numbers = f"{exercise.points:g}", f"{exercise.possible:g}"
+        table.add_row(exercise.name, exercise.place, *numbers, theorem)
+    table.add_section()
+    table.add_row("total", "", f"{grades.points:g}", f"{grades.possible:g}", "")
+    _console().print(table)
+    for exercise in grades.exercises:
+        if not exercise.passed:
+            said = [str(verdict) for verdict in exercise.verdicts if not verdict]
+            typer.echo("\n".join([f"\n{exercise.name} ({exercise.place})", *said]))
+            if exercise.reason:
+                typer.echo(textwrap.indent(exercise.reason, "  "))
 
 
 @contextmanager

@@ -21,6 +21,10 @@ class GroupElementError(TeleportError):
     """A group element cannot act: it is singular, or leads out of an activation's range."""
 
 
+class OptimizerStateError(TeleportError):
+    """The state of an optimizer does not give a preconditioner, or not yet."""
+
+
 class NullSpaceError(TeleportError):
     """A null space does not fit the model, or its file cannot be read."""
 
@@ -31,3 +35,11 @@ class DataError(TeleportError):
 
 class RunError(TeleportError):
     """An experiment cannot be run, or its records cannot be written or read."""
+
+
+class BookError(TeleportError):
+    """The book cannot be built: a wrong ``book.toml``, a failing cell, a warning, a broken link."""
+
+
+class CheckError(TeleportError):
+    """A file of exercises cannot be read, or what checking needs is not installed."""

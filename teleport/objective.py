@@ -1,18 +1,23 @@
-"""The teleport objective T, half the squared gradient norm, and its gradient by definition.
+"""The teleport objective, half the squared gradient norm, and its gradient by definition.
+
+The norm is that of a `Metric`: the Euclidean one for T (paper equation 4), or one in which the
+gradient is divided as an optimizer divides it, for ``D_M = ½ gᵀ M⁻¹ g`` (``thm-geometry``).
 
 `ascent_double_backward` differentiates through the gradient, as the paper does: the reference for
 `teleport.tangent`, and the method of choice where forward-mode differentiation lacks an operation.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from teleport.capture import Closure, evaluate
+from teleport.coverage import Block
 from teleport.distributed import ALONE, Ranks
-from teleport.precision import at_least_single
+from teleport.precision import at_least_single, scaled
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -29,6 +34,50 @@ def squared_norm(tensor: Tensor) -> float:
     rows = at_least_single(tensor)
     rows = rows.reshape(1, -1) if tensor.dim() < 2 else rows.flatten(1)
     return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """The norm ``√(gᵀ M⁻¹ g)`` of gradients, for a diagonal M that does not change.
+
+    Attributes:
+        inverse: ``M⁻¹`` by parameter, elementwise, at least in single precision; None for M = I.
+        name: of the norm, for reports.
+    """
+
+    inverse: Mapping[nn.Parameter, Tensor] | None = None
+    name: str = "gradient norm"
+
+    def velocity(self, parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor:
+        """``scale M⁻¹ g`` of one parameter: the tangent direction of the objective."""
+        if self.inverse is None:
+            return scaled(grad, scale)
+        return (self.inverse[parameter] * scale * grad).to(grad.dtype)
+
+    def block_velocity(self, block: Block, grad: Tensor, scale: float = 1.0) -> Tensor:
+        """The same of a block's matrix ``[*groups, d_out, d_in]``."""
+        if self.inverse is None:
+            return scaled(grad, scale)
+        return (block.part.of(self.inverse) * scale * grad).to(grad.dtype)
+
+    def squared_norm(self, parameter: nn.Parameter, grad: Tensor) -> float:
+        """``gᵀ M⁻¹ g`` of one parameter."""
+        return squared_norm(grad if self.inverse is None else self.inverse[parameter].sqrt() * grad)
+
+    def block_squared_norm(self, block: Block, grad: Tensor) -> float:
+        """The same of a block's matrix."""
+        if self.inverse is None:
+            return squared_norm(grad)
+        return squared_norm(block.part.of(self.inverse).sqrt() * grad)
+
+    def of_velocities(self) -> "Metric":
+        """The metric in which the gradient has the norm that its velocity has in the Euclidean."""
+        if self.inverse is None:
+            return self
+        return Metric({p: inverse.square() for p, inverse in self.inverse.items()}, self.name)
+
+
+EUCLIDEAN = Metric()
 
 
 def gradient(
@@ -56,9 +105,12 @@ def gradient(
 
 
 def mean_grad_norm(
-    closures: Sequence[Closure], parameters: Sequence[nn.Parameter], ranks: Ranks = ALONE
+    closures: Sequence[Closure],
+    parameters: Sequence[nn.Parameter],
+    ranks: Ranks = ALONE,
+    metric: Metric = EUCLIDEAN,
 ) -> tuple[float, float]:
-    """Mean loss of some closures and the Euclidean norm of its gradient, one closure at a time."""
+    """Mean loss of some closures and the norm of its gradient, one closure at a time."""
     total, summed = 0.0, list[Tensor]()
     with ranks.together():
         for closure in closures:
@@ -69,7 +121,8 @@ def mean_grad_norm(
                 grads = [g / len(closures) for g in grads]
             summed = [a + g for a, g in zip(summed, grads, strict=True)] if summed else grads
     ranks.mean_(summed)
-    return ranks.mean(total), ranks.of_first(math.sqrt(sum(map(squared_norm, summed))))
+    norm = math.sqrt(sum(map(metric.squared_norm, parameters, summed)))
+    return ranks.mean(total), ranks.of_first(norm)
 
 
 def mean_loss(closures: Sequence[Closure], ranks: Ranks = ALONE) -> float:
@@ -90,7 +143,7 @@ def ascent_double_backward(
     """The gradient of T = ½‖∇L‖² (paper equation 4), which is H ∇L, one tensor per parameter.
 
     With ``velocity`` it is H times that instead of ∇L: the share of one micro-batch, whose own
-    Hessian acts on the gradient of the whole batch.
+    Hessian acts on the gradient of the whole batch; or, with ``M⁻¹ g``, the gradient of D_M.
     """
     _, grads = gradient(closure, parameters, create_graph=True)
     with torch.enable_grad():

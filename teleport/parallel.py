@@ -1,6 +1,6 @@
 """Layers in parallel: the bases of different layers do not depend on each other."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -11,15 +11,33 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+WORTH_THREADS = 2.5e8
+"""Multiplications beside the largest job from which on threads pay; see `worth_threads`."""
+
+
+def worth_threads(multiplications: Iterable[float]) -> bool:
+    """Whether jobs of so many multiplications each are better done at the same time.
+
+    What the other threads can take over is all but the largest job. Against that stands the start
+    of the threads, about 4 ms, and that a single job has PyTorch's threads to itself. Measured with
+    two threads for layers of width 512 and 128 samples, 8.4 million multiplications each
+    (``chapters/results/bench/layers``): twice the time at 4 layers, 1.2 times at 16, and no loss
+    at 32, which is where this says yes.
+    """
+    costs = list(multiplications)
+    return sum(costs) - max(costs, default=0.0) >= WORTH_THREADS
+
+
+def in_parallel(
+    work: Callable[[Item], Result], items: Sequence[Item], parallel: bool = True
+) -> list[Result]:
     """``[work(item) for item in items]``, with as many items at a time as torch has threads.
 
-    Every item gets one thread, and the caller's number of threads is put back. Starting the threads
-    costs milliseconds: `teleport bench layers` found a gain from 32 layers of width 512 on, and a
-    loss below (``chapters/results/bench/layers``).
+    Every item gets one thread, and the caller's number of threads is put back. Without
+    ``parallel`` the items are done in turn, each with all threads.
     """
     threads = min(torch.get_num_threads(), len(items))
-    if threads <= 1:
+    if threads <= 1 or not parallel:
         return [work(item) for item in items]
     with (
         using_threads(torch.get_num_threads()),  # a worker's setting reaches the caller's

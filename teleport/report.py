@@ -45,6 +45,7 @@ class TeleportReport:
     Attributes:
         loss_before, loss_after: loss on the teleport batch.
         grad_norm_before, grad_norm_after: norm of its gradient over all trainable parameters.
+            Which norm, `norm` says.
         held_out_before, held_out_after: loss of the ``held_out`` closure; None without one.
         tolerance: how far the loss was allowed to move.
         steps: directions taken.
@@ -54,6 +55,8 @@ class TeleportReport:
         seconds: time spent on all but the held-out losses, which serve only the report; see
             `teleport.clock.now` for the clock.
         layers: one entry per layer that holds parameters.
+        norm: ``"gradient norm"``, the Euclidean one; or with an optimizer's name the preconditioned
+            one, √(gᵀ M⁻¹ g), the root of twice D_M (``thm-geometry``).
     """
 
     loss_before: float
@@ -69,10 +72,11 @@ class TeleportReport:
     reason: str
     seconds: float
     layers: tuple[LayerReport, ...]
+    norm: str = "gradient norm"
 
     @property
     def growth(self) -> float:
-        """Factor by which the gradient norm grew."""
+        """Factor by which `norm` grew."""
         if self.grad_norm_before == 0.0:
             return 1.0
         return self.grad_norm_after / self.grad_norm_before
@@ -109,7 +113,7 @@ class TeleportReport:
         verdict = "rolled back" if self.rolled_back else "teleported" if self.steps else "not moved"
         lines = [
             f"{verdict}: {self.reason}",
-            f"gradient norm  {self.grad_norm_before:.6g} -> {self.grad_norm_after:.6g}"
+            f"{self.norm}  {self.grad_norm_before:.6g} -> {self.grad_norm_after:.6g}"
             f"  (x {self.growth:.6g})",
             f"loss           {self.loss_before:.6g} -> {self.loss_after:.6g}"
             f"  (drift {self.drift:.1e}, allowed {self.tolerance:.1e})",

@@ -6,7 +6,8 @@ For the gradient norm objective T = ½‖g‖², projected on a layer's input nu
     π(Hg)_l = Σ_i δ_i (P_l ẋ_i)ᵀ,
 
 the weight gradient of the layer with its inputs replaced by their tangents along g. That takes one
-backward pass for δ and one forward-mode pass for ẋ; nothing is differentiated twice.
+backward pass for δ and one forward-mode pass for ẋ; nothing is differentiated twice. With tangents
+along ``M⁻¹ g`` it is the ascent of ``½ gᵀ M⁻¹ g`` instead (``thm-geometry``).
 
 Cost model, in products of size rows x d_in x d_out per layer, of which one gradient takes three
 (forward, δ, weight gradient):
@@ -26,7 +27,8 @@ Gram matrices are ``‖g_l‖² = Σ (δδᵀ)∘(xxᵀ)`` and ``G x = (xxᵀ) �
 (d_in + d_out). So a step costs at least 3/3 of a gradient where the batch is smaller than the
 layers, and 5/3 elsewhere. Not counted: the first layer needs no ẋ and no direction; ẋ ends at the
 last layer that can move; activations, and the float64 bases, which are made once per batch. One
-look of the line search is the first two lines.
+look of the line search is the first two lines. A preconditioner (``thm-geometry``) is applied to
+the gradient entry by entry, so that no Gram matrix serves and the right column holds.
 
 Along a direction in the joint null space T is a polynomial in the step (``thm-polynomial``), and
 each evaluation costs one backward pass: `step_to_norm` finds where it reaches a wanted value.
@@ -45,23 +47,27 @@ from torch import Tensor, nn
 from teleport.capture import Closure, Tape
 from teleport.coverage import Block
 from teleport.layers import Pieces
-from teleport.objective import squared_norm
+from teleport.objective import EUCLIDEAN, Metric
 from teleport.precision import at_least_single, rounding_unit, scaled, unit_scale
 from teleport.subspace import Projector
 
 Direction = dict[Block, Float[Tensor, "*groups d_out d_in"]]
 
 
-def grad_norm_squared(tape: Tape) -> float:
+def grad_norm_squared(tape: Tape, metric: Metric = EUCLIDEAN) -> float:
     """‖g‖² over all trainable parameters, from the tape's last backward pass."""
-    norm = sum(map(squared_norm, tape.other_gradients))
-    return norm + sum(_block_norm_squared(tape, block) for block in tape.blocks)
+    norm = sum(map(metric.squared_norm, tape.others, tape.other_gradients))
+    return norm + sum(_block_norm_squared(tape, block, metric) for block in tape.blocks)
 
 
 def direction(
-    tape: Tape, model: nn.Module, closure: Closure, bases: Mapping[Block, Projector]
+    tape: Tape,
+    model: nn.Module,
+    closure: Closure,
+    bases: Mapping[Block, Projector],
+    metric: Metric = EUCLIDEAN,
 ) -> Direction:
-    """π(Hg) for the blocks in ``bases``, by one forward-mode pass over the tape.
+    """π(H M⁻¹ g) for the blocks in ``bases``, by one forward-mode pass over the tape.
 
     Exact at τ = 1. At τ < 1 it leaves out (Σ δ̇_i x_iᵀ) P_l, which is small because P_l removes all
     but a share 1 − τ of the energy of x.
@@ -71,13 +77,15 @@ def direction(
         model: the model of the closure.
         closure: the closure the tape was recorded from.
         bases: what to project out, for each block that may move.
+        metric: whose norm is ascended; π(Hg) by default.
 
     Returns:
         One matrix per block, zero where nothing but rounding survives the projection.
     """
-    scale = unit_scale(lambda: grad_norm_squared(tape), tape.precision)
-    velocity = {p: scaled(g, scale) for p, g in zip(tape.others, tape.other_gradients, strict=True)}
-    drive = {block: _drive(tape, block, scale) for block in tape.blocks}
+    scale = unit_scale(lambda: grad_norm_squared(tape, metric.of_velocities()), tape.precision)
+    others = zip(tape.others, tape.other_gradients, strict=True)
+    velocity = {p: metric.velocity(p, g, scale) for p, g in others}
+    drive = {block: _drive(tape, block, metric, scale) for block in tape.blocks}
     tape.push_tangents(model, closure, drive, velocity, wanted=bases.keys())
     return {b: scaled(_survivor(tape, b, basis), 1 / scale) for b, basis in bases.items()}
 
@@ -206,19 +214,19 @@ def _expected_miss(points: list[tuple[float, float]], slope: float, step: float)
     return 10.0 * (change * abs(points[-1][0] - step) / step + rounding)
 
 
-def _block_norm_squared(tape: Tape, block: Block) -> float:
-    if _prefers_gram(tape, block):
+def _block_norm_squared(tape: Tape, block: Block, metric: Metric) -> float:
+    if _prefers_gram(tape, block, metric):
         deltas = at_least_single(tape.deltas(block))
         return float(((deltas @ deltas.mT) * tape.row_gram(block)).double().sum())
-    return squared_norm(tape.weight_gradient(block))
+    return metric.block_squared_norm(block, tape.weight_gradient(block))
 
 
-def _drive(tape: Tape, block: Block, scale: float) -> Iterator[Tensor]:
-    """G x, scaled, for every call of a block: the tangents due to the block's own weights."""
+def _drive(tape: Tape, block: Block, metric: Metric, scale: float) -> Iterator[Tensor]:
+    """(M⁻¹ G) x, scaled, for every call of a block: the tangents due to the block's own weights."""
     calls, part = tape.calls_of(block), block.part
-    if not _prefers_gram(tape, block):
-        gradient = scaled(tape.weight_gradient(block), scale)
-        yield from drive_of(tape, block, block.part.split(gradient))
+    if not _prefers_gram(tape, block, metric):
+        velocity = metric.block_velocity(block, tape.weight_gradient(block), scale)
+        yield from drive_of(tape, block, block.part.split(velocity))
         return
     gram = tape.row_gram(block)
     products = gram @ scaled(tape.deltas(block).to(gram.dtype), scale)
@@ -235,8 +243,9 @@ def drive_of(tape: Tape, block: Block, velocity: Pieces) -> Iterator[Tensor]:
         yield call.part.push_affine(call.x.detach(), same, call.z)
 
 
-def _prefers_gram(tape: Tape, block: Block) -> bool:
-    if block.other is not None or not block.part.gram_pays:
+def _prefers_gram(tape: Tape, block: Block, metric: Metric) -> bool:
+    """Whether no gradient need be formed; a preconditioner takes it entry by entry."""
+    if metric.inverse is not None or block.other is not None or not block.part.gram_pays:
         return False
     return tape.row_count(block) < block.part.matrix_shape[-1]
 

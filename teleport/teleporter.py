@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from teleport.attempt import Attempt, Settings
 from teleport.capture import Closure
@@ -14,7 +15,9 @@ from teleport.clock import now
 from teleport.coverage import cover, supported
 from teleport.distributed import ranks_of, silenced
 from teleport.errors import UnsupportedModelError
+from teleport.objective import EUCLIDEAN
 from teleport.precision import Autocast
+from teleport.preconditioner import check_optimizer, metric_of
 from teleport.report import TeleportReport
 from teleport.transaction import Transaction
 
@@ -22,7 +25,7 @@ DEFAULT_GROWTH = 1.5
 """Gradient-norm growth where the user sets no bound: null-space ascent itself has none."""
 
 METHODS = ("tangent", "double_backward")
-OBJECTIVES = ("grad_norm",)
+OBJECTIVES = ("grad_norm", "preconditioned")
 
 
 class Teleporter:
@@ -41,7 +44,12 @@ class Teleporter:
         growth: wanted factor on the gradient norm, > 1. Default 1.5 if ``lr`` is not given. The
             step that reaches it is found by an exact line search (``thm-polynomial``).
         cap: upper bound on the gradient norm, > 0 (the paper's CAP).
-        objective: ``"grad_norm"``, half the squared gradient norm (paper equation 4).
+        objective: ``"grad_norm"``, half the squared gradient norm (paper equation 4); or
+            ``"preconditioned"``, ``D_M = ½ gᵀ M⁻¹ g`` with the diagonal M by which ``optimizer``
+            divides its gradients (``thm-geometry``). ``growth``, ``cap`` and the report then refer
+            to ``√(gᵀ M⁻¹ g)``. Where past gradients were almost zero, M⁻¹ is huge and rules.
+        optimizer: SGD (M = I), Adam, AdamW, Adagrad or RMSprop, for the preconditioned objective
+            only. M is read from its state at every `step` and does not change during it.
         method: ``"tangent"`` (fast) or ``"double_backward"`` (the paper's, the reference).
         include: only move layers whose name matches one of these patterns (``fnmatch``).
         exclude: do not move layers whose name matches one of these.
@@ -50,7 +58,8 @@ class Teleporter:
         strict: raise if a layer with parameters is frozen, rather than name it in the report.
 
     Raises:
-        ValueError: for an argument out of range, with its value and the range.
+        ValueError: for an argument out of range, with its value and the range; for an optimizer of
+            another type, or one that does not hold all trainable parameters.
         UnsupportedModelError: if the model has no layer that could move, or if ``strict`` and a
             layer is frozen; the layers are named.
 
@@ -73,6 +82,7 @@ class Teleporter:
         growth: float | None = None,
         cap: float | None = None,
         objective: str = "grad_norm",
+        optimizer: Optimizer | None = None,
         method: str = "tangent",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -90,13 +100,21 @@ class Teleporter:
         _check("max_drift", max_drift, max_drift is None or max_drift >= 0.0, ">= 0")
         _check("method", method, method in METHODS, f"one of {METHODS}")
         _check("objective", objective, objective in OBJECTIVES, f"one of {OBJECTIVES}")
-        self.model = model
+        _check(
+            "optimizer",
+            optimizer,
+            (optimizer is None) == (objective == "grad_norm"),
+            "given with objective='preconditioned', and only then",
+        )
+        self.model, self._optimizer = model, optimizer
         coverage = cover(model, at_least_one=True)
         if strict and coverage.frozen:
             raise UnsupportedModelError(
                 f"strict=True and some layers are frozen:\n{supported(model)}\n"
                 "Use strict=False, or add a rule with teleport.layers.register"
             )
+        if optimizer is not None:
+            check_optimizer(optimizer, model)
         unbounded = growth is None and (lr is None or cap is None)
         self._settings = Settings(
             model=model,
@@ -128,6 +146,8 @@ class Teleporter:
 
         Raises:
             ClosureError: if a closure is unusable; the model is exactly as before.
+            OptimizerStateError: if the optimizer has taken no step yet, or its state gives no
+                preconditioner; likewise.
         """
         started = now()
         autocast, ranks = Autocast(), ranks_of(self.model)
@@ -150,7 +170,9 @@ class Teleporter:
 
             held = None if held_out is None else repeatable(held_out)
             closures = [repeatable(part) for part in parts]
-            attempt = Attempt(self._settings, closures, held, ranks)
+            optimizer = self._optimizer
+            metric = EUCLIDEAN if optimizer is None else metric_of(optimizer, self.model)
+            attempt = Attempt(self._settings, closures, held, ranks, metric)
             with ranks.together():  # before anything is kept
                 report = attempt.run()
             if report.steps and not report.rolled_back:
@@ -163,7 +185,8 @@ class Teleporter:
         s = self._settings
         names = [(b.name, tuple(b.part.matrix().shape)) for b in s.coverage.blocks]
         asked = (s.tau, s.steps, s.lr, s.growth, s.cap, s.method, s.max_drift, sorted(s.movable))
-        return f"{asked}, held_out {'not ' if held_out is None else ''}given, {names}"
+        by, held = type(self._optimizer).__name__, "not " if held_out is None else ""
+        return f"{asked}, optimizer {by}, held_out {held}given, {names}"
 
     def run(
         self, closures: Iterable[Closure], *, held_out: Closure | None = None

@@ -20,13 +20,15 @@ from teleport.coverage import Block, Site
 from teleport.distributed import ALONE, Ranks
 from teleport.layers import Pieces
 from teleport.objective import (
+    EUCLIDEAN,
+    Metric,
     ascent_double_backward,
     gradient,
     mean_grad_norm,
     squared_norm,
     trainable,
 )
-from teleport.parallel import in_parallel
+from teleport.parallel import in_parallel, worth_threads
 from teleport.precision import PRECISIONS, at_least_single, coarsest, is_half, scaled, unit_scale
 from teleport.subspace import Projector, RowSpace, Space
 from teleport.tangent import (
@@ -53,6 +55,7 @@ class Walk(ABC):
         precision: the coarsest that products were computed in; coarser under autocast.
         fixed: blocks whose inputs depend on no parameter (``thm-fixed``).
         ranks: the processes that walk together.
+        metric: of the gradient norm.
     """
 
     loss: float
@@ -60,6 +63,7 @@ class Walk(ABC):
     precision: torch.dtype
     fixed: set[Block]
     ranks: Ranks = ALONE
+    metric: Metric = EUCLIDEAN
 
     def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
         self._model = model
@@ -74,19 +78,33 @@ class Walk(ABC):
     def norm_squared(self) -> float:
         """The squared gradient norm where the walk last looked, or has advanced to since."""
         self._catch_up()
-        return self._norm_squared()
+        return self._norm_squared(self.metric)
 
     @abstractmethod
-    def _norm_squared(self) -> float:
-        """The same, where the walk last looked."""
+    def _norm_squared(self, metric: Metric) -> float:
+        """The same in any metric, where the walk last looked."""
+
+    def _velocity_scale(self) -> float:
+        """What brings the velocity near length one, where float16 needs that."""
+
+        def length_squared() -> float:
+            self._catch_up()
+            return self._norm_squared(self.metric.of_velocities())
+
+        return unit_scale(length_squared, self.precision)
 
     @abstractmethod
-    def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
-        """Bases of the blocks' inputs at the start."""
+    def bases(
+        self, blocks: Collection[Block], tau: float, parallel: bool | None = None
+    ) -> dict[Block, Projector]:
+        """Bases of the blocks' inputs at the start.
+
+        ``parallel`` says whether several are made at the same time; by default, if that pays.
+        """
 
     @abstractmethod
     def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
-        """π(Hg) of the given blocks at the present position (``thm-survivor``)."""
+        """π(H M⁻¹ g) of the given blocks at the present position (``thm-survivor``)."""
 
     @abstractmethod
     def degree(self, along: Direction) -> int | None:
@@ -98,7 +116,7 @@ class Walk(ABC):
 
     @abstractmethod
     def ascent(self) -> Gradient:
-        """∇T at the present position by double backward, with the position in the model."""
+        """H M⁻¹ g at the present position by double backward, with the position in the model."""
 
     @abstractmethod
     def _look_at(self, position: Position) -> None:
@@ -112,7 +130,7 @@ class Walk(ABC):
         """Look ahead: the squared norm at a step along a direction; the position stays."""
         self._look_at(self._moved(along, step))
         self._ahead, self._behind = step, False
-        return self._norm_squared()
+        return self._norm_squared(self.metric)
 
     def advance(self, along: Direction, step: float) -> None:
         """Go there; it is looked at when that is needed, if the last look ahead was elsewhere."""
@@ -225,7 +243,14 @@ class Walk(ABC):
 class FrozenWalk(Walk):
     """One batch at τ = 1: one tape for the whole walk."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], closure: Closure) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        closure: Closure,
+        metric: Metric = EUCLIDEAN,
+    ) -> None:
+        self.metric = metric
         self._sites, self._closure = sites, closure
         self._tape = record(model, sites, closure)
         super().__init__(model, self._tape.blocks)
@@ -233,10 +258,12 @@ class FrozenWalk(Walk):
         self.dtype, self.precision = self._tape.loss.dtype, self._tape.precision
         self.fixed = {b for b in self._tape.blocks if not self._tape.depends_on_parameters(b)}
 
-    def _norm_squared(self) -> float:
-        return grad_norm_squared(self._tape)
+    def _norm_squared(self, metric: Metric) -> float:
+        return grad_norm_squared(self._tape, metric)
 
-    def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
+    def bases(
+        self, blocks: Collection[Block], tau: float, parallel: bool | None = None
+    ) -> dict[Block, Projector]:
         tape, same_rows = self._tape, dict[Any, list[Block]]()
         for block in blocks:
             same_rows.setdefault(tape.rows_key(block), []).append(block)
@@ -248,7 +275,10 @@ class FrozenWalk(Walk):
             tape.collect(block, space)
             return block.basis(space, tau)
 
-        found = in_parallel(basis, [sharing[0] for sharing in same_rows.values()])
+        first = [sharing[0] for sharing in same_rows.values()]
+        if parallel is None:
+            parallel = worth_threads(_multiplications(b, tape.row_count(b)) for b in first)
+        found = in_parallel(basis, first, parallel)
         groups = zip(same_rows.values(), found, strict=True)
         return {block: basis for sharing, basis in groups for block in sharing}
 
@@ -276,13 +306,15 @@ class FrozenWalk(Walk):
 
     def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         self._catch_up()
-        return direction(self._tape, self._model, self._closure, bases)
+        return direction(self._tape, self._model, self._closure, bases, self.metric)
 
     def ascent(self) -> Gradient:
-        parameters = trainable(self._model)
-        velocity, scale = None, unit_scale(self.norm_squared, self.precision)
-        if scale != 1.0:
-            velocity = [scaled(g, scale) for g in gradient(self._closure, parameters)[1]]
+        parameters, metric = trainable(self._model), self.metric
+        velocity, scale = None, self._velocity_scale()
+        if scale != 1.0 or metric.inverse is not None:
+            grads = gradient(self._closure, parameters)[1]
+            pairs = zip(parameters, grads, strict=True)
+            velocity = [metric.velocity(p, g, scale) for p, g in pairs]
         ascent = ascent_double_backward(self._closure, parameters, velocity)
         return {p: scaled(a, 1 / scale) for p, a in zip(parameters, ascent, strict=True)}
 
@@ -317,8 +349,9 @@ class StreamedWalk(Walk):
         closures: Sequence[Closure],
         movable: AbstractSet[str],
         ranks: Ranks = ALONE,
+        metric: Metric = EUCLIDEAN,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.metric = ranks, metric
         self._sites, self._closures, self._movable = sites, closures, movable
         self._model = model
         self._gradient: Gradient = {}
@@ -327,20 +360,26 @@ class StreamedWalk(Walk):
         super().__init__(model, list(self._spaces))
         self.fixed = {block for block, depends in self._depends.items() if not depends}
 
-    def _norm_squared(self) -> float:
-        return self.ranks.of_first(sum(map(squared_norm, self._gradient.values())))
+    def _norm_squared(self, metric: Metric) -> float:
+        norm = sum(metric.squared_norm(p, grad) for p, grad in self._gradient.items())
+        return self.ranks.of_first(norm)
 
-    def bases(self, blocks: Collection[Block], tau: float) -> dict[Block, Projector]:
+    def bases(
+        self, blocks: Collection[Block], tau: float, parallel: bool | None = None
+    ) -> dict[Block, Projector]:
         blocks = list(blocks)
-        found = in_parallel(lambda block: block.basis(self._spaces[block], tau), blocks)
+        if parallel is None:
+            counts = (self._spaces[block].count for block in blocks)
+            parallel = worth_threads(map(_multiplications, blocks, counts))
+        found = in_parallel(lambda b: b.basis(self._spaces[b], tau), blocks, parallel)
         return {b: self.ranks.basis_of_first(own) for b, own in zip(blocks, found, strict=True)}
 
     def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         self.write()
         self._catch_up()
         whole = {block: block.part.matrix().zero_() for block in bases}
-        scale = unit_scale(self.norm_squared, self.precision)
-        velocity = {p: scaled(grad, scale) for p, grad in self._gradient.items()}
+        scale = self._velocity_scale()
+        velocity = {p: self.metric.velocity(p, g, scale) for p, g in self._gradient.items()}
         with self.ranks.together():
             for closure in self._closures:
                 tape = record(self._model, self._sites, closure)
@@ -359,8 +398,8 @@ class StreamedWalk(Walk):
     def ascent(self) -> Gradient:
         self._catch_up()
         parameters = trainable(self._model)
-        scale = unit_scale(self.norm_squared, self.precision)
-        velocity = [scaled(self._grad(p), scale) for p in parameters]
+        scale = self._velocity_scale()
+        velocity = [self.metric.velocity(p, self._grad(p), scale) for p in parameters]
         total = [torch.zeros_like(v) for v in velocity]
         with self.ranks.together():
             for closure in self._closures:
@@ -407,7 +446,7 @@ class StreamedWalk(Walk):
         return left_out
 
     def measure(self) -> tuple[float, float]:
-        return mean_grad_norm(self._closures, trainable(self._model), self.ranks)
+        return mean_grad_norm(self._closures, trainable(self._model), self.ranks, self.metric)
 
     def degree(self, along: Direction) -> int | None:
         return None  # a layer that drifts, as at τ < 1, makes it no polynomial at all
@@ -463,6 +502,19 @@ class StreamedWalk(Walk):
         self.write()
         for closure in self._closures:
             yield record(self._model, self._sites, closure), 1.0 / len(self._closures)
+
+
+def _multiplications(block: Block, rows: int) -> float:
+    """What a basis takes at least: the smaller Gram matrix, or as much again to decompose it.
+
+    None on a device that is not the CPU, whose own threads are not ours to start, and none to speak
+    of where inputs are tokens that are only counted.
+    """
+    on_cpu = block.part.weight.parameter.device.type == "cpu"
+    if not on_cpu or not block.part.gram_pays:
+        return 0.0
+    *groups, _, d_in = block.part.matrix_shape
+    return float(math.prod(groups) * min(rows, d_in) ** 2 * d_in)
 
 
 def _pieces_of(block: Block, values: Mapping[nn.Parameter, Tensor]) -> Pieces:

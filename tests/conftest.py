@@ -1,7 +1,9 @@
-"""Hypothesis profiles and a torch that uses one thread and known seeds."""
+"""Hypothesis profiles, a torch that uses one thread and known seeds, and the theorem ledger."""
 
+import functools
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,3 +36,83 @@ def _seeds() -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(numpy)  # noqa: NPY002
+
+
+class Ledger:
+    """``--ledger``: counts the examples of tests marked ``verifies`` and writes them down.
+
+    The package is imported late: before pytest is configured, its annotations are not checked.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.examples: Counter[str] = Counter()
+        self.sources: dict[str, str] = {}
+
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        """Take the digest of the file as it is now: it may be edited while the tests run."""
+        from teleport import ledger
+
+        if item.get_closest_marker("verifies") and str(item.path) not in self.sources:
+            self.sources[str(item.path)] = ledger.digest(item.path)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        """Count how often the body of the test is passed: once, or once per Hypothesis example."""
+        if item.get_closest_marker("verifies") is None:
+            return (yield)
+        given, passed = getattr(item.obj, "hypothesis", None), 0
+        body = given.inner_test if given else None
+
+        @functools.wraps(body or (lambda: None))
+        def counted(*args: object, **options: object) -> object:
+            nonlocal passed
+            result = body(*args, **options)
+            passed += 1  # not reached by examples that are refused or fail
+            return result
+
+        if given:
+            given.inner_test = counted
+        try:
+            result = yield
+        finally:
+            if given:
+                given.inner_test = body
+        item.user_properties.append(("examples", passed if given else 1))
+        item.user_properties.append(("source", self.sources[str(item.path)]))
+        return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Add up the parameters of one function; reports also come from other processes."""
+        properties = dict(report.user_properties)
+        if report.when == "call" and report.passed and "examples" in properties:
+            test = report.nodeid.split("[")[0]
+            self.examples[test] += properties["examples"]
+            self.sources[test] = properties["source"]
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Write the ledger if all tests passed."""
+        if hasattr(self.config, "workerinput"):
+            return
+        from teleport import ledger
+
+        say = self.config.get_terminal_writer().line
+        if exitstatus != pytest.ExitCode.OK:
+            say("\nThe ledger is left as it was: not all tests passed.")
+            return
+        results = {test: (count, self.sources[test]) for test, count in self.examples.items()}
+        rows = ledger.update(self.config.rootpath, results)
+        say(f"\n{ledger.LEDGER}: {len(self.examples)} tests of {len(rows)} written.")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ledger", action="store_true", help="write chapters/ledger.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--ledger"):
+        return
+    if config.option.keyword or any("::" in argument for argument in config.args):
+        raise pytest.UsageError("--ledger counts all parameters of a test: name whole files, no -k")
+    settings.load_profile("ci")  # the same examples, and so the same ledger, every time
+    config.pluginmanager.register(Ledger(config), "ledger")

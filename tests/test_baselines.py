@@ -320,9 +320,30 @@ def test_controls_refuse_what_they_cannot_match() -> None:
         RandomNullDirection(work.model, growth=2.0, like=like)
     with pytest.raises(ValueError, match="norm of layer"):
         RescaleLayers(work.model, {"0": 0.0})
-    still = Teleporter(work.model, cap=1e-9).step(work.closure)
-    with pytest.raises(ValueError, match="no layer that moved"):
-        NoiseTeleporter(work.model, still)
+
+
+STILL: dict[str, Callable[[Work, baselines.Rehearsal], Rival]] = {
+    "noise": lambda w, r: NoiseTeleporter(w.model, r.report),
+    "null, same norm": lambda w, r: RandomNullDirection(w.model, like=r.report),
+    "rescale": lambda w, r: RescaleLayers(w.model, r.norms),
+}
+
+
+@pytest.mark.parametrize("name", STILL)
+def test_the_control_of_a_teleport_that_cannot_move_is_the_identity(name: str) -> None:
+    """Full rank on a large batch: no null space anywhere."""
+    work = Work()
+    work.x, work.y = torch.randn(40, 6, dtype=torch.float64), torch.randint(3, (40,))
+    rehearsal = report_of(work)
+    assert rehearsal.report.steps == 0
+    before = fingerprint(work.model)
+    report = STILL[name](work, rehearsal).step(work.closure)
+    assert fingerprint(work.model) == before
+    assert report.steps == 0
+    assert not report.rolled_back
+    why = "no layer has a null space" if name != "rescale" else "has the wanted norm already"
+    assert why in report.reason
+    assert report.growth == 1.0
 
 
 # --- The published rank rule ---------------------------------------------------------------------

@@ -253,15 +253,17 @@ def test_parallel_bases_are_measured_with_every_thread(monkeypatch: pytest.Monke
     seen = set()
     sound = FrozenWalk.bases
 
-    def bases(self: FrozenWalk, blocks: Sequence[Any], tau: float) -> dict[Any, Any]:
-        seen.add((len(blocks), tau, torch.get_num_threads()))
-        return sound(self, blocks, tau)
+    def bases(
+        self: FrozenWalk, blocks: Sequence[Any], tau: float, parallel: bool | None = None
+    ) -> dict[Any, Any]:
+        seen.add((len(blocks), tau, torch.get_num_threads(), parallel))
+        return sound(self, blocks, tau, parallel)
 
     monkeypatch.setattr(FrozenWalk, "bases", bases)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     before = torch.get_num_threads()
     rows = [row for _, job in bench.layers_jobs(SETTING) for row in job()]
-    assert {(depth, 1.0, 3) for depth in (1, *TINY.depths)} == seen
+    assert {(1, 1.0, 3, None), *((depth, 1.0, 3, True) for depth in TINY.depths)} == seen
     assert torch.get_num_threads() == before
     assert [row["operation"] for row in rows] == ["sequential", "parallel"] * len(TINY.depths)
     (sheet,) = sheets(_benchmark("layers", rows, small=True))

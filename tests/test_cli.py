@@ -27,7 +27,7 @@ def test_version_and_module_are_the_same_program(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ([], ["run", "continual", "list", "figure", "data", "--version"]),
+        ([], ["run", "continual", "list", "figure", "data", "book", "--version"]),
         (
             ["run"],
             [

@@ -1,6 +1,7 @@
 """What an arm does when a teleport is due: weights move, or the optimizer does, as named."""
 
 import math
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,22 @@ from teleport.records import RecordWriter, read_run, read_runs, summarise
 from teleport.run import run_arms
 from tests.fingerprint import weights
 
+OPTIMIZERS = {
+    "SGD": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr),
+    "momentum": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.5),
+    "Adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr / 50),
+}
+
 
 class Training:
     """A small perceptron under way, in float64."""
 
-    def __init__(self, lr: float = 0.05) -> None:
+    def __init__(self, lr: float = 0.05, optimizer: str = "momentum") -> None:
         torch.manual_seed(0)
         layers = (nn.Linear(6, 30), nn.LeakyReLU(), nn.Linear(30, 30), nn.LeakyReLU())
         self.model = nn.Sequential(*layers, nn.Linear(30, 3)).double()
         self.x, self.y = torch.randn(40, 6, dtype=torch.float64), torch.randint(3, (40,))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.5)
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters(), lr)
         self.subject = Subject(self.model, self.optimizer, 10, self.train_on)
         for number in range(5):
             self.train_on(number)
@@ -61,11 +68,14 @@ class Training:
         return lengths
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", INTERVENTIONS)
-def test_weights_move_if_the_name_is_a_move_and_the_report_says_so(name: str) -> None:
-    training = Training()
+def test_weights_move_if_the_name_is_a_move_and_the_report_says_so(
+    name: str, optimizer: str
+) -> None:
+    training = Training(optimizer=optimizer)
     before = weights(training.model)
-    buffers = {p: s["momentum_buffer"].clone() for p, s in training.optimizer.state.items()}
+    state = deepcopy(training.optimizer.state_dict()["state"])
     report = intervene(name, training.subject, training.closure, held_out=training.closure)
     moved = weights(training.model) != before
     assert moved == (name in MOVES)
@@ -74,8 +84,13 @@ def test_weights_move_if_the_name_is_a_move_and_the_report_says_so(name: str) ->
     if name == "optimizer reset":
         assert not training.optimizer.state
     else:
-        for p, buffer in buffers.items():
-            assert torch.equal(training.optimizer.state[p]["momentum_buffer"], buffer)
+        for kept, had in zip(training.optimizer.state.values(), state.values(), strict=True):
+            assert kept.keys() == had.keys()
+            assert all(torch.equal(kept[key], had[key]) for key in had if had[key] is not None)
+    training.gradients(0)
+    here = weights(training.model)
+    training.subject.take_step()
+    assert weights(training.model) != here
 
 
 def test_a_trial_leaves_weights_and_optimizer_as_they_were() -> None:

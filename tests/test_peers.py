@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from teleport.baselines import (
     SymmetryTeleporter,
     gpm_rank,
     group_action,
+    preactivation_action,
     so2_teleport,
 )
 from teleport.baselines.group import bend_of
@@ -75,6 +76,24 @@ def test_one_action_is_theirs_on_the_batch(seed: int, samples: int, exact: bool)
     their_u, their_v = theirs(u, v, x, torch.linalg.pinv(x), given_element, using_T=not exact)
     torch.testing.assert_close(their_u, our_u, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(their_v @ x, our_v @ x, rtol=1e-3, atol=1e-4)
+
+
+@given(seeds, st.integers(1, 6))
+def test_the_action_on_preactivations_is_theirs_on_the_batch(seed: int, samples: int) -> None:
+    """Their U' is ours projected on the span of the batch's activations."""
+    theirs = take("Teleportation-Optimization/gradient_descent_mlp_utils.py", "group_action")
+    v, u = (m.double() for m in perceptron([7, 6, 3], seed))
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(7, samples, generator=generator, dtype=torch.float64)
+    t = 0.05 * torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    sigma = nn.Tanh()
+    our_v, our_u = preactivation_action([v, u], x.mT, [torch.eye(6) + t], [sigma])
+    their_u, their_v = theirs(u, v, x, torch.linalg.pinv(x), t, sigma)
+    hidden = sigma(their_v @ x)
+    assume(float(torch.linalg.cond(hidden)) < 1e4)
+    torch.testing.assert_close(their_v, our_v)
+    torch.testing.assert_close(their_u @ hidden, our_u @ hidden)
+    torch.testing.assert_close(their_u, our_u @ hidden @ torch.linalg.pinv(hidden))
 
 
 @pytest.mark.parametrize("seed", range(5))

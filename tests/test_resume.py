@@ -23,6 +23,7 @@ from teleport import cli, data
 from teleport.checkpoint import load_checkpoint, locked, save_checkpoint
 from teleport.errors import RunError
 from teleport.experiment import Arm, Settings, TeleportSettings
+from teleport.interventions import ON_THE_OPTIMIZER
 from teleport.records import read_run, read_runs
 from teleport.run import Cell, run_arms, run_cell
 from teleport.schedule import Schedule
@@ -130,20 +131,29 @@ def check_optimizer(optimizer: str, folder: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_a_control_that_drives_the_steps_goes_on_from_before_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("control", "optimizer"),
+    list(zip(ON_THE_OPTIMIZER, ("adam", "sgd", "momentum", "adam"), strict=True)),
+)
+def test_a_control_on_the_optimizer_goes_on_bit_for_bit(
+    control: str, optimizer: str, tmp_path: Path
+) -> None:
+    """Those that drive the steps go on from before them: their own state is not saved."""
     settings_ = Settings(
         "mnist-sample",
         "tiny",
+        optimizer,
         activation="leaky_relu",
         teleport=TeleportSettings(Schedule(warmup_steps=10), batch_size=64, held_out_size=64),
     )
-    cell = Cell(settings_, Arm(0.05, True, rival="warm restarts"), 0, 0)
+    cell = Cell(settings_, Arm(0.05, True, rival=control), 0, 0)
     (tmp_path / "whole").mkdir()
     whole = run_cell(cell, data.load("mnist-sample"), tmp_path / "whole")
     path = resumed(cell, tmp_path, [30], 0.0)
     assert trajectory(path) == trajectory(whole)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row["step"] for row in rows if row["type"] == "resumed"] == [10]
+    began = [row["step"] for row in rows if row["type"] == "resumed"]
+    assert began == ([29] if control == "optimizer reset" else [10])
 
 
 def test_kill_9_at_any_moment(tmp_path: Path) -> None:

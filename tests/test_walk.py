@@ -4,8 +4,9 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleporter, TeleportReport, capture
 from teleport.coverage import cover
-from teleport.parallel import in_parallel
+from teleport.parallel import WORTH_THREADS, in_parallel, using_threads, worth_threads
 from teleport.teleporter import METHODS
-from teleport.walk import FrozenWalk, StreamedWalk, Walk
+from teleport.walk import FrozenWalk, StreamedWalk, Walk, _multiplications
 from tests.networks import GRAPHS, Task, task, without_dropout
 from tests.strategies import gradient_norm, seeds
 
@@ -243,18 +244,76 @@ def test_layers_in_parallel_are_layers_in_turn() -> None:
 
         assert in_parallel(work, list(range(7))) == [(n * n, 1) for n in range(7)]
         assert len(seen) == 3
+        assert in_parallel(work, list(range(3)), parallel=False) == [(n * n, 3) for n in range(3)]
+        assert len(seen) == 4
+        assert threading.get_ident() in seen
         assert torch.get_num_threads() == 3
         with pytest.raises(ZeroDivisionError):
             in_parallel(lambda n: 1 // n, [1, 0, 2])
         assert torch.get_num_threads() == 3
         problem = task("residual")
         walk = FrozenWalk(problem.model, cover(problem.model).sites, problem.closure)
-        many = named(walk.bases(walk.blocks, 1.0))
+        many = named(walk.bases(walk.blocks, 1.0, parallel=True))
         torch.set_num_threads(1)
         one = named(walk.bases(walk.blocks, 1.0))
         assert all(torch.equal(one[n].vectors, many[n].vectors) for n in one)
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_are_worth_it_by_the_work_beside_the_largest_job() -> None:
+    assert not worth_threads([])
+    assert not worth_threads([100 * WORTH_THREADS])
+    assert worth_threads([100 * WORTH_THREADS, WORTH_THREADS])
+    assert not worth_threads([100 * WORTH_THREADS, 0.999 * WORTH_THREADS])
+    layer = 513.0 * 128**2
+    assert [n for n in (2, 4, 8, 16, 32) if worth_threads([layer] * n)] == [32]
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.9])
+@pytest.mark.parametrize("pays", [True, False])
+def test_bases_are_made_at_the_same_time_where_the_rule_says_or_the_caller(
+    monkeypatch: pytest.MonkeyPatch, tau: float, pays: bool
+) -> None:
+    costs, asked = list[list[float]](), list[bool]()
+
+    def rule(multiplications: Iterable[float]) -> bool:
+        costs.append(sorted(multiplications))
+        return pays
+
+    def jobs(work: Any, items: Sequence[Any], parallel: bool) -> list[Any]:
+        asked.append(parallel)
+        return in_parallel(work, items, parallel)
+
+    monkeypatch.setattr("teleport.walk.worth_threads", rule)
+    monkeypatch.setattr("teleport.walk.in_parallel", jobs)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 9, bias=False)).double()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    sites = cover(model).sites
+    walk: Walk = FrozenWalk(model, sites, lambda: model(x).square().sum())
+    if tau < 1.0:
+        walk = StreamedWalk(model, sites, [lambda: model(x).square().sum()], {"0", "2"})
+    with using_threads(2):
+        found = [walk.bases(walk.blocks, tau, parallel=p) for p in (None, True, False)]
+    assert asked == [pays, True, False]
+    assert costs == [[6.0 * 6 * 6, 7.0 * 6 * 6]]
+    first = named(found[0])
+    assert all(torch.equal(named(f)[n].vectors, first[n].vectors) for f in found for n in first)
+
+
+def test_work_that_is_not_a_product_on_the_cpu_needs_no_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokens are counted; and a GPU has threads of its own."""
+    costs = list[float]()
+    monkeypatch.setattr("teleport.walk.worth_threads", lambda c: bool(costs.extend(c)))
+    model = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 3)).double()
+    tokens = torch.randint(50, (6,))
+    walk = FrozenWalk(model, cover(model).sites, lambda: model(tokens).square().sum())
+    walk.bases(walk.blocks, 1.0)
+    assert costs == [0.0, 5.0**3]
+    (elsewhere,) = cover(nn.Sequential(nn.Linear(4, 3, device="meta"))).blocks
+    assert _multiplications(elsewhere, 6) == 0.0
 
 
 class Living:

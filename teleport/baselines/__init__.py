@@ -24,6 +24,7 @@ from teleport.baselines.optimizer import (
     reset_optimizer,
 )
 from teleport.baselines.planar import BOOTH, ROSENBROCK, PlanarFunction, so2_teleport
+from teleport.baselines.preactivation import preactivation_action
 from teleport.baselines.symmetry import SymmetryTeleporter
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "growth_duration",
     "kept_energy",
     "layer_norms",
+    "preactivation_action",
     "rehearse",
     "reset_optimizer",
     "so2_teleport",

@@ -86,19 +86,19 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _move_norms(report: TeleportReport) -> dict[str, float]:
-    norms = {layer.name: layer.move_norm for layer in report.layers if layer.move_norm > 0.0}
-    if not norms:
-        raise ValueError(
-            f"the report has no layer that moved ({report.reason}); a control of the same norm "
-            "needs a teleport that did"
-        )
-    return norms
+    return {layer.name: layer.move_norm for layer in report.layers if layer.move_norm > 0.0}
+
+
+def _as_still(report: TeleportReport) -> Move:
+    """The control of a teleport that moved nothing: nothing."""
+    return Move((), f"the teleport to match moved nothing: {report.reason}")
 
 
 class NoiseTeleporter(Rival):
     """Gaussian noise, not projected, of the norm of a teleport's move in every layer.
 
-    Leaves the level set; nothing is rolled back unless ``max_drift`` is given. Cost: two gradients.
+    Leaves the level set; nothing is rolled back unless ``max_drift`` is given. Where the teleport
+    moved nothing, this moves nothing either. Cost: two gradients.
 
     Args:
         model: any module with the layers of the report.
@@ -107,7 +107,7 @@ class NoiseTeleporter(Rival):
         max_drift: largest relative change of the batch loss; None for no bound.
 
     Raises:
-        ValueError: if no layer moved in the report, or the model has not its layers.
+        ValueError: if the model has not the report's layers.
     """
 
     def __init__(
@@ -119,10 +119,13 @@ class NoiseTeleporter(Rival):
         max_drift: float | None = None,
     ) -> None:
         super().__init__(model, max_drift)
+        self._like = like
         self._norms = _of_blocks(self.coverage.blocks, _move_norms(like))
         self._generator = torch.Generator().manual_seed(seed)
 
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
+        if not self._norms:
+            return _as_still(self._like)
         for block, size in self._norms.items():
             matrix = block.part.matrix()
             noise = _normal(matrix, self._generator)
@@ -153,10 +156,12 @@ class RescaleLayers(Rival):
         self._norms = _of_blocks(self.coverage.blocks, norms)
 
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
-        for block, size in self._norms.items():
-            matrix = block.part.matrix()
+        present = {block: block.part.matrix() for block in self._norms}
+        if all(float(m.norm()) in (0.0, self._norms[block]) for block, m in present.items()):
+            return Move((), "every layer has the wanted norm already")
+        for block, matrix in present.items():
             if matrix.norm() > 0.0:
-                block.part.write(size / matrix.norm() * matrix)
+                block.part.write(self._norms[block] / matrix.norm() * matrix)
         return Move((1.0,), "layers rescaled to the norms a teleport reaches")
 
 
@@ -172,7 +177,7 @@ class RandomNullDirection(Rival):
     Args:
         model: any module with a covered layer.
         growth: wanted factor on the gradient norm; moves the layers a teleport could move.
-        like: report of the teleport to match; moves the layers that moved there.
+        like: report of the teleport to match; moves the layers that moved there, none if none did.
         tau: as in `Teleporter`.
         seed: of the directions; successive steps draw on.
         max_drift: largest relative change of the batch loss. Default 0.01.
@@ -196,12 +201,14 @@ class RandomNullDirection(Rival):
             raise ValueError("give either growth or like, a report")
         require("growth", growth, growth is None or 1.0 < growth < math.inf, "> 1 and finite")
         require("tau", tau, 0.0 < tau <= 1.0, "in (0, 1]")
-        self._growth, self._tau = growth, tau
+        self._growth, self._tau, self._like = growth, tau, like
         norms = {} if like is None else _move_norms(like)
         self._norms = _of_blocks(self.coverage.blocks, norms)
         self._generator = torch.Generator().manual_seed(seed)
 
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
+        if self._like is not None and not self._norms:
+            return _as_still(self._like)
         walk = self._walk(batch)
         wanted = self._norms or {b: 1.0 for b in walk.blocks if b not in walk.fixed}
         bases = walk.bases([block for block in wanted if block in walk.blocks], self._tau)

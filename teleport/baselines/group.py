@@ -113,7 +113,7 @@ def group_action(
         width = len(element)
         hidden = bend.forward(rows @ new[layer].mT)
         change = _change(bend, hidden, element, layer)
-        solve = _pseudo_inverse(rows.detach(), layer, pseudo_inverse)
+        solve = pseudo_inverse_of(rows.detach(), layer, pseudo_inverse)
         new[layer] = new[layer] + (solve @ change).mT
         undone = new[layer + 1][:, :width] @ _inverse(element, layer, inverse)
         new[layer + 1] = torch.cat([undone, new[layer + 1][:, width:]], dim=1)
@@ -156,8 +156,14 @@ def _inverse(element: Tensor, layer: int, kind: str) -> Tensor:
     return inverse
 
 
-def _pseudo_inverse(rows: Tensor, layer: int, kind: str) -> Tensor:
-    """``R⁺ [d_in, n]``; by QR it is ``Q L⁻ᵀ`` of ``Rᵀ = Q L``, for independent rows."""
+def pseudo_inverse_of(rows: Float[Tensor, "n d_in"], layer: int, kind: str) -> Tensor:
+    """``R⁺ [d_in, n]`` of a layer's inputs.
+
+    By QR it is ``Q L⁻ᵀ`` of ``Rᵀ = Q L``, for independent rows.
+
+    Raises:
+        ClosureError: if they are dependent, unless ``kind`` is ``"svd"``; layers count from 0.
+    """
     solution: Tensor
     if kind == "svd":
         solution = torch.linalg.pinv(rows)
@@ -182,18 +188,27 @@ def _pseudo_inverse(rows: Tensor, layer: int, kind: str) -> Tensor:
     return solution
 
 
-def bend_of(after: Sequence[tuple[str, nn.Module]]) -> Bend:
-    """The activation between two linear layers.
+def only_activation(after: Sequence[tuple[str, nn.Module]]) -> tuple[str, nn.Module]:
+    """Name and module of what is between two linear layers; the identity if nothing is.
 
     Raises:
-        UnsupportedModelError: if there are several, or it has no inverse in `INVERSES`.
+        UnsupportedModelError: if there are several.
     """
     if len(after) > 1:
         raise UnsupportedModelError(
             "symmetry teleportation needs at most one activation between two linear layers, got "
             + " and ".join(f"{name!r} ({type(m).__name__})" for name, m in after)
         )
-    name, module = after[0] if after else ("", nn.Identity())
+    return after[0] if after else ("", nn.Identity())
+
+
+def bend_of(after: Sequence[tuple[str, nn.Module]]) -> Bend:
+    """The activation between two linear layers.
+
+    Raises:
+        UnsupportedModelError: if there are several, or it has no inverse in `INVERSES`.
+    """
+    name, module = only_activation(after)
     if type(module) not in INVERSES:
         raise UnsupportedModelError(
             f"symmetry teleportation needs an invertible activation, and {name!r} is "

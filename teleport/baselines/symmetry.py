@@ -1,4 +1,8 @@
-"""Symmetry teleportation: ascend the gradient norm along `group_action`.
+"""Symmetry teleportation: ascend the gradient norm along a group action on hidden layers.
+
+Two actions are known. That of 2022 multiplies a hidden layer's activations by ``g`` and solves for
+the weights before them (`group_action`); that of 2023 multiplies the pre-activations and solves for
+the weights after them (`preactivation_action`).
 
 The direction in the Lie algebra is the gradient in ``M`` of ½‖∇L‖² at ``g = I + M``, ``M = 0``. By
 the chain rule it is the action's derivative applied to ``H g``, so one double backward pass serves
@@ -17,10 +21,13 @@ from teleport.baselines.batch import Batch, require
 from teleport.baselines.chain import chain
 from teleport.baselines.climb import Move, Ray, StepRule, climb
 from teleport.baselines.group import INVERSE_KINDS, PSEUDO_INVERSES, bend_of, group_action
+from teleport.baselines.preactivation import elementwise_of, preactivation_action
 from teleport.baselines.rival import MAX_DRIFT, Rival
 from teleport.capture import Closure, watch
 from teleport.coverage import Use
 from teleport.errors import ClosureError, GroupElementError
+
+ACTIONS = ("activations", "preactivations")
 
 
 class SymmetryTeleporter(Rival):
@@ -30,11 +37,12 @@ class SymmetryTeleporter(Rival):
     Other data's outputs move.
 
     Cost of a step: one double backward pass (about 4 gradients), and per hidden layer of width d
-    two pseudo-inverses, O(n² d), and one inverse, O(d³). With ``growth`` every trial of the line
-    search acts again.
+    two pseudo-inverses, O(n² d), and one inverse, O(d³); on pre-activations no inverse, but a
+    product, O(d³) too. With ``growth`` every trial of the line search acts again.
 
-    Limits: an ``nn.Sequential`` of ``nn.Linear`` with activations in `INVERSES` between them;
-    no more samples than the width of any hidden layer's input; samples linearly independent.
+    Limits: an ``nn.Sequential`` of ``nn.Linear`` with activations in `INVERSES` between them, on
+    pre-activations in `ELEMENTWISE`; no more samples than the width of any hidden layer's input, on
+    pre-activations of any hidden layer; samples linearly independent there.
 
     Args:
         model: the perceptron.
@@ -45,6 +53,8 @@ class SymmetryTeleporter(Rival):
         max_drift: largest relative change of the batch loss. Default 0.01.
         pseudo_inverse: ``"qr"``, or ``"svd"`` as in the published code, which is slower and takes
             dependent samples and more samples than inputs, by least squares: outputs then move.
+        action: on ``"activations"`` (2022), or on ``"preactivations"`` (2023), which needs no
+            inverse of anything.
 
     Raises:
         UnsupportedModelError: for another model, or an activation without an inverse.
@@ -61,9 +71,14 @@ class SymmetryTeleporter(Rival):
         growth: float | None = None,
         max_drift: float | None = MAX_DRIFT,
         pseudo_inverse: str = "qr",
+        action: str = "activations",
     ) -> None:
         super().__init__(model, max_drift)
         require("inverse", inverse, inverse in INVERSE_KINDS, f"one of {INVERSE_KINDS}")
+        require("action", action, action in ACTIONS, f"one of {ACTIONS}")
+        on_activations = action == "activations"
+        possible = on_activations or inverse == "exact"
+        require("inverse", inverse, possible, "'exact' on pre-activations: none is taken there")
         require(
             "pseudo_inverse",
             pseudo_inverse,
@@ -75,7 +90,9 @@ class SymmetryTeleporter(Rival):
         self._rule = StepRule(steps, lr, growth)
         stages = chain(model, self.coverage, (nn.Linear,), "symmetry teleportation")
         self._blocks = [stage.block for stage in stages]
-        self._bends = [bend_of(stage.after) for stage in stages[:-1]]
+        between = [stage.after for stage in stages[:-1]]
+        self._bends = [bend_of(after) for after in between] if on_activations else []
+        self._functions = [] if on_activations else [elementwise_of(after) for after in between]
 
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
         rows = self._first_inputs(batch.closures)
@@ -118,14 +135,12 @@ class SymmetryTeleporter(Rival):
         elements: Sequence[Tensor],
         inverse: str,
     ) -> list[Tensor]:
-        return group_action(
-            matrices,
-            rows,
-            elements,
-            self._bends,
-            inverse=inverse,
-            pseudo_inverse=self.pseudo_inverse,
-        )
+        kind = self.pseudo_inverse
+        if self._functions:
+            functions = self._functions
+            return preactivation_action(matrices, rows, elements, functions, pseudo_inverse=kind)
+        bends = self._bends
+        return group_action(matrices, rows, elements, bends, inverse=inverse, pseudo_inverse=kind)
 
     def _write(self, matrices: Sequence[Tensor]) -> None:
         for block, matrix in zip(self._blocks, matrices, strict=True):

@@ -1,0 +1,113 @@
+"""The web book: Sphinx, given its settings as a dictionary, with every warning an error."""
+
+import io
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from teleport.book.configuration import configuration
+from teleport.book.execute import execute
+from teleport.book.extras import needed
+from teleport.book.manifest import Book, Chapter, read_book
+from teleport.errors import BookError
+
+MARKER = ".buildinfo"
+"""The file by which Sphinx knows its own output folder."""
+
+TIMES = "execution.json"
+"""What each chapter took, in the folder of a book that was executed."""
+
+
+def build(
+    file: Path,
+    out: Path,
+    *,
+    run: bool = False,
+    started: Callable[[Chapter], None] = lambda chapter: None,
+) -> Path:
+    """Build the web book.
+
+    Args:
+        file: ``book.toml``.
+        out: Folder for the pages: a new one, an empty one, or an earlier book, which is replaced.
+        run: Run all chapters first, in a scratch folder; otherwise the committed outputs are shown.
+        started: Called before each chapter that is run.
+
+    Returns:
+        The first page.
+
+    Raises:
+        BookError: if ``book.toml`` is wrong, if a package of the extra ``book`` is missing, if
+            ``out`` holds something else, if a cell fails, or if Sphinx has anything to warn of.
+    """
+    book = read_book(file)
+    for extension in configuration(book)["extensions"]:
+        needed(extension)
+    with ExitStack() as stack:
+        source, seconds = book.source, None
+        if run:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            source = scratch / book.source.name
+            shutil.copytree(book.source, source, ignore=shutil.ignore_patterns(".*"))
+            seconds = execute(book, source, started)
+        _clear(out)
+        warnings = _run_sphinx(book, source, out)
+    if warnings:
+        raise BookError(
+            f"Sphinx warns, and every warning is an error; the pages are in {out} for a look:\n"
+            f"{warnings.replace(str(source), book.source.name)}"
+        )
+    if seconds is not None:
+        (out / TIMES).write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+    return out / f"{book.document(book.front)}.html"
+
+
+def _run_sphinx(book: Book, source: Path, out: Path) -> str:
+    """Build the pages from nothing; return what Sphinx warned of."""
+    sphinx, docutils = needed("sphinx.application"), needed("sphinx.util.docutils")
+    said = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as doctrees,
+        docutils.patch_docutils(),
+        docutils.docutils_namespace(),
+    ):
+        app = sphinx.Sphinx(
+            srcdir=str(source),
+            confdir=None,
+            outdir=str(out),
+            doctreedir=doctrees,
+            buildername="html",
+            confoverrides=configuration(book),
+            status=None,
+            warning=said,
+            freshenv=True,
+        )
+        app.build(force_all=True)
+    return re.sub("\x1b\\[[0-9;]*m", "", said.getvalue()).strip()
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier book; anything else is left alone."""
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MARKER).is_file():
+            raise BookError(f"{out} is not empty and holds no book; name another folder with --out")
+        shutil.rmtree(out)
+    elif out.exists() and not out.is_dir():
+        raise BookError(f"{out} is a file; name a folder with --out")
+
+
+def over_budget(book: Book, out: Path) -> list[str]:
+    """Which chapters took longer than their budget when the book in ``out`` was executed."""
+    if not (out / TIMES).is_file():
+        return []
+    seconds = json.loads((out / TIMES).read_text(encoding="utf-8"))
+    budgets = {c.file.relative_to(book.source).as_posix(): c.seconds for c in book.chapters}
+    return [
+        f"{name} took {taken:.0f} s, its budget is {budgets[name]:g} s"
+        for name, taken in seconds.items()
+        if name in budgets and taken > budgets[name]
+    ]

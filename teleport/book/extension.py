@@ -1,0 +1,128 @@
+"""What the book adds to Sphinx: generated parts, the box above each chapter, MathJax's files.
+
+A page asks for a generated part by its name in a comment line: ``<!-- contents -->`` on the first
+page, ``<!-- public names -->`` on that of the reference, ``<!-- citation -->`` on that of how to
+cite.
+"""
+
+import shutil
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import yaml
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.environment.collectors.toctree import TocTreeCollector
+
+from teleport import data as datasets
+from teleport.book.extras import needed
+from teleport.book.generated import citation, contents, public_names
+from teleport.book.manifest import Book, Chapter
+
+MATHJAX_FILES = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register with Sphinx."""
+    app.add_config_value("teleport_book", None, "")
+    app.connect("source-read", _fill_in)
+    app.connect("doctree-read", _add_box)
+    app.connect("build-finished", _copy_mathjax)
+    app.add_env_collector(ChapterNumbers)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+class ChapterNumbers(TocTreeCollector):
+    """Numbers the chapters as their files' names do; Sphinx by itself counts from 1.
+
+    It works after Sphinx's own collector, which has collected the tables of contents already.
+    """
+
+    def clear_doc(self, app: Sphinx, env: BuildEnvironment, docname: str) -> None:
+        """Sphinx's own collector does it."""
+
+    def merge_other(
+        self, app: Sphinx, env: BuildEnvironment, docnames: Set[str], other: BuildEnvironment
+    ) -> None:
+        """Sphinx's own collector does it."""
+
+    def process_doc(self, app: Sphinx, doctree: nodes.document) -> None:
+        """Sphinx's own collector does it."""
+
+    def assign_section_numbers(self, env: BuildEnvironment) -> list[str]:
+        """Number the sections of the chapters; return the documents to write again."""
+        changed = super().assign_section_numbers(env)
+        book: Book = env.config.teleport_book
+        for chapter in book.chapters:
+            name = book.document(chapter.file)
+            sections = env.toc_secnumbers.get(name, {})
+            for anchor, number in sections.items():
+                sections[anchor] = (chapter.number, *number[1:])
+            links = env.tocs[name].findall(nodes.reference)
+            for node in (*links, env.titles[name], env.longtitles[name]):
+                if "secnumber" in node:
+                    node["secnumber"] = (chapter.number, *node["secnumber"][1:])
+        return changed
+
+
+def _fill_in(app: Sphinx, document: str, source: list[str]) -> None:
+    book: Book = app.config.teleport_book
+    if "<!-- contents -->" in source[0]:
+        source[0] = source[0].replace("<!-- contents -->", contents(book))
+    if "<!-- public names -->" in source[0]:
+        source[0] = source[0].replace("<!-- public names -->", public_names())
+    if "<!-- citation -->" in source[0]:
+        cff = yaml.safe_load((book.file.parent / "CITATION.cff").read_text(encoding="utf-8"))
+        source[0] = source[0].replace("<!-- citation -->", citation(cff))
+
+
+def _add_box(app: Sphinx, doctree: nodes.document) -> None:
+    """Put the box 'Run it yourself' below the title of a chapter."""
+    book: Book = app.config.teleport_book
+    for chapter in book.chapters:
+        if book.document(chapter.file) == app.env.docname:
+            title = next(iter(doctree.findall(nodes.title)))
+            title.parent.insert(title.parent.index(title) + 1, _box(book, chapter))
+
+
+def _box(book: Book, chapter: Chapter) -> nodes.Node:
+    name = chapter.file.relative_to(book.file.parent).as_posix()
+    document = book.document(chapter.file)
+    fetch = [f"teleport data fetch {data}" for data in chapter.data if not _embedded(data)]
+    commands = ["pip install '.[book]'", *fetch, f"jupyter lab {name}"]
+    box = nodes.admonition("", classes=["run-it-yourself"])
+    box += nodes.title("", "Run it yourself")
+    box += nodes.paragraph("", "In the top folder of the repository:")
+    box += nodes.literal_block("\n".join(commands), "\n".join(commands), language="bash")
+    about = nodes.paragraph("", f"It takes less than {chapter.seconds:g} s on two cores. ")
+    if not fetch:
+        about += nodes.Text("It needs no network: its data come with the package. ")
+    about += nodes.reference("", "Download the notebook", refuri=f"_sources/{document}.ipynb")
+    about += nodes.Text(".")
+    box += about
+    if chapter.exercises is not None:
+        exercises = nodes.reference(
+            "", "its exercises", refuri=f"{book.document(chapter.exercises)}.html"
+        )
+        box += nodes.paragraph("", "", nodes.Text("There is a notebook with "), exercises)
+    return box
+
+
+def _embedded(name: str) -> bool:
+    return any(info.name == name and info.where == "embedded" for info in datasets.available())
+
+
+def _copy_mathjax(app: Sphinx, error: Exception | None) -> None:
+    """MathJax and its fonts lie in a package of their own, so that no page has to fetch them."""
+    if error is not None:
+        return
+    origin = Path(str(needed("sphinx-mathjax-offline").__file__)).parent / "static" / "mathjax"
+    target = Path(app.outdir) / "_static" / "mathjax"
+    for name in MATHJAX_FILES:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if (origin / name).is_dir():
+            shutil.copytree(origin / name, target / name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(origin / name, target / name)

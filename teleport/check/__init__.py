@@ -1,0 +1,100 @@
+"""Checks of functions that learners write: the smallest input on which one is wrong, and why.
+
+Every name is a check: call it with your function, as in ``check.projection(my_projection)``. It
+tries the function on small cases, prints a `Verdict` and returns it. ``check.CHECKS`` lists them;
+``check.projection.signature`` says what the function has to take and to return. Hypothesis finds
+the cases: ``pip install 'nullspace-teleport[course]'``.
+"""
+
+from teleport.check.attention import attention_rows, causal_tokens, layernorm_direction
+from teleport.check.convolution import conv_rows, grouped_projection
+from teleport.check.drift import drift_bound, held_out_drift, total_move
+from teleport.check.engine import Check
+from teleport.check.level_sets import largest_gradient, level_set_step, rotation, stationary
+from teleport.check.mlp import (
+    cap,
+    projection,
+    rows,
+    survivor,
+    teleport_gradient,
+    teleport_step,
+    weight_gradient,
+)
+from teleport.check.polynomial import adam_direction, growth_step, polynomial_degree
+from teleport.check.rank import basis, energy_rank, merged_basis, rank
+from teleport.check.recall import choice, value
+from teleport.check.rivals import balanced, change_of_basis, group_action
+from teleport.check.verdict import Verdict
+
+CHECKS = {
+    check.name: check
+    for check in (
+        rotation,
+        largest_gradient,
+        stationary,
+        rank,
+        energy_rank,
+        basis,
+        rows,
+        weight_gradient,
+        projection,
+        survivor,
+        teleport_gradient,
+        teleport_step,
+        cap,
+        conv_rows,
+        grouped_projection,
+        attention_rows,
+        layernorm_direction,
+        causal_tokens,
+        polynomial_degree,
+        growth_step,
+        adam_direction,
+        drift_bound,
+        held_out_drift,
+        total_move,
+        merged_basis,
+        group_action,
+        change_of_basis,
+        balanced,
+        level_set_step,
+    )
+}
+"""Every check of a function, by name, in the order of the chapters."""
+
+__all__ = [
+    "CHECKS",
+    "Check",
+    "Verdict",
+    "adam_direction",
+    "attention_rows",
+    "balanced",
+    "basis",
+    "cap",
+    "causal_tokens",
+    "change_of_basis",
+    "choice",
+    "conv_rows",
+    "drift_bound",
+    "energy_rank",
+    "group_action",
+    "grouped_projection",
+    "growth_step",
+    "held_out_drift",
+    "largest_gradient",
+    "layernorm_direction",
+    "level_set_step",
+    "merged_basis",
+    "polynomial_degree",
+    "projection",
+    "rank",
+    "rotation",
+    "rows",
+    "stationary",
+    "survivor",
+    "teleport_gradient",
+    "teleport_step",
+    "total_move",
+    "value",
+    "weight_gradient",
+]

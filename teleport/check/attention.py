@@ -1,0 +1,206 @@
+"""Chapter 5: whose rows each projection reads, and the direction that LayerNorm leaves free."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport.check.answers import alike
+from teleport.check.draw import Draw
+from teleport.check.engine import Case, Check, Mistake, Property
+
+
+def _rows(tokens: Tensor) -> Tensor:
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    return torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
+
+
+def _three(queries: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _rows(queries), _rows(context), _rows(context)
+
+
+def _tokens_case(draw: Draw) -> Case:
+    samples, width = draw.choice(1, 2), draw.choice(1, 2)
+    return {
+        "queries": draw.matrix(samples, draw.choice(1, 2), width),
+        "context": draw.matrix(samples, draw.choice(2, 1, 3), width),
+    }
+
+
+def _of_each(make: Any) -> Any:
+    return lambda queries, context: (make(queries), make(context), make(context))
+
+
+attention_rows = Check(
+    name="attention_rows",
+    chapter="05_attention",
+    takes={"queries": "[n, T, D]", "context": "[n, S, D]"},
+    gives="(R_q, R_k, R_v) as rows",
+    cases=_tokens_case,
+    answer=_three,
+    properties=[
+        Property(
+            "thm-span",
+            "q reads the tokens of the queries; k and v read those of the context: one row for "
+            "each token of each sample, with a 1 for the bias.",
+        )
+    ],
+    mistakes=[
+        Mistake(
+            "The bias column is forgotten: append a 1 to every row.",
+            _of_each(lambda x: x.reshape(-1, x.shape[-1])),
+        ),
+        Mistake(
+            "Keys and values read the context, not the queries.",
+            lambda q, c: (_rows(q), _rows(q), _rows(q)),
+        ),
+        Mistake(
+            "Only keys and values read the context; queries have rows of their own.",
+            lambda q, c: (_rows(c), _rows(c), _rows(c)),
+        ),
+        Mistake(
+            "Queries and context are swapped.",
+            lambda q, c: (_rows(c), _rows(q), _rows(q)),
+        ),
+        Mistake(
+            "Values are made from the context like keys; only their weights differ.",
+            lambda q, c: (_rows(q), _rows(c), _rows(q)),
+        ),
+        Mistake(
+            "The mean over the tokens loses rows: every token of every sample counts.",
+            _of_each(lambda x: _rows(x.mean(1))),
+        ),
+        Mistake(
+            "Only the first sample is there: join the tokens of all samples.",
+            _of_each(lambda x: _rows(x[:1])),
+        ),
+        Mistake(
+            "These are the tokens as columns; here they are wanted as rows.",
+            _of_each(lambda x: _rows(x).T),
+        ),
+        Mistake(
+            "Samples and tokens stay two axes: flatten them into one.",
+            _of_each(lambda x: torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)),
+        ),
+    ],
+)
+"""The input rows of the projections of (cross-)attention."""
+
+
+def _direction(gamma: Tensor, beta: Tensor) -> Tensor:
+    return torch.cat([1 / gamma, -(beta / gamma).sum()[None]])
+
+
+def _norm_case(draw: Draw) -> Case:
+    size = draw.choice(2, 3, 4)
+    signs = torch.tensor([draw.choice(1.0, -1.0) for _ in range(size)], dtype=torch.float64)
+    powers = torch.tensor([draw.choice(1.0, 2.0, 4.0) for _ in range(size)], dtype=torch.float64)
+    return {"gamma": signs * powers, "beta": draw.matrix(size)}
+
+
+def _normed(case: Case) -> Tensor:
+    """Rows behind the LayerNorm: one for each pair of coordinates, so that they span all."""
+    gamma, beta = case["gamma"], case["beta"]
+    centred = torch.eye(len(gamma), dtype=torch.float64) - 1 / len(gamma)
+    return torch.cat([gamma * centred + beta, centred.new_ones(len(gamma), 1)], dim=1)
+
+
+def _orthogonal(case: Case, got: Tensor) -> bool:
+    product = _normed(case) @ got
+    return alike(product, torch.zeros_like(product))
+
+
+layernorm_direction = Check(
+    name="layernorm_direction",
+    chapter="05_attention",
+    takes={"gamma": "[d], no 0", "beta": "[d]"},
+    gives="[d + 1], any length but 0",
+    cases=_norm_case,
+    answer=_direction,
+    properties=[
+        Property(
+            "thm-layernorm",
+            "The direction is orthogonal to every row behind the LayerNorm, its 1 included.",
+            _orthogonal,
+        ),
+        Property(
+            "thm-layernorm", "The direction is not 0.", lambda case, got: bool(got.norm() > 1e-9)
+        ),
+    ],
+    mistakes=[
+        Mistake(
+            "The rows are (h - β)/γ with sum 0: the weights are divided by γ, not multiplied.",
+            lambda gamma, beta: torch.cat([gamma, -(beta * gamma).sum()[None]]),
+        ),
+        Mistake(
+            "The bias entry has the wrong sign: it takes away what β contributes.",
+            lambda gamma, beta: torch.cat([1 / gamma, (beta / gamma).sum()[None]]),
+        ),
+        Mistake(
+            "The bias entry is missing: with β the rows do not sum to 0 without it.",
+            lambda gamma, beta: torch.cat([1 / gamma, gamma.new_zeros(1)]),
+        ),
+        Mistake(
+            "β is divided by γ, too, before it is summed.",
+            lambda gamma, beta: torch.cat([1 / gamma, -beta.sum()[None]]),
+        ),
+        Mistake(
+            "All entries equal would be right for γ = 1 only: divide by γ.",
+            lambda gamma, beta: torch.cat([torch.ones_like(gamma), -beta.sum()[None]]),
+        ),
+        Mistake(
+            "The bias is the last entry, not the first.",
+            lambda gamma, beta: _direction(gamma, beta).roll(1),
+        ),
+    ],
+)
+"""The direction of a map behind a LayerNorm that no data can see."""
+
+
+def _causal_case(draw: Draw) -> Case:
+    tokens = draw.integer(1, 4)
+    return {"tokens": tokens, "read": draw.integer(0, tokens - 1)}
+
+
+def _counts(tokens: int, read: int) -> Tensor:
+    return torch.arange(tokens) <= read
+
+
+causal_tokens = Check(
+    name="causal_tokens",
+    chapter="05_attention",
+    takes={"tokens": "T", "read": "position the loss reads, from 0"},
+    gives="[T], True or False",
+    cases=_causal_case,
+    answer=_counts,
+    properties=[
+        Property(
+            "thm-invariance",
+            "Under a causal mask a loss that reads one position depends on the tokens up to it, "
+            "itself included: only their keys and values have to stay.",
+        )
+    ],
+    mistakes=[
+        Mistake(
+            "The position that is read sees itself, too.",
+            lambda tokens, read: torch.arange(tokens) < read,
+        ),
+        Mistake(
+            "Causal means that a position sees those *before* it, not behind it.",
+            lambda tokens, read: torch.arange(tokens) >= read,
+        ),
+        Mistake(
+            "These are all tokens: the mask hides those behind the position.",
+            lambda tokens, read: torch.ones(tokens, dtype=torch.bool),
+        ),
+        Mistake(
+            "The position that is read alone is not enough: its query sees the earlier keys.",
+            lambda tokens, read: torch.arange(tokens) == read,
+        ),
+        Mistake(
+            "You marked the tokens that do *not* count.",
+            lambda tokens, read: torch.arange(tokens) > read,
+        ),
+    ],
+)
+"""Which tokens count under a causal mask."""

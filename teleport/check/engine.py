@@ -1,0 +1,379 @@
+"""One definition of what is right, for learners and for the library's own tests.
+
+A `Check` holds a way to draw cases, the right answer, the properties it has to have, each with its
+theorem, and the mistakes that are usually made. Called with a function it tries the function on
+cases, shrinks a failing one, and compares *all* answers with what each mistake would have given:
+a hint is a finding, not a guess.
+"""
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from teleport.check.answers import alike, factor, misfit, transposed
+from teleport.check.draw import Draw, hypothesis
+from teleport.check.guard import LIMIT, Outcome, call, copied
+from teleport.check.literal import cut, literal, statements
+from teleport.check.verdict import Verdict
+
+CASES = 40
+"""Cases of the survey that decides; shrinking a failing one tries more."""
+
+SMALLER = 150
+"""Cases that the search for a smaller one may try."""
+
+BUDGET = 3.5
+"""Seconds after which no new case is tried."""
+
+Case = Mapping[str, Any]
+Answer = Any
+
+
+@dataclass(frozen=True)
+class Property:
+    """Something that holds for right answers.
+
+    Attributes:
+        theorem: its label in the book.
+        statement: in words.
+        holds: of the case and the answer, which is of the right kind and finite; None is for the
+            property of being the right answer, where there is only one.
+    """
+
+    theorem: str
+    statement: str
+    holds: Callable[[Case, Answer], bool] | None = None
+
+    def fails(self, case: Case, answer: Answer, right: Answer) -> bool:
+        """Whether the answer does not have it."""
+        if self.holds is None:
+            return not alike(answer, right)
+        return not self.holds(case, answer)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A usual mistake: what it answers, and what to tell who makes it.
+
+    Attributes:
+        hint: one or two sentences.
+        answer: takes what the learner's function takes.
+    """
+
+    hint: str
+    answer: Callable[..., Answer]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Checks a function that a learner wrote; call it with the function.
+
+    Attributes:
+        name: its name in ``teleport.check``.
+        chapter: notebook that teaches it, without suffix.
+        takes: the arguments by name, in order, with their shape or kind.
+        gives: shape or kind of the answer.
+        cases: draws a case: the values of the arguments.
+        answer: the right answer.
+        properties: in the order in which they are tried, the most telling first.
+        mistakes: what usually goes wrong.
+        fits: what is wrong with the kind of an answer, if it need not look like the right one.
+        view: what of an answer is unique, for comparisons with mistakes.
+    """
+
+    name: str
+    chapter: str
+    takes: Mapping[str, str]
+    gives: str
+    cases: Callable[[Draw], Case]
+    answer: Callable[..., Answer]
+    properties: Sequence[Property]
+    mistakes: Sequence[Mistake] = ()
+    fits: Callable[[Case, Answer, Answer], tuple[str, str] | None] = lambda case, answer, right: (
+        misfit(answer, right)
+    )
+    view: Callable[[Answer], Answer] = field(default=lambda answer: answer)
+
+    def __call__(self, fn: Callable[..., Any], *, quiet: bool = False) -> Verdict:
+        """Try ``fn``, print the verdict unless ``quiet``, and return it.
+
+        Raises:
+            CheckError: if Hypothesis is not installed.
+        """
+        verdict = examine(self, fn)
+        LOG.append(verdict)
+        if not quiet:
+            print(verdict)  # noqa: T201
+        return verdict
+
+    @property
+    def theorem(self) -> str:
+        """The theorem that the check is mainly about."""
+        return self.properties[0].theorem
+
+    @property
+    def signature(self) -> str:
+        """What the function takes and returns."""
+        arguments = ", ".join(f"{name} {kind}" for name, kind in self.takes.items())
+        return f"{self.name}({arguments}) -> {self.gives}"
+
+
+LOG: list[Verdict] = []
+"""Every verdict of this process; `teleport check` reads it."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an attempt is wrong."""
+
+    theorem: str
+    statement: str
+    expected: str
+    got: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A case, what came of it, and what is wrong with that."""
+
+    case: Case
+    outcome: Outcome
+    problem: Problem | None
+
+    @property
+    def size(self) -> tuple[bool, int, str]:
+        """For the smallest counterexample: the one with the shortest code, none of it empty."""
+        code = "".join(
+            line for name, value in self.case.items() for line in statements(name, value)
+        )
+        return "torch.empty" in code, len(code), code
+
+
+class _FailingError(Exception):
+    """Tells Hypothesis that a case is worth shrinking."""
+
+
+class _Enough(BaseException):
+    """Ends a search at once; Hypothesis lets it pass."""
+
+
+def examine(check: Check, fn: Callable[..., Any]) -> Verdict:
+    """The verdict on a function.
+
+    Raises:
+        CheckError: if Hypothesis is not installed.
+    """
+    refused = _unusable(check, fn)
+    if refused is not None:
+        return refused
+    stop = time.monotonic() + BUDGET
+    survey: list[Attempt] = []
+    _search(check, fn, survey, stop, shrink=False)
+    failures = [attempt for attempt in survey if attempt.problem]
+    if not failures:
+        return Verdict(check.name, True, check.theorem, check.chapter, cases=len(survey))
+    if not any(attempt.outcome.timed_out for attempt in survey):
+        _search(check, fn, failures, stop, shrink=True)
+    worst = min((a for a in failures if a.problem), key=lambda attempt: attempt.size)
+    return _told(check, fn, worst, survey)
+
+
+def _search(
+    check: Check, fn: Callable[..., Any], attempts: list[Attempt], stop: float, *, shrink: bool
+) -> None:
+    """Try cases and append what came; with ``shrink``, smaller ones from the first failure."""
+    library = hypothesis()
+    phase = library.Phase
+    phases = (phase.generate, phase.shrink) if shrink else (phase.generate,)
+    most = len(attempts) + (SMALLER if shrink else CASES)
+
+    def cases(draw: Callable[[Any], Any]) -> Case:
+        return check.cases(Draw(draw))
+
+    def attempt(case: Case) -> None:
+        if attempts and (time.monotonic() > stop or len(attempts) >= most):
+            raise _Enough
+        attempts.append(_attempt(check, fn, case))
+        if attempts[-1].outcome.timed_out:
+            raise _Enough
+        if shrink and attempts[-1].problem:
+            raise _FailingError
+
+    options = library.settings(
+        max_examples=CASES,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=phases,
+        report_multiple_bugs=False,
+        suppress_health_check=list(library.HealthCheck),
+        verbosity=library.Verbosity.quiet,
+    )
+    try:
+        options(library.given(library.strategies.composite(cases)())(attempt))()
+    except (_Enough, _FailingError, library.errors.Flaky):
+        # A function that answers differently each time is flaky to Hypothesis, and wrong to us.
+        return
+
+
+def _attempt(check: Check, fn: Callable[..., Any], case: Case) -> Attempt:
+    outcome = call(fn, case)
+    return Attempt(case, outcome, _problem(check, case, outcome))
+
+
+def _problem(check: Check, case: Case, outcome: Outcome) -> Problem | None:
+    right = check.answer(*map(copied, case.values()))
+    expected, main = literal(right), check.properties[0]
+
+    def problem(got: str, advice: str = "") -> Problem:
+        return Problem(main.theorem, main.statement, expected, got, advice)
+
+    if outcome.timed_out:
+        statement, got = "An answer comes within a second.", f"no answer after {LIMIT:g} s"
+        advice = "Look for a loop whose condition never becomes false."
+        return Problem("", statement, expected, got, advice)
+    if outcome.raised is not None:
+        return problem(*_exception(outcome.raised))
+    if outcome.changed:
+        names = " and ".join(f"`{name}`" for name in outcome.changed)
+        advice = f"Work on a copy, {outcome.changed[0]}.clone(), or write x = x + y for x += y."
+        got = f"{names} changed in place"
+        return Problem("", "The arguments stay as they are.", expected, got, advice)
+    wrong_kind = check.fits(case, outcome.value, right)
+    if wrong_kind is not None:
+        return problem(f"{wrong_kind[0]}: {literal(outcome.value)}", wrong_kind[1])
+    if not _finite(outcome.value):
+        advice = "NaN comes from 0/0, infinity from a division by 0: which divisor can be 0 here?"
+        return problem(literal(outcome.value), advice)
+    for prop in check.properties:
+        if prop.fails(case, outcome.value, right):
+            return Problem(prop.theorem, prop.statement, expected, literal(outcome.value))
+    return None
+
+
+def _exception(error: BaseException) -> tuple[str, str]:
+    """What was raised, and advice where its cause is certain."""
+    text = cut(str(error).split("\n")[0], 200)
+    raised = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    advice = ""
+    if isinstance(error, SystemExit):
+        raised = "exit() was called"
+        advice = "Leave a function with `return`; exit() and sys.exit() end the whole program."
+    elif isinstance(error, NotImplementedError):
+        advice = "Replace the line that raises NotImplementedError by your answer."
+    elif isinstance(error, ModuleNotFoundError):
+        advice = "The exercises need nothing but torch, numpy and the standard library."
+    elif isinstance(error, RuntimeError) and "dtype" in text:
+        advice = (
+            "Two tensors of different dtype meet. The inputs are float64: give new tensors the "
+            "dtype of the inputs, as in torch.eye(n, dtype=x.dtype) or x.new_ones(n)."
+        )
+    elif isinstance(error, RuntimeError) and "requires grad" in text:
+        advice = "Differentiate by copies that ask for it: w.detach().clone().requires_grad_()."
+    return raised, advice
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_finite, value))
+    return bool(torch.as_tensor(value).isfinite().all())
+
+
+def _unusable(check: Check, fn: Any) -> Verdict | None:
+    """The verdict on what cannot be called with the arguments of the check."""
+    takes = f"The function is {check.signature}."
+
+    def wrong(got: str, hint: str) -> Verdict:
+        theorem, chapter = check.theorem, check.chapter
+        return Verdict(check.name, False, theorem, chapter, takes, "", check.signature, got, hint)
+
+    if not callable(fn):
+        got = f"{type(fn).__name__} {cut(repr(fn), 60)}"
+        return wrong(got, f"Pass the function itself: check.{check.name}(my_function).")
+    try:
+        inspect.signature(fn).bind(*check.takes)
+    except TypeError as error:
+        hint = f"It is called with {len(check.takes)} arguments, in this order."
+        return wrong(f"{_name(fn)}{inspect.signature(fn)}: {error}", hint)
+    except ValueError:  # compiled functions have no signature to look at
+        return None
+    return None
+
+
+def _told(check: Check, fn: Callable[..., Any], worst: Attempt, survey: list[Attempt]) -> Verdict:
+    """The verdict on a wrong function, from its smallest counterexample."""
+    problem = worst.problem
+    assert problem is not None
+    lines = ["import torch", ""]
+    for name, value in worst.case.items():
+        lines += statements(name, value)
+    lines.append(f"got = {_name(fn)}({', '.join(worst.case)})")
+    lines.append(f"expected = {problem.expected}")
+    return Verdict(
+        check=check.name,
+        passed=False,
+        theorem=problem.theorem,
+        chapter=check.chapter,
+        statement=problem.statement,
+        counterexample="\n".join(lines),
+        expected=problem.expected,
+        got=problem.got,
+        hint=_diagnosis(check, survey) or problem.advice,
+        printed=worst.outcome.printed,
+        cases=len(survey),
+    )
+
+
+def _diagnosis(check: Check, survey: list[Attempt]) -> str:
+    """The hint of the first mistake that gives all the answers of the survey, or nothing."""
+    for mistake in [*check.mistakes, *_general(check)]:
+        if all(_explains(check, mistake, attempt) for attempt in survey):
+            return mistake.hint
+    constant = _constant(check, survey)
+    return "" if constant is None else f"Every answer is {constant:g} times what it should be."
+
+
+def _explains(check: Check, mistake: Mistake, attempt: Attempt) -> bool:
+    try:
+        answer = mistake.answer(*map(copied, attempt.case.values()))
+        if not attempt.outcome.returned:
+            return False
+        return alike(check.view(attempt.outcome.value), check.view(answer))
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
+        # Where the mistake leads to no answer, it explains that there is none.
+        return attempt.outcome.raised is not None
+
+
+def _general(check: Check) -> Iterator[Mistake]:
+    yield Mistake(
+        "The result is transposed: check which side the matrices are multiplied from.",
+        lambda *arguments: transposed(check.answer(*arguments)),
+    )
+
+
+def _constant(check: Check, survey: list[Attempt]) -> float | None:
+    """The number that all answers are too large by, if it is one number."""
+    found = set()
+    for attempt in survey:
+        right = check.answer(*map(copied, attempt.case.values()))
+        if not attempt.outcome.returned:
+            return None
+        if alike(right, attempt.outcome.value):
+            value = factor(right, right)
+        else:
+            value = factor(attempt.outcome.value, right)
+            if value is None:
+                return None
+        if value is not None:
+            found.add(round(value, 9))
+    return found.pop() if len(found) == 1 and found != {1.0} else None
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    name = getattr(fn, "__name__", "fn")
+    return name if name.isidentifier() else "fn"

@@ -1,0 +1,202 @@
+"""Grading a file of answers: every exercise on its own, whatever the others do.
+
+The answers run in a process of their own, in an empty folder. A piece that hangs or ends the
+process is left out, and the rest is run again without it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from teleport.check.draw import hypothesis
+from teleport.check.submission import Unit, read_submission
+from teleport.check.verdict import Verdict
+from teleport.errors import CheckError
+
+START_LIMIT = 120.0
+"""Seconds for the process to start: importing PyTorch on a busy machine takes a while."""
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """What an exercise got.
+
+    Attributes:
+        name: of the exercise.
+        place: where it stands in the file.
+        points: what it got.
+        possible: what it could get.
+        reason: why it failed, beside what its verdicts say.
+        verdicts: of the checks it called.
+    """
+
+    name: str
+    place: str
+    points: float
+    possible: float
+    reason: str = ""
+    verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether it got all its points."""
+        return self.points == self.possible
+
+
+@dataclass(frozen=True)
+class Grades:
+    """What a file of answers got; print it."""
+
+    path: str
+    exercises: tuple[Exercise, ...]
+
+    @property
+    def points(self) -> float:
+        """Points of all exercises together."""
+        return sum(exercise.points for exercise in self.exercises)
+
+    @property
+    def possible(self) -> float:
+        """Points that all exercises together could get."""
+        return sum(exercise.possible for exercise in self.exercises)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every exercise got all its points."""
+        return all(exercise.passed for exercise in self.exercises)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        exercises = [{**asdict(e), "passed": e.passed} for e in self.exercises]
+        totals = {"points": self.points, "possible": self.possible, "passed": self.passed}
+        return {"path": self.path, **totals, "exercises": exercises}
+
+
+@dataclass
+class _Run:
+    """What the processes have told so far; a piece without an entry has not ended."""
+
+    ended: dict[int, dict[str, Any]] = field(default_factory=dict)
+    broken: dict[int, str] = field(default_factory=dict)
+
+
+def grade(path: Path, time_limit: float = 10.0) -> Grades:
+    """Grade a ``.py`` or ``.ipynb`` file.
+
+    Args:
+        path: of the file.
+        time_limit: seconds for each piece of it: a cell, or a statement.
+
+    Raises:
+        CheckError: if the file cannot be graded at all, or Hypothesis is not installed.
+    """
+    hypothesis()
+    units = read_submission(path)
+    run = _Run()
+    with tempfile.TemporaryDirectory(prefix="teleport-check-") as folder:
+        while not _run_rest(path.resolve(), Path(folder), units, time_limit, run):
+            pass
+    return Grades(str(path), tuple(_graded(units, run)))
+
+
+def _run_rest(path: Path, folder: Path, units: list[Unit], limit: float, run: _Run) -> bool:
+    """Run all pieces but the broken ones; whether the process came to its end."""
+    work = folder / "work"
+    work.mkdir(exist_ok=True)
+    results = folder / "results"
+    results.write_text("")
+    command = [sys.executable, "-m", "teleport.check.worker", str(path), str(results)]
+    command += [str(index) for index in run.broken]
+    nothing = subprocess.DEVNULL
+    package = str(Path(__file__).parents[2])
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": os.pathsep.join(paths)}
+    process = subprocess.Popen(
+        command,
+        cwd=work,
+        stdin=nothing,
+        stdout=nothing,
+        stderr=nothing,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        return _follow(process, results, len(units), limit, run)
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process, and where there are process groups, what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+    process.wait()
+
+
+def _follow(
+    process: subprocess.Popen[bytes], results: Path, count: int, limit: float, run: _Run
+) -> bool:
+    """Read what the process tells until it ends or takes too long."""
+    current, started, seen, allowed = -1, time.monotonic(), 0, START_LIMIT
+    run.ended.clear()
+    while True:
+        alive = process.poll() is None
+        lines = results.read_text(encoding="utf-8").splitlines(keepends=True)
+        for line in lines[seen:]:
+            if not line.endswith("\n"):
+                break
+            seen += 1
+            message = json.loads(line)
+            started, allowed = time.monotonic(), limit
+            current = message.get("begin", current)
+            if "end" in message:
+                run.ended[message["end"]] = message
+                current = -1
+        if len(run.ended) + len(run.broken) == count:
+            return True
+        if alive and time.monotonic() - started <= allowed:
+            time.sleep(0.02)
+            continue
+        if current < 0:
+            raise CheckError(
+                "the process that runs the answers "
+                + ("did not start in time" if alive else f"ended with code {process.returncode}")
+            )
+        run.broken[current] = (
+            f"no end after {limit:g} seconds"
+            if alive
+            else f"it ended the process (exit code {process.returncode})"
+        )
+        return False
+
+
+def _graded(units: list[Unit], run: _Run) -> list[Exercise]:
+    found, failures = [], []
+    for index, unit in enumerate(units):
+        message = run.ended.get(index, {"error": run.broken.get(index, ""), "verdicts": []})
+        verdicts = tuple(Verdict(**verdict) for verdict in message["verdicts"])
+        error = message["error"]
+        if not unit.exercise:
+            if error:
+                failures.append(f"{unit.place}: {error}")
+            continue
+        passed = not error and all(verdicts)
+        # The text of a verdict that an assertion repeats is in the verdict already.
+        reason = "" if passed or (verdicts and not all(verdicts)) else error
+        missing = any("NameError" in text for text in (error, *(v.got for v in verdicts)))
+        if missing and failures:
+            reason = "\n".join(filter(None, [reason, "earlier, in " + "; in ".join(failures)]))
+        points = unit.points if passed else 0.0
+        found.append(Exercise(unit.exercise, unit.place, points, unit.points, reason, verdicts))
+    return found

@@ -1,0 +1,185 @@
+"""Calling a function that somebody is still writing: bounded in time and output, no side effects.
+
+A loop of Python code is ended by a signal where there is one, in the main thread on Unix, and
+otherwise left alone in a thread that nobody waits for. A loop inside one call of compiled code
+cannot be ended from within its process; ``teleport check FILE`` ends the process.
+"""
+
+import contextlib
+import io
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIMIT = 1.0
+"""Seconds that one call may take. The cases are tiny: a right answer takes milliseconds."""
+
+PRINTED = 200
+"""Characters that are kept of what the function prints."""
+
+
+class TimeUp(BaseException):
+    """Not an `Exception`, so that the function's own ``except Exception`` does not hold it up."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one call.
+
+    Attributes:
+        value: what was returned; tensors are detached.
+        raised: the exception instead, or None.
+        timed_out: whether the call was ended.
+        changed: names of arguments whose values were changed in place.
+        printed: the beginning of what was printed.
+    """
+
+    value: Any = None
+    raised: BaseException | None = None
+    timed_out: bool = False
+    changed: tuple[str, ...] = ()
+    printed: str = ""
+
+    @property
+    def returned(self) -> bool:
+        """Whether there is a value."""
+        return self.raised is None and not self.timed_out
+
+
+class Bounded(io.TextIOBase):
+    """A text stream that keeps the beginning of what is written and counts the rest."""
+
+    def __init__(self, most: int = PRINTED) -> None:
+        super().__init__()
+        self._most = most
+        self._kept = ""
+        self._count = 0
+
+    def write(self, text: str) -> int:
+        """Take in text; never raises, never grows."""
+        self._kept += text[: self._most - len(self._kept)]
+        self._count += len(text)
+        return len(text)
+
+    def getvalue(self) -> str:
+        """The beginning, and how much more there was."""
+        more = self._count - len(self._kept)
+        return self._kept + (f" … ({more} more characters)" if more else "")
+
+
+def copied(value: Any) -> Any:
+    """A value of a case whose tensors are new."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(copied, value))
+    return value
+
+
+def detached(value: Any) -> Any:
+    """A value without the graph of its tensors."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if type(value) in (list, tuple):
+        return type(value)(map(detached, value))
+    return value
+
+
+def call(fn: Callable[..., Any], case: Mapping[str, Any], limit: float = LIMIT) -> Outcome:
+    """Call ``fn`` with copies of the values of a case, in their order."""
+    arguments = {name: copied(value) for name, value in case.items()}
+    stream = Bounded()
+    value, raised, timed_out = None, None, False
+    with _settings_kept(), contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        try:
+            value = detached(run_within(limit, lambda: fn(*arguments.values())))
+        except TimeUp:
+            timed_out = True
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # exit() in a learner's function is a SystemExit
+            raised = error
+    changed = tuple(name for name in case if not _same(case[name], arguments[name]))
+    return Outcome(value, raised, timed_out, changed, stream.getvalue())
+
+
+@contextlib.contextmanager
+def _settings_kept() -> Iterator[None]:
+    """Known random numbers inside; torch's global settings as before after it."""
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(grad)
+
+
+def _same(before: Any, after: Any) -> bool:
+    if isinstance(before, Tensor):
+        return (
+            isinstance(after, Tensor)
+            and before.shape == after.shape
+            and before.dtype == after.dtype
+            and bool(torch.equal(before, after.detach()))
+        )
+    if isinstance(before, (list, tuple)):
+        pairs = zip(before, after, strict=False)
+        return len(before) == len(after) and all(_same(a, b) for a, b in pairs)
+    return True  # numbers and functions cannot be changed in place
+
+
+def run_within(limit: float, work: Callable[[], Any]) -> Any:
+    """What ``work`` returns.
+
+    Raises:
+        TimeUp: if it takes longer than ``limit`` seconds.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if main and hasattr(signal, "setitimer") and signal.getitimer(signal.ITIMER_REAL)[0] == 0:
+        return _run_with_alarm(limit, work)
+    return _run_in_thread(limit, work)
+
+
+def _run_with_alarm(limit: float, work: Callable[[], Any]) -> Any:
+    armed = True
+
+    def ring(number: int, frame: Any) -> None:
+        if armed:
+            raise TimeUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        # It rings again: the first may be caught by a bare ``except`` in the function.
+        signal.setitimer(signal.ITIMER_REAL, limit, 0.05)
+        return work()
+    finally:
+        armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _run_in_thread(limit: float, work: Callable[[], Any]) -> Any:
+    found: list[Any] = []
+    errors: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    thread.join(limit)
+    if errors:
+        raise errors[0]
+    if not found:
+        raise TimeUp
+    return found[0]

@@ -1,0 +1,237 @@
+"""Chapter 1: level sets that one can draw."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport.check.answers import alike
+from teleport.check.draw import Draw
+from teleport.check.engine import Case, Check, Mistake, Property
+
+MATRIX = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
+SHIFT = torch.tensor([7.0, 5.0], dtype=torch.float64)
+
+
+def booth(point: Tensor) -> Tensor:
+    """``‖J p - s‖²``, Booth's function."""
+    return (MATRIX @ point - SHIFT).square().sum()
+
+
+def _turn(vector: Tensor, angle: float) -> Tensor:
+    c, s = math.cos(angle), math.sin(angle)
+    return torch.tensor([[c, -s], [s, c]], dtype=torch.float64) @ vector
+
+
+def _rotated(point: Tensor, angle: float) -> Tensor:
+    turned: Tensor = torch.linalg.solve(MATRIX, _turn(MATRIX @ point - SHIFT, angle) + SHIFT)
+    return turned
+
+
+def _rotation_case(draw: Draw) -> Case:
+    angle = draw.choice(math.pi / 2, math.pi, 0.0, -math.pi / 2, 0.5)
+    return {"point": draw.matrix(2), "angle": angle}
+
+
+rotation = Check(
+    name="rotation",
+    chapter="01_level_sets",
+    takes={"point": "[2]", "angle": "in radians"},
+    gives="[2]",
+    cases=_rotation_case,
+    answer=_rotated,
+    properties=[
+        Property(
+            "eq-level-functions",
+            "Booth's function has the same value at the new point.",
+            lambda case, got: alike(booth(got), booth(case["point"])),
+        ),
+        Property(
+            "eq-level-functions", "q = J p - (7, 5) is turned by the angle, against the clock."
+        ),
+    ],
+    mistakes=[
+        Mistake(
+            "You turned the point itself. Turn q = J p - (7, 5): its length squared is the value.",
+            _turn,
+        ),
+        Mistake(
+            "You turned the other way: the matrix is [[cos, -sin], [sin, cos]].",
+            lambda point, angle: _rotated(point, -angle),
+        ),
+        Mistake(
+            "You return the turned q. Solve J p = q + (7, 5) for the point.",
+            lambda point, angle: _turn(MATRIX @ point - SHIFT, angle),
+        ),
+        Mistake(
+            "You forgot to add (7, 5) again before you solve for the point.",
+            lambda p, angle: torch.linalg.solve(MATRIX, _turn(MATRIX @ p - SHIFT, angle)),
+        ),
+        Mistake(
+            "The angle is in radians, not in degrees.",
+            lambda point, angle: _rotated(point, math.radians(angle)),
+        ),
+    ],
+)
+"""A teleport on a level set of Booth's function, by an angle."""
+
+
+def _largest(hessian: Tensor, value: float) -> float:
+    return math.sqrt(2 * value * float(torch.linalg.eigvalsh(hessian)[-1]))
+
+
+def _quadratic_case(draw: Draw) -> Case:
+    size = draw.choice(2, 3, 1)
+    axes = draw.orthonormal(size, size)
+    hessian = axes @ torch.diag(draw.positive(size)) @ axes.T
+    return {"hessian": (hessian + hessian.T) / 2, "value": float(draw.integer(1, 4))}
+
+
+largest_gradient = Check(
+    name="largest_gradient",
+    chapter="01_level_sets",
+    takes={"hessian": "[d, d], positive definite", "value": "> 0"},
+    gives="number",
+    cases=_quadratic_case,
+    answer=_largest,
+    properties=[
+        Property(
+            "thm-newton",
+            "On the level set of a quadratic function with this value the gradient is at most "
+            "√(2 c λ) long, λ the largest eigenvalue of the Hessian.",
+        )
+    ],
+    mistakes=[
+        Mistake(
+            "That is the shortest gradient: take the largest eigenvalue.",
+            lambda h, c: math.sqrt(2 * c * float(torch.linalg.eigvalsh(h)[0])),
+        ),
+        Mistake("That is the square of the norm: take the root.", lambda h, c: _largest(h, c) ** 2),
+        Mistake(
+            "The factor 2 is missing: the value is half of (p - m)ᵀ A (p - m).",
+            lambda h, c: _largest(h, c / 2),
+        ),
+        Mistake(
+            "The value is a factor under the root as well: √(2 c λ).",
+            lambda h, c: _largest(h, 0.5),
+        ),
+        Mistake(
+            "You took the trace, the sum of all eigenvalues, for the largest one.",
+            lambda h, c: math.sqrt(2 * c * float(h.trace())),
+        ),
+    ],
+)
+"""The longest gradient on a level set of a quadratic function."""
+
+
+def _stationary(gradient: Tensor, hessian: Tensor) -> bool:
+    image = hessian @ gradient
+    return alike(image * (gradient @ gradient), gradient * (gradient @ image))
+
+
+def _stationary_case(draw: Draw) -> Case:
+    hessian = torch.diag(draw.positive(2))
+    hessian[0, 1] = hessian[1, 0] = float(draw.integer(0, 3))
+    kind = draw.choice("any", "eigenvector")
+    gradient = draw.positive(2, high=3) * torch.tensor([1.0, draw.choice(1.0, -1.0)]).double()
+    if kind == "eigenvector":
+        hessian[1, 1] = hessian[0, 0]
+        gradient = gradient[0] * gradient.sign()
+    return {"gradient": gradient, "hessian": hessian}
+
+
+stationary = Check(
+    name="stationary",
+    chapter="01_level_sets",
+    takes={"gradient": "[d], not 0", "hessian": "[d, d]"},
+    gives="True or False",
+    cases=_stationary_case,
+    answer=_stationary,
+    properties=[
+        Property(
+            "thm-newton",
+            "The gradient norm is stationary along the level set exactly if the gradient is an "
+            "eigenvector of the Hessian.",
+        )
+    ],
+    mistakes=[
+        Mistake(
+            "Stationary along the level set, not everywhere: H g need only be parallel to g.",
+            lambda g, h: not bool((h @ g).any()),
+        ),
+        Mistake("Just the other way round.", lambda g, h: not _stationary(g, h)),
+        Mistake(
+            "You compare H g with g: any eigenvalue will do, not only 1.",
+            lambda g, h: alike(h @ g, g),
+        ),
+    ],
+)
+"""Whether a point is a peak, a trough or a turning point of the gradient norm on its level set."""
+
+
+def _linearised(gradient: Tensor, ascent: Tensor, eta: float, drift: float) -> Tensor:
+    square = gradient @ gradient
+    return eta * (ascent - (gradient @ ascent) / square * gradient) - drift / square * gradient
+
+
+def _level_case(draw: Draw) -> Case:
+    size = draw.choice(2, 3)
+    gradient = draw.matrix(size)
+    gradient[draw.integer(0, size - 1)] = float(draw.integer(1, 3))
+    return {
+        "gradient": gradient,
+        "ascent": draw.matrix(size),
+        "eta": draw.choice(1.0, 0.5, 0.25),
+        "drift": float(draw.integer(-2, 2)),
+    }
+
+
+def _first_order(case: Case, got: Any) -> bool:
+    return alike(case["gradient"] @ got, -case["drift"])
+
+
+level_set_step = Check(
+    name="level_set_step",
+    chapter="08_rivals",
+    takes={"gradient": "[d], not 0", "ascent": "[d], Hg", "eta": "> 0", "drift": "L(ω) - L(ω₀)"},
+    gives="[d]",
+    cases=_level_case,
+    answer=_linearised,
+    properties=[
+        Property(
+            "thm-linearised",
+            "To first order the step undoes the drift and changes the loss by nothing else: "
+            "⟨g, d⟩ = -(L(ω) - L(ω₀)).",
+            _first_order,
+        ),
+        Property("thm-linearised", "d = η (Hg - λ g) - c g."),
+    ],
+    mistakes=[
+        Mistake(
+            "The way back is missing: subtract drift / ‖g‖² times g.",
+            lambda g, a, eta, drift: _linearised(g, a, eta, 0.0),
+        ),
+        Mistake(
+            "You walk away from the level instead of back to it: the drift is subtracted.",
+            lambda g, a, eta, drift: _linearised(g, a, eta, -drift),
+        ),
+        Mistake(
+            "The part of Hg along g is still in the step; it changes the loss at first order.",
+            lambda g, a, eta, drift: eta * a - drift / (g @ g) * g,
+        ),
+        Mistake(
+            "λ and c divide by ‖g‖², not by ‖g‖.",
+            lambda g, a, eta, drift: eta * (a - (g @ a) / g.norm() * g) - drift / g.norm() * g,
+        ),
+        Mistake(
+            "That is the part of Hg *along* g; what is wanted is the part orthogonal to it.",
+            lambda g, a, eta, drift: eta * (g @ a) / (g @ g) * g - drift / (g @ g) * g,
+        ),
+        Mistake(
+            "The way back is a whole step, not η of one.",
+            lambda g, a, eta, drift: _linearised(g, a, eta, eta * drift),
+        ),
+    ],
+)
+"""One step of the linearised level set, with the way back."""

@@ -1,0 +1,60 @@
+"""Values as code: what is printed is what reproduces them, bit for bit."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+LONGEST = 600
+"""Characters of a value that is not ours to print whole."""
+
+
+@runtime_checkable
+class Written(Protocol):
+    """A value that knows the statements that make it."""
+
+    def statements(self, name: str) -> list[str]:
+        """Code that binds ``name`` to this value."""
+
+
+def statements(name: str, value: Any) -> list[str]:
+    """Code that binds ``name`` to a value of a case."""
+    if isinstance(value, Written):
+        return value.statements(name)
+    return [f"{name} = {literal(value)}"]
+
+
+def literal(value: Any) -> str:
+    """An expression for tensors, numbers and lists of them; a cut ``repr`` for anything else."""
+    if type(value) is Tensor or isinstance(value, torch.nn.Parameter):
+        return _tensor(value.detach())
+    if isinstance(value, list):
+        return f"[{', '.join(map(literal, value))}]"
+    if type(value) is tuple:
+        return f"({', '.join(map(literal, value))}{',' if len(value) == 1 else ''})"
+    return cut(repr(value))
+
+
+def cut(text: str, longest: int = LONGEST) -> str:
+    """The text, or its beginning and how much was left out."""
+    left_out = len(text) - longest
+    return text if left_out <= 0 else f"{text[:longest]} … ({left_out} more characters)"
+
+
+def _tensor(value: Tensor) -> str:
+    if value.numel() > 200:
+        return f"a tensor of shape {tuple(value.shape)}"
+    dtype = "" if value.dtype in (torch.int64, torch.bool) else f", dtype={value.dtype}"
+    if value.numel() == 0:
+        return f"torch.empty({tuple(value.shape)}{dtype})"
+    return f"torch.tensor({_nested(value.tolist())}{dtype})"
+
+
+def _nested(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_nested, value))}]"
+    if isinstance(value, float) and value != value:
+        return 'float("nan")'
+    if isinstance(value, float) and value in (float("inf"), -float("inf")):
+        return f'float("{value}")'
+    return str(value).removesuffix("0") if str(value).endswith(".0") else str(value)

@@ -1,0 +1,540 @@
+"""Chapter 3: span, invariance, projection, what survives it, and one teleport by hand."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport import reference
+from teleport.check.answers import alike
+from teleport.check.draw import Draw
+from teleport.check.engine import Case, Check, Mistake, Property
+from teleport.check.literal import literal
+
+Weights = list[Tensor]
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """Half the squared error of a linear network without biases on the columns of ``x``."""
+
+    x: Tensor
+    y: Tensor
+
+    def __call__(self, weights: Weights) -> Tensor:
+        """The loss, differentiable twice."""
+        z = self.x
+        for weight in weights:
+            z = weight @ z
+        return (z - self.y).square().sum() / 2
+
+    def statements(self, name: str) -> list[str]:
+        """Code that makes this loss."""
+        return [
+            f"x = {literal(self.x)}",
+            f"y = {literal(self.y)}",
+            f"def {name}(weights):",
+            "    z = x",
+            "    for weight in weights:",
+            "        z = weight @ z",
+            "    return (z - y).square().sum() / 2",
+        ]
+
+
+def gradient(weights: Weights, loss: Callable[[Weights], Tensor]) -> Weights:
+    """∇L."""
+    leaves = [w.detach().clone().requires_grad_() for w in weights]
+    return list(torch.autograd.grad(loss(leaves), leaves))
+
+
+def ascent(
+    weights: Weights,
+    loss: Callable[[Weights], Tensor],
+    of: Callable[[Tensor], Tensor] = lambda square: square / 2,
+) -> Weights:
+    """∇T, or the gradient of another function of ‖g‖²."""
+    leaves = [w.detach().clone().requires_grad_() for w in weights]
+    g = torch.autograd.grad(loss(leaves), leaves, create_graph=True)
+    square = torch.stack([part.square().sum() for part in g]).sum()
+    return list(torch.autograd.grad(of(square), leaves, materialize_grads=True))
+
+
+def _with_one(inputs: Tensor) -> Tensor:
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    return torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
+
+
+def _inputs_case(draw: Draw) -> Case:
+    leading = draw.choice((2,), (1,), (2, 2), ())
+    return {"inputs": draw.matrix(*leading, draw.choice(2, 1, 3))}
+
+
+rows = Check(
+    name="rows",
+    chapter="03_mlp",
+    takes={"inputs": "[*, d]"},
+    gives="[n, d + 1]",
+    cases=_inputs_case,
+    answer=_with_one,
+    properties=[
+        Property(
+            "thm-span",
+            "One row for each position of a layer's input, with a 1 appended for the bias.",
+        )
+    ],
+    mistakes=[
+        Mistake(
+            "The bias column is forgotten: append a 1 to every row.",
+            lambda x: x.reshape(-1, x.shape[-1]),
+        ),
+        Mistake(
+            "The bias is the *last* column of the weights, so the 1 comes last.",
+            lambda x: _with_one(x).roll(1, dims=1),
+        ),
+        Mistake(
+            "These are the inputs as columns, R; here they are wanted as rows, its transposed.",
+            lambda x: _with_one(x).T,
+        ),
+        Mistake(
+            "The leading axes (samples, tokens) all become one: reshape(-1, d) first.",
+            lambda x: torch.cat([x, torch.ones_like(x[..., :1])], dim=-1),
+        ),
+        Mistake(
+            "The bias column is 1, not 0: a bias is a weight on an input that is 1.",
+            lambda x: _with_one(x) * torch.tensor([1.0] * x.shape[-1] + [0.0]).double(),
+        ),
+    ],
+)
+"""A layer's inputs as rows, bias included."""
+
+
+def _products_case(draw: Draw) -> Case:
+    count = draw.choice(2, 1, 3)
+    return {
+        "delta": draw.matrix(count, draw.choice(1, 2, 3)),
+        "rows": draw.matrix(count, draw.choice(2, 1, 3)),
+    }
+
+
+weight_gradient = Check(
+    name="weight_gradient",
+    chapter="03_mlp",
+    takes={"delta": "[n, d_out]", "rows": "[n, d_in]"},
+    gives="[d_out, d_in]",
+    cases=_products_case,
+    answer=lambda delta, rows: delta.T @ rows,
+    properties=[
+        Property("thm-span", "The gradient by the weights is the sum over the samples of δ xᵀ.")
+    ],
+    mistakes=[
+        Mistake(
+            "The sides are transposed: rows of the gradient are combinations of *inputs*.",
+            lambda delta, rows: rows.T @ delta,
+        ),
+        Mistake(
+            "That is the mean over the samples. A 1/n is in δ already, if the loss has one.",
+            lambda delta, rows: delta.T @ rows / len(rows),
+        ),
+        Mistake(
+            "Only the first sample counts here: sum over all.",
+            lambda delta, rows: torch.outer(delta[0], rows[0]),
+        ),
+        Mistake(
+            "Only the last sample counts here: add to the sum, do not overwrite it.",
+            lambda delta, rows: torch.outer(delta[-1], rows[-1]),
+        ),
+        Mistake(
+            "You multiplied the sums. What is wanted is the sum of the products.",
+            lambda delta, rows: torch.outer(delta.sum(0), rows.sum(0)),
+        ),
+    ],
+)
+"""The gradient of the loss by a weight matrix."""
+
+
+def _projection_case(draw: Draw) -> Case:
+    size = draw.choice(2, 3, 4, 1)
+    count = draw.choice(*[k for k in (1, 2, 3, 0, 4) if k <= size])
+    return {
+        "gradient": draw.matrix(draw.choice(1, 2, 3), size),
+        "basis": draw.orthonormal(size, count),
+    }
+
+
+def _dead(case: Case, got: Tensor) -> bool:
+    return alike(got @ case["basis"], torch.zeros_like(case["gradient"] @ case["basis"]))
+
+
+def _only_kept(case: Case, got: Tensor) -> bool:
+    removed = case["gradient"] - got
+    return alike(removed @ case["basis"] @ case["basis"].T, removed)
+
+
+projection = Check(
+    name="projection",
+    chapter="03_mlp",
+    takes={"gradient": "[d_out, d_in]", "basis": "[d_in, k]"},
+    gives="[d_out, d_in]",
+    cases=_projection_case,
+    answer=reference.equation_11,
+    properties=[
+        Property(
+            "thm-invariance",
+            "What is left must not act on the kept inputs, π(G) B = 0: then the loss stays.",
+            _dead,
+        ),
+        Property(
+            "thm-layerwise",
+            "Nothing but the part in the span is removed: G - π(G) lies in the span of B.",
+            _only_kept,
+        ),
+    ],
+    mistakes=[
+        Mistake(
+            "You projected *onto* the span of the inputs. What keeps the loss is what is left "
+            "when that part is taken away: G - G B Bᵀ.",
+            lambda g, b: g @ b @ b.T,
+        ),
+        Mistake(
+            "The sides are transposed: the basis belongs to the inputs, the *second* axis of the "
+            "gradient, so it multiplies from the right.",
+            lambda g, b: g - b @ (b.T @ g),
+        ),
+        Mistake("Nothing is projected: this is the gradient itself.", lambda g, b: g),
+        Mistake(
+            "The last column of the basis is missing: k is one short.",
+            lambda g, b: reference.equation_11(g, b[:, :-1]),
+        ),
+        Mistake(
+            "Only the first column of the basis is used.",
+            lambda g, b: reference.equation_11(g, b[:, :1]),
+        ),
+        Mistake(
+            "The part in the span is added instead of taken away.", lambda g, b: g + g @ b @ b.T
+        ),
+        Mistake(
+            "The part in the span is taken away twice: that is a reflection.",
+            lambda g, b: g - 2 * g @ b @ b.T,
+        ),
+        Mistake(
+            "B Bᵀ, not Bᵀ B: the product must be [d_in, d_in].", lambda g, b: g - g @ (b.T @ b)
+        ),
+    ],
+)
+"""A gradient projected out of the span of a layer's inputs."""
+
+
+def _survivor(delta: Tensor, tangents: Tensor, basis: Tensor) -> Tensor:
+    return delta.T @ (tangents - tangents @ basis @ basis.T)
+
+
+def _survivor_case(draw: Draw) -> Case:
+    count, size = draw.choice(2, 1, 3), draw.choice(2, 3)
+    return {
+        "delta": draw.matrix(count, draw.choice(1, 2, 3)),
+        "tangents": draw.matrix(count, size),
+        "basis": draw.orthonormal(size, draw.choice(1, 0, 2)),
+    }
+
+
+survivor = Check(
+    name="survivor",
+    chapter="03_mlp",
+    takes={"delta": "[n, d_out]", "tangents": "[n, d_in]", "basis": "[d_in, k]"},
+    gives="[d_out, d_in]",
+    cases=_survivor_case,
+    answer=_survivor,
+    properties=[
+        Property(
+            "thm-invariance",
+            "The direction must not act on the kept inputs: π(Hg) B = 0.",
+            lambda case, got: alike(
+                got @ case["basis"], torch.zeros(len(got), case["basis"].shape[1])
+            ),
+        ),
+        Property("thm-survivor", "π(Hg) is the sum over the samples of δ (P ẋ)ᵀ."),
+    ],
+    mistakes=[
+        Mistake(
+            "The tangents are not projected: this part of Hg still acts on the inputs.",
+            lambda d, t, b: d.T @ t,
+        ),
+        Mistake(
+            "You kept the part of the tangents *inside* the span; the part outside survives.",
+            lambda d, t, b: d.T @ (t @ b @ b.T),
+        ),
+        Mistake(
+            "The sides are transposed: δ belongs to the outputs, the first axis.",
+            lambda d, t, b: _survivor(d, t, b).T,
+        ),
+        Mistake(
+            "That is the mean over the samples. A 1/n is in δ already, if the loss has one.",
+            lambda d, t, b: _survivor(d, t, b) / len(d),
+        ),
+        Mistake(
+            "You multiplied the sums. What is wanted is the sum of the products.",
+            lambda d, t, b: _survivor(d.sum(0)[None], t.sum(0)[None], b),
+        ),
+    ],
+)
+"""The projected direction of one layer from δ and the tangents of its inputs."""
+
+
+def _network(draw: Draw, turned: bool = True) -> tuple[Weights, SquaredError, list[Tensor]]:
+    """Two linear layers whose inputs on the batch have known orthonormal bases, axes or not."""
+    size, width, out = draw.choice(2, 3), draw.choice(2, 3), draw.choice(1, 2)
+    axis, samples = draw.integer(0, size - 1), draw.choice(1, 2)
+    x = torch.zeros(size, samples, dtype=torch.float64)
+    x[axis] = draw.positive(samples, high=2)
+    hidden = draw.orthonormal(width, 1, turned)
+    first = draw.matrix(width, size, low=-2, high=2)
+    first[:, axis] = (5 * hidden if 0.6 in hidden.abs() else hidden)[:, 0]
+    first[:, axis] *= draw.choice(1.0, -1.0)
+    second = draw.matrix(out, width, low=-2, high=2)
+    input_basis = torch.eye(size, dtype=torch.float64)[:, axis : axis + 1].clone()
+    loss = SquaredError(x, draw.matrix(out, samples))
+    return [first, second], loss, [input_basis, hidden]
+
+
+def _objective_case(draw: Draw) -> Case:
+    weights, loss, _ = _network(draw)
+    return {"weights": weights, "loss": loss}
+
+
+teleport_gradient = Check(
+    name="teleport_gradient",
+    chapter="03_mlp",
+    takes={"weights": "list of [d_out, d_in]", "loss": "of the weights"},
+    gives="list of [d_out, d_in]",
+    cases=_objective_case,
+    answer=ascent,
+    properties=[
+        Property(
+            "thm-survivor",
+            "The gradient of the teleport objective T = ½ ‖g‖² is Hg, all layers' g together.",
+        )
+    ],
+    mistakes=[
+        Mistake("That is the gradient of the loss, g. Differentiate ½ ‖g‖² once more.", gradient),
+        Mistake(
+            "The factor ½ is missing in T: this is the gradient of ‖g‖².",
+            lambda w, loss: ascent(w, loss, lambda square: square),
+        ),
+        Mistake(
+            "That is the gradient of ‖g‖; T is half of its square.",
+            lambda w, loss: ascent(w, loss, torch.sqrt),
+        ),
+        Mistake(
+            "Every layer's own ‖g_l‖² alone was differentiated by its own weights; T is the sum "
+            "over all layers, and each weight moves all of it.",
+            lambda w, loss: _layer_by_layer(w, loss),
+        ),
+        Mistake(
+            "All zero: was the graph of the gradient kept? Pass create_graph=True.",
+            lambda w, loss: [torch.zeros_like(part) for part in w],
+        ),
+    ],
+)
+"""∇T by double backward."""
+
+
+def _layer_by_layer(weights: Weights, loss: Callable[[Weights], Tensor]) -> Weights:
+    leaves = [w.detach().clone().requires_grad_() for w in weights]
+    g = torch.autograd.grad(loss(leaves), leaves, create_graph=True)
+    return [
+        torch.autograd.grad(part.square().sum() / 2, leaf, retain_graph=True)[0]
+        for part, leaf in zip(g, leaves, strict=True)
+    ]
+
+
+def _step_case(draw: Draw) -> Case:
+    weights, loss, bases = _network(draw)
+    return {"weights": weights, "loss": loss, "bases": bases, "eta": draw.choice(1.0, 0.5, 0.25)}
+
+
+def _project(parts: Weights, bases: Weights) -> Weights:
+    return [reference.equation_11(part, basis) for part, basis in zip(parts, bases, strict=True)]
+
+
+def _step(weights: Weights, loss: Any, bases: Weights, eta: float) -> Weights:
+    return reference.equation_5(weights, _project(ascent(weights, loss), bases), eta)
+
+
+def _same_loss(case: Case, got: Weights) -> bool:
+    return alike(case["loss"](got), case["loss"](case["weights"]))
+
+
+teleport_step = Check(
+    name="teleport_step",
+    chapter="03_mlp",
+    takes={
+        "weights": "list of [d_out, d_in]",
+        "loss": "of the weights",
+        "bases": "list of [d_in, k]",
+        "eta": "> 0",
+    },
+    gives="list of [d_out, d_in]",
+    cases=_step_case,
+    answer=_step,
+    properties=[
+        Property("thm-invariance", "The loss on the batch is the same after the step.", _same_loss),
+        Property(
+            "thm-layerwise", "All layers move together, each by η times its projected part of ∇T."
+        ),
+    ],
+    mistakes=[
+        Mistake(
+            "The sign is that of descent. A teleport *climbs* T: add η π(∇T).",
+            lambda w, loss, b, eta: _step(w, loss, b, -eta),
+        ),
+        Mistake(
+            "The direction is not projected, so the loss moves.",
+            lambda w, loss, b, eta: reference.equation_5(w, ascent(w, loss), eta),
+        ),
+        Mistake(
+            "You projected *onto* the span of the inputs instead of out of it.",
+            lambda w, loss, b, eta: reference.equation_5(
+                w, [g @ basis @ basis.T for g, basis in zip(ascent(w, loss), b, strict=True)], eta
+            ),
+        ),
+        Mistake(
+            "You moved along the projected gradient of the loss. It lies in the span of the "
+            "inputs, so nothing moves (thm-span). What survives is part of ∇T.",
+            lambda w, loss, b, eta: reference.equation_5(w, _project(gradient(w, loss), b), eta),
+        ),
+        Mistake(
+            "You moved along the gradient of the loss. Move along the projected ∇T.",
+            lambda w, loss, b, eta: reference.equation_5(w, gradient(w, loss), eta),
+        ),
+        Mistake(
+            "The direction has the factor 2: T is *half* of ‖g‖².",
+            lambda w, loss, b, eta: _step(w, loss, b, 2 * eta),
+        ),
+        Mistake(
+            "You return the step, not the new weights.",
+            lambda w, loss, b, eta: [eta * p for p in _project(ascent(w, loss), b)],
+        ),
+        Mistake(
+            "The step size is not used.",
+            lambda w, loss, b, eta: _step(w, loss, b, 1.0),
+        ),
+        Mistake(
+            "The bases are in the wrong order: each layer has its own.",
+            lambda w, loss, b, eta: _step(w, loss, b[::-1], eta),
+        ),
+    ],
+)
+"""One step of a teleport."""
+
+
+def _walk(
+    weights: Weights, loss: Any, bases: Weights, eta: float, steps: int, cap: float
+) -> Weights:
+    return _walk_while(lambda w: _norm(w, loss) <= cap, weights, loss, bases, eta, steps)
+
+
+def _walk_while(
+    allowed: Callable[[Weights], bool],
+    weights: Weights,
+    loss: Any,
+    bases: Weights,
+    eta: float,
+    steps: int,
+) -> Weights:
+    for _ in range(steps):
+        if not allowed(weights):
+            break
+        weights = _step(weights, loss, bases, eta)
+    return weights
+
+
+def _norm(weights: Weights, loss: Any) -> float:
+    return float(torch.cat([g.flatten() for g in gradient(weights, loss)]).norm())
+
+
+def _cap_case(draw: Draw) -> Case:
+    weights, loss, bases = _network(draw, turned=False)
+    eta, steps = draw.choice(0.125, 0.0625), draw.choice(2, 1, 3)
+    # A cap near the norm at some point of the walk, so that it matters where one looks at it.
+    behind = _walk(weights, loss, bases, eta, draw.integer(0, steps), float("inf"))
+    cap = math.floor(_norm(behind, loss)) + 0.5
+    return {
+        "weights": weights,
+        "loss": loss,
+        "bases": bases,
+        "eta": eta,
+        "steps": steps,
+        "cap": cap,
+    }
+
+
+def _steps_back(weights: Weights, loss: Any, bases: Weights, *rest: Any) -> Weights:
+    eta, steps, cap = rest
+    for _ in range(steps):
+        new = _step(weights, loss, bases, eta)
+        if _norm(new, loss) > cap:
+            break
+        weights = new
+    return weights
+
+
+cap = Check(
+    name="cap",
+    chapter="03_mlp",
+    takes={
+        "weights": "list of [d_out, d_in]",
+        "loss": "of the weights",
+        "bases": "list of [d_in, k]",
+        "eta": "> 0",
+        "steps": "whole number",
+        "cap": "> 0",
+    },
+    gives="list of [d_out, d_in]",
+    cases=_cap_case,
+    answer=_walk,
+    properties=[
+        Property("thm-invariance", "The loss on the batch is the same after the walk.", _same_loss),
+        Property(
+            "thm-invariance",
+            "At most `steps` steps, and no step from a point whose gradient norm is above the cap.",
+        ),
+    ],
+    mistakes=[
+        Mistake(
+            "The cap is not used: stop as soon as the gradient norm is above it.",
+            lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, float("inf")),
+        ),
+        Mistake(
+            "The cap is on the norm ‖g‖, and you compare it with ‖g‖².",
+            lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, cap**0.5),
+        ),
+        Mistake(
+            "The cap is on the norm ‖g‖, and you compare it with T = ½ ‖g‖².",
+            lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, (2 * cap) ** 0.5),
+        ),
+        Mistake(
+            "You look at the norm after the step only: a start above the cap must not move.",
+            lambda w, loss, b, eta, steps, cap: _walk(
+                _step(w, loss, b, eta), loss, b, eta, steps - 1, cap
+            ),
+        ),
+        Mistake(
+            "You drop the step that passes the cap; the walk ends *behind* it, as in the paper.",
+            _steps_back,
+        ),
+        Mistake(
+            "You walk while the norm is *above* the cap.",
+            lambda w, loss, b, eta, steps, cap: _walk_while(
+                lambda new: _norm(new, loss) > cap, w, loss, b, eta, steps
+            ),
+        ),
+        Mistake(
+            "There is one step too few.",
+            lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps - 1, cap),
+        ),
+    ],
+)
+"""A walk of several steps with a cap on the gradient norm."""

@@ -1,0 +1,154 @@
+"""Chapter 6: T along a ray, the step to a wanted growth, and other geometries."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport.check.answers import alike
+from teleport.check.engine import Case, Check, Mistake, Property
+
+
+def _degree(moved: list[bool]) -> int:
+    return 2 * sum(moved[1:])
+
+
+polynomial_degree = Check(
+    name="polynomial_degree",
+    chapter="06_direction",
+    takes={"moved": "list of True or False, first layer first"},
+    gives="whole number",
+    cases=lambda draw: {
+        "moved": [draw.choice(False, True) for _ in range(draw.choice(2, 1, 3, 4))]
+    },
+    answer=_degree,
+    properties=[
+        Property(
+            "thm-polynomial",
+            "Along a ray of the null spaces of an MLP the degree of T is twice the number of "
+            "moved layers that the backward pass goes through: all but the first.",
+        )
+    ],
+    mistakes=[
+        Mistake(
+            "The backward pass does not go through the first layer: its weights are in no δ.",
+            lambda moved: 2 * sum(moved),
+        ),
+        Mistake(
+            "T is a *square* of the gradient: twice the degree of δ.",
+            lambda moved: sum(moved[1:]),
+        ),
+        Mistake(
+            "Only layers that move count.",
+            lambda moved: 2 * (len(moved) - 1),
+        ),
+        Mistake(
+            "It is the first layer that the backward pass leaves out, not the last.",
+            lambda moved: 2 * sum(moved[:-1]),
+        ),
+        Mistake(
+            "The degrees of the layers add up, as each enters δ once as a factor.",
+            lambda moved: 2 ** sum(moved[1:]),
+        ),
+    ],
+)
+"""The degree of T along a ray in the null spaces of a multi-layer perceptron."""
+
+
+def _growth_step(coefficients: Tensor, growth: float) -> float:
+    c0, c1, c2 = map(float, coefficients)
+    missing = (growth**2 - 1) * c0
+    # The stable form of the positive root: c2 may be 0.
+    return 2 * missing / (c1 + math.sqrt(c1**2 + 4 * c2 * missing))
+
+
+def _reaches(case: Case, got: Any) -> bool:
+    c0, c1, c2 = case["coefficients"].tolist()
+    s = float(got)
+    return alike(c0 + c1 * s + c2 * s * s, case["growth"] ** 2 * c0)
+
+
+growth_step = Check(
+    name="growth_step",
+    chapter="06_direction",
+    takes={"coefficients": "[3]: T(s) = c0 + c1 s + c2 s², c0, c1 > 0, c2 >= 0", "growth": "> 1"},
+    gives="number",
+    cases=lambda draw: {
+        "coefficients": torch.cat([draw.positive(2), draw.matrix(1, low=0)]),
+        "growth": draw.choice(2.0, 1.5, 3.0),
+    },
+    answer=_growth_step,
+    properties=[
+        Property(
+            "thm-polynomial",
+            "After the step the gradient *norm* is `growth` times as long: T(s) = growth² T(0).",
+            _reaches,
+        ),
+        Property(
+            "thm-polynomial",
+            "The step goes along the direction, s > 0.",
+            lambda case, got: float(got) > 0,
+        ),
+    ],
+    mistakes=[
+        Mistake(
+            "T is half the *square* of the norm: it has to grow by growth².",
+            lambda c, growth: _growth_step(c, growth**0.5),
+        ),
+        Mistake(
+            "c2 is left out: the step of the linear model is too long.",
+            lambda c, growth: float((growth**2 - 1) * c[0] / c[1]),
+        ),
+        Mistake(
+            "That is the other root, on the ray *against* the direction.",
+            lambda c, growth: float(
+                (-c[1] - (c[1] ** 2 + 4 * c[2] * (growth**2 - 1) * c[0]).sqrt()) / (2 * c[2])
+            ),
+        ),
+        Mistake(
+            "T(0) is there already: only the missing (growth² - 1) T(0) has to come.",
+            lambda c, growth: _growth_step(c, math.sqrt(growth**2 + 1)),
+        ),
+    ],
+)
+"""The step that makes the gradient a wanted factor longer."""
+
+
+def _adam(gradient: Tensor, second_moment: Tensor, eps: float) -> Tensor:
+    return gradient / (second_moment.sqrt() + eps)
+
+
+adam_direction = Check(
+    name="adam_direction",
+    chapter="06_direction",
+    takes={"gradient": "[d]", "second_moment": "[d], >= 0", "eps": "> 0"},
+    gives="[d]",
+    cases=lambda draw: {
+        "gradient": draw.matrix(size := draw.choice(2, 1, 3)),
+        "second_moment": draw.matrix(size, low=0) ** 2,
+        "eps": draw.choice(1.0, 0.5),
+    },
+    answer=_adam,
+    properties=[
+        Property("thm-geometry", "For Adam M = diag(√v + ε), and the tangent direction is M⁻¹ g.")
+    ],
+    mistakes=[
+        Mistake(
+            "The direction is M⁻¹ g, and you multiply by M.", lambda g, v, e: g * (v.sqrt() + e)
+        ),
+        Mistake("The root of v is missing.", lambda g, v, e: g / (v + e)),
+        Mistake("ε is added outside the root: √v + ε.", lambda g, v, e: g / (v + e).sqrt()),
+        Mistake("This is g itself, the direction of SGD with M = I.", lambda g, v, e: g),
+        Mistake(
+            "M⁻¹ acts once: this is M⁻² g.",
+            lambda g, v, e: g / (v.sqrt() + e) ** 2,
+        ),
+        Mistake(
+            "That is the root of M⁻¹: the direction has M⁻¹ whole.",
+            lambda g, v, e: g / (v.sqrt() + e).sqrt(),
+        ),
+        Mistake("The length of g is lost: divide by √v + ε, not by |g|.", lambda g, v, e: g.sign()),
+    ],
+)
+"""The direction in which the input of a layer moves when T is measured as Adam sees it."""

@@ -1,0 +1,336 @@
+"""Chapter 2: what rank means in floating point, and bases for a share of the energy."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from teleport import reference
+from teleport.check.answers import alike, misfit
+from teleport.check.draw import Draw
+from teleport.check.engine import Case, Check, Mistake, Property
+
+TAUS = (0.9, 0.5, 0.99)
+
+
+def _rank(matrix: Tensor) -> int:
+    return reference.equation_3(matrix, 1.0)
+
+
+def _cut(matrix: Tensor, cut: float, strict: bool = True) -> int:
+    values = torch.linalg.svdvals(matrix)
+    return int((values > cut * values[0] if strict else values >= cut * values[0]).sum())
+
+
+def _cumulated(matrix: Tensor) -> int:
+    energy = torch.linalg.svdvals(matrix).square()
+    reached = energy.cumsum(0) >= energy.sum()
+    return int((~reached).sum()) + 1
+
+
+def _rank_case(draw: Draw) -> Case:
+    dtype = draw.choice(torch.float32, torch.float64)
+    rows, columns = draw.choice((2, 2), (3, 3), (2, 4), (4, 2))
+    eps = torch.finfo(dtype).eps
+    matrix = torch.zeros(rows, columns, dtype=dtype)
+    matrix[0, 0] = largest = draw.choice(1.0, 1024.0, 2.0**-10, 0.0)
+    for place in range(1, min(rows, columns)):
+        share = draw.choice(0.0, 1.0, 2.5 * eps, 2.0**-15, 2.0**-30, 2.5 * eps, 2.0**-60)
+        matrix[place, place] = largest * share
+    return {"matrix": matrix}
+
+
+rank = Check(
+    name="rank",
+    chapter="02_null_space",
+    takes={"matrix": "[n, d]"},
+    gives="whole number",
+    cases=_rank_case,
+    answer=_rank,
+    properties=[
+        Property(
+            "thm-rank",
+            "The rank is the number of singular values strictly above "
+            "max(n, d) · eps(dtype) · largest.",
+        )
+    ],
+    mistakes=[
+        Mistake(
+            "Rounding is never exactly 0: count the singular values above a cut, not above 0.",
+            lambda m: _cut(m, 0.0),
+        ),
+        Mistake(
+            "The cut is that of float64, whatever the dtype of the matrix: take eps of its dtype.",
+            lambda m: _cut(m, max(m.shape) * torch.finfo(torch.float64).eps),
+        ),
+        Mistake(
+            "The cut is that of float32, whatever the dtype of the matrix: take eps of its dtype.",
+            lambda m: _cut(m, max(m.shape) * torch.finfo(torch.float32).eps),
+        ),
+        Mistake(
+            "The factor max(n, d) is missing in the cut.",
+            lambda m: _cut(m, torch.finfo(m.dtype).eps),
+        ),
+        Mistake(
+            "The cut has the larger side of the matrix as a factor, not the smaller.",
+            lambda m: _cut(m, min(m.shape) * torch.finfo(m.dtype).eps),
+        ),
+        Mistake(
+            "The comparison must be strict (>): in a zero matrix every value equals the cut.",
+            lambda m: _cut(m, max(m.shape) * torch.finfo(m.dtype).eps, strict=False),
+        ),
+        Mistake(
+            "The cut is relative: it is a share of the largest singular value.",
+            lambda m: int(
+                (torch.linalg.svdvals(m) > max(m.shape) * torch.finfo(m.dtype).eps).sum()
+            ),
+        ),
+        Mistake(
+            "A cumulated sum that reaches its total is no rank: small values vanish beside large "
+            "ones, and rounding can miss the total.",
+            _cumulated,
+        ),
+    ],
+)
+"""The numerical rank, τ = 1."""
+
+
+def _energy_rank(values: Tensor, tau: float) -> int:
+    energy = values.square().cumsum(0)
+    return int((energy < tau * energy[-1]).sum()) + 1
+
+
+def _spectrum(draw: Draw) -> Tensor:
+    """Distinct singular values whose energy shares are never a τ of ours."""
+    count = draw.choice(2, 3, 4, 1)
+    chosen = sorted((2.0**k for k in draw.order(4)[:count]), reverse=True)
+    return torch.tensor(chosen, dtype=torch.float64)
+
+
+energy_rank = Check(
+    name="energy_rank",
+    chapter="02_null_space",
+    takes={"values": "[v], largest first", "tau": "in (0, 1)"},
+    gives="whole number",
+    cases=lambda draw: {"values": _spectrum(draw), "tau": draw.choice(*TAUS)},
+    answer=_energy_rank,
+    properties=[
+        Property(
+            "thm-rank",
+            "k is the smallest number of directions whose squared singular values reach τ of "
+            "their sum.",
+        )
+    ],
+    mistakes=[
+        Mistake(
+            "Energy is the sum of *squares*: square the singular values.",
+            lambda v, tau: _energy_rank(v.sqrt(), tau),
+        ),
+        Mistake(
+            "k is one short: count the direction that reaches τ, too.",
+            lambda v, tau: _energy_rank(v, tau) - 1,
+        ),
+        Mistake("k is one too large.", lambda v, tau: _energy_rank(v, tau) + 1),
+        Mistake(
+            "You count the values above a share of the largest; τ is a share of the total energy.",
+            lambda v, tau: int((v > (1 - tau) * v[0]).sum()),
+        ),
+        Mistake(
+            "You count the values that are a share τ on their own; add them up from the largest.",
+            lambda v, tau: int((v.square() >= tau * v.square().sum()).sum()),
+        ),
+        Mistake(
+            "τ is the share to keep; you kept a share 1 - τ.",
+            lambda v, tau: _energy_rank(v, 1 - tau),
+        ),
+    ],
+)
+"""How many directions a share τ of the energy needs."""
+
+
+def _axes_rows(draw: Draw) -> Tensor:
+    """Rows with known, distinct singular values; some repeated, some 0, sometimes turned."""
+    values = _spectrum(draw)
+    size = len(values) + draw.choice(1, 0, 2)
+    rows = torch.zeros(len(values), size, dtype=torch.float64)
+    for place, column in enumerate(draw.order(size)[: len(values)]):
+        rows[place, column] = values[place]
+    if size > 1 and draw.choice(False, True):
+        turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
+        rows[:, :2] = rows[:, :2] @ turn
+    if draw.choice(False, True):
+        rows = torch.cat([rows, torch.zeros(1, size, dtype=torch.float64)])
+    return rows
+
+
+def _basis(rows: Tensor, tau: float) -> Tensor:
+    return reference.significant_basis(rows.T, tau)
+
+
+def _leading(rows: Tensor, count: int) -> Tensor:
+    vectors: Tensor = torch.linalg.svd(rows, full_matrices=True).Vh.T
+    return vectors[:, :count]
+
+
+def basis_misfit(case: Case, answer: Any, right: Tensor) -> tuple[str, str] | None:
+    """Like `misfit`, but the number of columns is a property, not a shape."""
+    found = misfit(answer, right)
+    free = isinstance(answer, Tensor) and answer.ndim == 2 and len(answer) == len(right)
+    if found is None or not free or answer.dtype != right.dtype:
+        return found
+    return None
+
+
+def projector(answer: Any) -> Any:
+    """``B Bᵀ``, which is the same for every basis of a space."""
+    return answer @ answer.T
+
+
+def orthonormal(case: Case, answer: Tensor) -> bool:
+    """Whether the columns are."""
+    return alike(answer.T @ answer, torch.eye(answer.shape[1], dtype=answer.dtype))
+
+
+def _basis_by(vectors_of: Any, count_of: Any) -> Any:
+    return lambda rows, tau: vectors_of(rows)[:, : count_of(torch.linalg.svdvals(rows), rows, tau)]
+
+
+def _right_count(values: Tensor, rows: Tensor, tau: float) -> int:
+    return reference.equation_3(rows.T, tau)
+
+
+def _all(rows: Tensor) -> Tensor:
+    return _leading(rows, rows.shape[1])
+
+
+basis = Check(
+    name="basis",
+    chapter="03_mlp",
+    takes={"rows": "[n, d_in]", "tau": "in (0, 1]"},
+    gives="[d_in, k]",
+    cases=lambda draw: {"rows": _axes_rows(draw), "tau": draw.choice(1.0, *TAUS)},
+    answer=_basis,
+    properties=[
+        Property(
+            "thm-layerwise", "The columns of the basis are orthonormal: Bᵀ B = I.", orthonormal
+        ),
+        Property(
+            "thm-rank",
+            "k is the smallest number of directions that hold a share τ of the energy; at τ = 1 "
+            "the numerical rank.",
+            lambda case, got: got.shape[1] == reference.equation_3(case["rows"].T, case["tau"]),
+        ),
+        Property(
+            "thm-span",
+            "The columns span the leading directions of the input rows.",
+            lambda case, got: alike(projector(got), projector(_basis(case["rows"], case["tau"]))),
+        ),
+    ],
+    mistakes=[
+        Mistake(
+            "k is one short: the direction that reaches the share τ is kept, too.",
+            _basis_by(_all, lambda v, rows, tau: _right_count(v, rows, tau) - 1),
+        ),
+        Mistake(
+            "k is one too large: nothing is left of the null space that this direction was in.",
+            _basis_by(_all, lambda v, rows, tau: _right_count(v, rows, tau) + 1),
+        ),
+        Mistake(
+            "τ is not used: this is the basis for τ = 1.",
+            _basis_by(_all, lambda v, rows, tau: _right_count(v, rows, 1.0)),
+        ),
+        Mistake(
+            "All singular vectors are kept, also those whose singular value is 0.",
+            _basis_by(_all, lambda v, rows, tau: len(v)),
+        ),
+        Mistake(
+            "Energy is the sum of *squares*: square the singular values.",
+            _basis_by(
+                _all,
+                lambda v, rows, tau: (
+                    _energy_rank(v.sqrt(), tau) if tau < 1 else _right_count(v, rows, tau)
+                ),
+            ),
+        ),
+        Mistake(
+            "These are the singular vectors of the wrong side: the directions of the *samples*. "
+            "With samples as rows the inputs' directions are the rows of Vh.",
+            lambda rows, tau: torch.linalg.svd(rows, full_matrices=False).U[
+                :, : reference.equation_3(rows.T, tau)
+            ],
+        ),
+        Mistake(
+            "torch.linalg.svd returns Vh, the transposed of V: its *rows* are the vectors.",
+            lambda rows, tau: torch.linalg.svd(rows, full_matrices=True).Vh[
+                :, : reference.equation_3(rows.T, tau)
+            ],
+        ),
+        Mistake(
+            "You return the directions that are *not* kept, the null space.",
+            lambda rows, tau: _all(rows)[:, reference.equation_3(rows.T, tau) :],
+        ),
+    ],
+    fits=basis_misfit,
+    view=projector,
+)
+"""The basis of what a layer's inputs keep fixed."""
+
+
+def _batches_case(draw: Draw) -> Case:
+    size = draw.choice(3, 2, 4)
+    count = draw.choice(2, 1, 3)
+    return {"batches": [draw.matrix(draw.choice(1, 2), size) for _ in range(count)]}
+
+
+def _merged(batches: list[Tensor]) -> Tensor:
+    return _basis(torch.cat(batches), 1.0)
+
+
+def _joined(batches: list[Tensor]) -> Tensor:
+    return torch.cat([_basis(rows, 1.0) for rows in batches], dim=1)
+
+
+merged_basis = Check(
+    name="merged_basis",
+    chapter="07_drift",
+    takes={"batches": "list of [n, d_in]"},
+    gives="[d_in, k]",
+    cases=_batches_case,
+    answer=_merged,
+    properties=[
+        Property(
+            "thm-layerwise", "The columns of the basis are orthonormal: Bᵀ B = I.", orthonormal
+        ),
+        Property(
+            "thm-batch",
+            "Every row of every batch lies in the span of the basis, and nothing else does.",
+            lambda case, got: alike(projector(got), projector(_merged(case["batches"]))),
+        ),
+    ],
+    mistakes=[
+        Mistake(
+            "Only the last batch is kept fixed: the earlier ones will drift.",
+            lambda batches: _basis(batches[-1], 1.0),
+        ),
+        Mistake(
+            "Only the first batch is kept fixed: the later ones will drift.",
+            lambda batches: _basis(batches[0], 1.0),
+        ),
+        Mistake(
+            "The bases of the batches side by side are not orthonormal: decompose them together.",
+            _joined,
+        ),
+        Mistake(
+            "The mean of the batches is one batch; what has to stay are all their rows.",
+            lambda batches: _basis(torch.stack([b.mean(0) for b in batches]), 1.0),
+        ),
+        Mistake(
+            "The rows were centred: a null space is about the rows themselves, not their deviation "
+            "from the mean.",
+            lambda batches: _basis(torch.cat(batches) - torch.cat(batches).mean(0), 1.0),
+        ),
+    ],
+    fits=basis_misfit,
+    view=projector,
+)
+"""One basis for several batches, τ = 1."""

@@ -1,0 +1,92 @@
+"""What a check answers: one `Verdict`, in plain language."""
+
+import html
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, repr=False)
+class Verdict:
+    """The answer of a check; true exactly if it passed.
+
+    Attributes:
+        check: name of the check.
+        passed: whether every case came out right.
+        theorem: label in the book of the property that failed, or of the main one.
+        chapter: notebook that states it, without suffix.
+        statement: the property in words.
+        counterexample: the smallest failing input, as code that reproduces it; empty if passed.
+        expected: what the property asks for on that input.
+        got: what came.
+        hint: the mistake that gives exactly these answers, or how to go on.
+        printed: the beginning of what the function printed.
+        cases: number of cases tried.
+    """
+
+    check: str
+    passed: bool
+    theorem: str = ""
+    chapter: str = ""
+    statement: str = ""
+    counterexample: str = ""
+    expected: str = ""
+    got: str = ""
+    hint: str = ""
+    printed: str = ""
+    cases: int = 0
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __repr__(self) -> str:
+        return f"<Verdict {self.check}: {'passed' if self.passed else 'wrong'}>"
+
+    def __str__(self) -> str:
+        if self.passed:
+            return f"{self.check}: passed{self._count()}"
+        lines = [f"{self.check}: wrong"]
+        for name, text in self._parts():
+            first, *rest = text.splitlines()
+            if not rest:
+                lines.append(f"  {name:15} {first}")
+            else:
+                lines += [f"  {name}", *(f"      {line}".rstrip() for line in text.splitlines())]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        mark, color = ("✓", "#1a7f37") if self.passed else ("✗", "#b3261e")
+        title = f"<b style='color:{color}'>{mark} {html.escape(self.check)}</b>"
+        if self.passed:
+            return f"<div>{title} passed{self._count()}</div>"
+        place = html.escape(self.place)
+        link = f"<a href='../{html.escape(self.chapter)}.ipynb'>{place}</a>" if self.place else ""
+        rows = "".join(
+            f"<dt>{name}</dt><dd><pre>{html.escape(text)}</pre></dd>"
+            for name, text in self._parts()
+        )
+        return f"<details><summary>{title} wrong {link}</summary><dl>{rows}</dl></details>"
+
+    @property
+    def place(self) -> str:
+        """Where the book states the property."""
+        in_book = self.theorem and self.chapter
+        return f"{self.theorem}, chapters/{self.chapter}.ipynb" if in_book else self.theorem
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return asdict(self)
+
+    def _count(self) -> str:
+        return f" ({self.cases} cases; {self.place})" if self.cases else ""
+
+    def _parts(self) -> list[tuple[str, str]]:
+        """Headings and texts that are not empty."""
+        parts = [
+            ("property", f"{self.statement} ({self.place})" if self.place else self.statement),
+            ("smallest input", self.counterexample),
+            ("expected", self.expected),
+            ("got", self.got),
+            ("hint", self.hint),
+            ("it printed", self.printed),
+        ]
+        return [(name, text) for name, text in parts if text.strip()]
