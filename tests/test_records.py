@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from scipy.stats import ttest_1samp
 
 from teleport.errors import RunError
 from teleport.records import (
@@ -62,6 +63,24 @@ def test_a_lower_loss_gives_the_log_of_the_factor(values: list[float], factor: f
     lower = make_run([values[0], *(factor * v for v in values[1:])], teleport=True)
     gap = compare([lower], [make_run(values)]).log_loss
     assert gap == pytest.approx(math.log(factor), rel=1e-9)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=8, unique=True), st.floats(-1, 1))
+def test_resolved_is_what_students_t_test_says(spread: list[float], shift: float) -> None:
+    gaps = [value + shift for value in spread]
+    arm = [make_run([1.0, math.exp(gap)], seed=seed) for seed, gap in enumerate(gaps)]
+    plain = [make_run([1.0, 1.0], seed=seed) for seed in range(len(gaps) + 1)]
+    result = compare(arm, plain)
+    assert result.seeds == len(gaps)
+    p_value = ttest_1samp(gaps, 0.0).pvalue
+    assume(abs(p_value - 0.05) > 1e-6)
+    assert result.resolved == (p_value < 0.05)
+
+
+def test_one_seed_resolves_nothing() -> None:
+    result = compare([make_run([1.0, 0.1])], [make_run([1.0, 1.0])])
+    assert result.seeds == 1
+    assert not result.resolved
 
 
 def test_the_way_to_a_loss_is_interpolated_in_log_loss() -> None:

@@ -1,0 +1,115 @@
+"""Tables and counts over many comparisons, from records whose answer is known."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teleport.experiment import CONTROLS
+from teleport.matrix import Block
+from teleport.records import Run, best_baseline, by_arm, summarise
+from teleport.verdict import (
+    control_rows,
+    controls,
+    count,
+    low_and_tuned,
+    outcome_rows,
+    schedule_name,
+    tally,
+    teleporting,
+)
+
+SEEDS = (0, 1, 2)
+
+
+def make_runs(lr: float, factor: float, rival: str | None, order: int) -> list[Run]:
+    """Runs whose loss is ``factor`` times 1, 0.5, 0.25; ``rival`` None is a plain run."""
+    baseline = f"lr {lr:g}"
+    arm = baseline if rival is None else f"{baseline} + {rival or 'teleport'}"
+    runs = []
+    for seed in SEEDS:
+        noise = 1 + 1e-3 * seed if rival is not None else 1.0
+        rows: list[dict[str, Any]] = [
+            {
+                "step": 10 * i,
+                "train_seconds": 10.0 * i,
+                "teleport_seconds": 0.0,
+                "train_loss": loss,
+                "test_loss": loss,
+                "test_accuracy": 0.5,
+            }
+            for i, loss in enumerate((1.0, 0.5 * factor * noise, 0.25 * factor * noise))
+        ]
+        config = {
+            "experiment": "made-up",
+            "settings": {"optimizer": "sgd", "teleport": {"lr": None}},
+            "arm": arm,
+            "baseline": baseline,
+            "seed": seed,
+            "order": order,
+            "training": {"lr": lr, "teleport": rival is not None, "rival": rival or ""},
+        }
+        runs.append(Run(Path("a.jsonl"), config, rows, [], "finished"))
+    return runs
+
+
+def make_block(arms: list[tuple[float, float, str | None]]) -> Block:
+    runs = [run for order, arm in enumerate(arms) for run in make_runs(*arm, order)]
+    return Block(Path("made-up"), runs, summarise(runs), best_baseline(by_arm(runs)))
+
+
+factors = st.floats(0.3, 0.9) | st.floats(1.1, 3.0)
+
+
+@given(factors, factors)
+def test_low_and_tuned_are_counted_apart(low: float, tuned: float) -> None:
+    block = make_block([(0.3, 0.5, None), (0.3, 0.5 * tuned, ""), (0.1, 1, None), (0.1, low, "")])
+    places = low_and_tuned([block, block])
+    for (name, found), factor in zip(places.items(), (low, tuned), strict=True):
+        assert len(found) == 2, name
+        gaps = [arm.to_own.log_loss for _, arm in found if arm.to_own is not None]
+        assert gaps == [pytest.approx(math.log(factor), abs=2e-3)] * 2
+        counted = count([arm.to_own for _, arm in found])
+        assert counted.startswith(f"lower loss in {2 * (factor < 1)}, higher in {2 * (factor > 1)}")
+    assert "unresolved 0" in tally([block])
+
+
+@given(factors, factors)
+def test_a_teleport_against_its_control_is_the_ratio_of_their_losses(
+    teleport: float, control: float
+) -> None:
+    block = make_block([(0.1, 1, None), (0.1, teleport, ""), (0.1, control, "some control")])
+    (arm,) = teleporting(block)
+    ((name, (own, against)),) = controls(block, arm).items()
+    assert name == "some control"
+    assert own.log_loss == pytest.approx(math.log(control), abs=2e-3)
+    assert against.log_loss == pytest.approx(math.log(teleport / control), abs=2e-3)
+
+
+def test_a_single_rate_counts_as_tuned() -> None:
+    places = low_and_tuned([make_block([(0.1, 1, None), (0.1, 0.5, "")])])
+    assert [len(found) for found in places.values()] == [0, 1]
+
+
+def test_tables_have_a_row_for_every_teleport_and_only_those_with_all_controls() -> None:
+    some = [(0.1, 1.0, None), (0.1, 0.8, ""), (0.3, 1.0, None), (0.3, 1.2, "")]
+    block = make_block([*some, *((0.3, 1.1, name) for name in CONTROLS), (0.1, 1, CONTROLS[0])])
+    head, *rows = outcome_rows([block])
+    assert [row[3] for row in rows] == ["lr 0.1", "lr 0.3"]
+    assert all(len(row) == len(head) for row in rows)
+    assert rows[0][-2].startswith("**-0.22")
+    assert rows[1][head.index("steps")] == "-"
+    head, row = control_rows([block])
+    assert row[3] == "lr 0.3"
+    assert len(row) == len(head)
+    assert row[head.index(f"teleport against {CONTROLS[0]}")] == "**+0.087 ± 0.000**"
+
+
+def test_the_paper_s_schedule_is_known_by_its_fixed_step() -> None:
+    block = make_block([(0.1, 1, None), (0.1, 0.5, "")])
+    assert schedule_name(block) == "default"
+    block.runs[0].config["settings"]["teleport"]["lr"] = 0.2
+    assert schedule_name(block) == "paper"
