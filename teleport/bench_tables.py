@@ -327,7 +327,7 @@ def _same_budget(benchmark: Benchmark) -> Iterator[Sheet]:
         rounds = [row for row in found if row["way"] == way]
 
         def median(key: str, rounds: list[Row] = rounds) -> float:
-            return Spread.of([row[key] for row in rounds]).median
+            return Spread.of([float(row[key]) for row in rounds]).median
 
         cost = Spread.of([row["seconds"] / row["gradient_seconds"] for row in rounds])
         rows.append(

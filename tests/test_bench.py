@@ -319,13 +319,14 @@ def test_sizes_of_the_rivals_are_those_of_the_base(monkeypatch: pytest.MonkeyPat
         asked.append((given["hidden"], given["samples"], given["threads"]))
         return []
 
+    setting = replace(SETTING, preset=replace(TINY, rounds=2), threads=3)
     monkeypatch.setattr(bench, "same_budget_table", budget)
     monkeypatch.setattr(bench, "same_batch_table", table)
     monkeypatch.setattr(bench, "symmetry_speed_ratio", speed)
-    assert [job() for _, job in bench.rivals_jobs(replace(SETTING, threads=3))] == [[]] * 4
+    assert [job() for _, job in bench.rivals_jobs(setting)] == [[]] * 4
     sizes = (24, 6, 3, 2, 1)
     same = ((24, 24), 6, 3, TINY.rival_seconds)
-    again = [same[:3]] * TINY.rounds
+    again = [same[:3]] * 2
     assert asked == [same, *again, (*sizes, nn.LeakyReLU), (*sizes, nn.Tanh)]
     assert bench.PRESETS["cpu"].base == bench.Point(t=8, d=512, n=128, l=3, b=1)
 
