@@ -200,7 +200,7 @@ def _row(name: str, report: TeleportReport, timing: Timing) -> Row:
 def repeated_ways(growth: float, seed: int = 0) -> dict[str, Way]:
     """The ways whose step takes one direction, to be repeated; and symmetry in its 2023 form."""
     every = ways(growth, seed)
-    several = (f"{STEPS} steps", "double backward", "first-order")
+    several = (f"{STEPS} steps", "double backward", "first-order inverse")
     found = {name: way for name, way in every.items() if not name.endswith(several)}
     found["null space, double backward"] = lambda m, _: Teleporter(
         m, growth=growth, method="double_backward"
