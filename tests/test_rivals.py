@@ -43,7 +43,7 @@ def test_every_way_is_in_the_table_once_with_what_it_promises() -> None:
 def test_every_way_has_the_same_time_and_tells_what_came_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By a clock that gives a gradient one second and a step two: three steps fit into five."""
+    """By a clock that gives a gradient one second and a step two: three steps fit into six."""
 
     def stopwatch(run: Callable[[], object]) -> float:
         return 2.0 if isinstance(run(), type(None)) else 1.0
@@ -51,7 +51,7 @@ def test_every_way_has_the_same_time_and_tells_what_came_of_it(
     monkeypatch.setattr(rivals, "stopwatch_for", lambda device, threads: stopwatch)
     state = torch.get_rng_state()
     how = {"hidden": (40, 40), "samples": 16, "growth": 1.2, "warmup_steps": 5}
-    rows = same_budget_table(gradients=5.0, **how)
+    rows = same_budget_table(gradients=6.0, **how)
     assert torch.equal(torch.get_rng_state(), state)
     assert [row.way for row in rows] == list(repeated_ways(1.2))
     assert not any("8 steps" in row.way or "first-order" in row.way for row in rows)
