@@ -36,7 +36,7 @@ from teleport.objective import trainable
 from teleport.parallel import using_threads
 from teleport.records import RecordWriter, environment
 from teleport.report import TeleportReport
-from teleport.rivals import same_batch_table, symmetry_speed_ratio
+from teleport.rivals import BUDGET, same_batch_table, same_budget_table, symmetry_speed_ratio
 from teleport.subspace import Projector
 from teleport.tangent import Direction
 from teleport.teleporter import Teleporter
@@ -481,9 +481,9 @@ def layers_jobs(setting: Setting) -> list[Job]:
 
 
 def rivals_jobs(setting: Setting) -> list[Job]:
-    """Every way to teleport on the same images, and seconds against symmetry teleportation.
+    """Every way to teleport on the same images, once and for the same time.
 
-    Both at the sizes of the scaling benchmark's base.
+    And seconds against symmetry teleportation. All at the sizes of the scaling benchmark's base.
     """
     base, preset = setting.preset.base, setting.preset
     spent: dict[str, Any] = {
@@ -497,6 +497,19 @@ def rivals_jobs(setting: Setting) -> list[Job]:
         table = same_batch_table(hidden=(base.d, base.d), samples=base.n, **spent)
         return [{"part": "same batch", **_rival_row(asdict(row), row.timing)} for row in table]
 
+    def same_budget() -> list[Row]:
+        """Every round on its own: how many steps fit depends on the machine."""
+        where: dict[str, Any] = {"threads": setting.threads, "device": setting.device}
+        rows: list[Row] = []
+        started = time.perf_counter()
+        for number in range(preset.rounds):
+            if number and time.perf_counter() - started > preset.rival_seconds:
+                break
+            table = same_budget_table(hidden=(base.d, base.d), samples=base.n, **where)
+            note = {"part": "same budget", "gradients": BUDGET, "round": number}
+            rows += [{**note, **asdict(row)} for row in table]
+        return rows
+
     def speed(activation: type[nn.Module]) -> list[Row]:
         found = symmetry_speed_ratio(
             base.d, base.n, base.l, base.t, batches=base.b, activation=activation, **spent
@@ -504,7 +517,7 @@ def rivals_jobs(setting: Setting) -> list[Job]:
         note = {"part": "speed", "activation": activation.__name__}
         return [{**note, **_rival_row({"way": w}, timing)} for w, timing in found.timings.items()]
 
-    jobs: list[Job] = [("same batch", same_batch)]
+    jobs: list[Job] = [("same batch", same_batch), ("same budget", same_budget)]
     for kind in (nn.LeakyReLU, nn.Tanh):
         jobs.append((f"speed, {kind.__name__}", partial(speed, kind)))
     return jobs

@@ -314,8 +314,44 @@ def _rivals(benchmark: Benchmark) -> list[Sheet]:
     )
     return [
         Sheet(f"{benchmark.title}; the same batch", columns, rows, caption),
+        *_same_budget(benchmark),
         *_speeds(benchmark),
     ]
+
+
+def _same_budget(benchmark: Benchmark) -> Iterator[Sheet]:
+    """Medians over the rounds; older records have no such part."""
+    found = [row for row in benchmark.rows if row["part"] == "same budget"]
+    rows: list[tuple[str, ...]] = []
+    for way in dict.fromkeys(row["way"] for row in found):
+        rounds = [row for row in found if row["way"] == way]
+
+        def median(key: str, rounds: list[Row] = rounds) -> float:
+            return Spread.of([float(row[key]) for row in rounds]).median
+
+        cost = Spread.of([row["seconds"] / row["gradient_seconds"] for row in rounds])
+        rows.append(
+            (
+                way,
+                f"{median('steps'):g}",
+                f"{median('growth'):.3f}",
+                f"{median('drift'):.1e}",
+                f"{median('held_out_drift'):.1e}",
+                f"{1e3 * median('seconds'):.0f}",
+                f"{cost.median:.1f}",
+                f"{cost.low:.1f} - {cost.high:.1f} ({len(rounds)})",
+            )
+        )
+    if rows:
+        columns = ("way", "steps", "growth", "drift", "held out", "ms", "gradients")
+        caption = (
+            f"The same perceptron and images. Every way repeats its step, which asks for a growth "
+            f"of 1.5 where it can, until the time of {found[0]['gradients']:g} gradients is spent; "
+            "the last step is finished. Medians over the rounds. Steps: those kept. Growth and "
+            "drift: of all of them together. Gradients: the time spent over that of one gradient."
+        )
+        title = "the same batch and the same time"
+        yield Sheet(title, (*columns, "quartiles (rounds)"), rows, caption)
 
 
 def _speeds(benchmark: Benchmark) -> Iterator[Sheet]:

@@ -1,7 +1,8 @@
 """Rivals on the same work: the same model, the same batch, the same clock.
 
 `same_batch_table` lets every way to teleport, and every control, move the same perceptron on the
-same images, and tells what it gained, what it broke, and what it cost. `symmetry_speed_ratio` times
+same images, and tells what it gained, what it broke, and what it cost; `same_budget_table` lets
+each repeat its step for the same time instead. `symmetry_speed_ratio` times
 a teleport of fixed steps against the null-space one (paper figure 5). All repeats start from the
 same weights and are timed as `teleport.measure` says.
 """
@@ -30,8 +31,8 @@ from teleport.baselines import (
 from teleport.baselines.rival import Rival
 from teleport.data import load
 from teleport.errors import RunError
-from teleport.measure import Spread, Task, Timing, interleaved, stopwatch_for
-from teleport.objective import gradient, trainable
+from teleport.measure import Spread, Stopwatch, Task, Timing, interleaved, stopwatch_for
+from teleport.objective import grad_norm, gradient, trainable
 from teleport.parallel import using_threads
 from teleport.report import TeleportReport
 from teleport.teleporter import Teleporter
@@ -49,6 +50,9 @@ CPU = torch.device("cpu")
 OURS = "null space"
 STEPS = 8
 """Directions of the ways that take several: the paper's t."""
+
+BUDGET = 30.0
+"""Gradients whose time a way may spend in `same_budget_table`."""
 
 HELD_OUT = 1000
 """Images outside the batch whose loss is compared."""
@@ -141,15 +145,7 @@ def same_batch_table(
     """
     with using_threads(threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        images = load(data)
-        model = _perceptron([images.width, *hidden, images.classes], activation)
-        _warm_up(model, images.train_inputs, images.train_targets, warmup_steps)
-        chosen = torch.randperm(len(images.train_inputs))[: samples + HELD_OUT]
-        batch, others = (
-            (images.train_inputs[part].to(device), images.train_targets[part].to(device))
-            for part in (chosen[:samples], chosen[samples:])
-        )
-        model.to(device)
+        model, batch, others = _work(data, hidden, activation, samples, warmup_steps, device)
         rehearsal = rehearse(Teleporter(model, growth=growth), _closure(model, batch))
         movers = {
             name: partial(_prepared, model, way, [batch], rehearsal)
@@ -158,6 +154,26 @@ def same_batch_table(
         looks = {name: _look(make, others) for name, make in movers.items()}
         timings = _timed(model, batch, movers, repeats, seconds, threads)
         return [_row(name, report, timings[name]) for name, report in looks.items()]
+
+
+def _work(
+    data: str,
+    hidden: Sequence[int],
+    activation: type[nn.Module],
+    samples: int,
+    warmup_steps: int,
+    device: torch.device,
+) -> tuple[nn.Sequential, Part, Part]:
+    """A perceptron after some training, a batch, and other images."""
+    images = load(data)
+    model = _perceptron([images.width, *hidden, images.classes], activation)
+    _warm_up(model, images.train_inputs, images.train_targets, warmup_steps)
+    chosen = torch.randperm(len(images.train_inputs))[: samples + HELD_OUT]
+    batch, others = (
+        (images.train_inputs[part].to(device), images.train_targets[part].to(device))
+        for part in (chosen[:samples], chosen[samples:])
+    )
+    return model.to(device), batch, others
 
 
 def _look(make: Callable[[], Prepared], others: Part) -> TeleportReport:
@@ -178,6 +194,124 @@ def _row(name: str, report: TeleportReport, timing: Timing) -> Row:
         move=sum(layer.move_norm**2 for layer in report.layers) ** 0.5,
         timing=timing,
         note=report.reason,
+    )
+
+
+def repeated_ways(growth: float, seed: int = 0) -> dict[str, Way]:
+    """The ways whose step takes one direction, to be repeated; and symmetry in its 2023 form."""
+    every = ways(growth, seed)
+    several = (f"{STEPS} steps", "double backward", "first-order inverse")
+    found = {name: way for name, way in every.items() if not name.endswith(several)}
+    found["null space, double backward"] = lambda m, _: Teleporter(
+        m, growth=growth, method="double_backward"
+    )
+    found["symmetry on pre-activations, 1 step"] = lambda m, _: SymmetryTeleporter(
+        m, 1, growth=growth, action="preactivations"
+    )
+    return found
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """One way, repeated for as long as all others.
+
+    Attributes:
+        way: its name.
+        steps: kept within the budget; the last one may end after it.
+        growth: factor on the gradient norm by all steps together.
+        drift: relative change of the batch loss by them.
+        held_out_drift: relative change of the loss of other images.
+        seconds: that the steps took.
+        gradient_seconds: of one gradient, the median of some just before.
+        note: how the last step ended.
+    """
+
+    way: str
+    steps: int
+    growth: float
+    drift: float
+    held_out_drift: float
+    seconds: float
+    gradient_seconds: float
+    note: str
+
+
+def same_budget_table(
+    *,
+    data: str = "mnist-sample",
+    hidden: Sequence[int] = (512, 512),
+    activation: type[nn.Module] = nn.LeakyReLU,
+    samples: int = 128,
+    growth: float = 1.5,
+    warmup_steps: int = 50,
+    seed: int = 0,
+    gradients: float = BUDGET,
+    threads: int = 1,
+    device: torch.device = CPU,
+) -> list[BudgetRow]:
+    """Let every rival and control repeat its step on the same batch until the same time is spent.
+
+    All start from the same weights. The time is that of ``gradients`` gradients of the batch; a
+    step is begun as long as some of it is left, and finished. A way ends early when a step moves
+    nothing or is rolled back. One step of every way comes first and is not timed. Controls of the
+    same norm repeat the norm of the first teleport, whose rehearsal is not on their time.
+
+    Args:
+        data: as in `same_batch_table`.
+        hidden: likewise.
+        activation: likewise.
+        samples: likewise.
+        growth: of one step, where a way can be asked for one.
+        warmup_steps: as in `same_batch_table`.
+        seed: likewise.
+        gradients: the budget, > 0.
+        threads: of torch.
+        device: where.
+
+    Returns:
+        One row per way, in the order of `repeated_ways`.
+
+    Raises:
+        ValueError: if the budget is not positive and finite.
+    """
+    if not 0.0 < gradients < math.inf:
+        raise ValueError(f"gradients must be > 0 and finite, got {gradients}")
+    with using_threads(threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, batch, others = _work(data, hidden, activation, samples, warmup_steps, device)
+        rehearsal = rehearse(Teleporter(model, growth=growth), _closure(model, batch))
+        stopwatch = stopwatch_for(device, threads)
+        rows = []
+        for name, way in repeated_ways(growth, seed).items():
+            make = partial(_prepared, model, way, [batch], rehearsal)
+            _move(make())
+            rows.append(_spend(name, make(), others, gradients, stopwatch))
+        return rows
+
+
+def _spend(
+    name: str, prepared: Prepared, others: Part, gradients: float, stopwatch: Stopwatch
+) -> BudgetRow:
+    mover, (closure,) = prepared
+    parameters, held_out = trainable(mover.model), _closure(mover.model, others)
+    one = Spread.of([stopwatch(lambda: gradient(closure, parameters)) for _ in range(7)]).median
+    (loss, norm), (other, _) = grad_norm(closure, parameters), grad_norm(held_out, parameters)
+    spent, steps, report = 0.0, 0, list[TeleportReport]()
+    while spent < gradients * one:
+        spent += stopwatch(lambda: report.append(mover.step(closure)))
+        if report[-1].rolled_back or not report[-1].steps:
+            break
+        steps += 1
+    after, norm_after = grad_norm(closure, parameters)
+    return BudgetRow(
+        way=name,
+        steps=steps,
+        growth=norm_after / norm,
+        drift=abs(after - loss) / abs(loss),
+        held_out_drift=abs(grad_norm(held_out, parameters)[0] - other) / abs(other),
+        seconds=spent,
+        gradient_seconds=one,
+        note=report[-1].reason,
     )
 
 

@@ -331,10 +331,12 @@ STILL: dict[str, Callable[[Work, baselines.Rehearsal], Rival]] = {
 
 @pytest.mark.parametrize("name", STILL)
 def test_the_control_of_a_teleport_that_cannot_move_is_the_identity(name: str) -> None:
-    """Full rank on a large batch: no null space anywhere."""
+    """Full rank on a large batch: no null space anywhere. The control's batch has room."""
     work = Work()
+    small = work.x, work.y
     work.x, work.y = torch.randn(40, 6, dtype=torch.float64), torch.randint(3, (40,))
     rehearsal = report_of(work)
+    work.x, work.y = small
     assert rehearsal.report.steps == 0
     before = fingerprint(work.model)
     report = STILL[name](work, rehearsal).step(work.closure)

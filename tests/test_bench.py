@@ -17,7 +17,7 @@ from teleport import bench, cli
 from teleport.bench_tables import Benchmark, curves, read_benchmarks, sheets
 from teleport.errors import RunError
 from teleport.models import Transformer, cnn, mlp
-from teleport.rivals import Speed, speed_ways, ways
+from teleport.rivals import Speed, repeated_ways, speed_ways, ways
 from teleport.transaction import _unfused
 from teleport.walk import FrozenWalk
 
@@ -285,15 +285,21 @@ def test_the_rivals_are_measured_at_the_base_by_every_way(rivals: tuple[Path, st
     folder, printed = rivals
     (found,) = read_benchmarks(folder).values()
     assert found.status == "finished"
-    rows = {part: [r for r in found.rows if r["part"] == part] for part in ("same batch", "speed")}
+    parts = ("same batch", "same budget", "speed")
+    rows = {part: [r for r in found.rows if r["part"] == part] for part in parts}
     assert [row["way"] for row in rows["same batch"]] == list(ways(1.5))
     wanted = [(kind, way) for kind in ("LeakyReLU", "Tanh") for way in speed_ways(1)]
     assert [(row["activation"], row["way"]) for row in rows["speed"]] == wanted
     ours = rows["same batch"][0]
     assert ours["growth"] == pytest.approx(1.5, rel=1e-5)
     assert ours["drift"] < 1e-5 < ours["held_out_drift"]
-    assert all(len(r["seconds"]) == len(r["gradient_seconds"]) <= TINY.rounds for r in found.rows)
+    timed = rows["same batch"] + rows["speed"]
+    assert all(len(r["seconds"]) == len(r["gradient_seconds"]) <= TINY.rounds for r in timed)
+    rounds = {row["round"] for row in rows["same budget"]}
+    assert rounds in ({0}, {0, 1})
+    assert [row["way"] for row in rows["same budget"]] == list(repeated_ways(1.5)) * len(rounds)
     assert all(word in printed for word in ("held out", "x null space", "change of basis"))
+    assert "the same batch and the same time" in printed
     assert (folder / "table.txt").exists()
     assert not (folder / "scaling.png").exists()
 
@@ -309,13 +315,32 @@ def test_sizes_of_the_rivals_are_those_of_the_base(monkeypatch: pytest.MonkeyPat
         asked.append((*sizes, given["batches"], given["activation"]))
         return Speed({})
 
+    def budget(**given: Any) -> list[Any]:
+        asked.append((given["hidden"], given["samples"], given["threads"]))
+        return []
+
+    setting = replace(SETTING, preset=replace(TINY, rounds=2), threads=3)
+    monkeypatch.setattr(bench, "same_budget_table", budget)
     monkeypatch.setattr(bench, "same_batch_table", table)
     monkeypatch.setattr(bench, "symmetry_speed_ratio", speed)
-    assert [job() for _, job in bench.rivals_jobs(replace(SETTING, threads=3))] == [[], [], []]
+    assert [job() for _, job in bench.rivals_jobs(setting)] == [[]] * 4
     sizes = (24, 6, 3, 2, 1)
     same = ((24, 24), 6, 3, TINY.rival_seconds)
-    assert asked == [same, (*sizes, nn.LeakyReLU), (*sizes, nn.Tanh)]
+    again = [same[:3]] * 2
+    assert asked == [same, *again, (*sizes, nn.LeakyReLU), (*sizes, nn.Tanh)]
     assert bench.PRESETS["cpu"].base == bench.Point(t=8, d=512, n=128, l=3, b=1)
+
+
+def test_the_same_time_is_shown_by_medians_over_the_rounds() -> None:
+    row = {"part": "same budget", "way": "noise", "gradients": 30.0, "gradient_seconds": 0.01}
+    rows = [
+        {**row, "steps": n, "growth": 2.0 * n, "drift": 0.1, "held_out_drift": 0.2, "seconds": s}
+        for n, s in ((3, 0.3), (5, 0.5), (4, 0.1))
+    ]
+    _, sheet = sheets(_benchmark("rivals", rows, small=True))
+    cells = ("noise", "4", "8.000", "1.0e-01", "2.0e-01", "300", "30.0", "20.0 - 40.0 (3)")
+    assert sheet.rows == [cells]
+    assert "the time of 30 gradients" in sheet.caption
 
 
 @pytest.mark.parametrize(("seconds", "verdict"), [(49.0, "missed"), (50.0, "met")])

@@ -1,13 +1,21 @@
 """The comparison on the same batch: all rivals are there, and the numbers are what they say."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
 from teleport import RunError, Teleporter, rivals
-from teleport.rivals import same_batch_table, speed_ways, symmetry_speed_ratio, ways
+from teleport.rivals import (
+    repeated_ways,
+    same_batch_table,
+    same_budget_table,
+    speed_ways,
+    symmetry_speed_ratio,
+    ways,
+)
 
 
 def test_every_way_is_in_the_table_once_with_what_it_promises() -> None:
@@ -30,6 +38,47 @@ def test_every_way_is_in_the_table_once_with_what_it_promises() -> None:
     for name in ("noise, same norm", "random null direction, same norm"):
         assert by_name[name].move == pytest.approx(ours.move, rel=1e-5)
     assert by_name["change of basis"].held_out_drift < 1e-5
+
+
+def test_every_way_has_the_same_time_and_tells_what_came_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock that gives a gradient one second and a step two: three steps fit into six."""
+
+    def stopwatch(run: Callable[[], object]) -> float:
+        return 2.0 if isinstance(run(), type(None)) else 1.0
+
+    monkeypatch.setattr(rivals, "stopwatch_for", lambda device, threads: stopwatch)
+    state = torch.get_rng_state()
+    how = {"hidden": (40, 40), "samples": 16, "growth": 1.2, "warmup_steps": 5}
+    rows = same_budget_table(gradients=6.0, **how)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [row.way for row in rows] == list(repeated_ways(1.2))
+    assert not any("8 steps" in row.way or "first-order" in row.way for row in rows)
+    once = {row.way: row for row in same_budget_table(gradients=1.0, **how)}
+    for row in rows:
+        first = once[row.way]
+        assert (first.steps, first.seconds, first.gradient_seconds) == (1, 2.0, 1.0)
+        if row.way in ("layers rescaled", "change of basis, best of 20"):
+            continue  # ends when it has nowhere to go
+        assert (row.steps, row.seconds) == (3, 6.0), row
+        if any(word in row.way for word in ("null space", "symmetry", "level", "same growth")):
+            assert row.growth == pytest.approx(1.2**3, rel=5e-3), row.way
+            assert first.growth == pytest.approx(1.2, rel=2e-3)
+        if any(word in row.way for word in ("null", "symmetry", "basis")):
+            assert row.drift < 1e-4, row.way
+    by_name = {row.way: row for row in rows}
+    assert by_name["change of basis"].held_out_drift < 1e-5
+    assert by_name["noise, same norm"].drift > 1e-4
+    rescaled = by_name["layers rescaled"]
+    assert rescaled.steps == 1
+    assert rescaled.note == "every layer has the wanted norm already"
+
+
+@pytest.mark.parametrize("gradients", [0.0, -1.0, math.inf, math.nan])
+def test_a_budget_out_of_range_is_refused(gradients: float) -> None:
+    with pytest.raises(ValueError, match="gradients must be > 0 and finite"):
+        same_budget_table(gradients=gradients)
 
 
 def test_the_speed_ratio_is_that_of_the_seconds() -> None:

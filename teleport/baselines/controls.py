@@ -89,6 +89,12 @@ def _move_norms(report: TeleportReport) -> dict[str, float]:
     return {layer.name: layer.move_norm for layer in report.layers if layer.move_norm > 0.0}
 
 
+def _is_of_norm(matrix: Tensor, norm: float) -> bool:
+    """To rounding; a zero matrix can be rescaled to no other norm."""
+    found = float(matrix.norm())
+    return found == 0.0 or math.isclose(found, norm, rel_tol=8 * torch.finfo(matrix.dtype).eps)
+
+
 def _as_still(report: TeleportReport) -> Move:
     """The control of a teleport that moved nothing: nothing."""
     return Move((), f"the teleport to match moved nothing: {report.reason}")
@@ -157,7 +163,7 @@ class RescaleLayers(Rival):
 
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
         present = {block: block.part.matrix() for block in self._norms}
-        if all(float(m.norm()) in (0.0, self._norms[block]) for block, m in present.items()):
+        if all(_is_of_norm(matrix, self._norms[block]) for block, matrix in present.items()):
             return Move((), "every layer has the wanted norm already")
         for block, matrix in present.items():
             if matrix.norm() > 0.0:
