@@ -21,6 +21,7 @@ from teleport import (
 from teleport.bound import LayerBound, NetworkBound, network_bound
 from teleport.coverage import supported
 from teleport.errors import (
+    CheckError,
     ClosureError,
     DataError,
     GroupElementError,
@@ -38,6 +39,7 @@ from teleport.teleporter import Teleporter
 __version__ = version("nullspace-teleport")
 
 __all__ = [
+    "CheckError",
     "ClosureError",
     "DataError",
     "GroupElementError",

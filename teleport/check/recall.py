@@ -40,8 +40,8 @@ def choice(
 
 def value(
     answer: Any,
-    right: float,
-    why: Mapping[float, str] | None = None,
+    right: float | int,
+    why: Mapping[Any, str] | None = None,
     *,
     tolerance: float = 1e-9,
     theorem: str = "",
@@ -63,7 +63,7 @@ def value(
         answer = answer.item()
     number = isinstance(answer, numbers.Real) and not isinstance(answer, bool)
 
-    def equal(other: float) -> bool:
+    def equal(other: float | int) -> bool:
         return number and math.isclose(answer, other, rel_tol=tolerance, abs_tol=tolerance)
 
     hints = [text for other, text in (why or {}).items() if equal(other)]
