@@ -21,11 +21,12 @@ import teleport
 from teleport import check
 from teleport.baselines import Bend, group_action
 from teleport.check.answers import alike
-from teleport.check.engine import CASES
+from teleport.check.engine import CASES, _diagnosis, _search
 from teleport.check.grading import grade
 from teleport.check.guard import Bounded, TimeUp, run_within
 from teleport.check.literal import literal
 from teleport.check.mlp import SquaredError
+from teleport.check.places import CHAPTER_OF
 from teleport.check.rivals import sigma, undo
 from teleport.cli import main
 from teleport.errors import CheckError
@@ -37,7 +38,7 @@ from teleport.subspace import Basis, RowSpace, energy_rank, numerical_rank
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
 
 WRONG = sorted((Path(__file__).parent / "wrong_answers").glob("*.py"))
-TELEPORT = [sys.executable, "-m", "teleport"]
+CHAPTERS = Path(__file__).parents[1] / "chapters"
 
 
 def functions_of(path):
@@ -256,7 +257,7 @@ def test_a_verdict_says_everything_and_is_printed(capsys):
     assert "wrong" in repr(verdict)
     passed = check.projection(check.projection.answer)
     assert capsys.readouterr().out == f"{passed}\n"
-    assert str(passed) == "projection: passed (30 cases; thm-invariance, chapters/03_mlp.ipynb)"
+    assert str(passed) == "projection: passed (40 cases; thm-invariance, chapters/03_mlp.ipynb)"
     assert "✓" in passed._repr_html_()
 
 
@@ -397,17 +398,32 @@ def test_the_hint_is_of_the_mistake_that_explains_all_answers():
 
 
 @pytest.mark.parametrize("name", check.CHECKS)
-def test_mistakes_are_told_apart(name):
+def test_every_mistake_is_recognised(name):
     one = check.CHECKS[name]
-    assert len(one.mistakes) >= 3
     assert len({mistake.hint for mistake in one.mistakes}) >= 3
     assert one.signature.startswith(f"{name}(")
+    for mistake in one.mistakes:
+        survey = []
+        _search(one, mistake.answer, survey, math.inf)
+        assert _diagnosis(one, survey) == mistake.hint
+        assert any(attempt.problem for attempt in survey)
+
+
+def test_every_theorem_is_in_the_chapter_that_a_verdict_names():
+    named = {prop.theorem for one in check.CHECKS.values() for prop in one.properties}
+    assert named <= set(CHAPTER_OF)
+    for label, chapter in CHAPTER_OF.items():
+        path = CHAPTERS / f"{chapter}.ipynb"
+        if path.exists():  # chapters are written one after the other
+            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+            text = "".join("".join(cell["source"]) for cell in cells)
+            assert f":label: {label}\n" in text or f"({label})" in text, label
 
 
 def test_questions_with_one_answer(capsys):
     why = {"a": "that is the other one"}
     assert check.choice(" B ", "b", why)
-    wrong = check.choice("a", "b", why, theorem="thm-span", chapter="03_mlp")
+    wrong = check.choice("a", "b", why, theorem="thm-span")
     assert (wrong.hint, wrong.got, wrong.theorem) == (why["a"], "'a'", "thm-span")
     assert "one letter" in check.choice(2, "b", quiet=True).hint
     assert check.choice("c", "b", why, quiet=True).hint == ""

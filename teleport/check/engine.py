@@ -21,7 +21,7 @@ from teleport.check.guard import LIMIT, Outcome, call, copied
 from teleport.check.literal import cut, literal, statements
 from teleport.check.verdict import Verdict
 
-CASES = 30
+CASES = 40
 """Cases of the survey that decides; shrinking a failing one tries more."""
 
 SMALLER = 80
@@ -75,7 +75,6 @@ class Check:
 
     Attributes:
         name: its name in ``teleport.check``.
-        chapter: notebook that teaches it, without suffix.
         takes: the arguments by name, in order, with their shape or kind.
         gives: shape or kind of the answer.
         cases: draws a case: the values of the arguments.
@@ -87,7 +86,6 @@ class Check:
     """
 
     name: str
-    chapter: str
     takes: Mapping[str, str]
     gives: str
     cases: Callable[[Draw], Case]
@@ -183,7 +181,7 @@ def examine(check: Check, fn: Any) -> Verdict:
     _search(check, fn, survey, stop)
     first = min(attempt.order for attempt in survey)
     if first == math.inf:
-        return Verdict(check.name, True, check.theorem, check.chapter, cases=len(survey))
+        return Verdict(check.name, True, check.theorem, cases=len(survey))
     attempts = list(survey)
     if not any(attempt.outcome.timed_out for attempt in survey):
         _search(check, fn, attempts, stop, shrink=first)
@@ -302,8 +300,7 @@ def _unusable(check: Check, fn: Any) -> Verdict | None:
     takes = f"The function is {check.signature}."
 
     def wrong(got: str, hint: str) -> Verdict:
-        theorem, chapter = check.theorem, check.chapter
-        return Verdict(check.name, False, theorem, chapter, takes, "", check.signature, got, hint)
+        return Verdict(check.name, False, check.theorem, takes, "", check.signature, got, hint)
 
     if not callable(fn):
         got = f"{type(fn).__name__} {cut(repr(fn), 60)}"
@@ -331,7 +328,6 @@ def _told(check: Check, fn: Callable[..., Any], worst: Attempt, survey: list[Att
         check=check.name,
         passed=False,
         theorem=problem.theorem,
-        chapter=check.chapter,
         statement=problem.statement,
         counterexample="\n".join(lines),
         expected=problem.expected,

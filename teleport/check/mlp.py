@@ -74,7 +74,6 @@ def _inputs_case(draw: Draw) -> Case:
 
 rows = Check(
     name="rows",
-    chapter="03_mlp",
     takes={"inputs": "[*, d]"},
     gives="[n, d + 1]",
     cases=_inputs_case,
@@ -121,7 +120,6 @@ def _products_case(draw: Draw) -> Case:
 
 weight_gradient = Check(
     name="weight_gradient",
-    chapter="03_mlp",
     takes={"delta": "[n, d_out]", "rows": "[n, d_in]"},
     gives="[d_out, d_in]",
     cases=_products_case,
@@ -175,7 +173,6 @@ def _only_kept(case: Case, got: Tensor) -> bool:
 
 projection = Check(
     name="projection",
-    chapter="03_mlp",
     takes={"gradient": "[d_out, d_in]", "basis": "[d_in, k]"},
     gives="[d_out, d_in]",
     cases=_projection_case,
@@ -242,7 +239,6 @@ def _survivor_case(draw: Draw) -> Case:
 
 survivor = Check(
     name="survivor",
-    chapter="03_mlp",
     takes={"delta": "[n, d_out]", "tangents": "[n, d_in]", "basis": "[d_in, k]"},
     gives="[d_out, d_in]",
     cases=_survivor_case,
@@ -306,7 +302,6 @@ def _objective_case(draw: Draw) -> Case:
 
 teleport_gradient = Check(
     name="teleport_gradient",
-    chapter="03_mlp",
     takes={"weights": "list of [d_out, d_in]", "loss": "of the weights"},
     gives="list of [d_out, d_in]",
     cases=_objective_case,
@@ -369,7 +364,6 @@ def _same_loss(case: Case, got: Any) -> bool:
 
 teleport_step = Check(
     name="teleport_step",
-    chapter="03_mlp",
     takes={
         "weights": "list of [d_out, d_in]",
         "loss": "of the weights",
@@ -483,7 +477,6 @@ def _steps_back(weights: Weights, loss: Any, bases: Weights, *rest: Any) -> Weig
 
 cap = Check(
     name="cap",
-    chapter="03_mlp",
     takes={
         "weights": "list of [d_out, d_in]",
         "loss": "of the weights",

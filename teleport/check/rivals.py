@@ -73,7 +73,6 @@ def _whole(first: Tensor, second: Tensor, rows: Tensor, element: Tensor) -> Pair
 
 group_action = Check(
     name="group_action",
-    chapter="08_rivals",
     takes={
         "first": "[h, d + 1]",
         "second": "[o, h + 1]",
@@ -161,7 +160,6 @@ def _everywhere(case: Case, got: Any) -> bool:
 
 change_of_basis = Check(
     name="change_of_basis",
-    chapter="08_rivals",
     takes={"first": "[h, d + 1]", "second": "[o, h + 1]", "factors": "[h], > 0"},
     gives="(first, second)",
     cases=_rescale_case,
@@ -219,7 +217,6 @@ def _balance_case(draw: Draw) -> Case:
 
 balanced = Check(
     name="balanced",
-    chapter="08_rivals",
     takes={"first": "[h, d + 1]", "second": "[o, h + 1]"},
     gives="(first, second)",
     cases=_balance_case,
