@@ -1,6 +1,5 @@
 """Checks of learners' functions: the library passes them, wrong answers get the right message."""
 
-import importlib.util
 import json
 import math
 import os
@@ -33,19 +32,12 @@ from teleport.errors import CheckError
 from teleport.layers import rule_for
 from teleport.objective import ascent_double_backward
 from teleport.subspace import Basis, RowSpace, energy_rank, numerical_rank
+from tests.submissions import WRONG, functions_of
 
 # beartype checks lists at random places; that is no part of any case.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
 
-WRONG = sorted((Path(__file__).parent / "wrong_answers").glob("*.py"))
 CHAPTERS = Path(__file__).parents[1] / "chapters"
-
-
-def functions_of(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return {name: getattr(module, name) for name in check.CHECKS}
 
 
 # The library against the same checks.

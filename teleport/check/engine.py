@@ -154,7 +154,7 @@ class Attempt:
         return "torch.empty" in code, len(code), code
 
     @property
-    def order(self) -> float:
+    def order(self) -> int | float:
         """Of the property that fails; infinite if none does."""
         return self.problem.order if self.problem else math.inf
 
@@ -194,7 +194,7 @@ def _search(
     fn: Callable[..., Any],
     attempts: list[Attempt],
     stop: float,
-    shrink: float | None = None,
+    shrink: int | float | None = None,
 ) -> None:
     """Try cases and append what came; with ``shrink``, smaller ones that lack this property."""
     library = hypothesis()
