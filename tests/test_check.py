@@ -239,7 +239,7 @@ def test_a_verdict_says_everything_and_is_printed(capsys):
     verdict = check.projection(mine)
     text = capsys.readouterr().out
     assert text == f"{verdict}\n"
-    assert "gradient = torch.tensor([[0., 1.]], dtype=torch.float64)" in text
+    assert "gradient = torch.tensor([[1., 0.]], dtype=torch.float64)" in text
     assert "thm-invariance, chapters/03_mlp.ipynb" in text
     assert "looking at torch.Size([1, 2])" in verdict.printed
     assert "✗ projection" in verdict._repr_html_()

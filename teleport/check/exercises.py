@@ -51,7 +51,8 @@ def _blocks(group: list[dict[str, Any]]) -> Iterator[str]:
             yield _source(cell) if cell["cell_type"] == "markdown" else _python(_source(cell))
         return
     title, _, text = _source(group[0]).partition("\n")
-    question, answer = [text.strip()], []
+    question = [text.strip()]
+    answer: list[str] = []
     for cell in group[1:]:
         marks = cell["metadata"].get("nbgrader", {})
         source = _source(cell)
