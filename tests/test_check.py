@@ -20,7 +20,7 @@ import teleport
 from teleport import check
 from teleport.baselines import Bend, group_action
 from teleport.check.answers import alike
-from teleport.check.engine import CASES, _diagnosis, _search
+from teleport.check.engine import CASES, _attempt, _diagnosis, _search
 from teleport.check.grading import grade
 from teleport.check.guard import Bounded, TimeUp, run_within
 from teleport.check.literal import literal
@@ -394,9 +394,10 @@ def test_every_mistake_is_recognised(name):
     one = check.CHECKS[name]
     assert len({mistake.hint for mistake in one.mistakes}) >= 3
     assert one.signature.startswith(f"{name}(")
+    right = []
+    _search(one, one.answer, right, math.inf)
     for mistake in one.mistakes:
-        survey = []
-        _search(one, mistake.answer, survey, math.inf)
+        survey = [_attempt(one, mistake.answer, attempt.case) for attempt in right]
         assert _diagnosis(one, survey) == mistake.hint
         assert any(attempt.problem for attempt in survey)
 
