@@ -133,6 +133,7 @@ def test_the_page_of_the_book_asks_before_it_answers(solved):
         assert answer.startswith(f" {one['label']}\n:class: dropdown\n")
         assert "SOLUTION" not in question + answer
         assert "HIDDEN" not in question + answer
+        assert len(answer.split(":class: dropdown")[1]) > 20  # a solution, and not in the question
         if one["kind"] == "implement":
             assert "    ...\n```" in question
             (code,) = re.findall(r"```python\n(.*?)```", answer, re.DOTALL)
