@@ -22,6 +22,7 @@ from teleport.bound import LayerBound, NetworkBound, network_bound
 from teleport.coverage import supported
 from teleport.errors import (
     BookError,
+    CheckError,
     ClosureError,
     DataError,
     GroupElementError,
@@ -41,6 +42,7 @@ __version__ = version("nullspace-teleport")
 
 __all__ = [
     "BookError",
+    "CheckError",
     "ClosureError",
     "DataError",
     "GroupElementError",

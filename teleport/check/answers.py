@@ -58,7 +58,7 @@ def near(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
 def factor(answer: Any, expected: Any) -> float | None:
     """The number c with ``answer = c expected``, if there is one and ``expected`` is not 0."""
     a, b = _flat(answer), _flat(expected)
-    if a is None or b is None or a.shape != b.shape or not bool((b != 0).any()):
+    if a is None or b is None or a.shape != b.shape or near(b, torch.zeros_like(b)):
         return None
     c = float((a @ b) / (b @ b))
     return c if near(a, c * b) else None

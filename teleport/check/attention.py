@@ -33,7 +33,6 @@ def _of_each(make: Any) -> Any:
 
 attention_rows = Check(
     name="attention_rows",
-    chapter="05_attention",
     takes={"queries": "[n, T, D]", "context": "[n, S, D]"},
     gives="(R_q, R_k, R_v) as rows",
     cases=_tokens_case,
@@ -112,7 +111,6 @@ def _orthogonal(case: Case, got: Tensor) -> bool:
 
 layernorm_direction = Check(
     name="layernorm_direction",
-    chapter="05_attention",
     takes={"gamma": "[d], no 0", "beta": "[d]"},
     gives="[d + 1], any length but 0",
     cases=_norm_case,
@@ -168,7 +166,6 @@ def _counts(tokens: int, read: int) -> Tensor:
 
 causal_tokens = Check(
     name="causal_tokens",
-    chapter="05_attention",
     takes={"tokens": "T", "read": "position the loss reads, from 0"},
     gives="[T], True or False",
     cases=_causal_case,

@@ -43,7 +43,6 @@ def _places_last(images: Tensor, size: int, stride: int, padding: int) -> Tensor
 
 conv_rows = Check(
     name="conv_rows",
-    chapter="04_convolution",
     takes={"images": "[n, C, h, w]", "size": "k", "stride": "number", "padding": "number"},
     gives="[n * positions, C * k * k + 1]",
     cases=_images_case,
@@ -128,7 +127,6 @@ def _out_of_all(gradient: Tensor, bases: Tensor) -> Any:
 
 grouped_projection = Check(
     name="grouped_projection",
-    chapter="04_convolution",
     takes={"gradient": "[C_out, d]", "bases": "[groups, d, k]"},
     gives="[C_out, d]",
     cases=_group_case,

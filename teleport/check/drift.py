@@ -42,7 +42,6 @@ def _move_case(draw: Draw) -> Case:
 
 drift_bound = Check(
     name="drift_bound",
-    chapter="07_drift",
     takes={"move": "[d_out, d_in], projected at tau", "rows": "[n, d_in]", "tau": "in (0, 1)"},
     gives="number",
     cases=_move_case,
@@ -92,7 +91,6 @@ def _mean_drift(move: Tensor, rows: Tensor) -> float:
 
 held_out_drift = Check(
     name="held_out_drift",
-    chapter="07_drift",
     takes={"move": "[d_out, d_in]", "rows": "[n, d_in], of other data"},
     gives="number",
     cases=lambda draw: {
@@ -157,7 +155,6 @@ def _against(which: int) -> Mistake:
 
 total_move = Check(
     name="total_move",
-    chapter="07_drift",
     takes={
         "gradients": "list of [d_out, d_in], one for each step",
         "rows": "list of [n, d_in], the inputs at each step",

@@ -7,6 +7,7 @@ a hint is a finding, not a guess.
 """
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +24,10 @@ from teleport.check.verdict import Verdict
 CASES = 40
 """Cases of the survey that decides; shrinking a failing one tries more."""
 
-SMALLER = 150
+SMALLER = 80
 """Cases that the search for a smaller one may try."""
 
-BUDGET = 3.5
+BUDGET = 4.0
 """Seconds after which no new case is tried."""
 
 Case = Mapping[str, Any]
@@ -74,7 +75,6 @@ class Check:
 
     Attributes:
         name: its name in ``teleport.check``.
-        chapter: notebook that teaches it, without suffix.
         takes: the arguments by name, in order, with their shape or kind.
         gives: shape or kind of the answer.
         cases: draws a case: the values of the arguments.
@@ -86,7 +86,6 @@ class Check:
     """
 
     name: str
-    chapter: str
     takes: Mapping[str, str]
     gives: str
     cases: Callable[[Draw], Case]
@@ -98,7 +97,7 @@ class Check:
     )
     view: Callable[[Answer], Answer] = field(default=lambda answer: answer)
 
-    def __call__(self, fn: Callable[..., Any], *, quiet: bool = False) -> Verdict:
+    def __call__(self, fn: Any, *, quiet: bool = False) -> Verdict:
         """Try ``fn``, print the verdict unless ``quiet``, and return it.
 
         Raises:
@@ -128,13 +127,14 @@ LOG: list[Verdict] = []
 
 @dataclass(frozen=True)
 class Problem:
-    """Why an attempt is wrong."""
+    """Why an attempt is wrong; ``order`` is that of the property it lacks, -1 for the kind."""
 
     theorem: str
     statement: str
     expected: str
     got: str
     advice: str = ""
+    order: int = -1
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,16 @@ class Attempt:
 
     @property
     def size(self) -> tuple[bool, int, str]:
-        """For the smallest counterexample: the one with the shortest code, none of it empty."""
+        """For the smallest counterexample: the shortest code, and no empty tensor."""
         code = "".join(
             line for name, value in self.case.items() for line in statements(name, value)
         )
         return "torch.empty" in code, len(code), code
+
+    @property
+    def order(self) -> int | float:
+        """Of the property that fails; infinite if none does."""
+        return self.problem.order if self.problem else math.inf
 
 
 class _FailingError(Exception):
@@ -162,7 +167,7 @@ class _Enough(BaseException):
     """Ends a search at once; Hypothesis lets it pass."""
 
 
-def examine(check: Check, fn: Callable[..., Any]) -> Verdict:
+def examine(check: Check, fn: Any) -> Verdict:
     """The verdict on a function.
 
     Raises:
@@ -173,24 +178,29 @@ def examine(check: Check, fn: Callable[..., Any]) -> Verdict:
         return refused
     stop = time.monotonic() + BUDGET
     survey: list[Attempt] = []
-    _search(check, fn, survey, stop, shrink=False)
-    failures = [attempt for attempt in survey if attempt.problem]
-    if not failures:
-        return Verdict(check.name, True, check.theorem, check.chapter, cases=len(survey))
+    _search(check, fn, survey, stop)
+    first = min(attempt.order for attempt in survey)
+    if first == math.inf:
+        return Verdict(check.name, True, check.theorem, cases=len(survey))
+    attempts = list(survey)
     if not any(attempt.outcome.timed_out for attempt in survey):
-        _search(check, fn, failures, stop, shrink=True)
-    worst = min((a for a in failures if a.problem), key=lambda attempt: attempt.size)
-    return _told(check, fn, worst, survey)
+        _search(check, fn, attempts, stop, shrink=first)
+    failures = [attempt for attempt in attempts if attempt.order == first]
+    return _told(check, fn, min(failures, key=lambda attempt: attempt.size), survey)
 
 
 def _search(
-    check: Check, fn: Callable[..., Any], attempts: list[Attempt], stop: float, *, shrink: bool
+    check: Check,
+    fn: Callable[..., Any],
+    attempts: list[Attempt],
+    stop: float,
+    shrink: int | float | None = None,
 ) -> None:
-    """Try cases and append what came; with ``shrink``, smaller ones from the first failure."""
+    """Try cases and append what came; with ``shrink``, smaller ones that lack this property."""
     library = hypothesis()
     phase = library.Phase
-    phases = (phase.generate, phase.shrink) if shrink else (phase.generate,)
-    most = len(attempts) + (SMALLER if shrink else CASES)
+    phases = (phase.generate,) if shrink is None else (phase.generate, phase.shrink)
+    most = len(attempts) + (CASES if shrink is None else SMALLER)
 
     def cases(draw: Callable[[Any], Any]) -> Case:
         return check.cases(Draw(draw))
@@ -201,7 +211,7 @@ def _search(
         attempts.append(_attempt(check, fn, case))
         if attempts[-1].outcome.timed_out:
             raise _Enough
-        if shrink and attempts[-1].problem:
+        if attempts[-1].order == shrink:
             raise _FailingError
 
     options = library.settings(
@@ -234,7 +244,7 @@ def _problem(check: Check, case: Case, outcome: Outcome) -> Problem | None:
         return Problem(main.theorem, main.statement, expected, got, advice)
 
     if outcome.timed_out:
-        statement, got = "An answer comes within a second.", f"no answer after {LIMIT:g} s"
+        statement, got = "An answer comes in time.", f"no answer after {LIMIT:g} s"
         advice = "Look for a loop whose condition never becomes false."
         return Problem("", statement, expected, got, advice)
     if outcome.raised is not None:
@@ -250,9 +260,10 @@ def _problem(check: Check, case: Case, outcome: Outcome) -> Problem | None:
     if not _finite(outcome.value):
         advice = "NaN comes from 0/0, infinity from a division by 0: which divisor can be 0 here?"
         return problem(literal(outcome.value), advice)
-    for prop in check.properties:
+    for order, prop in enumerate(check.properties):
         if prop.fails(case, outcome.value, right):
-            return Problem(prop.theorem, prop.statement, expected, literal(outcome.value))
+            got = literal(outcome.value)
+            return Problem(prop.theorem, prop.statement, expected, got, order=order)
     return None
 
 
@@ -289,8 +300,7 @@ def _unusable(check: Check, fn: Any) -> Verdict | None:
     takes = f"The function is {check.signature}."
 
     def wrong(got: str, hint: str) -> Verdict:
-        theorem, chapter = check.theorem, check.chapter
-        return Verdict(check.name, False, theorem, chapter, takes, "", check.signature, got, hint)
+        return Verdict(check.name, False, check.theorem, takes, "", check.signature, got, hint)
 
     if not callable(fn):
         got = f"{type(fn).__name__} {cut(repr(fn), 60)}"
@@ -318,7 +328,6 @@ def _told(check: Check, fn: Callable[..., Any], worst: Attempt, survey: list[Att
         check=check.name,
         passed=False,
         theorem=problem.theorem,
-        chapter=check.chapter,
         statement=problem.statement,
         counterexample="\n".join(lines),
         expected=problem.expected,
@@ -361,17 +370,16 @@ def _constant(check: Check, survey: list[Attempt]) -> float | None:
     found = set()
     for attempt in survey:
         right = check.answer(*map(copied, attempt.case.values()))
-        if not attempt.outcome.returned:
-            return None
-        if alike(right, attempt.outcome.value):
-            value = factor(right, right)
-        else:
-            value = factor(attempt.outcome.value, right)
-            if value is None:
-                return None
+        value = factor(attempt.outcome.value, right) if attempt.outcome.returned else None
         if value is not None:
             found.add(round(value, 9))
+        elif not (_is_zero(right) and alike(attempt.outcome.value, right)):
+            return None
     return found.pop() if len(found) == 1 and found != {1.0} else None
+
+
+def _is_zero(value: Any) -> bool:
+    return factor(value, value) is None
 
 
 def _name(fn: Callable[..., Any]) -> str:

@@ -181,11 +181,15 @@ def _follow(
         return False
 
 
+def _verdict(fields: dict[str, Any]) -> Verdict:
+    return Verdict(**{name: value for name, value in fields.items() if name != "chapter"})
+
+
 def _graded(units: list[Unit], run: _Run) -> list[Exercise]:
     found, failures = [], []
     for index, unit in enumerate(units):
         message = run.ended.get(index, {"error": run.broken.get(index, ""), "verdicts": []})
-        verdicts = tuple(Verdict(**verdict) for verdict in message["verdicts"])
+        verdicts = tuple(_verdict(verdict) for verdict in message["verdicts"])
         error = message["error"]
         if not unit.exercise:
             if error:

@@ -36,7 +36,6 @@ def _rotation_case(draw: Draw) -> Case:
 
 rotation = Check(
     name="rotation",
-    chapter="01_level_sets",
     takes={"point": "[2]", "angle": "in radians"},
     gives="[2]",
     cases=_rotation_case,
@@ -90,7 +89,6 @@ def _quadratic_case(draw: Draw) -> Case:
 
 largest_gradient = Check(
     name="largest_gradient",
-    chapter="01_level_sets",
     takes={"hessian": "[d, d], positive definite", "value": "> 0"},
     gives="number",
     cases=_quadratic_case,
@@ -143,7 +141,6 @@ def _stationary_case(draw: Draw) -> Case:
 
 stationary = Check(
     name="stationary",
-    chapter="01_level_sets",
     takes={"gradient": "[d], not 0", "hessian": "[d, d]"},
     gives="True or False",
     cases=_stationary_case,
@@ -193,7 +190,6 @@ def _first_order(case: Case, got: Any) -> bool:
 
 level_set_step = Check(
     name="level_set_step",
-    chapter="08_rivals",
     takes={"gradient": "[d], not 0", "ascent": "[d], Hg", "eta": "> 0", "drift": "L(ω) - L(ω₀)"},
     gives="[d]",
     cases=_level_case,

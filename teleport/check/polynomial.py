@@ -16,7 +16,6 @@ def _degree(moved: list[bool]) -> int:
 
 polynomial_degree = Check(
     name="polynomial_degree",
-    chapter="06_direction",
     takes={"moved": "list of True or False, first layer first"},
     gives="whole number",
     cases=lambda draw: {
@@ -71,7 +70,6 @@ def _reaches(case: Case, got: Any) -> bool:
 
 growth_step = Check(
     name="growth_step",
-    chapter="06_direction",
     takes={"coefficients": "[3]: T(s) = c0 + c1 s + c2 s², c0, c1 > 0, c2 >= 0", "growth": "> 1"},
     gives="number",
     cases=lambda draw: {
@@ -121,7 +119,6 @@ def _adam(gradient: Tensor, second_moment: Tensor, eps: float) -> Tensor:
 
 adam_direction = Check(
     name="adam_direction",
-    chapter="06_direction",
     takes={"gradient": "[d]", "second_moment": "[d], >= 0", "eps": "> 0"},
     gives="[d]",
     cases=lambda draw: {

@@ -16,7 +16,6 @@ def choice(
     why: Mapping[str, str] | None = None,
     *,
     theorem: str = "",
-    chapter: str = "",
     quiet: bool = False,
 ) -> Verdict:
     """Whether the letter that a learner chose is the right one.
@@ -26,26 +25,22 @@ def choice(
         right: the right letter.
         why: for wrong letters, what is wrong with them.
         theorem: label in the book of what the question is about.
-        chapter: notebook that states it, without suffix.
         quiet: whether to print nothing.
     """
     given = answer.strip().lower() if isinstance(answer, str) else answer
     hint = "" if why is None or not isinstance(given, str) else why.get(given, "")
     if not isinstance(given, str) or len(given) != 1:
         hint = 'Set the variable to one letter, as in answer = "a".'
-    return _verdict(
-        "choice", given == right, answer, "another answer", hint, theorem, chapter, quiet
-    )
+    return _verdict("choice", given == right, answer, "another answer", hint, theorem, quiet)
 
 
 def value(
     answer: Any,
-    right: float,
-    why: Mapping[float, str] | None = None,
+    right: float | int,
+    why: Mapping[Any, str] | None = None,
     *,
     tolerance: float = 1e-9,
     theorem: str = "",
-    chapter: str = "",
     quiet: bool = False,
 ) -> Verdict:
     """Whether the number that a learner found is the right one.
@@ -56,21 +51,20 @@ def value(
         why: for numbers that usual mistakes give, what is wrong with them.
         tolerance: relative, for numbers that are not whole.
         theorem: label in the book of what the question is about.
-        chapter: notebook that states it, without suffix.
         quiet: whether to print nothing.
     """
     if hasattr(answer, "item") and getattr(answer, "numel", lambda: 1)() == 1:
         answer = answer.item()
     number = isinstance(answer, numbers.Real) and not isinstance(answer, bool)
 
-    def equal(other: float) -> bool:
+    def equal(other: float | int) -> bool:
         return number and math.isclose(answer, other, rel_tol=tolerance, abs_tol=tolerance)
 
     hints = [text for other, text in (why or {}).items() if equal(other)]
     if not number:
         hints = ["Set the variable to a number, as in answer = 7."]
     hint = hints[0] if hints else ""
-    return _verdict("value", equal(right), answer, "another number", hint, theorem, chapter, quiet)
+    return _verdict("value", equal(right), answer, "another number", hint, theorem, quiet)
 
 
 def _verdict(
@@ -80,14 +74,12 @@ def _verdict(
     expected: str,
     hint: str,
     theorem: str,
-    chapter: str,
     quiet: bool,
 ) -> Verdict:
     verdict = Verdict(
         check=name,
         passed=passed,
         theorem=theorem,
-        chapter=chapter,
         statement="" if passed else "The answer has to be right.",
         expected="" if passed else expected,
         got="" if passed else cut(repr(answer), 100),

@@ -1,5 +1,7 @@
 """Chapter 8: symmetry teleportation and change of basis."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,12 +54,13 @@ def _action_case(draw: Draw) -> Case:
     }
 
 
-def _kept(case: Case, got: Pair) -> bool:
+def _kept(case: Case, got: Any) -> bool:
+    first, second = got
     before = outputs(case["first"], case["second"], case["rows"])
-    return alike(outputs(*got, case["rows"]), before)
+    return alike(outputs(first, second, case["rows"]), before)
 
 
-def _moved(case: Case, got: Pair) -> bool:
+def _moved(case: Case, got: Any) -> bool:
     wanted = sigma(case["rows"] @ case["first"].T) @ case["element"].T
     return alike(sigma(case["rows"] @ got[0].T), wanted)
 
@@ -70,7 +73,6 @@ def _whole(first: Tensor, second: Tensor, rows: Tensor, element: Tensor) -> Pair
 
 group_action = Check(
     name="group_action",
-    chapter="08_rivals",
     takes={
         "first": "[h, d + 1]",
         "second": "[o, h + 1]",
@@ -146,18 +148,18 @@ def _rescale_case(draw: Draw) -> Case:
     }
 
 
-def _everywhere(case: Case, got: Pair) -> bool:
+def _everywhere(case: Case, got: Any) -> bool:
     """Outputs on enough inputs, none of them special."""
     size = case["first"].shape[1] - 1
     grid = torch.cartesian_prod(*[torch.tensor([-2.0, -0.5, 1.0, 3.0]).double()] * size)
     rows = grid.reshape(-1, size)
     rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-    return alike(outputs(*got, rows), outputs(case["first"], case["second"], rows))
+    first, second = got
+    return alike(outputs(first, second, rows), outputs(case["first"], case["second"], rows))
 
 
 change_of_basis = Check(
     name="change_of_basis",
-    chapter="08_rivals",
     takes={"first": "[h, d + 1]", "second": "[o, h + 1]", "factors": "[h], > 0"},
     gives="(first, second)",
     cases=_rescale_case,
@@ -215,7 +217,6 @@ def _balance_case(draw: Draw) -> Case:
 
 balanced = Check(
     name="balanced",
-    chapter="08_rivals",
     takes={"first": "[h, d + 1]", "second": "[o, h + 1]"},
     gives="(first, second)",
     cases=_balance_case,

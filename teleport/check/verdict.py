@@ -4,6 +4,8 @@ import html
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from teleport.check.places import CHAPTER_OF
+
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
@@ -13,7 +15,6 @@ class Verdict:
         check: name of the check.
         passed: whether every case came out right.
         theorem: label in the book of the property that failed, or of the main one.
-        chapter: notebook that states it, without suffix.
         statement: the property in words.
         counterexample: the smallest failing input, as code that reproduces it; empty if passed.
         expected: what the property asks for on that input.
@@ -26,7 +27,6 @@ class Verdict:
     check: str
     passed: bool
     theorem: str = ""
-    chapter: str = ""
     statement: str = ""
     counterexample: str = ""
     expected: str = ""
@@ -59,7 +59,7 @@ class Verdict:
         if self.passed:
             return f"<div>{title} passed{self._count()}</div>"
         place = html.escape(self.place)
-        link = f"<a href='../{html.escape(self.chapter)}.ipynb'>{place}</a>" if self.place else ""
+        link = f"<a href='../{html.escape(self.chapter)}.ipynb'>{place}</a>" if self.chapter else ""
         rows = "".join(
             f"<dt>{name}</dt><dd><pre>{html.escape(text)}</pre></dd>"
             for name, text in self._parts()
@@ -69,12 +69,16 @@ class Verdict:
     @property
     def place(self) -> str:
         """Where the book states the property."""
-        in_book = self.theorem and self.chapter
-        return f"{self.theorem}, chapters/{self.chapter}.ipynb" if in_book else self.theorem
+        return f"{self.theorem}, chapters/{self.chapter}.ipynb" if self.chapter else self.theorem
+
+    @property
+    def chapter(self) -> str:
+        """The notebook that states the property, without suffix; empty if none does."""
+        return CHAPTER_OF.get(self.theorem, "")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
-        return asdict(self)
+        """All fields and the chapter, for JSON."""
+        return {**asdict(self), "chapter": self.chapter}
 
     def _count(self) -> str:
         return f" ({self.cases} cases; {self.place})" if self.cases else ""

@@ -1,0 +1,20 @@
+"""Where the book states what a verdict refers to."""
+
+CHAPTERS = {
+    "01_level_sets": ("eq-level-functions", "thm-newton"),
+    "02_null_spaces": ("thm-rank",),
+    "03_mlp": ("thm-span", "thm-invariance", "thm-layerwise", "thm-survivor", "thm-fixed"),
+    "05_attention": ("thm-layernorm",),
+    "06_objective_and_step": ("thm-polynomial", "thm-geometry"),
+    "07_error_control": ("thm-drift", "thm-batch"),
+    "08_rivals": (
+        "thm-group-action",
+        "thm-lie-gradient",
+        "thm-first-order-inverse",
+        "thm-linearised",
+        "thm-change-of-basis",
+    ),
+}
+"""Labels that each chapter's notebook, named without suffix, holds."""
+
+CHAPTER_OF = {label: chapter for chapter, labels in CHAPTERS.items() for label in labels}
