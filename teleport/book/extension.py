@@ -5,6 +5,7 @@ page, ``<!-- public names -->`` on that of the reference, ``<!-- citation -->`` 
 cite.
 """
 
+import json
 import shutil
 from collections.abc import Set
 from pathlib import Path
@@ -20,6 +21,7 @@ from teleport import data as datasets
 from teleport.book.extras import needed
 from teleport.book.generated import citation, contents, public_names
 from teleport.book.manifest import Book, Chapter
+from teleport.check.exercises import exercise_markdown
 
 MATHJAX_FILES = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
 
@@ -69,6 +71,9 @@ class ChapterNumbers(TocTreeCollector):
 
 def _fill_in(app: Sphinx, document: str, source: list[str]) -> None:
     book: Book = app.config.teleport_book
+    for chapter in book.chapters:
+        if chapter.exercises is not None and book.document(chapter.exercises) == document:
+            source[0] = _one_cell(exercise_markdown(chapter.exercises))
     if "<!-- contents -->" in source[0]:
         source[0] = source[0].replace("<!-- contents -->", contents(book))
     if "<!-- public names -->" in source[0]:
@@ -76,6 +81,12 @@ def _fill_in(app: Sphinx, document: str, source: list[str]) -> None:
     if "<!-- citation -->" in source[0]:
         cff = yaml.safe_load((book.file.parent / "CITATION.cff").read_text(encoding="utf-8"))
         source[0] = source[0].replace("<!-- citation -->", citation(cff))
+
+
+def _one_cell(text: str) -> str:
+    """A notebook of one cell of text: the form in which Sphinx expects the file's content."""
+    cell = {"cell_type": "markdown", "id": "exercises", "metadata": {}, "source": text}
+    return json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
 
 
 def _add_box(app: Sphinx, doctree: nodes.document) -> None:
