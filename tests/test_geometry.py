@@ -384,6 +384,16 @@ def test_an_m_that_is_zero_is_refused() -> None:
     assert fingerprint(problem.model) == before
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan, -1.0])
+def test_an_m_that_is_not_finite_is_refused(value: float) -> None:
+    problem = task("plain")
+    optimizer = trained(problem, ADAPTIVE["Adam"])
+    optimizer.state[problem.model[2].weight]["exp_avg_sq"][0, 0] = value
+    teleporter = Teleporter(problem.model, objective="preconditioned", optimizer=optimizer)
+    with pytest.raises(OptimizerStateError, match=r"not positive and finite for '2.weight': "):
+        teleporter.step(problem.closure)
+
+
 def test_the_definition_by_the_library_is_the_one_by_autograd() -> None:
     """`ascent_double_backward` along M⁻¹ g is ∇D_M."""
     problem = task("attention")
