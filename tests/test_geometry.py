@@ -377,6 +377,8 @@ def test_an_m_that_is_not_positive_and_finite_is_refused(value: float) -> None:
     problem = task("plain")
     optimizer = trained(problem, ADAPTIVE["Adam"])
     optimizer.param_groups[0]["eps"] = 0.0
+    for state in optimizer.state.values():
+        state["exp_avg_sq"] += 1.0
     optimizer.state[problem.model[2].weight]["exp_avg_sq"][0, 0] = value
     teleporter = Teleporter(problem.model, objective="preconditioned", optimizer=optimizer)
     before = fingerprint(problem.model)
