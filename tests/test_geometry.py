@@ -372,14 +372,18 @@ def test_a_parameter_without_state_is_named_and_may_be_frozen_instead() -> None:
     assert teleporter.step(problem.closure).growth == pytest.approx(1.5)
 
 
-def test_an_m_that_is_zero_is_refused() -> None:
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan, -1.0])
+def test_an_m_that_is_not_positive_and_finite_is_refused(value: float) -> None:
     problem = task("plain")
-    with torch.no_grad():
-        problem.x[:, 2] = 0.0  # its weights get no gradient
-    optimizer = trained(problem, lambda p: Adam(p, eps=0.0))
+    optimizer = trained(problem, ADAPTIVE["Adam"])
+    optimizer.param_groups[0]["eps"] = 0.0
+    for state in optimizer.state.values():
+        state["exp_avg_sq"] += 1.0
+    optimizer.state[problem.model[2].weight]["exp_avg_sq"][0, 0] = value
     teleporter = Teleporter(problem.model, objective="preconditioned", optimizer=optimizer)
     before = fingerprint(problem.model)
-    with pytest.raises(OptimizerStateError, match=r"not positive and finite for '0.weight'.*eps"):
+    wanted = r"not positive and finite for '2.weight': use eps > 0"
+    with pytest.raises(OptimizerStateError, match=wanted):
         teleporter.step(problem.closure)
     assert fingerprint(problem.model) == before
 
