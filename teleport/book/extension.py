@@ -117,7 +117,9 @@ def _box(book: Book, chapter: Chapter) -> nodes.Node:
         exercises = nodes.reference(
             "", "its exercises", refuri=f"{book.document(chapter.exercises)}.html"
         )
-        box += nodes.paragraph("", "", nodes.Text("There is a notebook with "), exercises)
+        box += nodes.paragraph(
+            "", "", nodes.Text("There is a notebook with "), exercises, nodes.Text(".")
+        )
     return box
 
 
