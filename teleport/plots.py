@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from teleport.measure import Curve
 from teleport.records import ArmSummary, FloatArray, Run, by_arm
@@ -175,6 +176,7 @@ def _draw_gaps(axes: Axes, baseline: str, arms: Sequence[ArmSummary]) -> None:
     axes.set_title(f"against {baseline}", fontsize=10)
     axes.set_xlabel("mean log train loss minus the baseline's")
     axes.grid(alpha=0.25, axis="x")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def _axis(run: Run, against: str) -> FloatArray:
