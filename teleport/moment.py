@@ -41,7 +41,7 @@ class Moment:
 
 
 def rate_of(recipe: Experiment) -> tuple[str, float]:
-    """The optimizer and learning rate of the steps: tuned SGD, else what was tuned, else untuned."""
+    """Optimizer and learning rate of the steps: tuned SGD, else what was tuned, else `UNTUNED`."""
     for name in ("sgd", *recipe.tuning):
         if name in recipe.tuning:
             return name, recipe.tuning[name].tuned

@@ -4,6 +4,7 @@ With a smaller τ fewer input directions are kept, the projected direction is lo
 norm grows faster, and the loss is not kept any more.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,8 +22,8 @@ from teleport.spectrum import TAUS
 from teleport.teleporter import Teleporter
 from teleport.transaction import Transaction
 
-UNBOUNDED = 1e100
-"""A cap on the gradient norm and on the relative drift that no teleport reaches."""
+LONGEST = 1000.0
+"""Growth of the gradient norm beyond which a trajectory is not followed: it diverges there."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ def trajectory(
     """Loss and gradient norm after 0, 1, ..., ``steps`` teleport steps of a fixed size.
 
     Each is the end of a teleport of its own from the same start: within a teleport the bases stay
-    those of its start (paper Algorithm 1), which a step after a step would not do at τ < 1. Neither
-    norm nor drift is bounded. The model is as before afterwards.
+    those of its start (paper Algorithm 1), which a step after a step would not do at τ < 1. The
+    drift is not bounded, and the growth of the norm only by `LONGEST`. The model is as before
+    afterwards.
 
     Args:
         model: the model.
@@ -65,7 +67,7 @@ def trajectory(
     points: list[Point] = []
     for number in range(1, steps + 1):
         teleporter = Teleporter(
-            model, tau=tau, lr=lr, steps=number, cap=UNBOUNDED, max_drift=UNBOUNDED
+            model, tau=tau, lr=lr, steps=number, growth=LONGEST, max_drift=math.inf
         )
         with Transaction(model):  # nothing is committed: the next one starts at the same place
             report = teleporter.step(closure, held_out=held_out)
@@ -74,14 +76,14 @@ def trajectory(
         assert after is not None
         if not points:
             points.append(Point(0, report.loss_before, report.grad_norm_before, before))
-        if report.rolled_back or report.steps < number:
+        if report.rolled_back or report.step_sizes != (lr,) * number:
             return points, report.reason
         points.append(Point(number, report.loss_after, report.grad_norm_after, after))
     return points, ""
 
 
 def write_trajectories(
-    names: Sequence[str],
+    name: str,
     folder: Path,
     *,
     preset: str = "cpu",
@@ -93,12 +95,12 @@ def write_trajectories(
     command: str = "",
     progress: Callable[[str], None] = lambda what: None,
 ) -> None:
-    """Record the trajectories of named experiments for every τ, one file each.
+    """Record the trajectories of a named experiment for every τ.
 
     Args:
-        names: of the experiments.
-        folder: an existing one, for the records.
-        preset: their size.
+        name: of the experiment.
+        folder: an existing one, for the record.
+        preset: its size.
         trained: training steps before the teleport.
         lr: step size; default that of the experiment's paper schedule.
         teleport_steps: how many.
@@ -109,26 +111,25 @@ def write_trajectories(
 
     Raises:
         ValueError: for an unknown name, or a value out of range.
-        RunError: if a record exists already or cannot be written.
+        RunError: if the record exists already or cannot be written.
     """
-    for order, name in enumerate(names):
-        step_size = lr if lr is not None else find_experiment(name).teleport.lr
-        with RecordWriter(folder / f"{order:02d}-{slug(name)}.jsonl") as writer:
-            progress(f"{name}: training")
-            at = moment(name, preset, trained, seed)
-            shared = {"command": command, "order": order, "figure": "tau"}
-            asked = {"trained": trained, "teleport_lr": step_size, "taus": list(taus)}
-            writer.write("config", **shared, **asked, **at.config)
-            for tau in taus:
-                progress(f"{name}: tau {tau:g}")
-                points, reason = trajectory(
-                    at.model, at.closure, at.held_out, tau, lr=step_size, steps=teleport_steps
-                )
-                for point in points:
-                    writer.write("point", tau=tau, **asdict(point))
-                if reason:
-                    writer.write("broken off", tau=tau, reason=reason)
-            writer.write("end", status="finished")
+    step_size = lr if lr is not None else find_experiment(name).teleport.lr
+    with RecordWriter(folder / f"00-{slug(name)}.jsonl") as writer:
+        progress(f"{name}: training")
+        at = moment(name, preset, trained, seed)
+        shared = {"command": command, "order": 0, "figure": "tau"}
+        asked = {"trained": trained, "teleport_lr": step_size, "taus": list(taus)}
+        writer.write("config", **shared, **asked, **at.config)
+        for tau in taus:
+            progress(f"{name}: tau {tau:g}")
+            points, reason = trajectory(
+                at.model, at.closure, at.held_out, tau, lr=step_size, steps=teleport_steps
+            )
+            for point in points:
+                writer.write("point", tau=tau, **asdict(point))
+            if reason:
+                writer.write("broken off", tau=tau, reason=reason)
+        writer.write("end", status="finished")
 
 
 @dataclass(frozen=True)
@@ -139,22 +140,20 @@ class Trajectories:
     by_tau: dict[float, list[Point]]
 
 
-def read_trajectories(folder: Path) -> list[Trajectories]:
-    """All experiments whose trajectories a folder holds, in the order they were asked for.
+def read_trajectories(folder: Path) -> Trajectories:
+    """The trajectories that a folder holds.
 
     Raises:
-        RunError: if there is none, or a record is damaged or of something else.
+        RunError: if there are none, or the record is damaged or of something else.
     """
-    found = []
-    for path in sorted(folder.glob("*.jsonl")):
-        config, *rows = read_rows(path)
-        if config.get("figure") != "tau":
-            raise RunError(f"{path} is not a record of `teleport tau`")
-        by_tau: dict[float, list[Point]] = {}
-        for row in (row for row in rows if row["type"] == "point"):
-            point = Point(*(row[field.name] for field in fields(Point)))
-            by_tau.setdefault(row["tau"], []).append(point)
-        found.append(Trajectories(config, by_tau))
-    if not found:
-        raise RunError(f"{folder} holds no trajectories; give a folder `teleport tau` has written")
-    return found
+    paths = list(folder.glob("*.jsonl"))
+    if len(paths) != 1:
+        raise RunError(f"{folder} does not hold one record; give a folder of `teleport tau`")
+    config, *rows = read_rows(paths[0])
+    if config.get("figure") != "tau":
+        raise RunError(f"{paths[0]} is not a record of `teleport tau`")
+    by_tau: dict[float, list[Point]] = {}
+    for row in (row for row in rows if row["type"] == "point"):
+        point = Point(*(row[field.name] for field in fields(Point)))
+        by_tau.setdefault(row["tau"], []).append(point)
+    return Trajectories(config, by_tau)
