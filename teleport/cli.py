@@ -436,11 +436,7 @@ def spectrum(
         command=COMMAND_LINE.get(),
         progress=_say,
     )
-    found = read_spectra(folder)
-    figures = {
-        f"figure-{steps}-steps.png": spectrum_figure(found, steps) for steps in found[0].by_step
-    }
-    _keep(folder, [_spectrum_table(measured) for measured in found], figures)
+    _show_spectra(folder)
 
 
 @app.command("tau")
@@ -471,12 +467,24 @@ def compare_thresholds(
         command=COMMAND_LINE.get(),
         progress=_say,
     )
-    found = read_trajectories(folder)
-    _keep(folder, [_threshold_table(found)], {"figure.png": threshold_figure(found)})
+    _show_trajectories(folder)
 
 
 def _say(what: str) -> None:
     typer.echo(what, err=True)
+
+
+def _show_spectra(folder: Path) -> None:
+    found = read_spectra(folder)
+    figures = {
+        f"figure-{steps}-steps.png": spectrum_figure(found, steps) for steps in found[0].by_step
+    }
+    _keep(folder, [_spectrum_table(measured) for measured in found], figures)
+
+
+def _show_trajectories(folder: Path) -> None:
+    found = read_trajectories(folder)
+    _keep(folder, [_threshold_table(found)], {"figure.png": threshold_figure(found)})
 
 
 def _keep(folder: Path, tables: list[Table], figures: dict[str, Figure]) -> None:
@@ -521,7 +529,7 @@ def _threshold_table(found: Trajectories) -> Table:
     table = Table(
         "teleport steps",
         *(f"tau {tau:g}" for tau in found.by_tau),
-        title=f"{found.config['title']}: gradient norm / loss on the batch / loss on other data",
+        title=f"{found.config['title']}: gradient norm / loss on the teleport batch",
         caption=f"after {found.config['trained']} training steps, teleport step size "
         f"{found.config['teleport_lr']:g}; '-': not followed beyond 1000 x the gradient norm",
     )
@@ -530,10 +538,7 @@ def _threshold_table(found: Trajectories) -> Table:
             by_number[number] if number < len(by_number) else None
             for by_number in found.by_tau.values()
         ]
-        cells = (
-            "-" if p is None else f"{p.grad_norm:.4g} / {p.loss:.4f} / {p.held_out:.4f}"
-            for p in points
-        )
+        cells = ("-" if p is None else f"{p.grad_norm:.4g} / {p.loss:.4f}" for p in points)
         table.add_row(str(number), *cells)
     return table
 
@@ -566,15 +571,19 @@ def report(
 @app.command()
 def figure(
     folders: Annotated[
-        list[Path], typer.Argument(help="Folders written by `teleport run` or `teleport bench`.")
+        list[Path],
+        typer.Argument(
+            help="Folders written by `teleport run`, bench, continual, spectrum or tau."
+        ),
     ],
 ) -> None:
     """Redraw the figures and print the tables of finished runs from their records."""
     for folder in folders:
         if holds_benchmarks(folder):
             _show_benchmarks(folder)
-        else:
-            _show(folder)
+            continue
+        kind = str(read_runs(folder)[0].config.get("figure", ""))
+        {"spectrum": _show_spectra, "tau": _show_trajectories}.get(kind, _show)(folder)
 
 
 @data_app.command("list")
