@@ -69,6 +69,7 @@ from teleport.schedule import SCHEDULES
 from teleport.spectrum import Measured, read_spectra, write_spectra
 from teleport.sweep import Failure, Job, Plan, total_steps
 from teleport.tasks import SEQUENCES
+from teleport.tensorboard import check_tensorboard
 from teleport.threshold import Trajectories, read_trajectories, write_trajectories
 
 # What was typed, for the records.
@@ -193,6 +194,9 @@ def run(
     checkpoint: Annotated[
         float, typer.Option(min=0.0, help="Seconds between checkpoints of a run.")
     ] = CHECKPOINT_SECONDS,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard (extra tensorboard).")
+    ] = None,
 ) -> None:
     """Train with and without teleportation; print a table, write records and a figure."""
     options = teleport_settings(
@@ -215,6 +219,8 @@ def run(
             f"and give --activation leaky_relu; got --lr {lr} and --activation {activation}"
         )
     device_of(device)
+    if tensorboard is not None:
+        check_tensorboard()
     known = rival_arms(name, optimizer) if rivals else _arms(name, optimizer, lr, init, head_gain)
     arms = [a for a in known if teleports or not a.teleport]
     dataset = datasets.load(find_experiment(name).data)
@@ -229,6 +235,7 @@ def run(
             resume=resume,
             checkpoint_seconds=checkpoint,
             command=COMMAND_LINE.get(),
+            tensorboard=tensorboard,
             progress=progress,
         )
     _show(folder)
