@@ -45,7 +45,14 @@ from teleport.forgetting_report import forgetting_figure, forgetting_tables
 from teleport.matrix import blocks, markdown, smaller, without_controls
 from teleport.models import INITS
 from teleport.optimizers import OPTIMIZERS
-from teleport.plots import gap_figure, loss_figure, matrix_figure, scaling_figure
+from teleport.plots import (
+    gap_figure,
+    loss_figure,
+    matrix_figure,
+    scaling_figure,
+    spectrum_figure,
+    threshold_figure,
+)
 from teleport.pool import run_local
 from teleport.recipe import one_of
 from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
@@ -59,8 +66,11 @@ from teleport.run import (
     steps_per_run,
 )
 from teleport.schedule import SCHEDULES
+from teleport.spectrum import Measured, read_spectra, write_spectra
 from teleport.sweep import Failure, Job, Plan, total_steps
 from teleport.tasks import SEQUENCES
+from teleport.tensorboard import check_tensorboard
+from teleport.threshold import Trajectories, read_trajectories, write_trajectories
 
 # What was typed, for the records.
 COMMAND_LINE: ContextVar[str] = ContextVar("COMMAND_LINE", default="teleport")
@@ -184,6 +194,9 @@ def run(
     checkpoint: Annotated[
         float, typer.Option(min=0.0, help="Seconds between checkpoints of a run.")
     ] = CHECKPOINT_SECONDS,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard (extra tensorboard).")
+    ] = None,
 ) -> None:
     """Train with and without teleportation; print a table, write records and a figure."""
     options = teleport_settings(
@@ -206,6 +219,8 @@ def run(
             f"and give --activation leaky_relu; got --lr {lr} and --activation {activation}"
         )
     device_of(device)
+    if tensorboard is not None:
+        check_tensorboard()
     known = rival_arms(name, optimizer) if rivals else _arms(name, optimizer, lr, init, head_gain)
     arms = [a for a in known if teleports or not a.teleport]
     dataset = datasets.load(find_experiment(name).data)
@@ -220,6 +235,7 @@ def run(
             resume=resume,
             checkpoint_seconds=checkpoint,
             command=COMMAND_LINE.get(),
+            tensorboard=tensorboard,
             progress=progress,
         )
     _show(folder)
@@ -402,6 +418,139 @@ def _sweep(cells: list[Job], folder: Path, processes: int, scheduler: str | None
 
 
 @app.command()
+def spectrum(
+    names: Annotated[list[str], typer.Argument(help="Experiments; see `teleport list`.")],
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    trained: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Training steps to look after; may be repeated. Default 0, 50."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of initial values, data order, batch.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-spectrum.")
+    ] = None,
+) -> None:
+    """Show how few directions hold the input energy of every layer (the paper's Figure 6a)."""
+    for name in names:
+        Settings(name, preset).size()  # names are checked before any folder is made
+    folder = new_folder("spectrum", out)
+    write_spectra(
+        names,
+        folder,
+        preset=preset,
+        steps=list(dict.fromkeys(trained or (0, 50))),
+        seed=seed,
+        command=COMMAND_LINE.get(),
+        progress=_say,
+    )
+    _show_spectra(folder)
+
+
+@app.command("tau")
+def compare_thresholds(
+    name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")],
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    trained: Annotated[int, typer.Option(min=0, help="Training steps before.")] = 50,
+    lr: Annotated[
+        float | None, typer.Option(help="Teleport step size; default the paper schedule's.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Teleport steps.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of initial values, data order, batch.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="New folder; default runs/<date>-tau.")] = None,
+) -> None:
+    """Follow gradient norm and loss over teleport steps for every tau (the paper's Figure 6b)."""
+    Settings(name, preset).size()
+    if lr is not None and not 0.0 < lr < math.inf:
+        raise ValueError(f"lr must be > 0 and finite, got {lr}")
+    folder = new_folder("tau", out)
+    write_trajectories(
+        name,
+        folder,
+        preset=preset,
+        trained=trained,
+        lr=lr,
+        teleport_steps=steps,
+        seed=seed,
+        command=COMMAND_LINE.get(),
+        progress=_say,
+    )
+    _show_trajectories(folder)
+
+
+def _say(what: str) -> None:
+    typer.echo(what, err=True)
+
+
+def _show_spectra(folder: Path) -> None:
+    found = read_spectra(folder)
+    figures = {
+        f"figure-{steps}-steps.png": spectrum_figure(found, steps) for steps in found[0].by_step
+    }
+    _keep(folder, [_spectrum_table(measured) for measured in found], figures)
+
+
+def _show_trajectories(folder: Path) -> None:
+    found = read_trajectories(folder)
+    _keep(folder, [_threshold_table(found)], {"figure.png": threshold_figure(found)})
+
+
+def _keep(folder: Path, tables: list[Table], figures: dict[str, Figure]) -> None:
+    """Print tables, keep them as text beside the figures, say where."""
+    _console().print(*tables)
+    try:
+        with (folder / "table.txt").open("w", encoding="utf-8") as file:
+            _console(file=file).print(*tables)
+        for name, drawn in figures.items():
+            drawn.savefig(folder / name, dpi=150)
+    except OSError as error:
+        raise RunError(
+            f"cannot write the table and the figures to {folder}: {error.strerror}; the records "
+            "are complete"
+        ) from error
+    typer.echo(f"records, table.txt and {', '.join(figures)} are in {folder}")
+
+
+def _spectrum_table(measured: Measured) -> Table:
+    """Directions that every threshold keeps, layer by layer."""
+    taus = list(next(iter(measured.by_step.values()))[0].ranks)
+    right = [Column(f"tau {tau:g}", justify="right") for tau in taus]
+    config = measured.config
+    table = Table(
+        "steps",
+        "layer",
+        Column("inputs", justify="right"),
+        *right,
+        title=f"{config['title']}: input directions kept, batch of {config['teleport_batch']}",
+        caption=f"trained with {config['optimizer']}, lr {config['lr']:g}",
+    )
+    for step, layers in measured.by_step.items():
+        for s in layers:
+            table.add_row(str(step), s.layer, str(s.d_in), *(str(s.ranks[tau]) for tau in taus))
+        table.add_section()
+    return table
+
+
+def _threshold_table(found: Trajectories) -> Table:
+    """Gradient norm and loss after every teleport step, a column for every threshold."""
+    rows = max(map(len, found.by_tau.values()))
+    table = Table(
+        "teleport steps",
+        *(f"tau {tau:g}" for tau in found.by_tau),
+        title=f"{found.config['title']}: gradient norm / loss on the teleport batch",
+        caption=f"after {found.config['trained']} training steps, teleport step size "
+        f"{found.config['teleport_lr']:g}; '-': not followed beyond 1000 x the gradient norm",
+    )
+    for number in range(rows):
+        points = [
+            by_number[number] if number < len(by_number) else None
+            for by_number in found.by_tau.values()
+        ]
+        cells = ("-" if p is None else f"{p.grad_norm:.4g} / {p.loss:.4f}" for p in points)
+        table.add_row(str(number), *cells)
+    return table
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder with records of runs and sweeps.")],
     figures: Annotated[
@@ -429,15 +578,19 @@ def report(
 @app.command()
 def figure(
     folders: Annotated[
-        list[Path], typer.Argument(help="Folders written by `teleport run` or `teleport bench`.")
+        list[Path],
+        typer.Argument(
+            help="Folders written by `teleport run`, bench, continual, spectrum or tau."
+        ),
     ],
 ) -> None:
     """Redraw the figures and print the tables of finished runs from their records."""
     for folder in folders:
         if holds_benchmarks(folder):
             _show_benchmarks(folder)
-        else:
-            _show(folder)
+            continue
+        kind = str(read_runs(folder)[0].config.get("figure", ""))
+        {"spectrum": _show_spectra, "tau": _show_trajectories}.get(kind, _show)(folder)
 
 
 @data_app.command("list")

@@ -9,9 +9,12 @@ from matplotlib.ticker import MaxNLocator
 
 from teleport.measure import Curve
 from teleport.records import ArmSummary, FloatArray, Run, by_arm
+from teleport.spectrum import Measured, Spectrum
+from teleport.threshold import Trajectories
 
 _SHADES = ("#0b3c5d", "#c8553d", "#5b8e7d", "#8d6a9f", "#c49a1a", "#4a4a4a")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+_LINES = ("-", "--", ":", "-.")
 
 
 def loss_figure(runs: Sequence[Run], title: str = "") -> Figure:
@@ -177,6 +180,100 @@ def _draw_gaps(axes: Axes, baseline: str, arms: Sequence[ArmSummary]) -> None:
     axes.set_xlabel("mean log train loss minus the baseline's")
     axes.grid(alpha=0.25, axis="x")
     axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def spectrum_figure(found: Sequence[Measured], step: int) -> Figure:
+    """Share of the input energy that the leading eigenvectors capture, a panel per network.
+
+    Args:
+        found: the experiments.
+        step: training steps after which; experiments without it are left out.
+    """
+    shown = [measured for measured in found if step in measured.by_step]
+    rows = (len(shown) + 1) // 2
+    figure = Figure(figsize=(11, 0.8 + 3.3 * rows), layout="constrained")
+    panels = figure.subplots(rows, 2, sharey=True, squeeze=False).flat
+    for axes, measured in zip(panels, shown, strict=False):
+        config = measured.config
+        axes.set_title(f"{config['title']}, n = {config['teleport_batch']}", fontsize=9)
+        draw_spectra(axes, measured.by_step[step])
+    for axes in list(panels)[len(shown) :]:
+        axes.set_axis_off()
+    when = f"after {step} training steps" if step else "at the initial weights"
+    figure.suptitle(f"input energy captured by the leading eigenvectors, {when}")
+    return figure
+
+
+def draw_spectra(axes: Axes, layers: Sequence[Spectrum]) -> None:
+    """One panel: layers with the same inputs share a curve; the ends are the whole energy."""
+    alike: dict[tuple[float, ...], list[Spectrum]] = {}
+    for layer in layers:
+        alike.setdefault(layer.shares, []).append(layer)
+    for number, (_, same) in enumerate(alike.items()):
+        spectrum = same[0]
+        count = np.arange(1, len(spectrum.shares) + 1)
+        axes.plot(
+            count / spectrum.d_in,
+            spectrum.captured,
+            label=f"{_joined([s.layer for s in same])} ({spectrum.d_in})",
+            color=_SHADES[number % len(_SHADES)],
+            linestyle=_LINES[number // len(_SHADES) % len(_LINES)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=3,
+            markevery=0.1,
+            linewidth=1.2,
+        )
+    axes.set_xscale("log")
+    axes.set_ylim(0.0, 1.03)
+    axes.set_xlabel("leading eigenvectors / input width", fontsize=9)
+    axes.set_ylabel("share of input energy", fontsize=9)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=6.5, title="layer (input width)", title_fontsize=7)
+
+
+def _joined(names: Sequence[str]) -> str:
+    """Names that differ in their last part as one: ``"attn.q, k, v"``."""
+    first, *rest = names
+    front = first.rpartition(".")[0]
+    return ", ".join([first, *(n.removeprefix(f"{front}.") if front else n for n in rest)])
+
+
+def threshold_figure(found: Trajectories) -> Figure:
+    """Gradient norm (left) and loss (right) over teleport steps, a curve per τ.
+
+    The loss is drawn within a quarter of its start: a curve that leaves the panel diverges.
+    """
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (tau, points) in enumerate(found.by_tau.items()):
+        for axes, values in (
+            (left, [point.grad_norm for point in points]),
+            (right, [point.loss for point in points]),
+        ):
+            axes.plot(
+                [point.number for point in points],
+                values,
+                label=f"τ = {tau:g}",
+                color=_SHADES[number % len(_SHADES)],
+                linestyle=_LINES[number % len(_LINES)],
+                marker=_MARKERS[number % len(_MARKERS)],
+                markersize=4,
+            )
+            axes.set_xlabel("teleport step")
+            axes.grid(alpha=0.25, which="both")
+    left.set_yscale("log")
+    left.set_ylabel("gradient norm")
+    left.legend(fontsize=9)
+    start = next(iter(found.by_tau.values()))[0].loss
+    low, high = right.get_ylim()
+    right.set_ylim(max(low, 0.75 * start), min(high, 1.25 * start))
+    right.set_ylabel("loss on the teleport batch")
+    config = found.config
+    figure.suptitle(
+        f"{config['title']}, after {config['trained']} steps, step size {config['teleport_lr']:g}",
+        fontsize=11,
+    )
+    return figure
 
 
 def _axis(run: Run, against: str) -> FloatArray:

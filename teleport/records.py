@@ -34,13 +34,19 @@ class RecordWriter:
     Args:
         path: of a new file, or of a record to go on with.
         keep: bytes of that record to keep, what follows them being dropped; None for a new file.
+        also: told every row that was written, as its type and its values.
 
     Raises:
         RunError: if a new record's file exists already, or if it cannot be written.
     """
 
-    def __init__(self, path: Path, keep: int | None = None) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        keep: int | None = None,
+        also: Callable[[str, dict[str, Any]], None] = lambda kind, row: None,
+    ) -> None:
+        self.path, self._also = path, also
         self.length = keep or 0
         try:
             self._file = path.open("xb" if keep is None else "r+b", buffering=0)
@@ -67,6 +73,7 @@ class RecordWriter:
                 "complete. Make room, then run the same command with --resume"
             ) from error
         self.length += len(line.encode())
+        self._also(kind, row)
 
     def sync(self) -> int:
         """Wait until all rows are on the disk; return their bytes.

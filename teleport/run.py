@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from teleport.models import mlp
 from teleport.optimizers import find_optimizer
 from teleport.records import RecordWriter, environment, read_run
 from teleport.teleporter import Teleporter
+from teleport.tensorboard import Board
 from teleport.training import Training, train_size
 
 Progress = Callable[[str, int], None]
@@ -66,6 +68,7 @@ def run_arms(
     resume: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     command: str = "",
+    tensorboard: Path | None = None,
     progress: Progress = lambda what, steps: None,
 ) -> list[Path]:
     """Train every arm with every seed; one record file each.
@@ -78,14 +81,15 @@ def run_arms(
         resume: leave finished runs as they are and go on with broken ones.
         checkpoint_seconds: between checkpoints.
         command: the command line, for the record.
+        tensorboard: folder for TensorBoard, a folder of event files in it for every run.
         progress: told about every few steps.
 
     Returns:
         The records' paths, in the order of the runs.
 
     Raises:
-        RunError: if the device is not available, the folder is in use, or a record cannot be
-            written.
+        RunError: if the device is not available, the folder is in use, a record cannot be
+            written, or TensorBoard is wanted and not installed.
         DataError: if the data cannot be had.
     """
     device = device_of(settings.device)
@@ -99,6 +103,7 @@ def run_arms(
                 resume=resume,
                 checkpoint_seconds=checkpoint_seconds,
                 command=command,
+                tensorboard=tensorboard,
                 progress=partial(progress, f"{arm.name} (seed {seed})"),
             )
             for seed in seeds
@@ -114,6 +119,7 @@ def run_cell(
     resume: bool = False,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     command: str = "",
+    tensorboard: Path | None = None,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> Path:
     """One run to its end; with ``resume`` from where it broke off, on CPU bit for bit.
@@ -125,6 +131,7 @@ def run_cell(
         resume: go on; a finished run is left as it is.
         checkpoint_seconds: between checkpoints.
         command: the command line, for the record.
+        tensorboard: as in `run_arms`.
         progress: told the steps done since the last call.
 
     Returns:
@@ -147,7 +154,13 @@ def run_cell(
         if resume and state is None:
             path.unlink(missing_ok=True)
         _warm_up(cell.settings)
-        with RecordWriter(path, None if state is None else state["record_bytes"]) as writer:
+        keep, done = (None, None) if state is None else (state["record_bytes"], state["step"])
+        with ExitStack() as stack:
+            also = {}
+            if tensorboard is not None:
+                board = stack.enter_context(Board(tensorboard / path.stem, done))
+                also["also"] = board.write
+            writer = stack.enter_context(RecordWriter(path, keep, **also))
             if state is None:
                 writer.write("config", **config, command=command, **environment())
             else:

@@ -229,7 +229,13 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
         for run in read_runs(folder):
             assert run.status in ("finished", "diverged"), run.path
             assert run.config["command"].startswith(
-                ("teleport run", "teleport sweep", "teleport continual")
+                (
+                    "teleport run",
+                    "teleport sweep",
+                    "teleport continual",
+                    "teleport spectrum",
+                    "teleport tau",
+                )
             ), run.path
 
 

@@ -1,0 +1,65 @@
+"""Runs in TensorBoard: what the record says, as it is written."""
+
+import importlib
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from teleport.errors import RunError
+
+SCALARS = ("train_loss", "test_loss", "test_accuracy", "grad_norm")
+"""Columns of an evaluation that become curves, but for NaN, as of the accuracy in a regression."""
+
+
+def check_tensorboard() -> None:
+    """Raise RunError, which tells how to get it, if TensorBoard is not installed."""
+    _event_writer()
+
+
+class Board:
+    """Event files of one run: curves against training steps, and a text for every teleport.
+
+    Args:
+        folder: of the run, below the one that TensorBoard is given; made if missing.
+        step: of a run that goes on; what was written from there on is not shown any more.
+
+    Raises:
+        RunError: if TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int | None = None) -> None:
+        self._events = _event_writer()(str(folder), purge_step=step)
+
+    def write(self, kind: str, row: dict[str, Any]) -> None:
+        """Take in a row of the record."""
+        if kind == "evaluation":
+            for name in SCALARS:
+                if not math.isnan(row[name]):
+                    self._events.add_scalar(name, row[name], row["step"])
+        elif kind == "teleport":
+            for name in ("grad_norm_before", "grad_norm_after", "loss_before", "loss_after"):
+                self._events.add_scalar(f"teleport/{name}", row[name], row["step"])
+            text = f"{row['steps']} steps: {row['reason']}"
+            self._events.add_text("teleport", text, row["step"])
+
+    def __enter__(self) -> "Board":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._events.close()
+
+
+def _event_writer() -> Any:
+    try:
+        return importlib.import_module("torch.utils.tensorboard").SummaryWriter
+    except ImportError as error:
+        raise RunError(
+            "--tensorboard needs the package tensorboard; install it with "
+            f"pip install 'nullspace-teleport[tensorboard]' ({error})"
+        ) from error

@@ -1,0 +1,66 @@
+"""`teleport run --tensorboard`: the event files hold what the records hold."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from teleport import cli
+from teleport.records import read_runs
+from teleport.tensorboard import SCALARS, Board
+
+TINY = ["run", "--preset", "tiny", "--lr", "0.1"]
+
+
+def events(folder: Path) -> "object":
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = module.EventAccumulator(str(folder))
+    found.Reload()
+    return found
+
+
+def test_event_files_hold_what_the_records_hold(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    out, board = tmp_path / "job", tmp_path / "board"
+    assert cli.main([*TINY, "--out", str(out), "--tensorboard", str(board)]) == 0
+    runs = read_runs(out)
+    assert [run.path.stem for run in runs] == sorted(folder.name for folder in board.iterdir())
+    for run in runs:
+        found = events(board / run.path.stem)
+        for name in SCALARS:
+            points = found.Scalars(name)  # type: ignore[attr-defined]
+            assert [p.step for p in points] == [row["step"] for row in run.evaluations]
+            np.testing.assert_allclose([p.value for p in points], run.column(name), rtol=1e-6)
+        tags = found.Tags()["scalars"]  # type: ignore[attr-defined]
+        assert ("teleport/grad_norm_after" in tags) == bool(run.teleports)
+        for row in run.teleports:
+            (point,) = found.Scalars("teleport/grad_norm_after")  # type: ignore[attr-defined]
+            assert point.step == row["step"]
+            assert point.value == pytest.approx(row["grad_norm_after"], rel=1e-6)
+            (text,) = found.Tensors("teleport/text_summary")  # type: ignore[attr-defined]
+            assert row["reason"].encode() in text.tensor_proto.string_val[0]
+
+
+def test_accuracy_of_a_regression_is_left_out_and_later_steps_are_purged(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    row = dict.fromkeys(SCALARS, 1.0) | {"test_accuracy": float("nan")}
+    with Board(tmp_path) as board:
+        for step in (0, 5, 10):
+            board.write("evaluation", {**row, "step": step})
+    with Board(tmp_path, step=6) as board:
+        board.write("evaluation", {**row, "train_loss": 2.0, "step": 10})
+    found = events(tmp_path)
+    assert "test_accuracy" not in found.Tags()["scalars"]  # type: ignore[attr-defined]
+    points = found.Scalars("train_loss")  # type: ignore[attr-defined]
+    assert [(p.step, p.value) for p in points] == [(0, 1.0), (5, 1.0), (10, 2.0)]
+
+
+def test_without_tensorboard_the_error_says_how_to_get_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    out = tmp_path / "job"
+    assert cli.main([*TINY, "--out", str(out), "--tensorboard", str(tmp_path / "board")]) == 1
+    assert "nullspace-teleport[tensorboard]" in capsys.readouterr().err
+    assert not out.exists()
