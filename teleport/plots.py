@@ -265,8 +265,10 @@ def threshold_figure(found: Trajectories) -> Figure:
     left.set_ylabel("gradient norm")
     left.legend(fontsize=9)
     start = next(iter(found.by_tau.values()))[0].loss
-    low, high = right.get_ylim()
-    right.set_ylim(max(low, 0.75 * start), min(high, 1.25 * start))
+    losses = [point.loss for points in found.by_tau.values() for point in points]
+    near = [loss for loss in losses if abs(loss - start) <= abs(start) / 4]
+    margin = 0.1 * (max(near) - min(near)) or 1e-3 * abs(start)
+    right.set_ylim(min(near) - margin, max(near) + margin)
     right.set_ylabel("loss on the teleport batch")
     config = found.config
     figure.suptitle(
