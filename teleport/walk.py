@@ -128,6 +128,8 @@ class Walk(ABC):
 
     def norm_squared_at(self, along: Direction, step: float) -> float:
         """Look ahead: the squared norm at a step along a direction; the position stays."""
+        if step > torch.finfo(self.dtype).max:
+            return math.inf
         self._look_at(self._moved(along, step))
         self._ahead, self._behind = step, False
         return self._norm_squared(self.metric)

@@ -193,6 +193,16 @@ def test_a_walk_so_far_that_rounding_hides_the_loss_is_undone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_a_step_beyond_the_range_of_the_weights_is_too_far_and_no_accident() -> None:
+    torch.manual_seed(0)
+    model = mlp(6, 3, hidden=(8, 8))
+    x, y = torch.randn(4, 6), torch.randint(3, (4,))
+    teleporter = Teleporter(model, steps=2, lr=1e39, cap=10.0)
+    report = teleporter.step(lambda: torch.nn.functional.cross_entropy(model(x), y))
+    assert report.steps >= 1
+    assert all(0.0 < step < 1e38 for step in report.step_sizes)
+
+
 def mirrored(basis: Basis) -> Basis:
     """As orthonormal as before, and the wrong space."""
     return replace(basis, vectors=basis.vectors.flip(0))
