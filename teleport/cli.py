@@ -850,7 +850,7 @@ def _ratio(comparison: Comparison | None, axis: str) -> str:
 
 
 def _gap(comparison: Comparison | None) -> str:
-    if comparison is None:
+    if comparison is None or math.isnan(comparison.log_loss):
         return "-"
     spread = _number(comparison.log_loss_spread, " ± {:.3f}").replace("-", "")
     return f"{comparison.log_loss:+.3f}{spread}"

@@ -162,6 +162,8 @@ def _ratio(comparison: Comparison | None, axis: str) -> str:
 def _gap(comparison: Comparison | None) -> str:
     if comparison is None:
         return ""
+    if math.isnan(comparison.log_loss):
+        return "-"
     spread = comparison.log_loss_spread
     return f"{comparison.log_loss:+.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}")
 

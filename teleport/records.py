@@ -370,8 +370,13 @@ def _ratio(run: Run, base: Run, axis: FloatArray, base_axis: FloatArray) -> floa
 
 
 def _log_gap(run: Run, base: Run) -> float:
-    """Mean log-loss difference over the evaluations both have, the common start left out."""
+    """Mean log-loss difference over the evaluations both have, the common start left out.
+
+    NaN if there are none, because one of them diverged before.
+    """
     count = min(len(run.evaluations), len(base.evaluations))
+    if count < 2:
+        return math.nan
     losses, base_losses = run.column("train_loss"), base.column("train_loss")
     return float(np.mean(np.log(losses[1:count]) - np.log(base_losses[1:count])))
 

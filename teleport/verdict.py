@@ -83,9 +83,11 @@ def tally(found: Sequence[Block]) -> str:
 
 
 def gap(comparison: Comparison | None) -> str:
-    """The log loss with its spread, in bold where resolved."""
+    """The log loss with its spread, in bold where resolved; "-" where a run diverged at once."""
     if comparison is None:
         return ""
+    if np.isnan(comparison.log_loss):
+        return "-"
     text = f"{comparison.log_loss:+.3f}"
     if not np.isnan(comparison.log_loss_spread):
         text += f" ± {comparison.log_loss_spread:.3f}"

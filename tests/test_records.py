@@ -83,6 +83,12 @@ def test_one_seed_resolves_nothing() -> None:
     assert not result.resolved
 
 
+def test_a_run_that_diverged_at_once_has_no_gap() -> None:
+    gone, base = make_run([2.0], teleport=True), make_run([2.0, 1.0])
+    assert math.isnan(compare([gone], [base]).log_loss)
+    assert not compare([gone], [base]).resolved
+
+
 def test_the_way_to_a_loss_is_interpolated_in_log_loss() -> None:
     run = make_run([4.0, 1.0])
     assert run.first_below(2.0, run.column("step")) == pytest.approx(5.0)
