@@ -220,7 +220,7 @@ def run(
         )
     device_of(device)
     if tensorboard is not None:
-        check_tensorboard()
+        check_tensorboard(tensorboard)
     known = rival_arms(name, optimizer) if rivals else _arms(name, optimizer, lr, init, head_gain)
     arms = [a for a in known if teleports or not a.teleport]
     dataset = datasets.load(find_experiment(name).data)

@@ -12,9 +12,21 @@ SCALARS = ("train_loss", "test_loss", "test_accuracy", "grad_norm")
 """Columns of an evaluation that become curves, but for NaN, as of the accuracy in a regression."""
 
 
-def check_tensorboard() -> None:
-    """Raise RunError, which tells how to get it, if TensorBoard is not installed."""
+def check_tensorboard(folder: Path) -> None:
+    """Make the folder, before anything runs.
+
+    Raises:
+        RunError: if TensorBoard is not installed, which tells how to get it, or if the folder
+            cannot be made.
+    """
     _event_writer()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"--tensorboard {folder} is no folder and cannot be made one ({error.strerror}); "
+            "name a folder in which you may write"
+        ) from error
 
 
 class Board:

@@ -64,3 +64,15 @@ def test_without_tensorboard_the_error_says_how_to_get_it(
     assert cli.main([*TINY, "--out", str(out), "--tensorboard", str(tmp_path / "board")]) == 1
     assert "nullspace-teleport[tensorboard]" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "job"
+    board = tmp_path / "file" / "board"
+    assert cli.main([*TINY, "--out", str(out), "--tensorboard", str(board)]) == 1
+    assert "is no folder and cannot be made one" in capsys.readouterr().err
+    assert not out.exists()
