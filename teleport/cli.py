@@ -49,11 +49,13 @@ from teleport.plots import (
     gap_figure,
     loss_figure,
     matrix_figure,
+    product_figure,
     scaling_figure,
     spectrum_figure,
     threshold_figure,
 )
 from teleport.pool import run_local
+from teleport.product import product_at, read_product, write_product
 from teleport.recipe import one_of
 from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
 from teleport.registry import EXPERIMENTS, find_experiment
@@ -477,6 +479,29 @@ def compare_thresholds(
     _show_trajectories(folder)
 
 
+@app.command("product")
+def show_product(
+    name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")],
+    layer: Annotated[
+        str | None, typer.Option(help="Name of a layer in the network; default the first.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the inputs to show.")] = 48,
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    trained: Annotated[int, typer.Option(min=0, help="Training steps before.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Of initial values, data order, batch.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-product.")
+    ] = None,
+) -> None:
+    """Show a layer as products of matrices, forward and backward (the paper's Figure 7)."""
+    config, found = product_at(
+        name, layer=layer, rows=rows, preset=preset, trained=trained, seed=seed, progress=_say
+    )
+    folder = new_folder("product", out)
+    write_product(folder, {"command": COMMAND_LINE.get(), **config}, found)
+    _show_product(folder)
+
+
 def _say(what: str) -> None:
     typer.echo(what, err=True)
 
@@ -492,6 +517,19 @@ def _show_spectra(folder: Path) -> None:
 def _show_trajectories(folder: Path) -> None:
     found = read_trajectories(folder)
     _keep(folder, [_threshold_table(found)], {"figure.png": threshold_figure(found)})
+
+
+def _show_product(folder: Path) -> None:
+    config, found = read_product(folder)
+    title = f"{config['title']}: layer {found.layer}, after {config['trained']} training steps"
+    table = Table("matrix", "shape", "what", title=title)
+    d_out, d_in = found.weight.shape
+    table.add_row("X", f"{found.count} x {d_in}", "inputs, one row per position")
+    table.add_row("W", f"{d_out} x {d_in}", "weights" + (" and bias" if found.bias else ""))
+    table.add_row("Z = X Wᵀ", f"{found.count} x {d_out}", "outputs")
+    table.add_row("D", f"{d_out} x {found.count}", "derivative of the loss by the outputs")
+    table.add_row("g = D X", f"{d_out} x {d_in}", "gradient")
+    _keep(folder, [table], {"figure.png": product_figure(found, title)})
 
 
 def _keep(folder: Path, tables: list[Table], figures: dict[str, Figure]) -> None:
@@ -580,7 +618,7 @@ def figure(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders written by `teleport run`, bench, continual, spectrum or tau."
+            help="Folders written by `teleport run`, bench, continual, spectrum, tau or product."
         ),
     ],
 ) -> None:
@@ -590,7 +628,12 @@ def figure(
             _show_benchmarks(folder)
             continue
         kind = str(read_runs(folder)[0].config.get("figure", ""))
-        {"spectrum": _show_spectra, "tau": _show_trajectories}.get(kind, _show)(folder)
+        kinds = {
+            "spectrum": _show_spectra,
+            "tau": _show_trajectories,
+            "product": _show_product,
+        }
+        kinds.get(kind, _show)(folder)
 
 
 @data_app.command("list")

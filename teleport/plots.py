@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from teleport.measure import Curve
+from teleport.product import Product
 from teleport.records import ArmSummary, FloatArray, Run, by_arm
 from teleport.spectrum import Measured, Spectrum
 from teleport.threshold import Trajectories
@@ -276,6 +277,38 @@ def threshold_figure(found: Trajectories) -> Figure:
         fontsize=11,
     )
     return figure
+
+
+def product_figure(product: Product, title: str = "") -> Figure:
+    """A layer as products of matrices: Z = X Wᵀ (top) and its gradient g = D X (bottom)."""
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    upper, lower = figure.subplots(2, 3)
+    r, d_in = product.rows.shape
+    d_out = len(product.weight)
+    rows = f"{product.count} rows" + (f", the first {r}" if r < product.count else "")
+    inputs = f"{d_in} inputs" + (", the last the bias" if product.bias else "")
+    outputs = f"{d_out} outputs"
+    draw_matrix(upper[0], product.rows, "X: one row per position", rows, inputs)
+    draw_matrix(upper[1], product.weight.T, "Wᵀ", inputs, outputs)
+    draw_matrix(upper[2], product.outputs, "Z = X Wᵀ", rows, outputs)
+    draw_matrix(lower[0], product.deltas.T, "D: dL/dz", outputs, rows)
+    draw_matrix(lower[1], product.rows, "X", rows, inputs)
+    draw_matrix(lower[2], product.gradient, "g = D X, over all rows", outputs, inputs)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_matrix(axes: Axes, matrix: FloatArray, title: str, down: str, across: str) -> None:
+    """A matrix as shades, the lowest entry dark, with what its rows and its columns are."""
+    shades = axes.imshow(matrix, cmap="cividis", aspect="auto", interpolation="nearest")
+    axes.figure.colorbar(shades, ax=axes, fraction=0.05, pad=0.02).ax.tick_params(labelsize=7)
+    axes.set_title(title, fontsize=10)
+    axes.set_ylabel(down, fontsize=9)
+    axes.set_xlabel(across, fontsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.tick_params(labelsize=8)
 
 
 def _axis(run: Run, against: str) -> FloatArray:
