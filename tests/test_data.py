@@ -354,7 +354,7 @@ def test_no_network_says_what_to_place_where(small: SmallSet, placed: list[str])
 
 
 def test_a_root_that_cannot_be_looked_into_is_a_data_error(small: SmallSet) -> None:
-    """A name too long for the file system stands for a folder without permission, which root has."""
+    """A name that is too long stands for a folder without permission, which root would have."""
     root = small.root / ("x" * 300)
     with pytest.raises(DataError, match=f"File name too long.*\nPlace {TRAIN_IMAGES}"):
         data.load("mnist", root)

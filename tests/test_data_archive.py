@@ -122,9 +122,9 @@ NEGATIVE = tarfile.itn(-1024, 12, tarfile.GNU_FORMAT)
             header("big", tarfile.GNUTYPE_SPARSE, real_size=b"2167414000\0\0"),
             "found one with holes",
         ),
-        # After the third member the second would follow again, for ever.
-        (header("a") + header("b") + header("c", size=NEGATIVE), "expected a size, found -1024"),
-        (header("long", tarfile.GNUTYPE_LONGNAME) * 3000, "a complete tar archive, found: maximum"),
+        # After the third member the second would follow again, for ever; newer Pythons end there.
+        (header("a") + header("b") + header("c", size=NEGATIVE), "found (-1024|neither)"),
+        (header("long", tarfile.GNUTYPE_LONGNAME) * 3000, "a complete tar archive, found"),
         (
             header("x", tarfile.XHDTYPE, size=b"\x80" + b"\xff" * 11),
             "a complete tar archive, found",
