@@ -263,6 +263,8 @@ def packed_errors() -> list[tuple[bytes, str]]:
         (zipped({"blob.npy": array_header("(10_000_000_000_000,)")}), "array 'blob.npy': "),
         (zipped({"blob.npy": array_header(f"({10**30},)")}), "array 'blob.npy': "),
         (zipped({"blob.npy": array_header("(3, ")}), "array 'blob.npy': "),
+        (zipped({"blob.npy": array_header("(3,)\n  x\n y")}), "array 'blob.npy': "),
+        (zipped({"blob.npy": array_header("(3,), 9: 9")}), "array 'blob.npy': "),
         (npz(files, labels=np.array([[], {}], object)), "array 'labels.npy': Object arrays cannot"),
         (zipped({"blob.npy": b"short"}), r"array 'blob.npy': "),
         (zipped({}), "missing: .'blob'"),
@@ -270,7 +272,7 @@ def packed_errors() -> list[tuple[bytes, str]]:
     ]
 
 
-@pytest.mark.parametrize("case", range(24))
+@pytest.mark.parametrize("case", range(26))
 def test_wrong_packed_files_are_named(case: int) -> None:
     content, message = packed_errors()[case]
     with pytest.raises(DataError, match=rf"p\.npz: .*{message}"):
