@@ -263,7 +263,7 @@ def packed_errors() -> list[tuple[bytes, str]]:
         (zipped({"blob.npy": array_header("(10_000_000_000_000,)")}), "array 'blob.npy': "),
         (zipped({"blob.npy": array_header(f"({10**30},)")}), "array 'blob.npy': "),
         (zipped({"blob.npy": array_header("(3, ")}), "array 'blob.npy': "),
-        (zipped({"blob.npy": array_header("(3,)\n  x\n y")}), "array 'blob.npy': "),
+        (zipped({"blob.npy": array_header("(3,)}\n  x\n y")}), "array 'blob.npy': "),
         (zipped({"blob.npy": array_header("(3,), 9: 9")}), "array 'blob.npy': "),
         (npz(files, labels=np.array([[], {}], object)), "array 'labels.npy': Object arrays cannot"),
         (zipped({"blob.npy": b"short"}), r"array 'blob.npy': "),
