@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 from teleport.data import Dataset, load
 from teleport.errors import TeleportError
@@ -129,19 +130,27 @@ def _data(name: str, device: str) -> Dataset:
     return load(name).to(device_of(device))
 
 
+_ALONE = Lock()
+"""Held while a cell runs: a Dask worker has many threads, but one random state for all of them."""
+
+
 def run_job(job: Job, progress: Callable[[int], None] = lambda steps: None) -> Path:
-    """One cell, from wherever its record is; what a process or a Dask worker calls."""
-    job.folder.mkdir(parents=True, exist_ok=True)
+    """One cell, from wherever its record is; what a process or a Dask worker calls.
+
+    Cells of one process wait for each other.
+    """
     settings = job.cell.settings
-    return run_cell(
-        job.cell,
-        _data(settings.recipe().data, settings.device),
-        job.folder,
-        resume=True,
-        checkpoint_seconds=job.checkpoint_seconds,
-        command=job.command,
-        progress=progress,
-    )
+    with _ALONE:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        return run_cell(
+            job.cell,
+            _data(settings.recipe().data, settings.device),
+            job.folder,
+            resume=True,
+            checkpoint_seconds=job.checkpoint_seconds,
+            command=job.command,
+            progress=progress,
+        )
 
 
 def reason_of(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -258,6 +259,16 @@ def test_a_cluster_does_what_one_process_does_though_a_worker_is_killed(
         failures = run_on_cluster(jobs, address, ended=kill_one)
     assert failures == []
     assert len(ended) == len(jobs)
+    mine, theirs = trajectories(tmp_path), trajectories(swept)
+    assert len(mine) == len(jobs)
+    assert all(theirs[name] == rows for name, rows in mine.items())
+
+
+def test_the_threads_of_a_worker_do_what_one_does(small: str, swept: Path, tmp_path: Path) -> None:
+    """A Dask worker has as many as its machine has cores, unless told otherwise."""
+    jobs = plan(small).jobs(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run_job, jobs))
     mine, theirs = trajectories(tmp_path), trajectories(swept)
     assert len(mine) == len(jobs)
     assert all(theirs[name] == rows for name, rows in mine.items())
