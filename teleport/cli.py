@@ -508,9 +508,8 @@ def _say(what: str) -> None:
 
 def _show_spectra(folder: Path) -> None:
     found = read_spectra(folder)
-    figures = {
-        f"figure-{steps}-steps.png": spectrum_figure(found, steps) for steps in found[0].by_step
-    }
+    looked_after = dict.fromkeys(steps for measured in found for steps in measured.by_step)
+    figures = {f"figure-{steps}-steps.png": spectrum_figure(found, steps) for steps in looked_after}
     _keep(folder, [_spectrum_table(measured) for measured in found], figures)
 
 
@@ -817,7 +816,10 @@ def _loss_cell(group: list[Run], i: int) -> str:
     rows = [run.evaluations[i] for run in group if i < len(run.evaluations)]
     if not rows:
         return "-"
-    train, test = (sum(r[c] for r in rows) / len(rows) for c in ("train_loss", "test_loss"))
+    train, test = (  # a loss that was not finite is missing
+        sum(math.nan if r[c] is None else r[c] for r in rows) / len(rows)
+        for c in ("train_loss", "test_loss")
+    )
     return f"{train:.4f} / {test:.4f}"
 
 
@@ -868,7 +870,8 @@ def _many(summaries: list[ArmSummary]) -> Table:
         Column("arm", no_wrap=True), *_IN_BRIEF.values(), title="summary", caption=_CAPTION
     )
     for summary in summaries:
-        table.add_row(summary.arm, *(_SUMMARY[name](summary) for name in _IN_BRIEF))
+        ended = "" if summary.status == "finished" else f" ({summary.status})"
+        table.add_row(summary.arm + ended, *(_SUMMARY[name](summary) for name in _IN_BRIEF))
     return table
 
 

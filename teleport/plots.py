@@ -35,7 +35,8 @@ def loss_figure(runs: Sequence[Run], title: str = "") -> Figure:
     for row, column in enumerate(("train_loss", "test_loss")):
         for axes, against in zip(panels[row], ("step", "seconds"), strict=True):
             draw_losses(axes, groups, column, against)
-    panels[0][0].legend(fontsize=9)
+    if panels[0][0].lines:
+        panels[0][0].legend(fontsize=9)
     if title:
         figure.suptitle(title)
     return figure
@@ -55,7 +56,8 @@ def matrix_figure(rows: Mapping[str, Sequence[Run]], title: str = "") -> Figure:
         draw_losses(left, groups, "train_loss", "step")
         draw_losses(right, groups, "train_loss", "seconds")
         left.set_title(name, fontsize=10, loc="left")
-        right.legend(fontsize=8)
+        if right.lines:
+            right.legend(fontsize=8)
     if title:
         figure.suptitle(title)
     return figure
@@ -67,7 +69,10 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
     Arms with a teleport are drawn solid, baselines dashed, so that the figure reads in grey.
     Seconds exclude evaluation and include teleporting; over seeds they are averaged.
     """
-    for number, (arm, runs) in enumerate(groups.items()):
+    for number, (arm, begun) in enumerate(groups.items()):
+        runs = [run for run in begun if run.evaluations]
+        if not runs:
+            continue
         count = min(len(run.evaluations) for run in runs)
         x = np.mean([_axis(run, against)[:count] for run in runs], axis=0)
         logs = np.log([run.column(column)[:count] for run in runs])

@@ -229,5 +229,27 @@ def test_steps_and_foreign_records_are_refused(tmp_path: Path) -> None:
             read(tmp_path)
 
 
+def test_a_record_that_was_killed_early_is_left_out_or_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "spectrum"
+    chosen = ["sample-rows", "mnist-sample", "--preset", "tiny", "--trained", "0", "--trained", "1"]
+    assert cli.main(["spectrum", *chosen, "--out", str(out)]) == 0
+    (out / "figure-1-steps.png").unlink()
+    first = out / "00-sample-rows.jsonl"
+    whole = first.read_text().splitlines(keepends=True)
+    for kept in (3, 1, 0):  # a layer after 0 steps, no layer, not even the configuration
+        first.write_text("".join(whole[:kept]))
+        assert cli.main(["figure", str(out)]) == 0
+        assert ("28 rows of 28" in printed(capsys)) == (kept == 3)
+        assert (out / "figure-1-steps.png").exists()
+        (out / "figure-1-steps.png").unlink()
+    for path in out.glob("*.jsonl"):
+        path.unlink()
+    first.write_text('{"type": "config", "figure": "tau", "order": 0, "seed": 0}\n')
+    assert cli.main(["figure", str(out)]) == 1
+    assert "run `teleport tau` again" in capsys.readouterr().err
+
+
 def test_captured_of_nothing_is_nothing() -> None:
     assert len(Spectrum("unused", 3, (), {1.0: 0}).captured) == 0

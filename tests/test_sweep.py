@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,28 @@ def test_a_folder_with_nothing_to_compare_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "bad.jsonl").write_text("not json\n")
     with pytest.raises(RunError, match=r"bad\.jsonl, line 1"):
         blocks(tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_folder_in_the_middle_of_a_sweep_is_reported(
+    optimizer: str, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records that were killed at any moment: before the first row, after it, a loss missing."""
+    source = next(path for path in swept.rglob(optimizer) if path.is_dir())
+    folder = tmp_path / "half"
+    shutil.copytree(source, folder)
+    paths = sorted(folder.glob("*.jsonl"))
+    for path, rows in zip(paths, (0, 1, 2), strict=False):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:rows]))
+    broken = paths[3].read_text().replace('"test_loss": 2', '"test_loss": null, "was": 2')
+    paths[3].write_text(broken)
+    assert "null" in broken
+    for command in (["report", str(tmp_path), "--figures", str(tmp_path)], ["figure", str(folder)]):
+        assert cli.main(command) == 0
+        assert "unfinished" in capsys.readouterr().out
+    for path in paths:
+        path.write_text(path.read_text().partition("\n")[0] + "\n" * (path != paths[0]))
+    assert cli.main(["figure", str(folder)]) == 0
 
 
 @contextmanager
