@@ -26,9 +26,10 @@ def tuning(experiment: str, optimizer: str) -> Tuning:
     """
     known = find_experiment(experiment).tuning
     if optimizer not in known:
+        only = f", only those of {', '.join(known)}" if known else ""
         raise ValueError(
-            f"no learning rates of {optimizer!r} on {experiment} are known, only those of "
-            f"{', '.join(known) or 'none'}; give --lr"
+            f"no learning rates of {optimizer!r} on {experiment} are known{only}; give --lr to "
+            "`teleport run`, or name them in a table of your own, FILE.toml:NAME"
         )
     return known[optimizer]
 
@@ -130,7 +131,7 @@ def default_arms(experiment: str, optimizer: str) -> list[Arm]:
     """Low and tuned learning rate with and without teleport, and the tuned initial gain."""
     best = tuning(experiment, optimizer)
     pairs = [Arm(lr, teleport) for lr in (best.low, best.tuned) for teleport in (False, True)]
-    return [*pairs, Arm(best.gain_lr, False, best.init, best.head_gain)]
+    return list(dict.fromkeys([*pairs, Arm(best.gain_lr, False, best.init, best.head_gain)]))
 
 
 CONTROLS = ("random null direction, same norm", "noise, same norm", "lr raised")
@@ -141,7 +142,7 @@ def control_arms(experiment: str, optimizer: str) -> list[Arm]:
     """The default arms, and `CONTROLS` at the low and at the tuned learning rate."""
     best = tuning(experiment, optimizer)
     controls = [Arm(lr, True, rival=name) for lr in (best.low, best.tuned) for name in CONTROLS]
-    return [*default_arms(experiment, optimizer), *controls]
+    return list(dict.fromkeys([*default_arms(experiment, optimizer), *controls]))
 
 
 def rival_arms(experiment: str, optimizer: str) -> list[Arm]:
@@ -152,7 +153,7 @@ def rival_arms(experiment: str, optimizer: str) -> list[Arm]:
     best = tuning(experiment, optimizer)
     names = [n for n in INTERVENTIONS if optimizer != "sgd" or n != "optimizer reset"]
     rivals = [Arm(lr, True, rival=name) for lr in (best.low, best.tuned) for name in names]
-    return [*default_arms(experiment, optimizer), *rivals]
+    return list(dict.fromkeys([*default_arms(experiment, optimizer), *rivals]))
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class RecordWriter:
             self._file.truncate(self.length)
             raise RunError(
                 f"cannot write the record {self.path}: {error.strerror}; what is before is "
-                "complete. Make room, then run the same command with --resume"
+                "complete. Make room, then run the same command again, `teleport run` with --resume"
             ) from error
         self.length += len(line.encode())
         self._also(kind, row)
@@ -110,6 +110,7 @@ class Run:
             ``train_loss``, ``test_loss``, ``test_accuracy``, ``grad_norm``.
         teleports: rows with ``step`` and the fields of `teleport.TeleportReport`.
         status: ``finished``, ``diverged``, ``interrupted``, or ``unfinished`` without an end line.
+        reason: why it diverged; else empty.
     """
 
     path: Path
@@ -117,6 +118,7 @@ class Run:
     evaluations: list[dict[str, Any]]
     teleports: list[dict[str, Any]]
     status: str
+    reason: str = ""
 
     @property
     def arm(self) -> str:
@@ -225,13 +227,14 @@ def _row(line: bytes) -> dict[str, Any]:
 def read_run(path: Path) -> Run:
     """Read the record of one run; see `read_rows` for what can go wrong."""
     rows = read_rows(path)
-    ends = [row["status"] for row in rows if row["type"] == "end"]
+    ends = [row for row in rows if row["type"] == "end"]
     return Run(
         path=path,
         config=rows[0],
         evaluations=[row for row in rows if row["type"] == "evaluation"],
         teleports=[row for row in rows if row["type"] == "teleport"],
-        status=ends[-1] if ends else "unfinished",
+        status=ends[-1]["status"] if ends else "unfinished",
+        reason=ends[-1].get("reason", "") if ends else "",
     )
 
 

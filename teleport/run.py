@@ -248,9 +248,10 @@ def device_of(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        float(torch.zeros((), device=device))  # which "meta", for one, does not have
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"device {name!r} is not available here ({error}); use cpu") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise RunError(f"device {name!r} is not available here ({reason}); use cpu") from error
     return device
 
 

@@ -23,6 +23,7 @@ from teleport.run import (
     run_cell,
     steps_per_run,
 )
+from teleport.training import check_fits, late_teleport
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,24 @@ class Plan:
                     for order, arm in enumerate(arms(name, optimizer))
                 ]
         return jobs
+
+
+def check_jobs(jobs: Sequence[Job]) -> list[str]:
+    """Refuse, before anything is written, cells that every try would break off with.
+
+    Returns:
+        What to tell the user, about cells that never teleport.
+
+    Raises:
+        DataError: if the data cannot be had.
+        RunError: as `check_fits`.
+    """
+    notes = []
+    for settings in dict.fromkeys(job.cell.settings for job in jobs):
+        dataset = _data(settings.recipe().data, "cpu")
+        check_fits(settings, dataset)
+        notes.append(late_teleport(settings, dataset))
+    return [note for note in notes if note]
 
 
 def total_steps(jobs: Sequence[Job]) -> int:

@@ -156,6 +156,31 @@ def test_a_sweep_checks_its_names_before_anything_runs(
     assert not (tmp_path / "s").exists()
 
 
+def test_a_file_stands_for_all_its_experiments(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "t.toml"
+    table.write_text(TABLE + '[other]\nlike = "small"\n')
+    names = [str(table), f"{table}:small"]
+    options = ["--preset", "tiny", "--epochs", "1", "--seeds", "1", "--optimizers", "sgd, sgd"]
+    assert cli.main(["sweep", *names, *options, "--out", str(tmp_path / "s")]) == 0
+    assert "10 of 10 cells" in capsys.readouterr().out
+    assert cli.main(["sweep", small, *options[:-1], "sgd,", "--out", str(tmp_path / "t")]) == 1
+    assert "unknown optimizer ''" in capsys.readouterr().err
+
+
+def test_a_diverging_cell_is_said(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "t.toml"
+    table.write_text(TABLE.replace("low = 0.05", "low = 1e6"))
+    options = ["--preset", "tiny", "--seeds", "1", "--out", str(tmp_path / "s")]
+    assert cli.main(["sweep", f"{table}:small", *options]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line[:8] == "diverged"]
+    assert len(said) == 2
+    assert all("the train loss is nan" in line for line in said)
+
+
 def test_two_sweeps_never_share_a_folder(
     small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,6 +244,9 @@ def test_a_folder_in_the_middle_of_a_sweep_is_reported(
     for command in (["report", str(tmp_path), "--figures", str(tmp_path)], ["figure", str(folder)]):
         assert cli.main(command) == 0
         assert "unfinished" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    assert cli.main(["report", str(tmp_path), "--figures", str(tmp_path / "file")]) == 1
+    assert "cannot write figures to" in capsys.readouterr().err
     for path in paths:
         path.write_text(path.read_text().partition("\n")[0] + "\n" * (path != paths[0]))
     assert cli.main(["figure", str(folder)]) == 0
