@@ -1,5 +1,6 @@
 """The paper's Figure 6: input spectra, and what the threshold trades along a teleport."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +173,14 @@ def test_the_spectrum_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["figure", str(out)]) == 0
     assert printed(capsys) == first
     assert all(drawn.exists() for drawn in figures)
-    axes = spectrum_figure(found, 0).axes
+    figure = spectrum_figure(found, 0)
+    figure.savefig(BytesIO())
+    assert figure.get_figwidth() <= 8.5
+    axes = figure.axes
+    for panel in axes:
+        assert (legend := panel.get_legend()) is not None
+        assert not legend.get_window_extent().overlaps(panel.get_window_extent())
+        assert min(text.get_fontsize() for text in legend.get_texts()) >= 8
     assert len(axes[0].lines) == 3
     labels = [text.get_text() for text in axes[1].get_legend().get_texts()]
     assert "blocks.0.self_attn.q, k, v (17)" in labels
