@@ -37,6 +37,7 @@ from teleport.experiment import (
     Arm,
     Settings,
     default_arms,
+    objective_arms,
     rival_arms,
     teleport_settings,
 )
@@ -182,6 +183,9 @@ def run(
     rivals: Annotated[
         bool, typer.Option("--rivals", help="Add every rival and control as an arm.")
     ] = False,
+    objectives: Annotated[
+        bool, typer.Option("--objectives", help="Add moves in the null space to other objectives.")
+    ] = False,
     activation: Annotated[
         str, typer.Option(help="relu (the paper's), leaky_relu (needed by --rivals) or tanh.")
     ] = "relu",
@@ -223,7 +227,14 @@ def run(
             f"and give --activation leaky_relu; got --lr {lr} and --activation {activation}"
         )
     device_of(device)
-    known = rival_arms(name, optimizer) if rivals else _arms(name, optimizer, lr, init, head_gain)
+    if objectives and (lr or rivals):
+        raise ValueError("--objectives compares fixed arms: leave --lr and --rivals out")
+    fixed = rival_arms if rivals else objective_arms
+    known = (
+        fixed(name, optimizer)
+        if rivals or objectives
+        else _arms(name, optimizer, lr, init, head_gain)
+    )
     arms = [a for a in known if teleports or not a.teleport]
     dataset = datasets.load(find_experiment(name).data)
     teleporting = any(arm.teleport for arm in arms)

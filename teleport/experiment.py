@@ -6,11 +6,12 @@ says. The default arms put beside each teleport its own baseline (the same learn
 has to beat to be of use: the tuned learning rate, and the tuned learning rate and initial gain.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
-from teleport.interventions import INTERVENTIONS
+from teleport.interventions import MOVES, OBJECTIVES, ON_THE_OPTIMIZER
 from teleport.optimizers import find_optimizer
 from teleport.recipe import Experiment, Preset, Tuning, one_of
 from teleport.registry import find_experiment
@@ -140,9 +141,7 @@ CONTROLS = ("random null direction, same norm", "noise, same norm", "lr raised")
 
 def control_arms(experiment: str, optimizer: str) -> list[Arm]:
     """The default arms, and `CONTROLS` at the low and at the tuned learning rate."""
-    best = tuning(experiment, optimizer)
-    controls = [Arm(lr, True, rival=name) for lr in (best.low, best.tuned) for name in CONTROLS]
-    return list(dict.fromkeys([*default_arms(experiment, optimizer), *controls]))
+    return _with(experiment, optimizer, CONTROLS)
 
 
 def rival_arms(experiment: str, optimizer: str) -> list[Arm]:
@@ -150,10 +149,20 @@ def rival_arms(experiment: str, optimizer: str) -> list[Arm]:
 
     A reset of the optimizer is left out for plain SGD, which has no state to forget.
     """
+    rivals = (*MOVES, *ON_THE_OPTIMIZER)
+    names = [n for n in rivals if optimizer != "sgd" or n != "optimizer reset"]
+    return _with(experiment, optimizer, names)
+
+
+def objective_arms(experiment: str, optimizer: str) -> list[Arm]:
+    """The default arms, and every other objective at the low and at the tuned learning rate."""
+    return _with(experiment, optimizer, OBJECTIVES)
+
+
+def _with(experiment: str, optimizer: str, names: Sequence[str]) -> list[Arm]:
     best = tuning(experiment, optimizer)
-    names = [n for n in INTERVENTIONS if optimizer != "sgd" or n != "optimizer reset"]
-    rivals = [Arm(lr, True, rival=name) for lr in (best.low, best.tuned) for name in names]
-    return list(dict.fromkeys([*default_arms(experiment, optimizer), *rivals]))
+    others = [Arm(lr, True, rival=name) for lr in (best.low, best.tuned) for name in names]
+    return list(dict.fromkeys([*default_arms(experiment, optimizer), *others]))
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,19 @@ import torch
 from torch import nn
 
 from teleport.baselines import (
+    ObjectiveStep,
     RaisedLearningRate,
     Rehearsal,
     factors_by_parameter,
+    flatter_curvature,
     growth_duration,
     rehearse,
     reset_optimizer,
+    sharpness,
+    shorter_gradient,
+    step_decrease,
 )
+from teleport.baselines.objectives import Slope
 from teleport.capture import Closure
 from teleport.objective import grad_norm, trainable
 from teleport.report import TeleportReport
@@ -38,7 +44,10 @@ MOVES = (
 ON_THE_OPTIMIZER = ("lr raised", "lr raised per layer", "warm restarts", "optimizer reset")
 """Controls that move no weight."""
 
-INTERVENTIONS = (*MOVES, *ON_THE_OPTIMIZER)
+OBJECTIVES = ("shorter gradient", "flatter curvature", "step decrease", "sharpness")
+"""What else can be climbed in the null space, for as long as the teleport's move is."""
+
+INTERVENTIONS = (*MOVES, *ON_THE_OPTIMIZER, *OBJECTIVES)
 
 
 @dataclass
@@ -97,6 +106,10 @@ def intervene(
     if name in MOVES:
         mover = ways(wanted, seed)[name](subject.model, rehearsal)
         return mover.step(closure, held_out=held_out)
+    if name in OBJECTIVES:
+        slope = _slope(name, float(subject.optimizer.param_groups[0]["lr"]))
+        mover = ObjectiveStep(subject.model, slope, rehearsal.report)
+        return mover.step(closure, held_out=held_out)
     if name == "optimizer reset":
         reset_optimizer(subject.optimizer)
         reason = "the optimizer forgot its state"
@@ -106,6 +119,16 @@ def intervene(
         steps = lasting(subject, teleporter, closure)
         reason = _raise(subject, rehearsal, steps, per_layer=name == "lr raised per layer")
     return _nothing_moved(rehearsal.report, reason)
+
+
+def _slope(name: str, lr: float) -> Slope:
+    slopes: dict[str, Slope] = {
+        "shorter gradient": shorter_gradient,
+        "flatter curvature": flatter_curvature,
+        "step decrease": step_decrease(lr),
+        "sharpness": sharpness(),
+    }
+    return slopes[name]
 
 
 def lasting(subject: Subject, teleporter: Teleporter, closure: Closure) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from teleport.clock import clock_name
 from teleport.errors import RunError
 
 FloatArray = npt.NDArray[np.float64]
+Split = Literal["train", "test"]
 
 
 class RecordWriter:
@@ -140,9 +141,9 @@ class Run:
         """Seconds spent training and teleporting, evaluation excluded, ``[evaluations]``."""
         return self.column("train_seconds") + self.column("teleport_seconds")
 
-    def first_below(self, loss: float, axis: FloatArray) -> float:
-        """Where on ``axis`` the train loss first reaches ``loss``; NaN if it never does."""
-        return first_below(self.column("train_loss"), loss, axis)
+    def first_below(self, loss: float, axis: FloatArray, split: Split = "train") -> float:
+        """Where on ``axis`` the loss of a split first reaches ``loss``; NaN if it never does."""
+        return first_below(self.column(f"{split}_loss"), loss, axis)
 
 
 def first_below(losses: FloatArray, loss: float, axis: FloatArray) -> float:
@@ -268,9 +269,10 @@ class Comparison:
     """One arm against a baseline with the same seeds; each number is a mean over seeds.
 
     Attributes:
-        steps: steps to the baseline's final train loss over the baseline's own; NaN if not reached.
+        steps: steps to the baseline's final loss over the baseline's own; NaN if not reached. The
+            loss is that of the training split unless another was asked for.
         seconds: the same in seconds, teleporting included.
-        log_loss: mean over evaluations of log(train loss) minus the baseline's: -0.1 is 10 % lower.
+        log_loss: mean over evaluations of log(loss) minus the baseline's: -0.1 is 10 % lower.
         log_loss_spread: standard deviation of that over seeds; NaN for one seed.
         seeds: how many both have.
     """
@@ -292,16 +294,17 @@ class Comparison:
         return bool(abs(self.log_loss) > half_width)
 
 
-def compare(arm: list[Run], baseline: list[Run]) -> Comparison:
-    """Pair the runs by seed and compare; a run that never gets there makes the ratio NaN.
+def compare(arm: list[Run], baseline: list[Run], split: Split = "train") -> Comparison:
+    """Pair the runs by seed and compare their losses on one split of the data.
 
-    Runs without an evaluation, killed or diverged before, are left out.
+    A run that never gets there makes the ratio NaN; runs without an evaluation, killed or diverged
+    before, are left out.
     """
     partner = {run.seed: run for run in baseline if run.evaluations}
     pairs = [(run, partner[run.seed]) for run in arm if run.evaluations and run.seed in partner]
-    steps = [_ratio(run, base, run.column("step"), base.column("step")) for run, base in pairs]
-    seconds = [_ratio(run, base, run.seconds, base.seconds) for run, base in pairs]
-    gaps = [_log_gap(run, base) for run, base in pairs]
+    steps = [_ratio(a, b, a.column("step"), b.column("step"), split) for a, b in pairs]
+    seconds = [_ratio(a, b, a.seconds, b.seconds, split) for a, b in pairs]
+    gaps = [_log_gap(a, b, split) for a, b in pairs]
     spread = float(np.std(gaps, ddof=1)) if len(gaps) > 1 else math.nan
     return Comparison(
         steps=_mean(steps),
@@ -416,14 +419,14 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else math.nan
 
 
-def _ratio(run: Run, base: Run, axis: FloatArray, base_axis: FloatArray) -> float:
+def _ratio(run: Run, base: Run, axis: FloatArray, base_axis: FloatArray, split: Split) -> float:
     """Way to the baseline's final loss over the baseline's own; NaN if that never improved."""
-    goal = base.column("train_loss")[-1]
-    way = base.first_below(goal, base_axis)
-    return run.first_below(goal, axis) / way if way > 0 else math.nan
+    goal = base.column(f"{split}_loss")[-1]
+    way = base.first_below(goal, base_axis, split)
+    return run.first_below(goal, axis, split) / way if way > 0 else math.nan
 
 
-def _log_gap(run: Run, base: Run) -> float:
+def _log_gap(run: Run, base: Run, split: Split) -> float:
     """Mean log-loss difference over the evaluations both have, the common start left out.
 
     NaN if there are none, because one of them diverged before.
@@ -431,7 +434,7 @@ def _log_gap(run: Run, base: Run) -> float:
     count = min(len(run.evaluations), len(base.evaluations))
     if count < 2:
         return math.nan
-    losses, base_losses = run.column("train_loss"), base.column("train_loss")
+    losses, base_losses = (r.column(f"{split}_loss") for r in (run, base))
     return float(np.mean(np.log(losses[1:count]) - np.log(base_losses[1:count])))
 
 

@@ -107,6 +107,11 @@ def tree(root: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
+def files(root: Path) -> dict[str, bytes | None]:
+    """Everything below a folder but the lock and empty folders."""
+    return {name: content for name, content in tree(root).items() if content is not None}
+
+
 def counts(targets: torch.Tensor) -> list[int]:
     return torch.bincount(targets, minlength=10).tolist()
 
@@ -304,6 +309,9 @@ def test_wrong_magic_and_shape_are_refused_behind_a_right_digest(small: SmallSet
     small.replace_archive(TRAIN_LABELS, idx(np.zeros(5, np.uint8)))
     with pytest.raises(DataError, match=r"expected shape \(5, 28, 28\), found \(6, 28, 28\)"):
         data.load("mnist", small.root)
+    small.replace_archive(TRAIN_LABELS, idx(np.array([0, 9, 1, 10, 2, 3], np.uint8)))
+    with pytest.raises(DataError, match=rf"{TRAIN_LABELS}: .* below 10 at offset 11, found 10"):
+        data.load("mnist", small.root)
     small.replace_archive(TRAIN_LABELS, b"\0\0\x0d\1" + bytes(10))
     with pytest.raises(DataError, match=r"at offset 0, found 00 00 0d 01"):
         data.load("mnist", small.root)
@@ -331,7 +339,7 @@ def test_verify_of_the_sample_is_ok() -> None:
 def test_no_network_says_what_to_place_where(small: SmallSet, placed: list[str]) -> None:
     if placed:
         small.place(*placed)
-    before = tree(small.root.parent)
+    before = files(small.root)
     with pytest.raises(DataError) as caught:
         data.load("mnist", small.root)
     message = str(caught.value)
@@ -342,7 +350,16 @@ def test_no_network_says_what_to_place_where(small: SmallSet, placed: list[str])
     assert f"Place {', '.join(wanted)} in {small.folder}" in message
     assert data.ROOT_VARIABLE in message
     assert "mnist-sample" in message
-    assert tree(small.root.parent) == before
+    assert files(small.root) == before
+
+
+def test_a_root_that_cannot_be_looked_into_is_a_data_error(small: SmallSet) -> None:
+    """A name that is too long stands for a folder without permission, which root would have."""
+    root = small.root / ("x" * 300)
+    with pytest.raises(DataError, match=f"File name too long.*\nPlace {TRAIN_IMAGES}"):
+        data.load("mnist", root)
+    assert [status.state for status in data.verify("mnist", root)] == ["missing"] * 4
+    assert {info.where for info in data.available(root)} == {"embedded", "not fetched"}
 
 
 def test_unwritable_root_is_a_data_error(small: SmallSet) -> None:

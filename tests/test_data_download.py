@@ -80,6 +80,53 @@ def test_a_later_call_resumes_what_an_earlier_one_left(mirrors: Mirrors, tmp_pat
     assert mirrors.ranges[-1] == "bytes=3000-"
 
 
+def test_a_server_that_gives_more_each_time_is_asked_on(mirrors: Mirrors, tmp_path: Path) -> None:
+    mirrors.plan[f"/first/{NAME}"] = [Answer(cut=1000)] * 9
+    download(wanted(mirrors), tmp_path)
+    assert tree(tmp_path) == {NAME: CONTENT}
+    assert len(mirrors.requests) == 10
+
+
+def test_a_file_that_changed_while_it_was_resumed_is_begun_again(
+    mirrors: Mirrors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirrors.files[f"/first/{NAME}"] = CONTENT[::-1]
+    mirrors.plan[f"/first/{NAME}"] = [Answer(cut=3000)]
+
+    def change(seconds: float) -> None:
+        mirrors.files[f"/first/{NAME}"] = CONTENT
+
+    monkeypatch.setattr("time.sleep", change)
+    download(wanted(mirrors), tmp_path)
+    assert tree(tmp_path) == {NAME: CONTENT}
+    assert mirrors.ranges == [None, "bytes=3000-", None]
+
+
+def test_a_wrong_file_that_comes_in_pieces_is_begun_again_only_once(
+    mirrors: Mirrors, tmp_path: Path
+) -> None:
+    mirrors.files[f"/first/{NAME}"] = CONTENT[::-1]
+    mirrors.plan[f"/first/{NAME}"] = [Answer(cut=3000), Answer()] * 5
+    with pytest.raises(DataError, match="found md5:"):
+        download(wanted(mirrors), tmp_path)
+    assert mirrors.ranges == [None, "bytes=3000-"] * 2
+    assert tree(tmp_path) == {}
+
+
+def test_a_terminal_sees_how_far_it_is(
+    mirrors: Mirrors,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    download(wanted(mirrors), tmp_path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    download(wanted(mirrors), tmp_path)
+    assert "100%" in capsys.readouterr().err
+
+
 def test_another_mirror_goes_on_with_the_same_part(mirrors: Mirrors, tmp_path: Path) -> None:
     mirrors.serve("second", {NAME: CONTENT})
     mirrors.plan[f"/first/{NAME}"] = [Answer(cut=3000), Answer(status=404)]
@@ -182,6 +229,30 @@ def test_two_at_once_download_one_copy(mirrors: Mirrors, tmp_path: Path) -> None
         call.join()
     assert (folder / NAME).read_bytes() == CONTENT
     assert len(mirrors.requests) == 1
+
+
+def test_one_that_gets_nothing_does_not_disturb_those_that_wait(
+    mirrors: Mirrors, tmp_path: Path
+) -> None:
+    outcomes: list[str] = []
+
+    def fetch(folder: Path) -> None:
+        try:
+            fetch_missing(folder, [wanted(mirrors)])
+        except (DataError, OSError) as error:
+            outcomes.append(type(error).__name__)
+        else:
+            outcomes.append("whole")
+
+    for round_ in range(5):
+        mirrors.plan[f"/first/{NAME}"] = [Answer(status=404)]
+        folder = tmp_path / str(round_) / "set"
+        calls = [threading.Thread(target=fetch, args=(folder,)) for _ in range(4)]
+        for call in calls:
+            call.start()
+        for call in calls:
+            call.join()
+    assert sorted(outcomes) == ["DataError"] * 5 + ["whole"] * 15
 
 
 cuts = st.lists(

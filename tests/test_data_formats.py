@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 from PIL import Image
+from safetensors import SafetensorError
 
 from teleport import data
-from teleport.data import builders, jpeg
+from teleport.data import builders, jpeg, store
 from teleport.data.download import digest
 from teleport.data.images import UNSIGNED_BYTE, read_cifar
 from teleport.data.series import read_table, split_windows, windows
@@ -222,6 +223,17 @@ def test_packed_jpegs_from_a_server(
     assert loaded.names == ("ant", "bee", "cat")
 
 
+def array_header(shape: str) -> bytes:
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def bomb(file: bytes) -> bytes:
+    """A JPEG file that says it is 65,000 pixels wide and high."""
+    size = file.find(b"\xff\xc0") + 5
+    return file[:size] + 2 * (65_000).to_bytes(2, "big") + file[size + 4 :]
+
+
 def packed_errors() -> list[tuple[bytes, str]]:
     files = photos(3)
     sizes = [len(file) for file in files]
@@ -230,6 +242,10 @@ def packed_errors() -> list[tuple[bytes, str]]:
     return [
         (npz([files[0], cut, files[2]]), f"image 1 at offset {sizes[0]} of blob: .*readable JPEG"),
         (npz([files[0], *photos(1, 16), files[2]]), "image 1 .*expected 32 x 32 pixels, found .16"),
+        (
+            npz([bomb(files[0]), *files[1:]]),
+            "image 0 at offset 0 .*readable JPEG.* decompression bomb",
+        ),
         (npz([jpeg_file(random_pixels(1)[0].T, "PNG")] * 3), "image 0 at offset 0 .*readable JPEG"),
         (npz(files, labels=np.array([0, 1, 3], np.uint8)), "expected that labels are below 3"),
         (npz(files, labels=np.array([0, 1, 2])), "expected that labels and split are bytes"),
@@ -241,6 +257,14 @@ def packed_errors() -> list[tuple[bytes, str]]:
         (npz(files, offsets=np.array([1, 5, 9, total])), "expected that offsets grow from 0"),
         (npz(files, offsets=np.array([0, 5, 9, total + 1])), "expected that offsets grow from 0"),
         (npz(files, blob=np.zeros(total)), "expected that blob is bytes"),
+        (npz(files, labels=np.array(2, np.uint8)), "expected that every array has one axis"),
+        (npz(files, class_names=np.array("ant")), "expected that every array has one axis"),
+        (npz(files, blob=np.zeros((total, 2), np.uint8)), "expected that every array has one axis"),
+        (zipped({"blob.npy": array_header("(10_000_000_000_000,)")}), "array 'blob.npy': "),
+        (zipped({"blob.npy": array_header(f"({10**30},)")}), "array 'blob.npy': "),
+        (zipped({"blob.npy": array_header("(3, ")}), "array 'blob.npy': "),
+        (zipped({"blob.npy": array_header("(3,)}\n  x\n y")}), "array 'blob.npy': "),
+        (zipped({"blob.npy": array_header("(3,), 9: 9")}), "array 'blob.npy': "),
         (npz(files, labels=np.array([[], {}], object)), "array 'labels.npy': Object arrays cannot"),
         (zipped({"blob.npy": b"short"}), r"array 'blob.npy': "),
         (zipped({}), "missing: .'blob'"),
@@ -248,7 +272,7 @@ def packed_errors() -> list[tuple[bytes, str]]:
     ]
 
 
-@pytest.mark.parametrize("case", range(17))
+@pytest.mark.parametrize("case", range(26))
 def test_wrong_packed_files_are_named(case: int) -> None:
     content, message = packed_errors()[case]
     with pytest.raises(DataError, match=rf"p\.npz: .*{message}"):
@@ -356,6 +380,20 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     with pytest.warns(UserWarning, match="it is decoded at every use"):
         loaded = data.load("tiny-imagenet-32", tmp_path)
     assert len(loaded.train_inputs) == 4
+
+
+def test_a_full_disk_under_the_cache_is_a_warning(
+    cache: Path, mirrors: Mirrors, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(store, "save_file", full)
+    serve_instead(monkeypatch, mirrors, "tiny-imagenet-32", npz(photos(6)))
+    with pytest.warns(UserWarning, match="No space left .* it is decoded at every use"):
+        loaded = data.load("tiny-imagenet-32", tmp_path)
+    assert len(loaded.train_inputs) == 4
+    assert list((cache / "decoded").iterdir()) == []
 
 
 # Series

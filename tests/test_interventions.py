@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from teleport import Teleporter, cli
-from teleport.experiment import Arm, Settings, default_arms, rival_arms
+from teleport.experiment import Arm, Settings, default_arms, objective_arms, rival_arms
 from teleport.interventions import (
     INTERVENTIONS,
     LONGEST_TRIAL,
     MOVES,
+    OBJECTIVES,
+    ON_THE_OPTIMIZER,
     Subject,
     intervene,
     lasting,
@@ -78,7 +80,7 @@ def test_weights_move_if_the_name_is_a_move_and_the_report_says_so(
     state = deepcopy(training.optimizer.state_dict()["state"])
     report = intervene(name, training.subject, training.closure, held_out=training.closure)
     moved = weights(training.model) != before
-    assert moved == (name in MOVES)
+    assert moved == (name in (*MOVES, *OBJECTIVES))
     assert (report.steps > 0) == moved
     assert (report.loss_after == report.loss_before) or moved
     if name == "optimizer reset":
@@ -141,7 +143,12 @@ def test_rival_arms_are_the_default_arms_and_each_rival_at_both_learning_rates()
             assert arm.baseline == Arm(arm.lr)
             by_rate.setdefault(arm.lr, set()).add(arm.rival)
         assert set(by_rate) == {arms[0].lr, arms[2].lr}
-        assert all(names == set(INTERVENTIONS) - absent for names in by_rate.values())
+        assert all(names == {*MOVES, *ON_THE_OPTIMIZER} - absent for names in by_rate.values())
+        others = objective_arms("mnist-sample", optimizer)
+        assert others[:5] == arms[:5]
+        assert [(a.lr, a.rival) for a in others[5:]] == [
+            (lr, name) for lr in by_rate for name in OBJECTIVES
+        ]
 
 
 def test_a_rival_arm_leaves_a_record_with_its_report(tmp_path: Path) -> None:

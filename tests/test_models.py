@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -81,7 +82,35 @@ def test_the_papers_sizes() -> None:
     channels = [convolutions[0].in_channels, *(m.out_channels for m in convolutions)]
     assert channels == [3, 64, 64, 64, 128, 128, 128, 256, 256, 256]
     assert [m.stride for m in convolutions].count((2, 2)) == 3
+    widths = list(pairwise(channels))
+    assert parameters(ResidualNetwork()) == sum(9 * a * b + b for a, b in widths) + 256 * 200 + 200
     assert parameters(ResNet18()) == 11_173_962, "the well-known size of the CIFAR variant"
+
+
+@pytest.mark.parametrize(
+    ("d_in", "outputs", "length", "heads", "blocks", "tokens"),
+    [
+        (1, 10, 784, 2, 2, False),
+        (321, 321, 168, 4, 4, False),
+        (862, 862, 168, 4, 4, False),
+        (10_000, 10_000, 256, 4, 4, True),
+    ],
+    ids=["sequential MNIST", "electricity", "traffic", "Penn Treebank"],
+)
+def test_the_papers_transformers(
+    d_in: int, outputs: int, length: int, heads: int, blocks: int, tokens: bool
+) -> None:
+    width = 64 * heads  # "each having a dimension of 64"
+    model = Transformer(d_in, outputs, length, width, heads, blocks, tokens=tokens)
+    assert [m.head_dim for m in model.modules() if isinstance(m, nn.MultiheadAttention)] == (
+        [64] * blocks
+    )
+    first = d_in * width + (0 if tokens else width) + length * width
+    attention = 4 * (width * width + width)
+    feedforward = width * 4 * width + 4 * width + 4 * width * width + width
+    norms = 2 * 2 * width
+    head = 2 * width + width * outputs + outputs
+    assert parameters(model) == first + blocks * (attention + feedforward + norms) + head
 
 
 @given(

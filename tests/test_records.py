@@ -78,6 +78,23 @@ def test_resolved_is_what_students_t_test_says(spread: list[float], shift: float
     assert result.resolved == (p_value < 0.05)
 
 
+@given(losses, losses, losses, losses)
+def test_the_test_loss_is_compared_as_the_train_loss_is(
+    one: list[float], two: list[float], base_one: list[float], base_two: list[float]
+) -> None:
+    def both(train: list[float], test: list[float]) -> Run:
+        run = make_run(train)
+        for row, loss in zip(run.evaluations, test, strict=False):
+            row["test_loss"] = loss
+        return run
+
+    count = min(map(len, (one, two, base_one, base_two)))
+    one, two, base_one, base_two = (v[:count] for v in (one, two, base_one, base_two))
+    found = compare([both(two, one)], [both(base_two, base_one)], "test")
+    expected = compare([make_run(one)], [make_run(base_one)])
+    assert repr(found) == repr(expected)  # NaN equals NaN
+
+
 def test_one_seed_resolves_nothing() -> None:
     result = compare([make_run([1.0, 0.1])], [make_run([1.0, 1.0])])
     assert result.seeds == 1

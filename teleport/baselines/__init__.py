@@ -17,6 +17,13 @@ from teleport.baselines.controls import (
 from teleport.baselines.gpm import gpm_rank, kept_energy
 from teleport.baselines.group import Bend, group_action
 from teleport.baselines.level_set import LevelSetTeleporter
+from teleport.baselines.objectives import (
+    ObjectiveStep,
+    flatter_curvature,
+    sharpness,
+    shorter_gradient,
+    step_decrease,
+)
 from teleport.baselines.optimizer import (
     RaisedLearningRate,
     factors_by_parameter,
@@ -34,6 +41,7 @@ __all__ = [
     "ChangeOfBasisTeleporter",
     "LevelSetTeleporter",
     "NoiseTeleporter",
+    "ObjectiveStep",
     "PlanarFunction",
     "RaisedLearningRate",
     "RandomNullDirection",
@@ -41,6 +49,7 @@ __all__ = [
     "RescaleLayers",
     "SymmetryTeleporter",
     "factors_by_parameter",
+    "flatter_curvature",
     "gpm_rank",
     "group_action",
     "growth_duration",
@@ -49,5 +58,8 @@ __all__ = [
     "preactivation_action",
     "rehearse",
     "reset_optimizer",
+    "sharpness",
+    "shorter_gradient",
     "so2_teleport",
+    "step_decrease",
 ]

@@ -85,7 +85,8 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
-def _move_norms(report: TeleportReport) -> dict[str, float]:
+def move_norms(report: TeleportReport) -> dict[str, float]:
+    """Norm of the move of every layer that a teleport moved."""
     return {layer.name: layer.move_norm for layer in report.layers if layer.move_norm > 0.0}
 
 
@@ -95,7 +96,7 @@ def _is_of_norm(matrix: Tensor, norm: float) -> bool:
     return found == 0.0 or math.isclose(found, norm, rel_tol=8 * torch.finfo(matrix.dtype).eps)
 
 
-def _as_still(report: TeleportReport) -> Move:
+def as_still(report: TeleportReport) -> Move:
     """The control of a teleport that moved nothing: nothing."""
     return Move((), f"the teleport to match moved nothing: {report.reason}")
 
@@ -126,12 +127,12 @@ class NoiseTeleporter(Rival):
     ) -> None:
         super().__init__(model, max_drift)
         self._like = like
-        self._norms = _of_blocks(self.coverage.blocks, _move_norms(like))
+        self._norms = _of_blocks(self.coverage.blocks, move_norms(like))
         self._generator = torch.Generator().manual_seed(seed)
 
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
         if not self._norms:
-            return _as_still(self._like)
+            return as_still(self._like)
         for block, size in self._norms.items():
             matrix = block.part.matrix()
             noise = _normal(matrix, self._generator)
@@ -208,14 +209,14 @@ class RandomNullDirection(Rival):
         require("growth", growth, growth is None or 1.0 < growth < math.inf, "> 1 and finite")
         require("tau", tau, 0.0 < tau <= 1.0, "in (0, 1]")
         self._growth, self._tau, self._like = growth, tau, like
-        norms = {} if like is None else _move_norms(like)
+        norms = {} if like is None else move_norms(like)
         self._norms = _of_blocks(self.coverage.blocks, norms)
         self._generator = torch.Generator().manual_seed(seed)
 
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
         if self._like is not None and not self._norms:
-            return _as_still(self._like)
-        walk = self._walk(batch)
+            return as_still(self._like)
+        walk = null_walk(self, batch, self._tau)
         wanted = self._norms or {b: 1.0 for b in walk.blocks if b not in walk.fixed}
         bases = walk.bases([block for block in wanted if block in walk.blocks], self._tau)
         room = {block: basis for block, basis in bases.items() if basis.null_dim > 0}
@@ -228,13 +229,6 @@ class RandomNullDirection(Rival):
         walk.advance(along, step)
         walk.write()
         return Move((step,), "a random direction of the null space")
-
-    def _walk(self, batch: Batch) -> Walk:
-        sites = self.coverage.sites
-        if self._tau == 1.0 and len(batch.closures) == 1:
-            return FrozenWalk(self.model, sites, batch.closures[0])
-        names = {block.name for block in self.coverage.blocks}
-        return StreamedWalk(self.model, sites, batch.closures, names)
 
     def _draw(self, block: Block, basis: Projector) -> Tensor:
         drawn = basis.project(_normal(block.part.matrix(), self._generator))
@@ -259,6 +253,15 @@ class RandomNullDirection(Rival):
             8 * torch.finfo(walk.dtype).eps,
         )
         return None if step is None else sign * step
+
+
+def null_walk(rival: Rival, batch: Batch, tau: float) -> Walk:
+    """What finds the null space of a batch and moves in it, without bound on the steps."""
+    sites = rival.coverage.sites
+    if tau == 1.0 and len(batch.closures) == 1:
+        return FrozenWalk(rival.model, sites, batch.closures[0])
+    names = {block.name for block in rival.coverage.blocks}
+    return StreamedWalk(rival.model, sites, batch.closures, names)
 
 
 def _of_blocks(blocks: Sequence[Block], values: Mapping[str, float]) -> dict[Block, float]:

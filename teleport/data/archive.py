@@ -1,8 +1,8 @@
 """Reading archives that may be hostile: nothing is ever unpacked to disk.
 
 Members are handed out in memory, so no archive can write a file anywhere. An archive is refused
-as a whole as soon as a member has a name that leaves the folder, is a link or a device, or makes
-the content larger than the limit.
+as a whole as soon as a member has a name that leaves the folder or that another member has, is no
+plain file, or makes the content larger than the limit.
 """
 
 import gzip
@@ -18,6 +18,9 @@ from teleport.errors import DataError
 
 # What the reader of zip files raises on damaged ones, besides errors of its own class.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, IndexError, RuntimeError)
+# The same for tar files, with headers that nest too deep or hold numbers that are none or too big.
+TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+PIECE = 1 << 20  # bytes decompressed at once; asking for the limit would reserve all of it
 LIMIT = 1 << 30  # bytes; the largest official content, Tiny-ImageNet's, is about a quarter of it
 
 
@@ -35,17 +38,18 @@ def gunzip(content: bytes, where: str, limit: int = LIMIT) -> bytes:
     Raises:
         DataError: The file is damaged or incomplete, or its content is larger than the limit.
     """
-    compressed = BytesIO(content)
+    compressed, result = BytesIO(content), BytesIO()
     try:
         with gzip.GzipFile(fileobj=compressed) as file:
-            result = file.read(limit + 1)
+            while result.tell() <= limit and (piece := file.read(PIECE)):
+                result.write(piece)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{where}: expected a complete readable gzip file, found: {error} "
             f"(at or before offset {compressed.tell()} of {len(content)})"
         ) from error
-    _check_size(len(result), limit, where)
-    return result
+    _check_size(result.tell(), limit, where)
+    return result.getvalue()
 
 
 def tar_members(content: bytes, where: str, limit: int = LIMIT) -> Iterator[tuple[str, bytes]]:
@@ -62,20 +66,20 @@ def tar_members(content: bytes, where: str, limit: int = LIMIT) -> Iterator[tupl
     Raises:
         DataError: The archive is damaged, too large, or has a member that is unsafe.
     """
-    unpacked = gunzip(content, where, limit)
+    unpacked = BytesIO(gunzip(content, where, limit))
+    seen: set[PurePosixPath] = set()
     try:
-        with tarfile.open(fileobj=BytesIO(unpacked), mode="r:") as archive:
+        with tarfile.open(fileobj=unpacked, mode="r:") as archive:
             for member in archive:
-                at = f"{where}: member {member.name!r} at offset {member.offset}"
-                _check_name(member.name, at)
-                if member.isdir():
-                    continue
-                file = archive.extractfile(member) if member.isreg() else None
-                if file is None:
-                    raise DataError(f"{at}: expected a regular file, found a link or a device")
-                yield member.name, file.read()
-    except tarfile.TarError as error:
-        raise DataError(f"{where}: expected a complete tar archive, found: {error}") from error
+                _check_tar_member(member, seen, where)
+                if (file := archive.extractfile(member)) is not None:
+                    yield member.name, file.read()
+            _check_end(unpacked, archive.offset, where)
+    except TAR_ERRORS as error:
+        raise DataError(
+            f"{where}: expected a complete tar archive, found: {error} "
+            f"(at or before offset {unpacked.tell()} of its {len(unpacked.getbuffer())} bytes)"
+        ) from error
 
 
 def zip_members(content: bytes, where: str, limit: int = LIMIT) -> Iterator[tuple[str, bytes]]:
@@ -95,15 +99,19 @@ def zip_members(content: bytes, where: str, limit: int = LIMIT) -> Iterator[tupl
     try:
         with zipfile.ZipFile(BytesIO(content)) as archive:
             members = archive.infolist()
+            seen: set[PurePosixPath] = set()
             for member in members:
-                _check_zip_member(member, f"{where}: member {member.filename!r}")
+                _check_zip_member(member, seen, where)
             # No more is read of a member than it declares, so the sum bounds what will be read.
             _check_size(sum(member.file_size for member in members), limit, where)
             for member in members:
                 if not member.is_dir():
                     yield member.filename, _read(archive, member, where)
     except ZIP_ERRORS as error:
-        raise DataError(f"{where}: expected a complete zip archive, found: {error}") from error
+        raise DataError(
+            f"{where}: expected a complete zip archive, found: {error} "
+            f"(its directory should end at offset {len(content)})"
+        ) from error
 
 
 def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> bytes:
@@ -117,20 +125,45 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> byte
         ) from error
 
 
-def _check_zip_member(member: zipfile.ZipInfo, at: str) -> None:
-    _check_name(member.filename, at)
-    if stat.S_ISLNK(member.external_attr >> 16):
-        raise DataError(f"{at}: expected a regular file, found a link")
+def _check_tar_member(member: tarfile.TarInfo, seen: set[PurePosixPath], where: str) -> None:
+    at = f"{where}: member {member.name!r} at offset {member.offset}"
+    _check_name(member.name, seen, at)
+    if not (member.isreg() or member.isdir()):
+        raise DataError(f"{at}: expected a regular file, found a link or a device")
+    if member.issparse():  # its holes are not in the archive, so the limit would not bound them
+        raise DataError(f"{at}: expected a regular file, found one with holes")
+    if member.size < 0:  # it would lead back to a member before, and round in a circle
+        raise DataError(f"{at}: expected a size, found {member.size}")
+
+
+def _check_end(archive: BytesIO, offset: int, where: str) -> None:
+    """The reader of tar files takes a header that is damaged or cut short for the end."""
+    archive.seek(offset)
+    if archive.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise DataError(
+            f"{where}: expected a member or the end of the archive at offset {offset}, "
+            "found neither"
+        )
+
+
+def _check_zip_member(member: zipfile.ZipInfo, seen: set[PurePosixPath], where: str) -> None:
+    at = f"{where}: member {member.filename!r} at offset {member.header_offset}"
+    _check_name(member.filename, seen, at)
+    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise DataError(f"{at}: expected a regular file, found a link or a device")
     if member.flag_bits & 1:
         raise DataError(f"{at}: expected a plain file, found an encrypted one")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataError(f"{at}: expected it stored or deflated, found {member.compress_type}")
 
 
-def _check_name(name: str, at: str) -> None:
+def _check_name(name: str, seen: set[PurePosixPath], at: str) -> None:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in name:
         raise DataError(f"{at}: expected a name inside the archive's folder")
+    if path in seen:
+        raise DataError(f"{at}: expected a name that no member before it has")
+    seen.add(path)
 
 
 def _check_size(size: int, limit: int, where: str) -> None:

@@ -25,7 +25,8 @@ def idx_images(files: Sequence[Checked], train: int, shape: tuple[int, ...] = (7
         Inputs float32 ``[n, *shape]``, pixels divided by 255, and targets int64 ``[n]``.
 
     Raises:
-        DataError: A file is no IDX file, or images and labels differ in number.
+        DataError: A file is no IDX file, images and labels differ in number, or a label is not
+            one of ten classes.
     """
     arrays = [images.read_idx(file.content, str(file.path)) for file in files]
     for file, pixels, labels in zip(files[0::2], arrays[0::2], arrays[1::2], strict=True):
@@ -33,6 +34,8 @@ def idx_images(files: Sequence[Checked], train: int, shape: tuple[int, ...] = (7
             raise DataError(
                 f"{file.path}: expected shape {(*labels.shape, 28, 28)}, found {pixels.shape}"
             )
+    for file, labels in zip(files[1::2], arrays[1::2], strict=True):
+        images.check_labels(labels, str(file.path), 10, start=8)
     scaled = np.concatenate(arrays[0::2]).astype(np.float32)
     inputs = torch.from_numpy(scaled).div_(255).view(len(scaled), *shape)
     targets = torch.from_numpy(np.concatenate(arrays[1::2]).astype(np.int64))

@@ -177,6 +177,6 @@ SOURCES: dict[str, Source] = {
         skip=1,
     ),
     "ptb": _ptb("at spaces", treebank=False),
-    # It splits the text's <unk> into three tokens; so does the paper's use of it.
+    # It splits the text's <unk> into three tokens. The paper does not say what it did about that.
     "ptb-treebank": _ptb("by NLTK's TreebankWordTokenizer", treebank=True),
 }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from requests import Response
 
 CHUNK = 1 << 16  # bytes that are written at once; a cut connection loses at most as many
-ATTEMPTS = 4
+ATTEMPTS = 4  # in a row that bring nothing
 PAUSE = 0.5  # seconds before the second attempt; doubled before each further one
 TIMEOUT = 30  # seconds without an answer
 
@@ -89,35 +89,43 @@ def download(file: SourceFile, folder: Path) -> None:
 
 
 def _from_mirror(url: str, part: Path, expected: str) -> None:
-    resumed = part.stat().st_size > 0
-    _transfer(url, part)
+    resumed = _transfer(url, part)
     found = digest(expected, part.read_bytes())
-    if found == expected:
-        return
-    os.truncate(part, 0)
-    if not resumed:
+    if found != expected and resumed:  # the pieces may be of different files: once more from 0
+        os.truncate(part, 0)
+        _transfer(url, part)
+        found = digest(expected, part.read_bytes())
+    if found != expected:
+        os.truncate(part, 0)
         raise DataError(f"expected {expected}, found {found}")
-    _from_mirror(url, part, expected)  # what was there before may have been the wrong half
 
 
-def _transfer(url: str, part: Path) -> None:
-    """Append to the partial file until it is whole; go on as long as the server gives more."""
+def _transfer(url: str, part: Path) -> bool:
+    """Append to the partial file until it is whole; go on as long as the server gives more.
+
+    Returns:
+        Whether the file is put together from more than one answer.
+    """
     from requests import RequestException  # late: it is slow to load and mostly not needed
 
-    for attempt in range(1, ATTEMPTS + 1):
+    resumed, failed = False, 0  # attempts in a row that gave nothing
+    while True:
         before = part.stat().st_size
+        resumed = resumed or before > 0
         try:
             _request(url, part)
         except RequestException as error:
             status = 0 if error.response is None else error.response.status_code
             if status == 416 and before:  # nothing comes after what is there: the digest decides
-                return
-            hopeful = part.stat().st_size > before or status >= 500 or status == 429
-            if not hopeful or attempt == ATTEMPTS:
+                return resumed
+            gained = part.stat().st_size > before
+            failed = 0 if gained else failed + 1
+            hopeful = gained or status >= 500 or status == 429
+            if not hopeful or failed == ATTEMPTS:
                 raise DataError(_reason(error)) from error
-            time.sleep(PAUSE * 2 ** (attempt - 1))
+            time.sleep(PAUSE * 2 ** max(failed - 1, 0))
         else:
-            return
+            return resumed
 
 
 def _request(url: str, part: Path) -> None:

@@ -74,14 +74,29 @@ def read_cifar(
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     labels = records[:, label_bytes - 1].copy()
+    check_labels(labels, where, classes, start=label_bytes - 1, step=size)
+    return records[:, label_bytes:].reshape(-1, *CIFAR_SHAPE).copy(), labels
+
+
+def check_labels(labels: Bytes, where: str, classes: int, start: int, step: int = 1) -> None:
+    """Refuse labels that are no class.
+
+    Args:
+        labels: uint8 ``[n]``.
+        where: Name of the file that holds them, for messages.
+        classes: Number of classes.
+        start: Offset of the first label in the file.
+        step: Bytes from one label to the next.
+
+    Raises:
+        DataError: A label is no class. The message gives the file and the offset.
+    """
     wrong = np.flatnonzero(labels >= classes)
     if len(wrong):
-        offset = int(wrong[0]) * size + label_bytes - 1
         raise DataError(
-            f"{where}: expected a label below {classes} at offset {offset}, "
+            f"{where}: expected a label below {classes} at offset {start + int(wrong[0]) * step}, "
             f"found {labels[wrong[0]]}"
         )
-    return records[:, label_bytes:].reshape(-1, *CIFAR_SHAPE).copy(), labels
 
 
 def _idx_shape(content: bytes, where: str) -> tuple[int, ...]:

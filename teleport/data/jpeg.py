@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from io import BytesIO
 from itertools import pairwise
 from pathlib import PurePosixPath
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,17 @@ from teleport.data.archive import zip_members
 from teleport.data.images import Bytes
 from teleport.errors import DataError
 
+# What the reader of arrays raises on damaged headers, such as one of more bytes than there are.
+NPY_ERRORS = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    TokenError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+)
 PACKED = ("blob", "offsets", "labels", "split", "class_names")
 
 
@@ -38,7 +50,7 @@ def decode(files: Iterable[tuple[str, Any]], count: int, side: int) -> Bytes:
                 if image.size != (side, side):  # known before anything is decoded
                     raise DataError(f"{where}: expected {side} x {side} pixels, found {image.size}")
                 row[:] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{where}: expected a readable JPEG file, found: {error}") from error
     return images
 
@@ -123,7 +135,7 @@ def _npz(content: bytes, where: str) -> dict[str, npt.NDArray]:
     for member, data in zip_members(content, where):
         try:
             array = np.lib.format.read_array(BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except NPY_ERRORS as error:
             raise DataError(f"{where}: array {member!r}: {error}") from error
         arrays[member.removesuffix(".npy")] = array
     missing = [name for name in PACKED if name not in arrays]
@@ -134,8 +146,9 @@ def _npz(content: bytes, where: str) -> dict[str, npt.NDArray]:
 
 def _check_packed(where: str, *arrays: npt.NDArray) -> None:
     blob, offsets, labels, split, names = arrays
-    n = len(labels)
+    n = labels.size
     fits = {
+        "every array has one axis": all(array.ndim == 1 for array in arrays),
         "blob is bytes": blob.dtype == np.uint8,
         "labels and split are bytes": labels.dtype == split.dtype == np.uint8,
         f"split has {n} entries": split.shape == labels.shape == (n,),

@@ -4,8 +4,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -78,7 +77,8 @@ def locate(folder: Path, file: SourceFile) -> Path | None:
     if file.content:
         other = file.name.removesuffix(".gz")
         names.append(other if other != file.name else f"{file.name}.gz")
-    return next((folder / name for name in names if (folder / name).exists()), None)
+    # Unlike the method of a path, this takes a folder that may not be looked into for an empty one.
+    return next((folder / name for name in names if os.path.exists(folder / name)), None)
 
 
 def read_checked(path: Path, file: SourceFile) -> Checked:
@@ -117,7 +117,7 @@ def fetch_missing(folder: Path, files: Sequence[SourceFile]) -> None:
     """Download the files that are absent; only one process at a time does so.
 
     A file that is complete stays; one that is not stays as ``.part``, from which the next call
-    goes on. If nothing arrived, no new folder is left.
+    goes on. The folder stays, too: another process may be waiting for the lock in it.
 
     Args:
         folder: Folder of the set, made if needed.
@@ -127,27 +127,13 @@ def fetch_missing(folder: Path, files: Sequence[SourceFile]) -> None:
         DataError: A file cannot be had from any mirror.
         OSError: The folder cannot be made or written to.
     """
-    with _locked(folder):
+    from filelock import FileLock  # late: it is slow to load and mostly not needed
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / LOCK_NAME):
         for file in files:
             if locate(folder, file) is None:  # another process may have fetched it meanwhile
                 download(file, folder)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    from filelock import FileLock  # late: it is slow to load and mostly not needed
-
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK_NAME):
-            yield
-    finally:
-        if made and folder.exists() and [path.name for path in folder.iterdir()] == [LOCK_NAME]:
-            (folder / LOCK_NAME).unlink()
-        for path in made:
-            with suppress(OSError):  # it is not empty, or was never made
-                path.rmdir()
 
 
 def decoded_once(key: str, files: Sequence[Checked], decode: Callable[[], Decoded]) -> Decoded:
@@ -172,7 +158,7 @@ def decoded_once(key: str, files: Sequence[Checked], decode: Callable[[], Decode
         found = decode()
         try:
             _write_decoded(path, found)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             warnings.warn(
                 f"cannot keep the decoded {key} in {path}: {error}; it is decoded at every use",
                 stacklevel=2,
@@ -181,14 +167,12 @@ def decoded_once(key: str, files: Sequence[Checked], decode: Callable[[], Decode
 
 
 def _read_decoded(path: Path) -> Decoded | None:
-    if not path.exists():
-        return None
     try:
         with safe_open(path, "np") as file:
             header = file.metadata() or {}
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
-        return None  # cut short by a crash of the machine, or damaged: it is made again
+        return None  # absent, cut short by a crash of the machine, or damaged: it is made again
     if header.get("digest") != _digest(arrays):
         return None
     return Decoded(arrays, tuple(json.loads(header["names"])))
