@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
+from pickle import PicklingError, UnpicklingError
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise RunError(
             f"cannot write the checkpoint {path}: {reason}. Make room, then run the same command "
-            "with --resume"
+            "again, `teleport run` with --resume"
         ) from error
 
 
@@ -52,6 +53,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"cannot read the checkpoint {path}: it is damaged; delete it to start its run over"
         ) from error
     return state
+
+
+def is_plain(state: dict[str, Any]) -> bool:
+    """Whether `load_checkpoint` would bring a state back: it holds tensors and plain values only.
+
+    Some optimizers keep objects of their own, which only code in the file could restore.
+    """
+    file = BytesIO()
+    try:
+        torch.save(state, file)
+        file.seek(0)
+        torch.load(file, map_location="cpu", weights_only=True)
+    except (UnpicklingError, PicklingError, AttributeError, TypeError):
+        return False
+    return True
 
 
 @contextmanager

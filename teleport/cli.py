@@ -5,7 +5,7 @@ import math
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -24,7 +24,7 @@ from teleport.bench_tables import Sheet, curves, holds_benchmarks, read_benchmar
 from teleport.book.commands import app as book_app
 from teleport.check.grading import Grades, grade
 from teleport.checkpoint import locked
-from teleport.cluster import run_on_cluster
+from teleport.cluster import check_cluster, run_on_cluster
 from teleport.continual import (
     LR_GRID,
     TUNING_SEED,
@@ -43,8 +43,9 @@ from teleport.experiment import (
 )
 from teleport.folders import new_folder, open_folder, slug
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
-from teleport.matrix import blocks, markdown, smaller, without_controls
+from teleport.matrix import Block, blocks, markdown, smaller, without_controls
 from teleport.models import INITS
+from teleport.moment import check_moment
 from teleport.optimizers import OPTIMIZERS
 from teleport.plots import (
     gap_figure,
@@ -58,8 +59,8 @@ from teleport.plots import (
 from teleport.pool import run_local
 from teleport.product import product_at, read_product, write_product
 from teleport.recipe import one_of
-from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
-from teleport.registry import EXPERIMENTS, find_experiment
+from teleport.records import ArmSummary, Comparison, Run, by_arm, read_run, read_runs, summarise
+from teleport.registry import EXPERIMENTS, find_experiment, names_in
 from teleport.remembering import METHODS
 from teleport.run import (
     CHECKPOINT_SECONDS,
@@ -70,10 +71,11 @@ from teleport.run import (
 )
 from teleport.schedule import SCHEDULES
 from teleport.spectrum import Measured, read_spectra, write_spectra
-from teleport.sweep import Failure, Job, Plan, total_steps
+from teleport.sweep import Failure, Job, Plan, check_jobs, total_steps
 from teleport.tasks import SEQUENCES
 from teleport.tensorboard import check_tensorboard
 from teleport.threshold import Trajectories, read_trajectories, write_trajectories
+from teleport.training import check_fits, late_teleport
 
 # What was typed, for the records.
 COMMAND_LINE: ContextVar[str] = ContextVar("COMMAND_LINE", default="teleport")
@@ -225,8 +227,6 @@ def run(
             f"and give --activation leaky_relu; got --lr {lr} and --activation {activation}"
         )
     device_of(device)
-    if tensorboard is not None:
-        check_tensorboard(tensorboard)
     if objectives and (lr or rivals):
         raise ValueError("--objectives compares fixed arms: leave --lr and --rivals out")
     fixed = rival_arms if rivals else objective_arms
@@ -237,7 +237,13 @@ def run(
     )
     arms = [a for a in known if teleports or not a.teleport]
     dataset = datasets.load(find_experiment(name).data)
+    teleporting = any(arm.teleport for arm in arms)
+    check_fits(settings, dataset, teleporting)
+    if teleporting and (note := late_teleport(settings, dataset)):
+        _say(f"note: {note}")
     total = steps_per_run(settings, dataset) * len(arms) * seeds
+    if tensorboard is not None:
+        check_tensorboard(tensorboard)
     folder = open_folder(slug(name), out, resume, force)
     with _progress(total, folder) as progress:
         run_arms(
@@ -293,7 +299,11 @@ def continual(
     start = first_seed + TUNING_SEED if tune else first_seed
     numbers = range(start, start + seeds)
     total = course.steps(course.sets()) * len(strategies) * seeds
-    folder = out if resume and out is not None and out.is_dir() else new_folder(name, out)
+    folder = (
+        out
+        if resume and out is not None and out.is_dir()
+        else new_folder(name, out, ", or --resume to go on in it")
+    )
     with _progress(total, folder) as progress:
         command = COMMAND_LINE.get()
         run_strategies(
@@ -357,7 +367,13 @@ def bench(
 
 @app.command()
 def sweep(
-    names: Annotated[list[str], typer.Argument(help="Experiments; see `teleport list`.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Experiments; see `teleport list`. FILE.toml: all of your own table, "
+            "FILE.toml:NAME: one of them."
+        ),
+    ],
     optimizers: Annotated[str, typer.Option(help="Optimizers, with commas.")] = "sgd",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 3,
     preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
@@ -383,8 +399,8 @@ def sweep(
 ) -> None:
     """Run every cell of a matrix (experiment, optimizer, arm, seed); list what failed."""
     plan = Plan(
-        tuple(names),
-        tuple(optimizers.split(",")),
+        tuple(dict.fromkeys(one for name in names for one in names_in(name))),
+        tuple(dict.fromkeys(name.strip() for name in optimizers.split(","))),
         seeds,
         preset,
         schedule,
@@ -393,12 +409,17 @@ def sweep(
         device,
     )
     device_of(device)
-    plan.jobs(Path())  # names are checked before any folder is made
+    for note in check_jobs(plan.jobs(Path())):  # all is checked before any folder is made
+        _say(f"note: {note}")
+    if scheduler is not None:
+        check_cluster(scheduler)
     command = COMMAND_LINE.get()
     folder = open_folder("sweep", out, resume=out is not None).resolve()
     cells = plan.jobs(folder, checkpoint_seconds=checkpoint, command=command)
     with locked(folder / ".lock", str(folder)):
         failures = _sweep(cells, folder, jobs, scheduler)
+    failed = [failure.job for failure in failures]
+    _say_diverged(read_run(job.folder / job.cell.record) for job in cells if job not in failed)
     for failure in failures:
         typer.echo(f"failed: {failure.job.cell}: {failure.reason}", err=True)
     typer.echo(f"{len(cells) - len(failures)} of {_count(len(cells), 'cell')} are in {folder}")
@@ -445,7 +466,7 @@ def spectrum(
 ) -> None:
     """Show how few directions hold the input energy of every layer (the paper's Figure 6a)."""
     for name in names:
-        Settings(name, preset).size()  # names are checked before any folder is made
+        check_moment(name, preset)  # before any folder is made
     folder = new_folder("spectrum", out)
     write_spectra(
         names,
@@ -472,7 +493,7 @@ def compare_thresholds(
     out: Annotated[Path | None, typer.Option(help="New folder; default runs/<date>-tau.")] = None,
 ) -> None:
     """Follow gradient norm and loss over teleport steps for every tau (the paper's Figure 6b)."""
-    Settings(name, preset).size()
+    check_moment(name, preset)
     if lr is not None and not 0.0 < lr < math.inf:
         raise ValueError(f"lr must be > 0 and finite, got {lr}")
     folder = new_folder("tau", out)
@@ -519,9 +540,8 @@ def _say(what: str) -> None:
 
 def _show_spectra(folder: Path) -> None:
     found = read_spectra(folder)
-    figures = {
-        f"figure-{steps}-steps.png": spectrum_figure(found, steps) for steps in found[0].by_step
-    }
+    looked_after = dict.fromkeys(steps for measured in found for steps in measured.by_step)
+    figures = {f"figure-{steps}-steps.png": spectrum_figure(found, steps) for steps in looked_after}
     _keep(folder, [_spectrum_table(measured) for measured in found], figures)
 
 
@@ -556,7 +576,8 @@ def _keep(folder: Path, tables: list[Table], figures: dict[str, Figure]) -> None
             f"cannot write the table and the figures to {folder}: {error.strerror}; the records "
             "are complete"
         ) from error
-    typer.echo(f"records, table.txt and {', '.join(figures)} are in {folder}")
+    names = ["records", "table.txt", *figures]
+    typer.echo(f"{', '.join(names[:-1])} and {names[-1]} are in {folder}")
 
 
 def _spectrum_table(measured: Measured) -> Table:
@@ -611,7 +632,17 @@ def report(
     typer.echo(markdown(found))
     if figures is None:
         return
-    figures.mkdir(parents=True, exist_ok=True)
+    try:
+        figures.mkdir(parents=True, exist_ok=True)
+        _draw_report(found, figures)
+    except OSError as error:
+        raise RunError(
+            f"cannot write figures to {figures}: {error.strerror}; give another --figures"
+        ) from error
+    typer.echo(f"figures are in {figures}", err=True)
+
+
+def _draw_report(found: list[Block], figures: Path) -> None:
     for name in dict.fromkeys(block.experiment for block in found):
         rows = {
             f"{block.optimizer} ({block.folder})": without_controls(block)
@@ -621,7 +652,6 @@ def report(
         title = EXPERIMENTS[name].title if name in EXPERIMENTS else name
         config = next(b for b in found if b.experiment == name).runs[0].config
         matrix_figure(rows, title + smaller(config)).savefig(figures / f"{slug(name)}.png", dpi=150)
-    typer.echo(f"figures are in {figures}", err=True)
 
 
 @app.command()
@@ -742,12 +772,21 @@ def _progress(total: int, folder: Path) -> Iterator[Progress]:
 def _arms(
     experiment: str, optimizer: str, lrs: list[float] | None, init: str, head_gain: float
 ) -> list[Arm]:
-    if not lrs:
-        return default_arms(experiment, optimizer)
     one_of("init", init, dict.fromkeys(INITS))
-    for lr in lrs:
-        if not 0.0 < lr < math.inf:
-            raise ValueError(f"lr must be > 0 and finite, got {lr}")
+    if not lrs:
+        if (init, head_gain) != ("default", 1.0):
+            raise ValueError(
+                "--init and --head-gain act on the arms of --lr: give a learning rate with --lr; "
+                f"got --init {init} and --head-gain {head_gain:g} without one"
+            )
+        return default_arms(experiment, optimizer)
+    for what, values in (("lr", lrs), ("head_gain", [head_gain])):
+        for value in values:
+            if not 0.0 < value < math.inf:
+                raise ValueError(f"{what} must be > 0 and finite, got {value}")
+    if len({f"{lr:g}" for lr in lrs}) < len(lrs):
+        given = " ".join(map(str, lrs))
+        raise ValueError(f"every --lr must be another one, by its first six digits; got {given}")
     return [Arm(lr, teleports, init, head_gain) for lr in lrs for teleports in (False, True)]
 
 
@@ -760,6 +799,7 @@ def _show(folder: Path) -> None:
         tables, drawn = _tables(runs), _loss_figure(runs)
     for table in tables:
         _console().print(table)
+    _say_diverged(runs)
     try:
         with (folder / "table.txt").open("w", encoding="utf-8") as file:
             _console(file=file).print(*tables)
@@ -772,18 +812,21 @@ def _show(folder: Path) -> None:
     typer.echo(f"records, table.txt and figure.png are in {folder}")
 
 
+def _say_diverged(runs: Iterable[Run]) -> None:
+    for run in runs:
+        if run.status == "diverged":
+            _say(f"diverged: {run.path}: {run.reason}")
+
+
 def _show_benchmarks(folder: Path) -> None:
     """Print the tables of benchmarks, keep them as text, draw the scaling figure, say where."""
     found = read_benchmarks(folder)
     tables = [_sheet(sheet) for benchmark in found.values() for sheet in sheets(benchmark)]
-    _console().print(*tables)
-    with (folder / "table.txt").open("w", encoding="utf-8") as file:
-        _console(file=file).print(*tables)
-    drawn = ""
+    figures = {}
     if "scaling" in found:
-        panels, drawn = curves(found["scaling"]), " and scaling.png"
-        scaling_figure(panels, found["scaling"].title).savefig(folder / "scaling.png", dpi=150)
-    typer.echo(f"records, table.txt{drawn} are in {folder}")
+        title = found["scaling"].title
+        figures["scaling.png"] = scaling_figure(curves(found["scaling"]), title)
+    _keep(folder, tables, figures)
 
 
 def _sheet(sheet: Sheet) -> Table:
@@ -828,7 +871,10 @@ def _loss_cell(group: list[Run], i: int) -> str:
     rows = [run.evaluations[i] for run in group if i < len(run.evaluations)]
     if not rows:
         return "-"
-    train, test = (sum(r[c] for r in rows) / len(rows) for c in ("train_loss", "test_loss"))
+    train, test = (  # a loss that was not finite is missing
+        sum(math.nan if r[c] is None else r[c] for r in rows) / len(rows)
+        for c in ("train_loss", "test_loss")
+    )
     return f"{train:.4f} / {test:.4f}"
 
 
@@ -879,7 +925,8 @@ def _many(summaries: list[ArmSummary]) -> Table:
         Column("arm", no_wrap=True), *_IN_BRIEF.values(), title="summary", caption=_CAPTION
     )
     for summary in summaries:
-        table.add_row(summary.arm, *(_SUMMARY[name](summary) for name in _IN_BRIEF))
+        ended = "" if summary.status == "finished" else f" ({summary.status})"
+        table.add_row(summary.arm + ended, *(_SUMMARY[name](summary) for name in _IN_BRIEF))
     return table
 
 

@@ -4,7 +4,9 @@ The cluster's workers need this package, the data sets, and the folder of the sw
 path. The cell of a worker that dies is given to another one, where it goes on from its checkpoint.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from teleport.errors import RunError
 from teleport.sweep import Failure, Job, reason_of, run_job
@@ -33,19 +35,9 @@ def run_on_cluster(
         RunError: if the extra ``dask`` is not installed, the scheduler does not answer, or it has
             no workers.
     """
-    try:
-        from distributed import Client, as_completed
-    except ImportError as error:
-        raise RunError(
-            "--scheduler needs Dask; install it with: pip install 'nullspace-teleport[dask]'"
-        ) from error
-    try:
-        client = Client(address, timeout=timeout)
-    except (OSError, ValueError) as error:
-        raise RunError(f"the Dask scheduler at {address} does not answer: {error}") from error
-    with client:
-        if not client.scheduler_info()["workers"]:
-            raise RunError(f"the Dask scheduler at {address} has no workers; start some")
+    with _connected(address, timeout) as client:
+        from distributed import as_completed
+
         futures = {client.submit(run_job, job, pure=False): job for job in jobs}
         failures = []
         for future in as_completed(futures):
@@ -54,3 +46,30 @@ def run_on_cluster(
                 failures.append(Failure(futures[future], reason_of(raised)))
             ended(futures[future])
     return failures
+
+
+def check_cluster(address: str, timeout: float = 30.0) -> None:
+    """Raise, before anything is written, what `run_on_cluster` would."""
+    with _connected(address, timeout):
+        pass
+
+
+@contextmanager
+def _connected(address: str, timeout: float) -> Iterator[Any]:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise RunError(
+            "--scheduler needs Dask; install it with: pip install 'nullspace-teleport[dask]'"
+        ) from error
+    try:
+        client = Client(address, timeout=timeout)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"the Dask scheduler at {address} does not answer: {error}; give the address that "
+            "`dask scheduler` prints, such as tcp://10.0.0.1:8786"
+        ) from error
+    with client:
+        if not client.scheduler_info()["workers"]:
+            raise RunError(f"the Dask scheduler at {address} has no workers; start some")
+        yield client

@@ -27,9 +27,10 @@ def tuning(experiment: str, optimizer: str) -> Tuning:
     """
     known = find_experiment(experiment).tuning
     if optimizer not in known:
+        only = f", only those of {', '.join(known)}" if known else ""
         raise ValueError(
-            f"no learning rates of {optimizer!r} on {experiment} are known, only those of "
-            f"{', '.join(known) or 'none'}; give --lr"
+            f"no learning rates of {optimizer!r} on {experiment} are known{only}; give --lr to "
+            "`teleport run`, or name them in a table of your own, FILE.toml:NAME"
         )
     return known[optimizer]
 
@@ -131,7 +132,7 @@ def default_arms(experiment: str, optimizer: str) -> list[Arm]:
     """Low and tuned learning rate with and without teleport, and the tuned initial gain."""
     best = tuning(experiment, optimizer)
     pairs = [Arm(lr, teleport) for lr in (best.low, best.tuned) for teleport in (False, True)]
-    return [*pairs, Arm(best.gain_lr, False, best.init, best.head_gain)]
+    return list(dict.fromkeys([*pairs, Arm(best.gain_lr, False, best.init, best.head_gain)]))
 
 
 CONTROLS = ("random null direction, same norm", "noise, same norm", "lr raised")
@@ -161,7 +162,7 @@ def objective_arms(experiment: str, optimizer: str) -> list[Arm]:
 def _with(experiment: str, optimizer: str, names: Sequence[str]) -> list[Arm]:
     best = tuning(experiment, optimizer)
     others = [Arm(lr, True, rival=name) for lr in (best.low, best.tuned) for name in names]
-    return [*default_arms(experiment, optimizer), *others]
+    return list(dict.fromkeys([*default_arms(experiment, optimizer), *others]))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def open_folder(name: str, out: Path | None, resume: bool = False, force: bool =
         option = "--resume" if resume else "--force"
         raise ValueError(f"{option} needs the folder to use; give it with --out")
     if out is None or not out.is_dir() or not (resume or force):
-        return new_folder(name, out)
+        return new_folder(name, out, ", or --resume to go on in it, or --force to start over in it")
     with locked(out / ".lock", str(out)):
         patterns = ("*.jsonl", "*.checkpoint*", "table.txt", "figure.png") if force else ()
         for file in (file for pattern in patterns for file in out.glob(pattern)):
@@ -34,28 +34,34 @@ def open_folder(name: str, out: Path | None, resume: bool = False, force: bool =
     return out
 
 
-def new_folder(name: str, out: Path | None) -> Path:
+def new_folder(name: str, out: Path | None, instead: str = "") -> Path:
     """Make the folder of a new run: ``out``, or ``runs/<date>-<name>`` with a number if taken.
+
+    Args:
+        name: of the run.
+        out: the folder, or None.
+        instead: what else the command can do if ``out`` is there, for the message.
 
     Raises:
         RunError: if the folder exists already, or cannot be made or written to.
     """
     if out is not None:
-        return _make_folder(out)
+        return _make_folder(out, instead)
     base = Path("runs") / f"{date.today().isoformat()}-{name}"
     candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 1000))
     return _make_folder(next(folder for folder in candidates if not folder.exists()))
 
 
-def _make_folder(folder: Path) -> Path:
+def _make_folder(folder: Path, instead: str = "") -> Path:
     try:
         folder.mkdir(parents=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except FileExistsError as error:
+        if not folder.is_dir():
+            raise RunError(f"{folder} is not a folder; give another --out") from error
         raise RunError(
-            f"{folder} exists already and runs never share a folder; give another --out, or "
-            "--resume to go on in it, or --force to start over in it"
+            f"{folder} exists already and runs never share a folder; give another --out{instead}"
         ) from error
     except OSError as error:
         raise RunError(

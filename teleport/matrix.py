@@ -1,6 +1,5 @@
 """The whole matrix of a folder of records, as Markdown: what teleporting is worth, cell by cell."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from teleport.records import (
     Run,
     best_baseline,
     by_arm,
+    first_row,
+    has_begun,
     read_runs,
     summarise,
 )
@@ -89,19 +90,14 @@ def blocks(folder: Path) -> list[Block]:
 
 def _folders(folder: Path) -> Iterator[tuple[Path, list[Run]]]:
     for path in sorted({record.parent for record in folder.rglob("*.jsonl")}):
-        records = sorted(path.glob("*.jsonl"))
-        if all(_is_training(record) for record in records):
+        records = [record for record in sorted(path.glob("*.jsonl")) if has_begun(record)]
+        if records and all(_is_training(record) for record in records):
             yield path, read_runs(path)
 
 
 def _is_training(record: Path) -> bool:
     """Whether it is a record of `teleport run` or `teleport sweep`: other commands keep theirs."""
-    with record.open(encoding="utf-8") as file:
-        try:
-            first = json.loads(file.readline())
-        except json.JSONDecodeError as error:
-            raise RunError(f"{record}, line 1: not a JSON record ({error.msg})") from error
-    return "training" in first and "experiment" in first
+    return {"training", "experiment"} <= first_row(record).keys()
 
 
 _Cell = Callable[[Block, ArmSummary], str]

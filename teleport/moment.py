@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from teleport.capture import Closure
 from teleport.data import Dataset, batches, load, take
-from teleport.errors import RunError
-from teleport.experiment import Settings
+from teleport.experiment import Settings, teleport_settings
 from teleport.optimizers import find_optimizer
 from teleport.recipe import Experiment
 from teleport.records import environment
+from teleport.training import check_fits, train_size
 
 UNTUNED = ("sgd", 0.1)
 """How an experiment is trained of which no learning rate was tuned."""
@@ -48,6 +48,19 @@ def rate_of(recipe: Experiment) -> tuple[str, float]:
     return UNTUNED
 
 
+def check_moment(experiment: str, preset: str) -> None:
+    """Refuse, before anything is written, what `moment` would refuse; errors as there."""
+    _checked(experiment, preset)
+
+
+def _checked(experiment: str, preset: str) -> tuple[Settings, Dataset]:
+    settings = Settings(experiment, preset, teleport=teleport_settings(experiment))
+    settings.size()
+    dataset = load(settings.recipe().data)
+    check_fits(settings, dataset)
+    return settings, dataset
+
+
 def moment(experiment: str, preset: str = "cpu", steps: int = 0, seed: int = 0) -> Moment:
     """A named experiment after some training steps.
 
@@ -59,21 +72,15 @@ def moment(experiment: str, preset: str = "cpu", steps: int = 0, seed: int = 0) 
 
     Raises:
         ValueError: for an unknown name, or ``steps`` out of range.
-        RunError: if the training examples are fewer than the batches need.
+        RunError: as `check_fits`.
         DataError: if the data cannot be had.
     """
     if steps < 0:
         raise ValueError(f"steps must be an integer >= 0, got {steps}")
-    settings = Settings(experiment, preset)
+    settings, dataset = _checked(experiment, preset)
     recipe, size = settings.recipe(), settings.size()
-    dataset = load(recipe.data)
-    count = min(size.train_size or len(dataset.train_inputs), len(dataset.train_inputs))
+    count = train_size(size, dataset)
     n, held = recipe.teleport.n, recipe.teleport.held_out
-    if count < max(n + held, recipe.batch_size):
-        raise RunError(
-            f"a teleport batch and its held-out data need {n + held} examples, a training batch "
-            f"{recipe.batch_size}; the preset {preset} of {experiment} trains on {count}"
-        )
     inputs, targets = dataset.train_inputs[:count], dataset.train_targets[:count]
     torch.manual_seed(seed)
     model = recipe.build(dataset, size)

@@ -2,7 +2,9 @@
 
 import difflib
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,16 +39,16 @@ def find_optimizer(name: str) -> Build:
     if lower in OPTIMIZERS:
         return OPTIMIZERS[lower]
     known = _of_torch()
-    extra = _names_of_extra()
+    extra = _of_extra()
     if lower not in known and lower not in extra:
-        near = difflib.get_close_matches(lower, [*OPTIMIZERS, *known, *extra], n=3)
+        near = difflib.get_close_matches(lower, {*OPTIMIZERS, *known, *extra}, n=3)
         raise ValueError(
             f"unknown optimizer {name!r}; there are: {', '.join(OPTIMIZERS)}, and every class of "
             "torch.optim and of the package pytorch-optimizer "
             f"({'installed' if extra else 'not installed: pip install pytorch-optimizer'})"
             + (f"; did you mean {' or '.join(near)}?" if near else "")
         )
-    chosen = known[lower] if lower in known else _class_of_extra(lower)
+    chosen = known[lower] if lower in known else extra[lower]
 
     def build(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = chosen(parameters, lr=lr)
@@ -57,23 +59,35 @@ def find_optimizer(name: str) -> Build:
 
 
 def _of_torch() -> dict[str, Any]:
-    classes = [c for c in vars(torch.optim).values() if isinstance(c, type)]
+    return _classes(torch.optim)
+
+
+def _classes(package: ModuleType) -> dict[str, Any]:
+    classes = [c for c in vars(package).values() if isinstance(c, type)]
     found = [c for c in classes if issubclass(c, torch.optim.Optimizer)]
     return {c.__name__.lower(): c for c in found if c is not torch.optim.Optimizer}
 
 
-def _names_of_extra() -> list[str]:
+def _of_extra() -> dict[str, Any]:
+    """Its classes, those that need more than one gradient per step included, and its other names.
+
+    Names of optimizers whose own requirements are missing stand for what says so when called.
+    """
     if not find_spec(EXTRA):
-        return []
-    from pytorch_optimizer import get_supported_optimizers
+        return {}
+    import pytorch_optimizer
 
-    return list(get_supported_optimizers())
+    named = {
+        name: partial(_load_of_extra, name) for name in pytorch_optimizer.get_supported_optimizers()
+    }
+    return {**_classes(pytorch_optimizer), **named}
 
 
-def _class_of_extra(name: str) -> Any:
+def _load_of_extra(name: str, *arguments: Any, **options: Any) -> torch.optim.Optimizer:
     from pytorch_optimizer import load_optimizer
 
-    return load_optimizer(name)
+    optimizer: torch.optim.Optimizer = load_optimizer(name)(*arguments, **options)
+    return optimizer
 
 
 def _try_out(name: str, build: Build) -> None:

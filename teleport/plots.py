@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
 from teleport.measure import Curve
@@ -35,7 +35,7 @@ def loss_figure(runs: Sequence[Run], title: str = "") -> Figure:
     for row, column in enumerate(("train_loss", "test_loss")):
         for axes, against in zip(panels[row], ("step", "seconds"), strict=True):
             draw_losses(axes, groups, column, against)
-    panels[0][0].legend(fontsize=9)
+    _legend_below(figure, panels[0][0])
     if title:
         figure.suptitle(title)
     return figure
@@ -48,32 +48,45 @@ def matrix_figure(rows: Mapping[str, Sequence[Run]], title: str = "") -> Figure:
         rows: by the row's name, the runs it shows; mean with a band of one standard deviation.
         title: above the figure.
     """
-    figure = Figure(figsize=(10, 0.6 + 3.4 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), 2, sharey="row", squeeze=False)
-    for (left, right), (name, runs) in zip(panels, rows.items(), strict=True):
+    figure = Figure(figsize=(10, 0.6 + 4.0 * len(rows)), layout="constrained")
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for part, (name, runs) in zip(parts, rows.items(), strict=True):
+        left, right = part.subplots(1, 2, sharey=True)
         groups = by_arm(runs)
         draw_losses(left, groups, "train_loss", "step")
         draw_losses(right, groups, "train_loss", "seconds")
         left.set_title(name, fontsize=10, loc="left")
-        right.legend(fontsize=8)
+        _legend_below(part, left)
     if title:
         figure.suptitle(title)
     return figure
 
 
+def _legend_below(figure: FigureBase, axes: Axes) -> None:
+    """Below the panels, where it covers no curve; none if nothing was drawn."""
+    curves, names = axes.get_legend_handles_labels()
+    if curves:
+        figure.legend(curves, names, loc="outside lower center", ncols=3, fontsize=9)
+
+
 def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, against: str) -> None:
     """One panel: ``column`` of every arm on a log axis, against ``"step"`` or ``"seconds"``.
 
-    Arms with a teleport are drawn solid, baselines dashed, so that the figure reads in grey.
+    Arms with a teleport are drawn solid, baselines dashed and above them, with their markers at
+    different places, so that the figure reads in grey and curves that are the same are both seen.
     Seconds exclude evaluation and include teleporting; over seeds they are averaged.
     """
-    for number, (arm, runs) in enumerate(groups.items()):
+    for number, (arm, begun) in enumerate(groups.items()):
+        runs = [run for run in begun if run.evaluations]
+        if not runs:
+            continue
         count = min(len(run.evaluations) for run in runs)
         x = np.mean([_axis(run, against)[:count] for run in runs], axis=0)
         logs = np.log([run.column(column)[:count] for run in runs])
         middle, spread = logs.mean(0), logs.std(0)
         teleports = bool(runs[0].config["training"]["teleport"])
         colour = _SHADES[number % len(_SHADES)]
+        every = max(1, count // 10)
         axes.plot(
             x,
             np.exp(middle),
@@ -81,8 +94,9 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
             color=colour,
             linestyle="-" if teleports else "--",
             marker=_MARKERS[number % len(_MARKERS)],
-            markersize=3,
-            markevery=max(1, count // 15),
+            markersize=4,
+            markevery=(number * every // len(groups), every),
+            zorder=2.0 if teleports else 2.1,
         )
         if len(runs) > 1:
             band = np.exp(middle - spread), np.exp(middle + spread)
@@ -152,9 +166,10 @@ def gap_figure(summaries: Sequence[ArmSummary], title: str = "") -> Figure:
     for summary in summaries:
         if summary.to_own is not None:
             groups.setdefault(summary.baseline, []).append(summary)
-    rows = max(map(len, groups.values()), default=1)
-    figure = Figure(figsize=(7.5 * max(len(groups), 1), 1.6 + 0.34 * rows), layout="constrained")
-    panels = figure.subplots(1, max(len(groups), 1), squeeze=False)[0]
+    rows = [len(arms) for arms in groups.values()] or [1]
+    height = 0.5 + sum(1.1 + 0.3 * count for count in rows)
+    figure = Figure(figsize=(8, height), layout="constrained")
+    panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
     for axes, (baseline, arms) in zip(panels, groups.items(), strict=False):
         _draw_gaps(axes, baseline, arms)
     if title:
@@ -191,15 +206,12 @@ def spectrum_figure(found: Sequence[Measured], step: int) -> Figure:
         step: training steps after which; experiments without it are left out.
     """
     shown = [measured for measured in found if step in measured.by_step]
-    rows = (len(shown) + 1) // 2
-    figure = Figure(figsize=(11, 0.8 + 3.3 * rows), layout="constrained")
-    panels = figure.subplots(rows, 2, sharey=True, squeeze=False).flat
-    for axes, measured in zip(panels, shown, strict=False):
+    figure = Figure(figsize=(8.5, 0.5 + 2.9 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+    for axes, measured in zip(panels, shown, strict=True):
         config = measured.config
         axes.set_title(f"{config['title']}, n = {config['teleport_batch']}", fontsize=9)
         draw_spectra(axes, measured.by_step[step])
-    for axes in list(panels)[len(shown) :]:
-        axes.set_axis_off()
     when = f"after {step} training steps" if step else "at the initial weights"
     figure.suptitle(f"input energy captured by the leading eigenvectors, {when}")
     return figure
@@ -229,7 +241,14 @@ def draw_spectra(axes: Axes, layers: Sequence[Spectrum]) -> None:
     axes.set_xlabel("leading eigenvectors / input width", fontsize=9)
     axes.set_ylabel("share of input energy", fontsize=9)
     axes.grid(alpha=0.25, which="both")
-    axes.legend(fontsize=6.5, title="layer (input width)", title_fontsize=7)
+    axes.legend(
+        fontsize=8,
+        title="layer (input width)",
+        title_fontsize=8,
+        loc="center left",
+        bbox_to_anchor=(1.0, 0.5),
+        frameon=False,
+    )
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -71,7 +71,7 @@ class RecordWriter:
             self._file.truncate(self.length)
             raise RunError(
                 f"cannot write the record {self.path}: {error.strerror}; what is before is "
-                "complete. Make room, then run the same command with --resume"
+                "complete. Make room, then run the same command again, `teleport run` with --resume"
             ) from error
         self.length += len(line.encode())
         self._also(kind, row)
@@ -111,6 +111,7 @@ class Run:
             ``train_loss``, ``test_loss``, ``test_accuracy``, ``grad_norm``.
         teleports: rows with ``step`` and the fields of `teleport.TeleportReport`.
         status: ``finished``, ``diverged``, ``interrupted``, or ``unfinished`` without an end line.
+        reason: why it diverged; else empty.
     """
 
     path: Path
@@ -118,6 +119,7 @@ class Run:
     evaluations: list[dict[str, Any]]
     teleports: list[dict[str, Any]]
     status: str
+    reason: str = ""
 
     @property
     def arm(self) -> str:
@@ -166,47 +168,91 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: if the file cannot be read, or a line other than a torn last one is damaged.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise RunError(f"cannot read the record {path}: {error.strerror}") from error
+    lines = _read(path).splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
+            rows.append(_row(line))
+        except ValueError as error:
+            if number == len(lines) > 1:
                 break  # a killed run may leave half a line; what is before it counts
-            raise RunError(f"{path}, line {number}: not a JSON record ({error.msg})") from error
-    if not rows or rows[0].get("type") != "config":
+            raise RunError(f"{path}, line {number}: not a JSON record ({error})") from error
+    if not rows or rows[0]["type"] != "config":
         raise RunError(f"{path}: the first line is not a run's configuration")
     return rows
+
+
+def first_row(path: Path) -> dict[str, Any]:
+    """The first row of one record, whatever the others are.
+
+    Raises:
+        RunError: if the file cannot be read, or the line is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            return _row(file.readline())
+    except OSError as error:
+        raise RunError(f"cannot read the record {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise RunError(f"{path}, line 1: not a JSON record ({error})") from error
+
+
+def has_begun(path: Path) -> bool:
+    """Whether the first row of a record is whole: a kill or a full disk may come before.
+
+    Raises:
+        RunError: if the file cannot be read.
+    """
+    return b"\n" in _read(path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RunError(f"cannot read the record {path}: {error.strerror}") from error
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode())
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg) from error  # without the place in the line
+    if not isinstance(row, dict) or not isinstance(row.get("type"), str):
+        raise ValueError("expected an object with a type")
+    if row["type"] == "evaluation" and "step" not in row:
+        raise ValueError("expected an evaluation to have a step")
+    return row
 
 
 def read_run(path: Path) -> Run:
     """Read the record of one run; see `read_rows` for what can go wrong."""
     rows = read_rows(path)
-    ends = [row["status"] for row in rows if row["type"] == "end"]
+    ends = [row for row in rows if row["type"] == "end"]
     return Run(
         path=path,
         config=rows[0],
         evaluations=[row for row in rows if row["type"] == "evaluation"],
         teleports=[row for row in rows if row["type"] == "teleport"],
-        status=ends[-1] if ends else "unfinished",
+        status=ends[-1]["status"] if ends else "unfinished",
+        reason=ends[-1].get("reason", "") if ends else "",
     )
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """All records of a folder, in the order they were run.
+    """All records of a folder, in the order they were run; those that have not begun are left out.
 
     Raises:
-        RunError: if the folder does not exist or holds no record.
+        RunError: if the folder does not exist or holds no record, or one is damaged.
     """
     if not folder.is_dir():
         raise RunError(f"{folder} is not a folder; give one that `teleport run` has written")
-    runs = [read_run(path) for path in sorted(folder.glob("*.jsonl"))]
+    runs = [read_run(path) for path in sorted(folder.glob("*.jsonl")) if has_begun(path)]
     if not runs:
         raise RunError(f"{folder} holds no records (*.jsonl); give one `teleport run` has written")
+    for run in runs:
+        if not {"order", "seed"} <= run.config.keys():
+            raise RunError(f"{run.path} is not the record of a run: it names no order or no seed")
     return sorted(runs, key=lambda run: (run.config["order"], run.seed))
 
 
@@ -251,18 +297,19 @@ class Comparison:
 def compare(arm: list[Run], baseline: list[Run], split: Split = "train") -> Comparison:
     """Pair the runs by seed and compare their losses on one split of the data.
 
-    A run that never gets there makes the ratio NaN.
+    A run that never gets there makes the ratio NaN; runs without an evaluation, killed or diverged
+    before, are left out.
     """
-    partner = {run.seed: run for run in baseline}
-    pairs = [(run, partner[run.seed]) for run in arm if run.seed in partner]
+    partner = {run.seed: run for run in baseline if run.evaluations}
+    pairs = [(run, partner[run.seed]) for run in arm if run.evaluations and run.seed in partner]
     steps = [_ratio(a, b, a.column("step"), b.column("step"), split) for a, b in pairs]
     seconds = [_ratio(a, b, a.seconds, b.seconds, split) for a, b in pairs]
     gaps = [_log_gap(a, b, split) for a, b in pairs]
     spread = float(np.std(gaps, ddof=1)) if len(gaps) > 1 else math.nan
     return Comparison(
-        steps=float(np.mean(steps)),
-        seconds=float(np.mean(seconds)),
-        log_loss=float(np.mean(gaps)),
+        steps=_mean(steps),
+        seconds=_mean(seconds),
+        log_loss=_mean(gaps),
         log_loss_spread=spread,
         seeds=len(pairs),
     )
@@ -322,12 +369,12 @@ def _summary(
     arm: str, runs: list[Run], groups: dict[str, list[Run]], best: str | None
 ) -> ArmSummary:
     def last(column: str) -> float:
-        return float(np.mean([run.column(column)[-1] for run in runs if run.evaluations]))
+        return _mean([run.column(column)[-1] for run in runs if run.evaluations])
 
     def teleports(value: Callable[[dict[str, Any]], float]) -> float:
         rows = [row for run in runs for row in run.teleports]
         values = [value({k: math.nan if v is None else v for k, v in row.items()}) for row in rows]
-        return float(np.mean(values)) if values else math.nan
+        return _mean(values)
 
     own = runs[0].config["baseline"]
     return ArmSummary(
@@ -365,6 +412,11 @@ def environment() -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN if there are none."""
+    return float(np.mean(values)) if values else math.nan
 
 
 def _ratio(run: Run, base: Run, axis: FloatArray, base_axis: FloatArray, split: Split) -> float:

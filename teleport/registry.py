@@ -79,13 +79,30 @@ def read_experiments(path: Path) -> dict[str, Experiment]:
         raise RunError(f"{path}: {error}") from error
 
 
+def names_in(name: str) -> list[str]:
+    """The experiments that a name stands for: all of ``file.toml``, else itself.
+
+    Raises:
+        RunError: if the file cannot be read, is not a table of experiments, or is empty.
+    """
+    if not name.endswith(".toml"):
+        return [name]
+    found = [f"{name}:{own}" for own in _read_once(Path(name).resolve())]
+    if not found:
+        raise RunError(f"{name} holds no experiments")
+    return found
+
+
 def find_experiment(name: str) -> Experiment:
     """The experiment of this name, or of ``file.toml:name``.
 
     Raises:
-        ValueError: for an unknown name, with the known ones.
+        ValueError: for an unknown name, with the known ones, and for a file without a name.
         RunError: if the file cannot be read or is not a table of experiments.
     """
+    if name.endswith(".toml"):
+        choice = " or ".join(names_in(name))
+        raise ValueError(f"{name} is a table of experiments; give one of them: {choice}")
     path, colon, own = name.rpartition(".toml:")
     known = _read_once(Path(f"{path}.toml").resolve()) if colon else EXPERIMENTS
     experiment: Experiment = one_of("experiment", own if colon else name, known)

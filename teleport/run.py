@@ -18,7 +18,7 @@ from teleport.experiment import Arm, Settings
 from teleport.folders import slug
 from teleport.models import mlp
 from teleport.optimizers import find_optimizer
-from teleport.records import RecordWriter, environment, read_run
+from teleport.records import RecordWriter, environment, has_begun, read_run
 from teleport.teleporter import Teleporter
 from teleport.tensorboard import Board
 from teleport.training import Training, train_size
@@ -221,8 +221,8 @@ def is_finished(path: Path, config: dict[str, Any]) -> bool:
     Raises:
         RunError: if the record is of another configuration.
     """
-    if not path.exists() or b"\n" not in path.read_bytes():
-        return False  # killed before the first row was whole
+    if not path.exists() or not has_begun(path):
+        return False
     run = read_run(path)
     differing = [key for key in config if run.config.get(key) != as_read(config[key])]
     if differing:
@@ -248,9 +248,10 @@ def device_of(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        float(torch.zeros((), device=device))  # which "meta", for one, does not have
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"device {name!r} is not available here ({error}); use cpu") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise RunError(f"device {name!r} is not available here ({reason}); use cpu") from error
     return device
 
 

@@ -19,7 +19,7 @@ from teleport.errors import RunError
 from teleport.folders import slug
 from teleport.moment import moment
 from teleport.nullspace import null_space
-from teleport.records import FloatArray, RecordWriter, read_rows
+from teleport.records import FloatArray, RecordWriter, has_begun, read_rows
 from teleport.subspace import Basis, Projector
 from teleport.tied import TiedBasis
 
@@ -159,7 +159,7 @@ def read_spectra(folder: Path) -> list[Measured]:
         RunError: if there is none, or a record is damaged or of something else.
     """
     found = []
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in filter(has_begun, sorted(folder.glob("*.jsonl"))):
         config, *rows = read_rows(path)
         if config.get("figure") != "spectrum":
             raise RunError(f"{path} is not a record of `teleport spectrum`")
@@ -168,7 +168,8 @@ def read_spectra(folder: Path) -> list[Measured]:
             ranks = {float(tau): rank for tau, rank in row["ranks"].items()}
             spectrum = Spectrum(row["layer"], row["d_in"], tuple(row["shares"]), ranks)
             by_step.setdefault(row["step"], []).append(spectrum)
-        found.append(Measured(config, by_step))
+        if by_step:  # else it was killed before the first
+            found.append(Measured(config, by_step))
     if not found:
         raise RunError(f"{folder} holds no spectra; give a folder `teleport spectrum` has written")
     return found

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 from teleport.data import Dataset, load
 from teleport.errors import TeleportError
@@ -22,6 +23,7 @@ from teleport.run import (
     run_cell,
     steps_per_run,
 )
+from teleport.training import check_fits, late_teleport
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,24 @@ class Plan:
         return jobs
 
 
+def check_jobs(jobs: Sequence[Job]) -> list[str]:
+    """Refuse, before anything is written, cells that every try would break off with.
+
+    Returns:
+        What to tell the user, about cells that never teleport.
+
+    Raises:
+        DataError: if the data cannot be had.
+        RunError: as `check_fits`.
+    """
+    notes = []
+    for settings in dict.fromkeys(job.cell.settings for job in jobs):
+        dataset = _data(settings.recipe().data, "cpu")
+        check_fits(settings, dataset)
+        notes.append(late_teleport(settings, dataset))
+    return [note for note in notes if note]
+
+
 def total_steps(jobs: Sequence[Job]) -> int:
     """Training steps of all cells together."""
     return sum(_steps(job.cell.settings) for job in jobs)
@@ -129,19 +149,27 @@ def _data(name: str, device: str) -> Dataset:
     return load(name).to(device_of(device))
 
 
+_ALONE = Lock()
+"""Held while a cell runs: a Dask worker has many threads, but one random state for all of them."""
+
+
 def run_job(job: Job, progress: Callable[[int], None] = lambda steps: None) -> Path:
-    """One cell, from wherever its record is; what a process or a Dask worker calls."""
-    job.folder.mkdir(parents=True, exist_ok=True)
+    """One cell, from wherever its record is; what a process or a Dask worker calls.
+
+    Cells of one process wait for each other.
+    """
     settings = job.cell.settings
-    return run_cell(
-        job.cell,
-        _data(settings.recipe().data, settings.device),
-        job.folder,
-        resume=True,
-        checkpoint_seconds=job.checkpoint_seconds,
-        command=job.command,
-        progress=progress,
-    )
+    with _ALONE:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        return run_cell(
+            job.cell,
+            _data(settings.recipe().data, settings.device),
+            job.folder,
+            resume=True,
+            checkpoint_seconds=job.checkpoint_seconds,
+            command=job.command,
+            progress=progress,
+        )
 
 
 def reason_of(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 import importlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,14 +39,24 @@ class Board:
         step: of a run that goes on; what was written from there on is not shown any more.
 
     Raises:
-        RunError: if TensorBoard is not installed.
+        RunError: if TensorBoard is not installed, or its file cannot be written.
     """
 
     def __init__(self, folder: Path, step: int | None = None) -> None:
-        self._events = _event_writer()(str(folder), purge_step=step)
+        self._folder = folder
+        with self._told():
+            self._events = _event_writer()(str(folder), purge_step=step)
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
-        """Take in a row of the record."""
+        """Take in a row of the record.
+
+        Raises:
+            RunError: if it cannot be written, a full disk for one.
+        """
+        with self._told():
+            self._write(kind, row)
+
+    def _write(self, kind: str, row: dict[str, Any]) -> None:
         if kind == "evaluation":
             for name in SCALARS:
                 if not math.isnan(row[name]):
@@ -64,7 +76,22 @@ class Board:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._events.close()
+        try:
+            with self._told():
+                self._events.close()
+        except RunError:
+            if error is None:  # else that one tells what happened first
+                raise
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot write the TensorBoard files in {self._folder}: {error.strerror}; the "
+                "records so far are complete. Make room, then run the same command with --resume"
+            ) from error
 
 
 def _event_writer() -> Any:

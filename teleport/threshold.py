@@ -156,4 +156,6 @@ def read_trajectories(folder: Path) -> Trajectories:
     for row in (row for row in rows if row["type"] == "point"):
         point = Point(*(row[field.name] for field in fields(Point)))
         by_tau.setdefault(row["tau"], []).append(point)
+    if not by_tau:
+        raise RunError(f"{paths[0]} ends before the first teleport; run `teleport tau` again")
     return Trajectories(config, by_tau)

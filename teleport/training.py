@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teleport.checkpoint import is_plain
 from teleport.clock import now
 from teleport.data import Dataset, batches, take
 from teleport.errors import NonFiniteLossError, RunError
@@ -25,6 +26,57 @@ def train_size(size: Preset, dataset: Dataset) -> int:
     return min(size.train_size or len(dataset.train_inputs), len(dataset.train_inputs))
 
 
+def check_fits(settings: Settings, dataset: Dataset, teleports: bool = True) -> None:
+    """Refuse, before anything is written, what every run would break off with.
+
+    Args:
+        settings: of the runs.
+        dataset: their data.
+        teleports: whether one of them teleports.
+
+    Raises:
+        RunError: if the training examples are fewer than a batch, or than a teleport and its
+            held-out data, or if the network cannot be built for the data and applied to them.
+    """
+    size, options = settings.size(), settings.teleport
+    count = train_size(size, dataset)
+    needs = {"a training batch needs": settings.batch()}
+    if teleports:
+        wanted = options.batch_size + options.held_out_size
+        needs["a teleport batch and its held-out data need"] = wanted
+    for what, wanted in needs.items():
+        if count < wanted:
+            raise RunError(
+                f"{what} {wanted} examples, the preset {settings.preset} of "
+                f"{settings.experiment} trains on {count}; give it a larger train_size"
+            )
+    device = dataset.train_targets.device
+    try:
+        model = settings.recipe().build(dataset, size, settings.activation).to(device).eval()
+        with torch.no_grad():
+            dataset.loss(
+                model(dataset.prepare(dataset.train_inputs[:1])), dataset.train_targets[:1]
+            )
+    except Exception as error:  # PyTorch raises errors of many kinds for sizes that do not fit
+        raise RunError(
+            f"the network {settings.recipe().network['kind']!r} of {settings.experiment} does not "
+            f"fit the data set {dataset.name}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def late_teleport(settings: Settings, dataset: Dataset) -> str:
+    """What to tell the user if no run gets as far as its first teleport; else nothing."""
+    size = settings.size()
+    per_epoch = train_size(size, dataset) // settings.batch()
+    steps, due = size.epochs * per_epoch, settings.teleport.schedule.due_steps(per_epoch)
+    if not due or min(due) < steps:
+        return ""
+    return (
+        f"{settings.experiment} never teleports: the first is due after {min(due)} "
+        f"training steps, and a run has {steps}; give more --epochs, or --schedule paper"
+    )
+
+
 class Training:
     """A run that goes on from wherever its state is.
 
@@ -36,7 +88,7 @@ class Training:
         writer: of its record.
 
     Raises:
-        RunError: if the training examples are fewer than a teleport and its held-out data need.
+        RunError: as `check_fits`.
     """
 
     def __init__(
@@ -44,13 +96,8 @@ class Training:
     ) -> None:
         self.settings, self.arm, self.seed = settings, arm, seed
         self.dataset, self.writer, self.size = dataset, writer, settings.size()
+        check_fits(settings, dataset, arm.teleport)
         count = train_size(self.size, dataset)
-        wanted = settings.teleport.batch_size + settings.teleport.held_out_size
-        if arm.teleport and count < wanted:
-            raise RunError(
-                f"a teleport batch and its held-out data need {wanted} examples, the preset "
-                f"{settings.preset} of {settings.experiment} trains on {count}"
-            )
         self.inputs, self.targets = dataset.train_inputs[:count], dataset.train_targets[:count]
         look = self.size.evaluate_size
         self.seen = (self.inputs[:look], self.targets[:look])
@@ -71,14 +118,16 @@ class Training:
         self.epoch_start = self.order.get_state()
         self.step = 0
         self.train_seconds = self.teleport_seconds = 0.0
+        self._plain: bool | None = None  # whether the optimizer's state is; found out when asked
 
     def state(self) -> dict[str, Any] | None:
         """Everything the rest of the run depends on, as tensors and plain values.
 
         None while a control drives the steps its own way, whose state is not ours to save: such a
-        run goes on from its last state before that.
+        run goes on from its last state before that. None, too, with an optimizer whose state is
+        more than tensors and plain values: such a run starts over.
         """
-        if self.subject.take_step is not self._own_step:
+        if self.subject.take_step is not self._own_step or not self._restorable():
             return None
         gpu = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
@@ -93,6 +142,11 @@ class Training:
             "teleport_seconds": self.teleport_seconds,
             "record_bytes": self.writer.sync(),
         }
+
+    def _restorable(self) -> bool:
+        if self._plain is None:
+            self._plain = is_plain(self.optimizer.state_dict())
+        return self._plain
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to a state."""

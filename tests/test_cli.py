@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,17 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
         (["run", "--batches", "0"], ">= 1"),
         (["run", "--lr", "0.1", "--init", "xavier"], "default"),
         (["run", "--device", "no-such-device"], "not available"),
+        (["run", "--device", "meta"], "not available"),
+        (["bench", "step", "--device", "meta"], "not available"),
+        (["run", "--init", "he"], "with --lr"),
+        (["run", "--head-gain", "3"], "with --lr"),
+        (["run", "--lr", "0.1", "--head-gain", "0"], "head_gain must be > 0"),
+        (["run", "--lr", "0.1", "--head-gain", "nan"], "head_gain must be > 0"),
+        (["run", "--lr", "0.1", "--lr", "0.10000001"], "another one"),
+        (["spectrum", "no-such.toml"], "cannot read"),
+        (["sweep", "mnist-sample", "--scheduler", "nonsense"], "dask scheduler"),
+        (["run", "--out", "/dev/null"], "not a folder; give another --out"),
+        (["sweep", "mnist-sample", "--out", "/dev/null"], "not a folder; give another --out"),
         (["figure", "no-such-folder"], "teleport run"),
         (["data", "fetch", "mnsit"], "mnist"),
     ],
@@ -200,8 +212,116 @@ def test_bad_input_is_named_with_what_is_allowed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(*arguments) != 0
-    assert message in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_to_do_is_only_what_the_command_can(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("run", "tau"):
+        assert run(command, "mnist-sample", "--out", str(tmp_path)) == 1
+        assert ("--resume" in capsys.readouterr().err) == (command == "run")
+
+
+TABLE = """
+[small]
+title = "a small network"
+data.ours = "mnist-sample"
+network.kind.ours = "mlp"
+network.hidden.ours = [4]
+batch_size.ours = 32
+teleport.lr.ours = 0.2
+teleport.cap.ours = 3.0
+teleport.warmup_steps.ours = 2
+teleport.n.ours = 25
+teleport.held_out.ours = 20
+presets.tiny.ours = { epochs = 1, train_size = 64, evaluate_every = 1, evaluate_size = 10 }
+tuning.sgd.ours = { low = 0.2, tuned = 0.2, gain_lr = 0.2, init = "default", head_gain = 1.0 }
+
+[few]
+like = "small"
+presets.tiny.ours = { epochs = 1, train_size = 20, evaluate_every = 1, evaluate_size = 10 }
+
+[fewer]
+like = "small"
+presets.tiny.ours = { epochs = 1, train_size = 40, evaluate_every = 1, evaluate_size = 10 }
+
+[shapes]
+like = "small"
+network.kind.ours = "cnn"
+network.channels.ours = [3, 4]
+
+[heads]
+like = "small"
+data.ours = "mnist-sample-rows"
+network.kind.ours = "transformer"
+network.heads.ours = 3
+network.width.ours = 8
+network.blocks.ours = 1
+network.readout.ours = "mean"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("few", "a training batch needs 32 examples"),
+        ("fewer", "held-out data need 45 examples"),
+        ("shapes", "'cnn' of t.toml:shapes does not fit the data set mnist-sample"),
+        ("heads", "'transformer' of t.toml:heads does not fit"),
+        ("", "give one of them: t.toml:small or"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "sweep", "spectrum", "tau", "product"])
+def test_a_table_whose_sizes_do_not_fit_is_refused_before_a_folder_is_made(
+    command: str,
+    name: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.toml").write_text(TABLE)
+    assert run(command, f"t.toml:{name}" if name else "t.toml", "--preset", "tiny") == 1
+    if command == "sweep" and not name:
+        message = "examples, the preset tiny of t.toml:few"  # a file stands for all it holds
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["t.toml"]
+
+
+def test_arms_that_are_the_same_run_once_and_a_teleport_that_never_comes_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.toml").write_text(TABLE)
+    for command in ("run", "sweep"):
+        assert run(command, "t.toml:small", "--preset", "tiny", "--seeds", "1", "--out", "r") == 0
+        said = capsys.readouterr().err
+        assert "t.toml:small never teleports: the first is due after 50" in said
+        found = {
+            r.arm: len(r.teleports) for p in Path("r").rglob("00*") for r in read_runs(p.parent)
+        }
+        assert found == {"lr 0.2": 0, "lr 0.2 + teleport": 0}
+        shutil.rmtree("r")
+    assert run("run", "t.toml:small", "--preset", "tiny", "--epochs", "26", "--out", "r") == 0
+    assert "never teleports" not in capsys.readouterr().err
+    assert [len(r.teleports) for r in read_runs(Path("r"))] == [0, 1]
+
+
+def test_a_loss_that_is_not_finite_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    chosen = ["--preset", "tiny", "--lr", "1e6", "--no-teleport", "--out", str(out)]
+    assert run("run", *chosen) == 0
+    said = capsys.readouterr().err
+    assert "diverged: " in said
+    assert "the train loss is nan after" in said
+    assert run("figure", str(out)) == 0
+    assert "the train loss is nan after" in capsys.readouterr().err
 
 
 def test_an_unknown_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from torch import nn
 
 from teleport.errors import RunError
@@ -17,8 +19,8 @@ from teleport.experiment import Arm, Settings, TeleportSettings, default_arms
 from teleport.folders import new_folder
 from teleport.models import mlp
 from teleport.optimizers import OPTIMIZERS
-from teleport.plots import loss_figure
-from teleport.records import Run, read_runs
+from teleport.plots import draw_losses, loss_figure, matrix_figure
+from teleport.records import Run, by_arm, read_runs
 from teleport.registry import EXPERIMENTS
 from teleport.run import run_arms
 from teleport.schedule import Schedule
@@ -199,3 +201,43 @@ def test_the_figure_shows_every_arm_on_both_axes(runs: list[Run]) -> None:
         drawn = {line.get_label() for line in axes.get_lines()}
         assert drawn == {"lr 0.05", "lr 0.05 + teleport"}
         assert axes.get_yscale() == "log"
+
+
+def test_legends_cover_no_panel_and_the_page_s_width_is_kept(runs: list[Run]) -> None:
+    """At 8.5 to 10 inches wide, text of 8 points and more is legible in the book."""
+    for figure in (loss_figure(runs), matrix_figure({"a": runs, "b": runs})):
+        figure.savefig(BytesIO())
+        assert figure.get_figwidth() <= 10
+        legends = [legend for part in (figure, *figure.subfigs) for legend in part.legends]
+        assert len(legends) == max(1, len(figure.subfigs))
+        for legend in legends:
+            covered = legend.get_window_extent()
+            assert not any(covered.overlaps(axes.get_window_extent()) for axes in figure.axes)
+            assert {text.get_text() for text in legend.get_texts()} == {run.arm for run in runs}
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100])
+def test_curves_that_are_the_same_are_both_seen(count: int) -> None:
+    def run(teleport: bool) -> Run:
+        rows = [
+            {"step": i, "train_loss": 1.0, "train_seconds": float(i), "teleport_seconds": 0.0}
+            for i in range(count)
+        ]
+        config = {"arm": f"a{teleport}", "seed": 0, "training": {"teleport": teleport}}
+        return Run(Path(), config, rows, [], "finished")
+
+    axes = Figure().subplots()
+    draw_losses(axes, by_arm([run(False), run(True)]), "train_loss", "step")
+    plain, moved = axes.get_lines()
+    assert plain.get_zorder() > moved.get_zorder(), "the dashes lie above the solid line"
+    (first, every), (second, _) = (line.get_markevery() for line in (plain, moved))
+    assert (first - second) % every != 0 or count < 20
+    assert max(first, second) < count
+
+
+def test_what_has_no_evaluation_yet_is_not_drawn(runs: list[Run]) -> None:
+    begun = [replace(run, evaluations=[]) for run in runs]
+    assert not loss_figure(begun).axes[0].lines
+    assert not loss_figure(begun).legends
+    arms = {run.arm for run in runs}
+    assert len(loss_figure([*begun[:1], *runs]).axes[0].lines) == len(arms)

@@ -191,6 +191,7 @@ def test_the_figure_of_many_arms_has_a_panel_per_baseline_and_a_dot_per_arm(many
     summaries = summarise(read_runs(many))
     figure = gap_figure(summaries, "title")
     assert len(figure.axes) == 2
+    assert figure.get_figwidth() <= 8.5, "text of 8 points is legible in the book"
     for axes, baseline in zip(figure.axes, ("lr 0.1", "lr 0.2"), strict=True):
         arms = [s for s in summaries if s.baseline == baseline and s.to_own is not None]
         labels = [label.get_text() for label in axes.get_yticklabels()]

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,50 @@ def test_damage_elsewhere_names_file_and_line(tmp_path: Path) -> None:
     path.write_text('{"type": "config"}\nnot json\n{"type": "end"}\n')
     with pytest.raises(RunError, match=r"r\.jsonl, line 2"):
         read_run(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"5", b"[]", b"{}", b'{"step": 1}', b'{"type": 1}', b'{"type": "evaluation"}', b"\xff\x00"],
+)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_line_of_another_kind_is_named(tmp_path: Path, line: bytes, number: int) -> None:
+    path = tmp_path / "r.jsonl"
+    lines = [b'{"type": "config", "seed": 0, "order": 0}', b'{"type": "end", "status": "finished"}']
+    path.write_bytes(b"\n".join([*lines[: number - 1], line, *lines[number - 1 :]]) + b"\n")
+    with pytest.raises(RunError, match=rf"r\.jsonl, line {number}"):
+        read_runs(tmp_path)
+
+
+def test_a_record_that_names_no_seed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"type": "config", "order": 0}\n')
+    with pytest.raises(RunError, match=r"r\.jsonl is not the record of a run"):
+        read_runs(tmp_path)
+
+
+@pytest.mark.parametrize("left", [b"", b'{"type": "conf', b"\0\0\0"])
+def test_a_record_that_has_not_begun_is_left_out(tmp_path: Path, left: bytes) -> None:
+    """What a kill or a full disk leaves before the first row."""
+    (tmp_path / "a.jsonl").write_text('{"type": "config", "arm": "a", "seed": 0, "order": 0}\n')
+    (tmp_path / "b.jsonl").write_bytes(left)
+    assert [run.path.name for run in read_runs(tmp_path)] == ["a.jsonl"]
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(RunError, match="holds no records"):
+        read_runs(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_runs_without_an_evaluation_are_compared_with_nothing() -> None:
+    base, gone = make_run([4.0, 2.0]), make_run([], teleport=True)
+    for arm, baseline in (([gone], [base]), ([base], [gone]), ([], [base])):
+        result = compare(arm, baseline)
+        assert np.isnan([result.steps, result.seconds, result.log_loss]).all()
+        assert result.seeds == 0
+    other = make_run([4.0, 1.0], teleport=True, seed=1)
+    (plain, moved) = summarise([base, replace(gone, config={**gone.config, "arm": "b"})])
+    assert (plain.train_loss, moved.runs) == (2.0, 1)
+    assert np.isnan(moved.train_loss)
+    assert math.isnan(compare([other], [base]).log_loss)
 
 
 def test_a_record_is_never_overwritten(tmp_path: Path) -> None:

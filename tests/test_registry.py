@@ -179,7 +179,7 @@ def descends(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("adamm", "did you mean adam"),
+        ("adamm", r"did you mean (?!.*\badam\b.*\badam\b)"),
         ("lbfgs", "one gradient per step"),
         ("sparseadam", "one gradient per step"),
         ("optimizer", "unknown optimizer"),
@@ -187,6 +187,13 @@ def descends(name: str) -> None:
 )
 def test_an_optimizer_that_cannot_be_used_is_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        find_optimizer(name)
+
+
+@pytest.mark.parametrize("name", ["SAM", "lookahead", "PCGrad"])
+def test_a_class_of_the_extra_package_around_an_optimizer_is_refused_as_one(name: str) -> None:
+    pytest.importorskip("pytorch_optimizer")
+    with pytest.raises(ValueError, match=f"optimizer '{name}' needs more than"):
         find_optimizer(name)
 
 

@@ -1,5 +1,7 @@
 """The paper's Figure 6: input spectra, and what the threshold trades along a teleport."""
 
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +116,9 @@ def test_a_moment_is_that_of_a_run_with_the_same_seed(tmp_path: Path) -> None:
 
 def test_the_rate_is_that_of_tuned_sgd_then_what_was_tuned_then_a_fixed_one() -> None:
     assert rate_of(find_experiment("mnist-mlp")) == ("sgd", 0.2)
-    assert rate_of(find_experiment("tiny-imagenet-32-residual")) == ("adam", 0.001)
+    tuned = find_experiment("mnist-mlp")
+    only_adam = replace(tuned, tuning={"adam": tuned.tuning["adam"]})
+    assert rate_of(only_adam) == ("adam", tuned.tuning["adam"].tuned)
     untuned: Experiment = next(e for e in EXPERIMENTS.values() if not e.tuning)
     assert rate_of(untuned) == ("sgd", 0.1)
 
@@ -172,7 +176,14 @@ def test_the_spectrum_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["figure", str(out)]) == 0
     assert printed(capsys) == first
     assert all(drawn.exists() for drawn in figures)
-    axes = spectrum_figure(found, 0).axes
+    figure = spectrum_figure(found, 0)
+    figure.savefig(BytesIO())
+    assert figure.get_figwidth() <= 8.5
+    axes = figure.axes
+    for panel in axes:
+        assert (legend := panel.get_legend()) is not None
+        assert not legend.get_window_extent().overlaps(panel.get_window_extent())
+        assert min(text.get_fontsize() for text in legend.get_texts()) >= 8
     assert len(axes[0].lines) == 3
     labels = [text.get_text() for text in axes[1].get_legend().get_texts()]
     assert "blocks.0.self_attn.q, k, v (17)" in labels
@@ -227,6 +238,28 @@ def test_steps_and_foreign_records_are_refused(tmp_path: Path) -> None:
     for read in (read_spectra, read_trajectories):
         with pytest.raises(RunError, match="is not a record"):
             read(tmp_path)
+
+
+def test_a_record_that_was_killed_early_is_left_out_or_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "spectrum"
+    chosen = ["sample-rows", "mnist-sample", "--preset", "tiny", "--trained", "0", "--trained", "1"]
+    assert cli.main(["spectrum", *chosen, "--out", str(out)]) == 0
+    (out / "figure-1-steps.png").unlink()
+    first = out / "00-sample-rows.jsonl"
+    whole = first.read_text().splitlines(keepends=True)
+    for kept in (3, 1, 0):  # a layer after 0 steps, no layer, not even the configuration
+        first.write_text("".join(whole[:kept]))
+        assert cli.main(["figure", str(out)]) == 0
+        assert ("28 rows of 28" in printed(capsys)) == (kept == 3)
+        assert (out / "figure-1-steps.png").exists()
+        (out / "figure-1-steps.png").unlink()
+    for path in out.glob("*.jsonl"):
+        path.unlink()
+    first.write_text('{"type": "config", "figure": "tau", "order": 0, "seed": 0}\n')
+    assert cli.main(["figure", str(out)]) == 1
+    assert "run `teleport tau` again" in capsys.readouterr().err
 
 
 def test_captured_of_nothing_is_nothing() -> None:

@@ -3,11 +3,13 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -154,6 +156,31 @@ def test_a_sweep_checks_its_names_before_anything_runs(
     assert not (tmp_path / "s").exists()
 
 
+def test_a_file_stands_for_all_its_experiments(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "t.toml"
+    table.write_text(TABLE + '[other]\nlike = "small"\n')
+    names = [str(table), f"{table}:small"]
+    options = ["--preset", "tiny", "--epochs", "1", "--seeds", "1", "--optimizers", "sgd, sgd"]
+    assert cli.main(["sweep", *names, *options, "--out", str(tmp_path / "s")]) == 0
+    assert "10 of 10 cells" in capsys.readouterr().out
+    assert cli.main(["sweep", small, *options[:-1], "sgd,", "--out", str(tmp_path / "t")]) == 1
+    assert "unknown optimizer ''" in capsys.readouterr().err
+
+
+def test_a_diverging_cell_is_said(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "t.toml"
+    table.write_text(TABLE.replace("low = 0.05", "low = 1e6"))
+    options = ["--preset", "tiny", "--seeds", "1", "--out", str(tmp_path / "s")]
+    assert cli.main(["sweep", f"{table}:small", *options]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line[:8] == "diverged"]
+    assert len(said) == 2
+    assert all("the train loss is nan" in line for line in said)
+
+
 def test_two_sweeps_never_share_a_folder(
     small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +225,31 @@ def test_a_folder_with_nothing_to_compare_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "bad.jsonl").write_text("not json\n")
     with pytest.raises(RunError, match=r"bad\.jsonl, line 1"):
         blocks(tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_folder_in_the_middle_of_a_sweep_is_reported(
+    optimizer: str, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Records that were killed at any moment: before the first row, after it, a loss missing."""
+    source = next(path for path in swept.rglob(optimizer) if path.is_dir())
+    folder = tmp_path / "half"
+    shutil.copytree(source, folder)
+    paths = sorted(folder.glob("*.jsonl"))
+    for path, rows in zip(paths, (0, 1, 2), strict=False):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:rows]))
+    broken = paths[3].read_text().replace('"test_loss": 2', '"test_loss": null, "was": 2')
+    paths[3].write_text(broken)
+    assert "null" in broken
+    for command in (["report", str(tmp_path), "--figures", str(tmp_path)], ["figure", str(folder)]):
+        assert cli.main(command) == 0
+        assert "unfinished" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    assert cli.main(["report", str(tmp_path), "--figures", str(tmp_path / "file")]) == 1
+    assert "cannot write figures to" in capsys.readouterr().err
+    for path in paths:
+        path.write_text(path.read_text().partition("\n")[0] + "\n" * (path != paths[0]))
+    assert cli.main(["figure", str(folder)]) == 0
 
 
 @contextmanager
@@ -258,6 +310,16 @@ def test_a_cluster_does_what_one_process_does_though_a_worker_is_killed(
         failures = run_on_cluster(jobs, address, ended=kill_one)
     assert failures == []
     assert len(ended) == len(jobs)
+    mine, theirs = trajectories(tmp_path), trajectories(swept)
+    assert len(mine) == len(jobs)
+    assert all(theirs[name] == rows for name, rows in mine.items())
+
+
+def test_the_threads_of_a_worker_do_what_one_does(small: str, swept: Path, tmp_path: Path) -> None:
+    """A Dask worker has as many as its machine has cores, unless told otherwise."""
+    jobs = plan(small).jobs(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run_job, jobs))
     mine, theirs = trajectories(tmp_path), trajectories(swept)
     assert len(mine) == len(jobs)
     assert all(theirs[name] == rows for name, rows in mine.items())

@@ -56,6 +56,24 @@ def test_accuracy_of_a_regression_is_left_out_and_later_steps_are_purged(tmp_pat
     assert [(p.step, p.value) for p in points] == [(0, 1.0), (5, 1.0), (10, 2.0)]
 
 
+def test_a_full_disk_ends_with_a_message_and_complete_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    out, board = tmp_path / "job", tmp_path / "board"
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+        assert cli.main([*TINY, "--out", str(out), "--tensorboard", str(board)]) == 1
+    assert "cannot write the TensorBoard files" in capsys.readouterr().err
+    assert [run.status for run in read_runs(out)] == ["unfinished"]
+    assert cli.main([*TINY, "--out", str(out), "--tensorboard", str(board), "--resume"]) == 0
+    assert {run.status for run in read_runs(out)} == {"finished"}
+
+
 def test_without_tensorboard_the_error_says_how_to_get_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
