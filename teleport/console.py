@@ -1,0 +1,364 @@
+"""What the commands print: tables and figures of a folder of records, and progress."""
+
+import math
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Column, Table
+from tqdm import tqdm
+
+from teleport.bench_tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
+from teleport.check.grading import Grades
+from teleport.errors import RunError
+from teleport.folders import slug
+from teleport.forgetting_report import forgetting_figure, forgetting_tables
+from teleport.matrix import Block, smaller, without_controls
+from teleport.plots import (
+    gap_figure,
+    loss_figure,
+    matrix_figure,
+    product_figure,
+    scaling_figure,
+    spectrum_figure,
+    threshold_figure,
+)
+from teleport.product import read_product
+from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
+from teleport.registry import EXPERIMENTS
+from teleport.run import Progress
+from teleport.spectrum import Measured, read_spectra
+from teleport.threshold import Trajectories, read_trajectories
+
+
+def show(folder: Path) -> None:
+    """Print the tables of a folder of records and draw its figures, whatever it holds.
+
+    Raises:
+        RunError: if it holds no records, or damaged ones, or cannot be written to.
+    """
+    if holds_benchmarks(folder):
+        _show_benchmarks(folder)
+        return
+    kinds = {"spectrum": _show_spectra, "tau": _show_trajectories, "product": _show_product}
+    kind = str(read_runs(folder)[0].config.get("figure", ""))
+    kinds.get(kind, _show_runs)(folder)
+
+
+def say(what: str) -> None:
+    """A line for the user that is not the result: to the standard error."""
+    typer.echo(what, err=True)
+
+
+def _show_spectra(folder: Path) -> None:
+    found = read_spectra(folder)
+    looked_after = dict.fromkeys(steps for measured in found for steps in measured.by_step)
+    figures = {f"figure-{steps}-steps.png": spectrum_figure(found, steps) for steps in looked_after}
+    _keep(folder, [_spectrum_table(measured) for measured in found], figures)
+
+
+def _show_trajectories(folder: Path) -> None:
+    found = read_trajectories(folder)
+    _keep(folder, [_threshold_table(found)], {"figure.png": threshold_figure(found)})
+
+
+def _show_product(folder: Path) -> None:
+    config, found = read_product(folder)
+    title = f"{config['title']}: layer {found.layer}, after {config['trained']} training steps"
+    table = Table("matrix", "shape", "what", title=title)
+    d_out, d_in = found.weight.shape
+    table.add_row("X", f"{found.count} x {d_in}", "inputs, one row per position")
+    table.add_row("W", f"{d_out} x {d_in}", "weights" + (" and bias" if found.bias else ""))
+    table.add_row("Z = X Wᵀ", f"{found.count} x {d_out}", "outputs")
+    table.add_row("D", f"{d_out} x {found.count}", "derivative of the loss by the outputs")
+    table.add_row("g = D X", f"{d_out} x {d_in}", "gradient")
+    _keep(folder, [table], {"figure.png": product_figure(found, title)})
+
+
+def _keep(folder: Path, tables: list[Table], figures: dict[str, Figure]) -> None:
+    """Print tables, keep them as text beside the figures, say where."""
+    console().print(*tables)
+    try:
+        with (folder / "table.txt").open("w", encoding="utf-8") as file:
+            console(file=file).print(*tables)
+        for name, drawn in figures.items():
+            drawn.savefig(folder / name, dpi=150)
+    except OSError as error:
+        raise RunError(
+            f"cannot write the table and the figures to {folder}: {error.strerror}; the records "
+            "are complete"
+        ) from error
+    names = ["records", "table.txt", *figures]
+    typer.echo(f"{', '.join(names[:-1])} and {names[-1]} are in {folder}")
+
+
+def _spectrum_table(measured: Measured) -> Table:
+    """Directions that every threshold keeps, layer by layer."""
+    taus = list(next(iter(measured.by_step.values()))[0].ranks)
+    right = [Column(f"tau {tau:g}", justify="right") for tau in taus]
+    config = measured.config
+    table = Table(
+        "steps",
+        "layer",
+        Column("inputs", justify="right"),
+        *right,
+        title=f"{config['title']}: input directions kept, batch of {config['teleport_batch']}",
+        caption=f"trained with {config['optimizer']}, lr {config['lr']:g}",
+    )
+    for step, layers in measured.by_step.items():
+        for s in layers:
+            table.add_row(str(step), s.layer, str(s.d_in), *(str(s.ranks[tau]) for tau in taus))
+        table.add_section()
+    return table
+
+
+def _threshold_table(found: Trajectories) -> Table:
+    """Gradient norm and loss after every teleport step, a column for every threshold."""
+    rows = max(map(len, found.by_tau.values()))
+    table = Table(
+        "teleport steps",
+        *(f"tau {tau:g}" for tau in found.by_tau),
+        title=f"{found.config['title']}: gradient norm / loss on the teleport batch",
+        caption=f"after {found.config['trained']} training steps, teleport step size "
+        f"{found.config['teleport_lr']:g}; '-': not followed beyond 1000 x the gradient norm",
+    )
+    for number in range(rows):
+        points = [
+            by_number[number] if number < len(by_number) else None
+            for by_number in found.by_tau.values()
+        ]
+        cells = ("-" if p is None else f"{p.grad_norm:.4g} / {p.loss:.4f}" for p in points)
+        table.add_row(str(number), *cells)
+    return table
+
+
+def draw_report(found: list[Block], figures: Path) -> None:
+    """A figure for every experiment of a report, into a folder."""
+    for name in dict.fromkeys(block.experiment for block in found):
+        rows = {
+            f"{block.optimizer} ({block.folder})": without_controls(block)
+            for block in found
+            if block.experiment == name
+        }
+        title = EXPERIMENTS[name].title if name in EXPERIMENTS else name
+        config = next(b for b in found if b.experiment == name).runs[0].config
+        matrix_figure(rows, title + smaller(config)).savefig(figures / f"{slug(name)}.png", dpi=150)
+
+
+def show_grades(grades: Grades) -> None:
+    """The table of points, then what is to be said about the exercises that failed."""
+    table = Table("exercise", "where", Column("points", justify="right"), "of", "theorem")
+    for exercise in grades.exercises:
+        theorem = next((v.theorem for v in exercise.verdicts if not v), "")
+        numbers = f"{exercise.points:g}", f"{exercise.possible:g}"
+        table.add_row(exercise.name, exercise.place, *numbers, theorem)
+    table.add_section()
+    table.add_row("total", "", f"{grades.points:g}", f"{grades.possible:g}", "")
+    console().print(table)
+    for exercise in grades.exercises:
+        if not exercise.passed:
+            said = [str(verdict) for verdict in exercise.verdicts if not verdict]
+            typer.echo("\n".join([f"\n{exercise.name} ({exercise.place})", *said]))
+            if exercise.reason:
+                typer.echo(textwrap.indent(exercise.reason, "  "))
+
+
+@contextmanager
+def step_progress(total: int, folder: Path) -> Iterator[Progress]:
+    """A bar of training steps; Ctrl-C says where the records are and ends with 130."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log needs no line per step
+    with tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
+
+        def progress(what: str, done: int) -> None:
+            bar.set_description(what, refresh=False)
+            bar.update(done)
+
+        try:
+            yield progress
+        except KeyboardInterrupt:
+            bar.close()
+            typer.echo(f"interrupted; the records so far are complete in {folder}", err=True)
+            raise typer.Exit(130) from None
+
+
+def _show_runs(folder: Path) -> None:
+    """Print the tables of a folder, keep them as text, draw the figure, say where."""
+    runs = read_runs(folder)
+    if "sequence" in runs[0].config:
+        tables, drawn = forgetting_tables(runs), forgetting_figure(runs)
+    else:
+        tables, drawn = _tables(runs), _loss_figure(runs)
+    for table in tables:
+        console().print(table)
+    say_diverged(runs)
+    try:
+        with (folder / "table.txt").open("w", encoding="utf-8") as file:
+            console(file=file).print(*tables)
+        drawn.savefig(folder / "figure.png", dpi=150)
+    except OSError as error:
+        raise RunError(
+            f"cannot write table.txt and figure.png to {folder}: {error.strerror}; the records "
+            f"are complete, and `teleport figure {folder}` draws them when there is room"
+        ) from error
+    typer.echo(f"records, table.txt and figure.png are in {folder}")
+
+
+def say_diverged(runs: Iterable[Run]) -> None:
+    """Why runs diverged, a line for each that did."""
+    for run in runs:
+        if run.status == "diverged":
+            say(f"diverged: {run.path}: {run.reason}")
+
+
+def _show_benchmarks(folder: Path) -> None:
+    """Print the tables of benchmarks, keep them as text, draw the scaling figure, say where."""
+    found = read_benchmarks(folder)
+    tables = [_sheet(sheet) for benchmark in found.values() for sheet in sheets(benchmark)]
+    figures = {}
+    if "scaling" in found:
+        title = found["scaling"].title
+        figures["scaling.png"] = scaling_figure(curves(found["scaling"]), title)
+    _keep(folder, tables, figures)
+
+
+def _sheet(sheet: Sheet) -> Table:
+    table = Table(*sheet.columns, title=sheet.title, caption=sheet.caption or None)
+    for row in sheet.rows:
+        table.add_row(*row)
+    return table
+
+
+def _tables(runs: list[Run]) -> list[Table]:
+    summaries = summarise(runs)
+    if len(summaries) > MOST_COLUMNS:
+        return [_many(summaries)]
+    return [_losses(runs), _summaries(summaries)]
+
+
+def _loss_figure(runs: list[Run]) -> Figure:
+    summaries = summarise(runs)
+    many = len(summaries) > MOST_COLUMNS
+    return gap_figure(summaries, _title(runs)) if many else loss_figure(runs, _title(runs))
+
+
+def _title(runs: list[Run]) -> str:
+    name, optimizer = runs[0].config["experiment"], runs[0].config["settings"]["optimizer"]
+    what = EXPERIMENTS[name].title if name in EXPERIMENTS else name
+    seeds = count_of(len({run.seed for run in runs}), "seed")
+    return f"{what}{smaller(runs[0].config)} - {optimizer}, {seeds}"
+
+
+def _losses(runs: list[Run]) -> Table:
+    """Train and test loss of every arm at each evaluation, averaged over seeds."""
+    groups = by_arm(runs)
+    table = Table("step", *groups, title="train loss / test loss")
+    rows = max(len(run.evaluations) for run in runs)
+    for i in range(rows):
+        step = next(r.evaluations[i]["step"] for r in runs if i < len(r.evaluations))
+        table.add_row(str(step), *(_loss_cell(group, i) for group in groups.values()))
+    return table
+
+
+def _loss_cell(group: list[Run], i: int) -> str:
+    rows = [run.evaluations[i] for run in group if i < len(run.evaluations)]
+    if not rows:
+        return "-"
+    train, test = (  # a loss that was not finite is missing
+        sum(math.nan if r[c] is None else r[c] for r in rows) / len(rows)
+        for c in ("train_loss", "test_loss")
+    )
+    return f"{train:.4f} / {test:.4f}"
+
+
+_SUMMARY: dict[str, Callable[[ArmSummary], str]] = {
+    "ended": lambda s: s.status,
+    "final train loss": lambda s: f"{s.train_loss:.4f}",
+    "final test loss": lambda s: f"{s.test_loss:.4f}",
+    "final test accuracy": lambda s: _number(s.test_accuracy, "{:.4f}"),
+    "seconds training": lambda s: f"{s.train_seconds:.2f}",
+    "seconds teleporting": lambda s: f"{s.teleport_seconds:.2f}",
+    "gradient-norm growth": lambda s: _number(s.growth, "x {:.4f}"),
+    "drift, teleport batches": lambda s: _number(s.drift, "{:.1e}"),
+    "drift, held-out data": lambda s: _number(s.held_out_drift, "{:+.4f}"),
+    "to own baseline: steps": lambda s: _ratio(s.to_own, "steps"),
+    "to own baseline: seconds": lambda s: _ratio(s.to_own, "seconds"),
+    "to own baseline: log loss": lambda s: _gap(s.to_own),
+    "to best baseline: steps": lambda s: _ratio(s.to_best, "steps"),
+    "to best baseline: seconds": lambda s: _ratio(s.to_best, "seconds"),
+    "to best baseline: log loss": lambda s: _gap(s.to_best),
+}
+
+
+MOST_COLUMNS = 8
+"""Arms that fit side by side; more are shown one below the other."""
+
+
+_IN_BRIEF = {
+    "final train loss": "train loss",
+    "final test loss": "test loss",
+    "seconds training": "train s",
+    "seconds teleporting": "teleport s",
+    "gradient-norm growth": "growth",
+    "drift, teleport batches": "drift",
+    "to own baseline: steps": "steps",
+    "to own baseline: seconds": "seconds",
+    "to own baseline: log loss": "log loss",
+}
+
+
+_CAPTION = (
+    "Own baseline: the same arm without teleport; best baseline: the lowest final train loss of "
+    "all arms without. Steps and seconds (teleporting included) are ratios of the way to the "
+    "baseline's final train loss; log loss is the mean difference of log train loss, -0.1 being "
+    "10 % lower. '-': does not apply, or never reached."
+)
+
+
+def _many(summaries: list[ArmSummary]) -> Table:
+    """One row per arm, and only what the arms are compared by."""
+    table = Table(
+        Column("arm", no_wrap=True), *_IN_BRIEF.values(), title="summary", caption=_CAPTION
+    )
+    for summary in summaries:
+        ended = "" if summary.status == "finished" else f" ({summary.status})"
+        table.add_row(summary.arm + ended, *(_SUMMARY[name](summary) for name in _IN_BRIEF))
+    return table
+
+
+def _summaries(summaries: list[ArmSummary]) -> Table:
+    """One column per arm."""
+    table = Table("", *(s.arm for s in summaries), title="summary", caption=_CAPTION)
+    for name, cell in _SUMMARY.items():
+        table.add_row(name, *map(cell, summaries))
+    return table
+
+
+def count_of(number: int, thing: str) -> str:
+    """``"1 cell"``, ``"2 cells"``."""
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else form.format(value)
+
+
+def _ratio(comparison: Comparison | None, axis: str) -> str:
+    return "-" if comparison is None else _number(getattr(comparison, axis), "x {:.2f}")
+
+
+def _gap(comparison: Comparison | None) -> str:
+    if comparison is None or math.isnan(comparison.log_loss):
+        return "-"
+    spread = _number(comparison.log_loss_spread, " ± {:.3f}").replace("-", "")
+    return f"{comparison.log_loss:+.3f}{spread}"
+
+
+def console(**options: object) -> Console:
+    """A console wide enough for the tables where the output is not a terminal."""
+    console = Console(**options)  # type: ignore[arg-type]
+    return console if console.is_terminal else Console(width=140, **options)  # type: ignore[arg-type]
