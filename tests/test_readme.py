@@ -16,11 +16,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import teleport
-from teleport import data, matrix
+from teleport import data, matrix, verdict
 from teleport.bench_tables import holds_benchmarks, read_benchmarks, timing
 from teleport.forgetting_report import forgetting_rows, markdown
 from teleport.measure import Spread
 from teleport.models import mlp
+from teleport.optimizers import OPTIMIZERS
 from teleport.records import ArmSummary, Comparison, read_runs, summarise
 from teleport.registry import EXPERIMENTS
 from teleport.rivals import OURS
@@ -112,6 +113,35 @@ def rival_lines() -> list[str]:
     return [*lines, *speed_lines(measured)]
 
 
+def matrix_lines() -> list[str]:
+    """Every data set with every optimizer at the low and tuned rate, and counts of them all."""
+    found = [
+        block
+        for block in matrix.blocks(RESULTS)
+        if block.folder.parts in {(block.experiment, o) for o in OPTIMIZERS}
+    ]
+    optimizers = [name for name in OPTIMIZERS if any(b.optimizer == name for b in found)]
+    lines = [
+        f"| log loss, low / tuned rate | {' | '.join(optimizers)} |",
+        "|---" * (len(optimizers) + 1) + "|",
+    ]
+    for experiment in dict.fromkeys(block.experiment for block in found):
+        cells = []
+        for name in optimizers:
+            pair = [b for b in found if (b.experiment, b.optimizer) == (experiment, name)]
+            gaps = [verdict.gap(arm.to_own) for b in pair for arm in verdict.teleporting(b)]
+            short = [gap.split(" ±")[0] + "**" * ("**" in gap) for gap in gaps]
+            cells.append(" / ".join(short) or "-")
+        lines.append(f"| `{experiment}` | {' | '.join(cells)} |")
+    lines += ["", "| against | rate | comparisons | resolved |", "|---|---|---|---|"]
+    for rate, places in verdict.low_and_tuned(found).items():
+        for against in ("to_own", "to_best"):
+            answers = [getattr(arm, against) for _, arm in places]
+            name = "the same rate" if against == "to_own" else "the best baseline"
+            lines.append(f"| {name} | {rate} | {len(answers)} | {verdict.count(answers)} |")
+    return lines
+
+
 def log_loss(found: Comparison | None) -> str:
     assert found is not None
     return f"{found.log_loss:+.3f} ± {found.log_loss_spread:.3f}"
@@ -159,6 +189,10 @@ def between(start: str, end: str) -> list[str]:
 
 def test_the_results_are_those_of_the_records() -> None:
     assert between("results", "end of results") == result_lines()
+
+
+def test_the_table_of_all_experiments_is_that_of_the_records() -> None:
+    assert between("matrix", "end of matrix") == [line for line in matrix_lines() if line]
 
 
 def test_the_costs_are_those_of_the_records() -> None:
@@ -242,6 +276,7 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
 
 if __name__ == "__main__":
     print(*result_lines(), sep="\n")  # noqa: T201
+    print(*matrix_lines(), sep="\n")  # noqa: T201
     print(*cost_lines(), sep="\n")  # noqa: T201
     for name in SEQUENCES:
         print(*sequence_lines(name), sep="\n")  # noqa: T201
