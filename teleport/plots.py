@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator
 
+from teleport.data import SOURCES
 from teleport.measure import Curve
 from teleport.product import Product
 from teleport.records import ArmSummary, FloatArray, Run, by_arm
@@ -103,8 +104,16 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
             axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
     axes.set_yscale("log")
     axes.set_xlabel("training step" if against == "step" else "seconds (teleporting included)")
-    axes.set_ylabel(column.replace("_", " "))
+    axes.set_ylabel(column.replace("_", " ") + _unit(groups))
     axes.grid(alpha=0.25, which="both")
+
+
+def _unit(groups: Mapping[str, Sequence[Run]]) -> str:
+    """Of the loss, in brackets; nothing if the records' data sets are unknown or of two kinds."""
+    names = {run.config.get("data", {}).get("name") for runs in groups.values() for run in runs}
+    kinds = {SOURCES[name].kind == "windows" if name in SOURCES else None for name in names}
+    units = {frozenset({True}): " (mean squared error)", frozenset({False}): " (nats)"}
+    return units.get(frozenset(kinds), "")
 
 
 def scaling_figure(panels: Mapping[str, tuple[str, Mapping[str, Curve]]], title: str) -> Figure:

@@ -203,6 +203,21 @@ def test_the_figure_shows_every_arm_on_both_axes(runs: list[Run]) -> None:
         assert axes.get_yscale() == "log"
 
 
+def test_the_loss_has_a_unit_where_the_data_set_is_known(runs: list[Run]) -> None:
+    def label(*names: str) -> str:
+        shown = [
+            replace(run, config={**run.config, "data": {"name": name}}, path=Path(name))
+            for run in runs
+            for name in names
+        ]
+        return loss_figure(shown).axes[0].get_ylabel()
+
+    assert loss_figure(runs).axes[0].get_ylabel() == "train loss (nats)"
+    assert label("etth1") == label("etth1", "exchange_rate") == "train loss (mean squared error)"
+    assert label("ptb", "mnist") == "train loss (nats)"
+    assert label("etth1", "mnist") == label("nope") == label("nope", "mnist") == "train loss"
+
+
 def test_legends_cover_no_panel_and_the_page_s_width_is_kept(runs: list[Run]) -> None:
     """At 8.5 to 10 inches wide, text of 8 points and more is legible in the book."""
     for figure in (loss_figure(runs), matrix_figure({"a": runs, "b": runs})):
