@@ -111,9 +111,10 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
 def _unit(groups: Mapping[str, Sequence[Run]]) -> str:
     """Of the loss, in brackets; nothing if the records' data sets are unknown or of two kinds."""
     names = {run.config.get("data", {}).get("name") for runs in groups.values() for run in runs}
-    kinds = {SOURCES[name].kind == "windows" if name in SOURCES else None for name in names}
-    units = {frozenset({True}): " (mean squared error)", frozenset({False}): " (nats)"}
-    return units.get(frozenset(kinds), "")
+    kinds = {SOURCES[name].kind if name in SOURCES else "" for name in names}
+    if kinds == {"windows"}:
+        return " (mean squared error)"
+    return " (nats)" if kinds <= {"images", "sequences", "tokens"} else ""
 
 
 def scaling_figure(panels: Mapping[str, tuple[str, Mapping[str, Curve]]], title: str) -> Figure:
