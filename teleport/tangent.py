@@ -111,11 +111,14 @@ def step_to_norm(
     target: float,
     rtol: float,
     degree: int | None = None,
+    *,
+    exact_slope: bool = True,
 ) -> float | None:
     """The step at which the squared gradient norm along a ray reaches ``target``.
 
     Brackets by doubling from the step the slope suggests, then finds the root of the polynomial
-    through all that was seen.
+    through all that was seen, with that slope at 0; of a slope that is only a guess, by bracketing
+    alone.
 
     Args:
         norm_squared: squared gradient norm at a step; one backward pass per evaluation.
@@ -125,6 +128,7 @@ def step_to_norm(
         rtol: relative accuracy wanted of the norm.
         degree: of the squared norm as a polynomial in the step, at most (``thm-polynomial``). A
             step found from as many values as that takes is not looked at again.
+        exact_slope: whether ``slope`` is the derivative, and no guess of its size.
 
     Returns:
         The step, or None if none reaches the target within a hundred doublings or halvings.
@@ -144,6 +148,8 @@ def step_to_norm(
         if not math.isfinite(excess(high)):
             ceiling, high = high, (low + high) / 2
         elif excess(high) >= 0.0:
+            if not exact_slope:
+                return float(toms748(excess, low, high, **SEARCH))
             return _root(excess, seen, slope / target, rtol, degree, low, high)
         else:
             low, high = high, min(2.0 * high, (high + ceiling) / 2)

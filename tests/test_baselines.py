@@ -265,6 +265,7 @@ def test_noise_is_not_projected_and_null_directions_are() -> None:
 
 @settings(max_examples=10)
 @given(seeds, st.floats(1.05, 3.0))
+@example(1, 1.05078125)  # where a guessed slope, taken for the derivative, led elsewhere
 def test_a_random_null_direction_reaches_the_growth(seed: int, growth: float) -> None:
     work = Work(seed)
     work.quiet()

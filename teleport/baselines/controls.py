@@ -251,6 +251,7 @@ class RandomNullDirection(Rival):
             (target - start) / trial,
             target,
             8 * torch.finfo(walk.dtype).eps,
+            exact_slope=False,
         )
         return None if step is None else sign * step
 
