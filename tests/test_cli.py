@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -196,7 +197,10 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
         (["run", "--lr", "0.1", "--head-gain", "nan"], "head_gain must be > 0"),
         (["run", "--lr", "0.1", "--lr", "0.10000001"], "another one"),
         (["spectrum", "no-such.toml"], "cannot read"),
-        (["sweep", "mnist-sample", "--scheduler", "nonsense"], "dask scheduler"),
+        (
+            ["sweep", "mnist-sample", "--scheduler", "nonsense"],
+            "dask scheduler" if find_spec("distributed") else "pip install",
+        ),
         (["run", "--out", "/dev/null"], "not a folder; give another --out"),
         (["sweep", "mnist-sample", "--out", "/dev/null"], "not a folder; give another --out"),
         (["figure", "no-such-folder"], "teleport run"),
