@@ -215,14 +215,17 @@ def run(
         name, preset, optimizer, epochs, device=device, activation=activation, teleport=options
     )
     settings.size()  # names are checked before any folder is made
+    if objectives and (lr or rivals):
+        given = "--rivals" if rivals else f"--lr {lr}"
+        raise ValueError(
+            f"--objectives compares fixed arms: leave --lr and --rivals out; got {given}"
+        )
     if rivals and (lr or activation == "relu"):
         raise ValueError(
             "--rivals compares fixed arms, and not all of them act through relu: leave --lr out "
             f"and give --activation leaky_relu; got --lr {lr} and --activation {activation}"
         )
     device_of(device)
-    if objectives and (lr or rivals):
-        raise ValueError("--objectives compares fixed arms: leave --lr and --rivals out")
     fixed = rival_arms if rivals else objective_arms
     known = (
         fixed(name, optimizer)

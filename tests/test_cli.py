@@ -197,6 +197,8 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
         (["run", "--lr", "0.1", "--head-gain", "nan"], "head_gain must be > 0"),
         (["run", "--lr", "0.1", "--lr", "0.10000001"], "another one"),
         (["spectrum", "no-such.toml"], "cannot read"),
+        (["run", "--objectives", "--rivals"], "got --rivals"),
+        (["run", "--objectives", "--lr", "0.1"], "got --lr [0.1]"),
         (
             ["sweep", "mnist-sample", "--scheduler", "nonsense"],
             "dask scheduler" if find_spec("distributed") else "pip install",
