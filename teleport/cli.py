@@ -163,6 +163,10 @@ def run(
     batches: Annotated[
         int | None, typer.Option(help="Teleport batches each time; default from the schedule.")
     ] = None,
+    after: Annotated[
+        int | None,
+        typer.Option(help="Training steps before the first teleport; default from the schedule."),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Directions per teleport batch; default 1, paper 8.")
     ] = None,
@@ -210,6 +214,7 @@ def run(
         growth=growth,
         cap=cap,
         tau=tau,
+        after=after,
     )
     settings = Settings(
         name, preset, optimizer, epochs, device=device, activation=activation, teleport=options

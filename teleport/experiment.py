@@ -74,11 +74,13 @@ def teleport_settings(
     growth: float | None = None,
     cap: float | None = None,
     tau: float = 1.0,
+    after: int | None = None,
 ) -> TeleportSettings:
     """How an experiment teleports by a schedule; what is given replaces what the schedule says.
 
     The schedule ``paper`` brings the paper's step control (8 steps of a fixed size, bounded norm)
     unless ``lr`` or ``growth`` is given; its step size, cap and warm-up are the experiment's.
+    ``after`` is the number of training steps before the first teleport.
 
     Raises:
         ValueError: for an unknown experiment or schedule, or a value out of range.
@@ -91,6 +93,8 @@ def teleport_settings(
             lr, cap, steps = values.lr, cap or values.cap, steps or PAPER_STEPS
     if batches is not None:
         chosen = replace(chosen, batches=batches)
+    if after is not None:
+        chosen = replace(chosen, warmup_steps=after)
     options = TeleportSettings(chosen, tau, growth, cap, lr, steps, values.n, values.held_out)
     options.check()
     return options

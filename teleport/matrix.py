@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from teleport.errors import RunError
+from teleport.experiment import PAPER_STEPS
 from teleport.records import (
     ArmSummary,
     Comparison,
@@ -18,6 +19,7 @@ from teleport.records import (
     read_runs,
     summarise,
 )
+from teleport.teleporter import DEFAULT_GROWTH
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,38 @@ class Block:
     @property
     def title(self) -> str:
         """What the block compares."""
-        settings = self.runs[0].config["settings"]
-        when = settings["teleport"]["schedule"]
-        control = f"growth {settings['teleport']['growth'] or 1.5:g}"
-        if settings["teleport"]["lr"]:
-            control = f"{settings['teleport']['steps']} steps of {settings['teleport']['lr']:g}"
-        times = "once" if when["epochs"] == 1 else f"in each of the first {when['epochs']} epochs"
+        config = self.runs[0].config
+        options, size = config["settings"], config["size"]
+        activation = options.get("activation", "relu")  # older records name none
+        network = "" if activation == "relu" else f", {activation}"
+        epochs = f"{size['epochs']} epoch{'s' * (size['epochs'] != 1)}"
         return (
-            f"{self.experiment}, {self.optimizer}: preset {settings['preset']}"
-            f"{smaller(self.runs[0].config)}, data "
-            f"{self.runs[0].config['data']['name']}; teleport {times}, {when['batches']} x "
-            f"{settings['teleport']['batch_size']} examples, {control}"
+            f"{self.experiment}, {self.optimizer}: preset {options['preset']}{smaller(config)}"
+            f"{network}, {epochs}, data {config['data']['name']}; {how(options['teleport'])}"
         )
+
+
+def how(options: dict[str, Any]) -> str:
+    """When and how the runs of a record teleport, from the settings in it."""
+    when = options["schedule"]
+    times = "once" if when["epochs"] == 1 else f"in each of the first {when['epochs']} epochs"
+    if when["epochs"] == 1 or when["warmup_steps"]:
+        times += f", after {when['warmup_steps']} steps"
+    parts = [f"{when['batches']} x {options['batch_size']} examples"]
+    steps, lr, growth, cap = (options[key] for key in ("steps", "lr", "growth", "cap"))
+    if growth is None and (lr is None or cap is None):
+        growth = DEFAULT_GROWTH
+    if lr is not None:
+        parts.append(f"{steps or PAPER_STEPS} steps of {lr:g}")
+    elif steps is not None:
+        parts.append(f"{steps} steps")
+    bounds = {
+        "growth": growth,
+        "cap": cap,
+        "tau": None if options["tau"] == 1.0 else options["tau"],
+    }
+    parts += [f"{name} {value:g}" for name, value in bounds.items() if value is not None]
+    return f"teleport {times}, {', '.join(parts)}"
 
 
 def smaller(config: dict[str, Any]) -> str:

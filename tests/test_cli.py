@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import teleport
 from teleport import cli
 from teleport.experiment import teleport_settings
+from teleport.matrix import blocks, how
 from teleport.records import read_runs
+from teleport.run import as_read
 
 
 def run(*arguments: str) -> int:
@@ -136,6 +139,8 @@ def test_every_teleport_option_reaches_the_record(tmp_path: Path) -> None:
         "2",
         "--batches",
         "3",
+        "--after",
+        "7",
         "--seeds",
         "2",
         "--epochs",
@@ -152,7 +157,12 @@ def test_every_teleport_option_reaches_the_record(tmp_path: Path) -> None:
     wanted = {"tau": 0.99, "growth": 1.2, "cap": 9.0, "steps": 2}
     assert wanted.items() <= settings["teleport"].items()
     assert settings["teleport"]["schedule"]["batches"] == 3
-    assert all(len(r.teleports) == 3 for r in runs if r.config["training"]["teleport"])
+    moved = [r for r in runs if r.config["training"]["teleport"]]
+    assert all([row["step"] for row in r.teleports] == [7] * 3 for r in moved)
+    (block,) = blocks(out)
+    assert block.title.endswith(
+        "teleport once, after 7 steps, 3 x 200 examples, 2 steps, growth 1.2, cap 9, tau 0.99"
+    )
 
 
 def test_the_papers_schedule_brings_the_papers_step_control() -> None:
@@ -162,6 +172,10 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
     assert options.cap is not None
     convolution = teleport_settings("cifar10-cnn", "paper")
     assert (convolution.lr, convolution.schedule.warmup_steps) == (0.003, 40)
+    assert how(as_read(asdict(convolution))) == (
+        "teleport in each of the first 5 epochs, after 40 steps, 32 x 200 examples, "
+        "8 steps of 0.003, cap 3"
+    )
     own = teleport_settings("mnist-sample", "paper", growth=1.2)
     assert (own.lr, own.steps, own.growth) == (None, None, 1.2)
 
