@@ -3,21 +3,23 @@
 import math
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from teleport.capture import Closure
 from teleport.clock import now
-from teleport.coverage import Block, Coverage
+from teleport.coverage import Block, Coverage, holder_names
 from teleport.distributed import Ranks
 from teleport.errors import NonFiniteLossError
 from teleport.objective import (
     EUCLIDEAN,
     Metric,
-    mean_grad_norm,
+    Shares,
+    mean_gradient,
     mean_loss,
+    shares_of,
     squared_norm,
     trainable,
 )
@@ -64,11 +66,13 @@ _OVERFLOW = (
 
 @dataclass
 class _Outcome:
-    """Where an attempt ended: the four numbers of the report that depend on it."""
+    """Where an attempt began or ended: the numbers of the report that depend on it."""
 
     loss: float
     norm: float
     held_out: float | None
+    norms: dict[str, float]
+    """By layer, as far as the parameters are one layer's."""
 
 
 class Attempt:
@@ -128,21 +132,20 @@ class Attempt:
             rolled_back=bool(failure),
             reason=(failure or reason) + self._fallback_note(),
             seconds=0.0,
-            layers=tuple(self._layer_reports(bool(failure))),
+            layers=tuple(self._layer_reports(before, None if failure else after)),
             norm=self.metric.name,
         )
 
     def _measure_start(self) -> _Outcome:
         if self.walk.precision != self.walk.dtype:
             return self._plain_outcome()
-        norm = math.sqrt(self.walk.norm_squared())
-        return _Outcome(self.walk.loss, norm, self._held_out_loss())
+        return self._outcome(self.walk.loss, self.walk.shares())
 
     def _measure_end(self) -> _Outcome:
         """Where the walk ended, from scratch: the model runs again with the new parameters."""
         if self.walk.precision != self.walk.dtype:
             return self._plain_outcome()
-        return _Outcome(*self.walk.measure(), self._held_out_loss())
+        return self._outcome(*self.walk.measure())
 
     def _plain_outcome(self) -> _Outcome:
         """Measured by plain autograd.
@@ -151,8 +154,20 @@ class Attempt:
         recurrent ones, are another function by its rounding: compare the model with itself.
         """
         parameters = trainable(self.settings.model)
-        loss, norm = mean_grad_norm(self.closures, parameters, self.ranks, self.metric)
-        return _Outcome(loss, norm, self._held_out_loss())
+        loss, grads = mean_gradient(self.closures, parameters, self.ranks)
+        gradient = dict(zip(parameters, grads, strict=True))
+        return self._outcome(loss, shares_of(gradient, self.walk.blocks, self.metric))
+
+    def _outcome(self, loss: float, shares: Shares) -> _Outcome:
+        norm = self.ranks.of_first(math.sqrt(sum(shares.values())))
+        holders = holder_names(self.settings.model)
+        squares: dict[str, float] = {}
+        for part, square in shares.items():
+            name = part.name if isinstance(part, Block) else holders[part]
+            squares[name] = squares.get(name, 0.0) + square
+        # A norm from Gram matrices may be below zero by rounding.
+        norms = {name: math.sqrt(max(square, 0.0)) for name, square in squares.items()}
+        return _Outcome(loss, norm, self._held_out_loss(), norms)
 
     def _start_walk(self) -> Walk:
         model, sites, metric = self.settings.model, self.settings.coverage.sites, self.metric
@@ -278,12 +293,18 @@ class Attempt:
         )
         return min(self.walk.rounding(self.bases), ceiling)
 
-    def _layer_reports(self, failed: bool) -> Iterator[LayerReport]:
+    def _layer_reports(self, before: _Outcome, after: _Outcome | None) -> Iterator[LayerReport]:
+        """One for every layer; ``after`` is None if the walk is undone."""
+        end = before if after is None else after
         coverage = self.settings.coverage
-        for block in coverage.blocks:
-            yield self._layer_report(block, failed)
-        for name, why in coverage.frozen.items():
-            yield LayerReport(name, "", None, None, None, None, 0.0, None, f"frozen: {why}")
+        rows = [self._layer_report(block, after is None) for block in coverage.blocks]
+        rows += [
+            LayerReport(name, "", None, None, None, None, 0.0, None, f"frozen: {why}")
+            for name, why in coverage.frozen.items()
+        ]
+        for row in rows:
+            first, last = before.norms.get(row.name), end.norms.get(row.name)
+            yield replace(row, grad_norm_before=first, grad_norm_after=last)
 
     def _layer_report(self, block: Block, failed: bool) -> LayerReport:
         (*groups, d_out, d_in), basis = block.part.matrix_shape, self.bases.get(block)

@@ -199,6 +199,16 @@ def _site(entry: _Found, uses: dict[Any, Use]) -> Site:
     return Site(entry.module, entry.rule, entry.parts, mine)
 
 
+def holder_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The module that holds a parameter, by its name in `Coverage`; the first of several."""
+    parallel = parallel_part(model)
+    holders: dict[nn.Parameter, str] = {}
+    for name, module in (model if parallel is None else parallel.module).named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, name)
+    return holders
+
+
 def parallel_part(model: nn.Module) -> DistributedDataParallel | None:
     """The wrapper, if the model is in `DistributedDataParallel`; names leave it out.
 

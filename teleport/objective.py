@@ -79,6 +79,19 @@ class Metric:
 
 EUCLIDEAN = Metric()
 
+Shares = dict[Block | nn.Parameter, float]
+"""What each covered block, and each parameter outside of them, has of a squared gradient norm."""
+
+
+def shares_of(
+    gradient: Mapping[nn.Parameter, Tensor], blocks: Sequence[Block], metric: Metric = EUCLIDEAN
+) -> Shares:
+    """The shares in the squared norm of a gradient that is given parameter by parameter."""
+    covered = {parameter for block in blocks for parameter in block.parameters}
+    shares: Shares = {p: metric.squared_norm(p, g) for p, g in gradient.items() if p not in covered}
+    shares |= {b: metric.block_squared_norm(b, b.part.of(gradient)) for b in blocks}
+    return shares
+
 
 def gradient(
     closure: Closure, parameters: Sequence[nn.Parameter], create_graph: bool = False
@@ -104,13 +117,10 @@ def gradient(
     return loss.detach(), list(grads)
 
 
-def mean_grad_norm(
-    closures: Sequence[Closure],
-    parameters: Sequence[nn.Parameter],
-    ranks: Ranks = ALONE,
-    metric: Metric = EUCLIDEAN,
-) -> tuple[float, float]:
-    """Mean loss of some closures and the norm of its gradient, one closure at a time."""
+def mean_gradient(
+    closures: Sequence[Closure], parameters: Sequence[nn.Parameter], ranks: Ranks = ALONE
+) -> tuple[float, list[Tensor]]:
+    """Mean loss of some closures and its gradient, one closure at a time."""
     total, summed = 0.0, list[Tensor]()
     with ranks.together():
         for closure in closures:
@@ -121,8 +131,15 @@ def mean_grad_norm(
                 grads = [g / len(closures) for g in grads]
             summed = [a + g for a, g in zip(summed, grads, strict=True)] if summed else grads
     ranks.mean_(summed)
-    norm = math.sqrt(sum(map(metric.squared_norm, parameters, summed)))
-    return ranks.mean(total), ranks.of_first(norm)
+    return ranks.mean(total), summed
+
+
+def mean_grad_norm(
+    closures: Sequence[Closure], parameters: Sequence[nn.Parameter]
+) -> tuple[float, float]:
+    """Mean loss of some closures and the Euclidean norm of its gradient."""
+    loss, grads = mean_gradient(closures, parameters)
+    return loss, math.sqrt(sum(map(squared_norm, grads)))
 
 
 def mean_loss(closures: Sequence[Closure], ranks: Ranks = ALONE) -> float:

@@ -24,6 +24,9 @@ class LayerReport:
         status: ``moved``, or why not.
         groups: how many matrices of ``[d_out, d_in]`` there are, each with a null space of its own
             (grouped convolutions); ``rank`` and ``null_dim`` are sums over them.
+        grad_norm_before, grad_norm_after: the layer's own part of the gradient norm: where it
+            grew. Their squares add up to those of the report. None where it is not known: for the
+            rivals, and for parts that share a parameter.
     """
 
     name: str
@@ -36,6 +39,8 @@ class LayerReport:
     output_bound: float | None
     status: str
     groups: int = 1
+    grad_norm_before: float | None = None
+    grad_norm_after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ class TeleportReport:
         return lines
 
 
-_COLUMNS = ("layer", "kind", "d_out x d_in", "rank", "free", "moved by", "status")
+_COLUMNS = ("layer", "kind", "d_out x d_in", "rank", "free", "moved by", "gradient", "status")
 
 
 def _cells(layer: LayerReport) -> tuple[str, ...]:
@@ -134,7 +139,10 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
     shape = shape if layer.groups == 1 else f"{layer.groups} x {shape}"
     rank, free = ("-" if n is None else str(n) for n in (layer.rank, layer.null_dim))
     moved = f"{layer.move_norm:.3g}" if layer.move_norm else "-"
-    return (layer.name or "(model)", layer.kind, shape, rank, free, moved, layer.status)
+    grown = "-"
+    if layer.grad_norm_before and layer.grad_norm_after is not None:
+        grown = f"x {layer.grad_norm_after / layer.grad_norm_before:.3g}"
+    return (layer.name or "(model)", layer.kind, shape, rank, free, moved, grown, layer.status)
 
 
 def _table(layers: tuple[LayerReport, ...]) -> list[str]:

@@ -48,17 +48,24 @@ from torch import Tensor, nn
 from teleport.capture import Closure, Tape
 from teleport.coverage import Block
 from teleport.layers import Pieces
-from teleport.objective import EUCLIDEAN, Metric
+from teleport.objective import EUCLIDEAN, Metric, Shares
 from teleport.precision import at_least_single, rounding_unit, scaled, unit_scale
 from teleport.subspace import Projector
 
 Direction = dict[Block, Float[Tensor, "*groups d_out d_in"]]
 
 
+def grad_norm_shares(tape: Tape, metric: Metric = EUCLIDEAN) -> Shares:
+    """What every block and every other trainable parameter has of ‖g‖² in the last backward."""
+    others = zip(tape.others, tape.other_gradients, strict=True)
+    shares: Shares = {p: metric.squared_norm(p, g) for p, g in others}
+    shares |= {block: _block_norm_squared(tape, block, metric) for block in tape.blocks}
+    return shares
+
+
 def grad_norm_squared(tape: Tape, metric: Metric = EUCLIDEAN) -> float:
     """‖g‖² over all trainable parameters, from the tape's last backward pass."""
-    norm = sum(map(metric.squared_norm, tape.others, tape.other_gradients))
-    return norm + sum(_block_norm_squared(tape, block, metric) for block in tape.blocks)
+    return sum(grad_norm_shares(tape, metric).values())
 
 
 def direction(

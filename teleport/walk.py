@@ -22,9 +22,11 @@ from teleport.layers import Pieces
 from teleport.objective import (
     EUCLIDEAN,
     Metric,
+    Shares,
     ascent_double_backward,
     gradient,
-    mean_grad_norm,
+    mean_gradient,
+    shares_of,
     squared_norm,
     trainable,
 )
@@ -35,6 +37,7 @@ from teleport.tangent import (
     Direction,
     direction,
     drive_of,
+    grad_norm_shares,
     grad_norm_squared,
     project_ascent,
     without_rounding,
@@ -84,6 +87,10 @@ class Walk(ABC):
     def _norm_squared(self, metric: Metric) -> float:
         """The same in any metric, where the walk last looked."""
 
+    @abstractmethod
+    def shares(self) -> Shares:
+        """What every block and every other parameter has of it, where the walk last looked."""
+
     def _velocity_scale(self) -> float:
         """What brings the velocity near length one, where float16 needs that."""
 
@@ -111,8 +118,8 @@ class Walk(ABC):
         """Degree of the squared norm along a direction, at most (``thm-polynomial``), if known."""
 
     @abstractmethod
-    def measure(self) -> tuple[float, float]:
-        """Loss and gradient norm of the model as it is written now, from scratch."""
+    def measure(self) -> tuple[float, Shares]:
+        """Loss and squared gradient norm of the model as it is written now, from scratch."""
 
     @abstractmethod
     def ascent(self) -> Gradient:
@@ -263,6 +270,9 @@ class FrozenWalk(Walk):
     def _norm_squared(self, metric: Metric) -> float:
         return grad_norm_squared(self._tape, metric)
 
+    def shares(self) -> Shares:
+        return grad_norm_shares(self._tape, self.metric)
+
     def bases(
         self, blocks: Collection[Block], tau: float, parallel: bool | None = None
     ) -> dict[Block, Projector]:
@@ -320,10 +330,10 @@ class FrozenWalk(Walk):
         ascent = ascent_double_backward(self._closure, parameters, velocity)
         return {p: scaled(a, 1 / scale) for p, a in zip(parameters, ascent, strict=True)}
 
-    def measure(self) -> tuple[float, float]:
+    def measure(self) -> tuple[float, Shares]:
         del self._tape  # before the next one is recorded: memory is that of one
         self._tape, self._behind = record(self._model, self._sites, self._closure), False
-        return float(self._tape.loss.detach()), math.sqrt(self.norm_squared())
+        return float(self._tape.loss.detach()), self.shares()
 
     def degree(self, along: Direction) -> int | None:
         return 2 * sum(len(self._tape.calls_of(b)) for b, matrix in along.items() if matrix.any())
@@ -365,6 +375,9 @@ class StreamedWalk(Walk):
     def _norm_squared(self, metric: Metric) -> float:
         norm = sum(metric.squared_norm(p, grad) for p, grad in self._gradient.items())
         return self.ranks.of_first(norm)
+
+    def shares(self) -> Shares:
+        return shares_of(self._gradient, self.blocks, self.metric)
 
     def bases(
         self, blocks: Collection[Block], tau: float, parallel: bool | None = None
@@ -447,8 +460,11 @@ class StreamedWalk(Walk):
             left_out = self._share_survey(left_out)
         return left_out
 
-    def measure(self) -> tuple[float, float]:
-        return mean_grad_norm(self._closures, trainable(self._model), self.ranks, self.metric)
+    def measure(self) -> tuple[float, Shares]:
+        parameters = trainable(self._model)
+        loss, grads = mean_gradient(self._closures, parameters, self.ranks)
+        gradient = dict(zip(parameters, grads, strict=True))
+        return loss, shares_of(gradient, self.blocks, self.metric)
 
     def degree(self, along: Direction) -> int | None:
         return None  # a layer that drifts, as at τ < 1, makes it no polynomial at all

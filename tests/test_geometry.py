@@ -12,8 +12,8 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from teleport import OptimizerStateError, Teleporter, TeleportReport
 from teleport.capture import record
-from teleport.coverage import cover
-from teleport.objective import Metric, ascent_double_backward, trainable
+from teleport.coverage import Block, cover
+from teleport.objective import Metric, Shares, ascent_double_backward, trainable
 from teleport.preconditioner import metric_of
 from teleport.subspace import RowSpace
 from teleport.tangent import direction, grad_norm_squared, project_ascent
@@ -227,6 +227,11 @@ def test_with_the_identity_it_is_the_plain_objective(
     assert report.step_sizes == plain.step_sizes
 
 
+def named(shares: Shares) -> dict[object, float]:
+    """With names for blocks, which are others for every walk."""
+    return {part.name if isinstance(part, Block) else part: s for part, s in shares.items()}
+
+
 @pytest.mark.parametrize("name", ["plain", "residual", "tied"])
 @pytest.mark.parametrize("method", METHODS)
 @given(seed=seeds)
@@ -245,7 +250,9 @@ def test_a_batch_in_pieces_is_one_batch(name: str, method: str, seed: int) -> No
     by_name = {block.name: matrix for block, matrix in other.items()}
     size = 1.0 + sum(float(m.norm()) for m in one.values())
     assert all((m - by_name[b.name]).norm() <= 1e-10 * size for b, m in one.items())
-    assert streamed.measure()[1] ** 2 == pytest.approx(frozen.norm_squared(), rel=1e-11)
+    own, shares = map(named, (frozen.shares(), streamed.measure()[1]))
+    assert shares == pytest.approx(own, rel=1e-9, abs=1e-11 * frozen.norm_squared())
+    assert sum(shares.values()) == pytest.approx(frozen.norm_squared(), rel=1e-11)
 
 
 @adaptive

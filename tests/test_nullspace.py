@@ -13,7 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport import ClosureError, NullSpace, NullSpaceError, UnsupportedModelError, null_space
+from teleport import (
+    ClosureError,
+    NullSpace,
+    NullSpaceError,
+    Teleporter,
+    UnsupportedModelError,
+    null_space,
+)
 from teleport.coverage import cover
 from teleport.subspace import Basis
 from tests.fingerprint import fingerprint
@@ -326,6 +333,24 @@ def test_the_layer_norm_direction_changes_no_output_on_other_data(case: Normed, 
         model[2].bias += moved[:, -1]
     inputs = model[:2](other).detach().norm(dim=-1).max()
     assert (model(other) - before).abs().max() <= 1e-12 * (1 + moved.norm()) * (1 + inputs)
+
+
+@pytest.mark.verifies("thm-layernorm")
+@given(normed, st.floats(1.01, 3.0))
+def test_along_it_only_the_gradient_of_scale_and_shift_grows(case: Normed, growth: float) -> None:
+    """A teleport of which it is the only direction: no other parameter sees a longer gradient."""
+    model, _, tokens = case.build()
+    answers = torch.zeros(len(tokens), dtype=torch.long)
+    report = Teleporter(model, growth=growth).step(
+        lambda: functional.cross_entropy(model(tokens).mean(1), answers)
+    )
+    assume(report.steps)
+    before = {layer.name: layer.grad_norm_before or 0.0 for layer in report.layers}
+    after = {layer.name: layer.grad_norm_after or 0.0 for layer in report.layers}
+    for name in ("0", "2"):
+        assert abs(after[name] - before[name]) <= 1e-9 * report.grad_norm_before
+    assert report.growth == pytest.approx(growth, rel=1e-9)
+    assert after["1"] >= (1 - 1e-9) * growth * before["1"]
 
 
 @few

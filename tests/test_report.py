@@ -5,13 +5,15 @@ import math
 from dataclasses import fields, replace
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teleport import LayerReport, Teleporter, TeleportReport
-from tests.networks import GRAPHS, task
+from teleport.objective import trainable
+from tests.networks import GRAPHS, Task, task, without_dropout
 
-LAYER = LayerReport("body.2", "Linear", 17, 16, 7, 10, 0.4567, 0.01, "moved")
+LAYER = LayerReport("body.2", "Linear", 17, 16, 7, 10, 0.4567, 0.01, "moved", 1, 0.5, 1.25)
 REPORT = TeleportReport(
     loss_before=1.25,
     loss_after=1.5,
@@ -34,7 +36,17 @@ def test_text_holds_the_numbers() -> None:
     text = str(REPORT)
     for part in ("1.25", "1.5", "2 -> 5", "x 2.5", "2.5e-01", "7.5e-01", "3.125", "4.5", "0.125 s"):
         assert part in text
-    for part in ("body.2", "Linear", "16 x 17", "7", "10", "0.457", "moved", "all steps taken"):
+    for part in (
+        "body.2",
+        "Linear",
+        "16 x 17",
+        "7",
+        "10",
+        "0.457",
+        "x 2.5  ",
+        "moved",
+        "all steps",
+    ):
         assert part in text
 
 
@@ -104,3 +116,51 @@ def test_report_names_every_module_with_parameters(name: str) -> None:
     holders = {n for n, m in problem.model.named_modules() if list(m.parameters(recurse=False))}
     assert {layer.name for layer in report.layers} == holders
     assert report.seconds > 0
+
+
+def layer_norms(problem: Task) -> dict[str, float]:
+    """The gradient norm of every module's own parameters, by plain autograd; dropout off."""
+    training = problem.model.training
+    problem.model.train()
+    without_dropout(problem.model)
+    parameters = trainable(problem.model)
+    grads = torch.autograd.grad(problem.closure(), parameters)
+    problem.model.train(training)
+    of = dict(zip(parameters, grads, strict=True))
+    squares: dict[str, float] = {}
+    for name, module in problem.model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            squares[name] = squares.get(name, 0.0) + float(of[parameter].square().sum())
+    return {name: math.sqrt(square) for name, square in squares.items()}
+
+
+@pytest.mark.parametrize("name", [name for name in GRAPHS if name != "tied"])
+@pytest.mark.parametrize("how", [{}, {"tau": 0.9, "max_drift": 1.0}, {"method": "double_backward"}])
+@given(seed=st.integers(0, 10_000), pieces=st.integers(1, 2))
+@settings(max_examples=5)
+def test_every_layer_has_its_part_of_the_gradient(
+    name: str, how: dict[str, object], seed: int, pieces: int
+) -> None:
+    problem = task(name, seed)
+    before = layer_norms(problem)
+    report = Teleporter(problem.model, **how).step([problem.closure] * pieces)
+    after = layer_norms(problem)
+    for layer in report.layers:
+        assert layer.grad_norm_before == pytest.approx(before[layer.name], rel=1e-9, abs=1e-12)
+        assert layer.grad_norm_after == pytest.approx(after[layer.name], rel=1e-9, abs=1e-12)
+    parts = [layer.grad_norm_after or 0.0 for layer in report.layers]
+    assert math.hypot(*parts) == pytest.approx(report.grad_norm_after, rel=1e-12)
+
+
+def test_a_layer_without_a_gradient_of_its_own_shows_no_growth() -> None:
+    for changes in ({"grad_norm_before": 0.0}, {"grad_norm_before": None}):
+        line = str(replace(REPORT, layers=(replace(LAYER, **changes),))).splitlines()[-2]
+        assert "0.457     -  " in line
+
+
+def test_a_rolled_back_teleport_grows_no_layer() -> None:
+    problem = task("plain")
+    report = Teleporter(problem.model, tau=0.5, growth=50.0, max_drift=0.0).step(problem.closure)
+    assert report.rolled_back
+    for layer in report.layers:
+        assert layer.grad_norm_before == layer.grad_norm_after
