@@ -134,6 +134,7 @@ _COLUMNS: dict[str, _Cell] = {
     "best: steps": lambda b, s: _ratio(s.to_best, "steps"),
     "best: seconds": lambda b, s: _ratio(s.to_best, "seconds"),
     "best: log loss": lambda b, s: _gap(s.to_best),
+    "growth": lambda b, s: "" if s.to_own is None else _number(s.growth, "{:.4g}"),
     "drift": lambda b, s: _number(s.drift, "{:.0e}"),
     "drift elsewhere": lambda b, s: _number(s.held_out_drift, "{:+.3f}"),
     "teleport share of time": lambda b, s: _share(s),
@@ -145,7 +146,8 @@ intervention; *best*: against the arm without any that ended with the lowest tra
 rate and initial gain tuned. *Steps* and *seconds* (teleporting included) are ratios of the way to
 the baseline's final train loss, below 1 is faster; "-": a seed never got there. *Log loss*: mean
 difference of the log train loss over the run, with its spread over seeds; -0.1 is 10 % lower.
-*Drift*: change of the loss on the teleport batch; *elsewhere*: on other training examples.
+*Growth*: factor of one teleport on the gradient norm; *drift*: change of the loss on its batch;
+*elsewhere*: on other training examples.
 """
 
 
