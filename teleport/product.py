@@ -54,7 +54,8 @@ def product_of(
     Args:
         model: the model.
         closure: returns the loss of a batch.
-        layer: its name in the model; default the first that can be shown.
+        layer: its name in the model; default the first that can be shown and is no table of
+            tokens, whose inputs, one column for each token, are all 0 but for a 1.
         rows: how many rows of X, Z and Dᵀ to keep, >= 1.
 
     Raises:
@@ -68,7 +69,8 @@ def product_of(
     # The rows of a tied weight are of two kinds: there is no one X.
     blocks = {block.name: block for block in tape.blocks if block.other is None}
     if layer is None:
-        layer = next(iter(blocks), None)
+        dense = (name for name, block in blocks.items() if block.part.gram_pays)
+        layer = next(dense, next(iter(blocks), None))
     if layer is None or layer not in blocks:
         raise ValueError(f"no layer {layer!r} to show; there are: {', '.join(blocks) or 'none'}")
     block = blocks[layer]

@@ -54,6 +54,18 @@ def test_a_convolution_is_the_product_of_its_matrices(
         np.testing.assert_allclose(found.gradient, found.deltas.T @ found.rows, atol=1e-10)
 
 
+def test_a_table_of_tokens_is_shown_only_if_asked_for_or_alone() -> None:
+    model, tokens = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 3)), torch.arange(6)
+
+    def closure() -> torch.Tensor:
+        return model(tokens).square().mean()
+
+    assert product_of(model, closure).layer == "1"
+    assert product_of(model, closure, "0").rows.shape == (6, 50)
+    alone = nn.Sequential(model[0])
+    assert product_of(alone, lambda: alone(tokens).square().mean()).layer == "0"
+
+
 @given(st.integers(0, 2**31))
 @settings(max_examples=5)
 def test_of_a_grouped_layer_the_first_group_is_shown(seed: int) -> None:
