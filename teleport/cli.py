@@ -46,7 +46,7 @@ from teleport.experiment import (
     rival_arms,
     teleport_settings,
 )
-from teleport.folders import new_folder, open_folder, slug
+from teleport.folders import new_folder, open_folder, resumed_folder, slug
 from teleport.matrix import blocks, markdown
 from teleport.models import INITS
 from teleport.moment import check_moment
@@ -296,16 +296,10 @@ def continual(
     strategies = default_strategies(name, methods.split(",") if methods else None, tau, rates)
     course = Course(name, preset, "validation" if tune else "test")
     course.size()
-    if resume and out is None:
-        raise ValueError("--resume needs the folder to go on in; give it with --out")
     start = first_seed + TUNING_SEED if tune else first_seed
     numbers = range(start, start + seeds)
     total = course.steps(course.sets()) * len(strategies) * seeds
-    folder = (
-        out
-        if resume and out is not None and out.is_dir()
-        else new_folder(name, out, ", or --resume to go on in it")
-    )
+    folder = resumed_folder(name, out, resume)
     with step_progress(total, folder) as progress:
         command = COMMAND_LINE.get()
         run_strategies(
@@ -465,17 +459,21 @@ def spectrum(
     out: Annotated[
         Path | None, typer.Option(help="New folder; default runs/<date>-spectrum.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the folder of --out; complete records stay.")
+    ] = False,
 ) -> None:
     """Show how few directions hold the input energy of every layer (the paper's Figure 6a)."""
     for name in names:
         check_moment(name, preset)  # before any folder is made
-    folder = new_folder("spectrum", out)
+    folder = resumed_folder("spectrum", out, resume)
     write_spectra(
         names,
         folder,
         preset=preset,
         steps=list(dict.fromkeys(trained or (0, 50))),
         seed=seed,
+        resume=resume,
         command=COMMAND_LINE.get(),
         progress=say,
     )
@@ -493,12 +491,15 @@ def compare_thresholds(
     steps: Annotated[int, typer.Option(min=1, help="Teleport steps.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of initial values, data order, batch.")] = 0,
     out: Annotated[Path | None, typer.Option(help="New folder; default runs/<date>-tau.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the folder of --out; complete records stay.")
+    ] = False,
 ) -> None:
     """Follow gradient norm and loss over teleport steps for every tau (the paper's Figure 6b)."""
     check_moment(name, preset)
     if lr is not None and not 0.0 < lr < math.inf:
         raise ValueError(f"lr must be > 0 and finite, got {lr}")
-    folder = new_folder("tau", out)
+    folder = resumed_folder("tau", out, resume)
     write_trajectories(
         name,
         folder,
@@ -507,6 +508,7 @@ def compare_thresholds(
         lr=lr,
         teleport_steps=steps,
         seed=seed,
+        resume=resume,
         command=COMMAND_LINE.get(),
         progress=say,
     )

@@ -34,6 +34,20 @@ def open_folder(name: str, out: Path | None, resume: bool = False, force: bool =
     return out
 
 
+def resumed_folder(name: str, out: Path | None, resume: bool) -> Path:
+    """``out`` as it is with ``resume``, if it is there; else a new one by `new_folder`.
+
+    Raises:
+        ValueError: for ``resume`` without ``out``.
+        RunError: as `new_folder`.
+    """
+    if resume and out is None:
+        raise ValueError("--resume needs the folder to go on in; give it with --out")
+    if resume and out is not None and out.is_dir():
+        return out
+    return new_folder(name, out, ", or --resume to go on in it")
+
+
 def new_folder(name: str, out: Path | None, instead: str = "") -> Path:
     """Make the folder of a new run: ``out``, or ``runs/<date>-<name>`` with a number if taken.
 

@@ -19,7 +19,7 @@ from teleport.errors import RunError
 from teleport.folders import slug
 from teleport.moment import moment
 from teleport.nullspace import null_space
-from teleport.records import FloatArray, RecordWriter, has_begun, read_rows
+from teleport.records import FloatArray, RecordWriter, has_begun, is_done, read_rows
 from teleport.subspace import Basis, Projector
 from teleport.tied import TiedBasis
 
@@ -111,6 +111,7 @@ def write_spectra(
     preset: str = "cpu",
     steps: Sequence[int] = (0, 50),
     seed: int = 0,
+    resume: bool = False,
     command: str = "",
     progress: Callable[[str], None] = lambda what: None,
 ) -> None:
@@ -122,21 +123,27 @@ def write_spectra(
         preset: their size.
         steps: training steps after which to look.
         seed: see `teleport.moment.moment`.
+        resume: leave complete records, and make those again that were broken off.
         command: the command line, for the record.
         progress: told what is being computed.
 
     Raises:
         ValueError: for an unknown name.
-        RunError: if a record exists already or cannot be written.
+        RunError: if a record exists already, or with ``resume`` is of something else, or if it
+            cannot be written.
     """
+    asked = {"preset": preset, "seed": seed, "steps": list(steps)}
     for order, name in enumerate(names):
-        with RecordWriter(folder / f"{order:02d}-{slug(name)}.jsonl") as writer:
+        path = folder / f"{order:02d}-{slug(name)}.jsonl"
+        if resume and is_done(path, figure="spectrum", experiment=name, **asked):
+            continue
+        with RecordWriter(path) as writer:
             for number, count in enumerate(steps):
                 progress(f"{name} after {count} steps")
                 at = moment(name, preset, count, seed)
                 if number == 0:
                     shared = {"command": command, "order": order, "figure": "spectrum"}
-                    writer.write("config", **shared, **at.config)
+                    writer.write("config", **shared, **(asked | at.config))
                 for s in spectra(at.model, at.closure):
                     ranks = {f"{tau:g}": rank for tau, rank in s.ranks.items()}
                     row = {"layer": s.layer, "d_in": s.d_in, "ranks": ranks, "shares": s.shares}

@@ -16,7 +16,7 @@ from teleport.capture import Closure
 from teleport.errors import RunError
 from teleport.folders import slug
 from teleport.moment import moment
-from teleport.records import RecordWriter, read_rows
+from teleport.records import RecordWriter, is_done, read_rows
 from teleport.registry import find_experiment
 from teleport.spectrum import TAUS
 from teleport.teleporter import Teleporter
@@ -92,6 +92,7 @@ def write_trajectories(
     teleport_steps: int = 8,
     taus: Sequence[float] = TAUS,
     seed: int = 0,
+    resume: bool = False,
     command: str = "",
     progress: Callable[[str], None] = lambda what: None,
 ) -> None:
@@ -106,20 +107,32 @@ def write_trajectories(
         teleport_steps: how many.
         taus: the thresholds.
         seed: see `teleport.moment.moment`.
+        resume: leave a complete record, and make one again that was broken off.
         command: the command line, for the record.
         progress: told what is being computed.
 
     Raises:
         ValueError: for an unknown name, or a value out of range.
-        RunError: if the record exists already or cannot be written.
+        RunError: if the record exists already, or with ``resume`` is of something else, or if it
+            cannot be written.
     """
     step_size = lr if lr is not None else find_experiment(name).teleport.lr
-    with RecordWriter(folder / f"00-{slug(name)}.jsonl") as writer:
+    asked = {
+        "preset": preset,
+        "seed": seed,
+        "trained": trained,
+        "teleport_lr": step_size,
+        "teleport_steps": teleport_steps,
+        "taus": list(taus),
+    }
+    path = folder / f"00-{slug(name)}.jsonl"
+    if resume and is_done(path, figure="tau", experiment=name, **asked):
+        return
+    with RecordWriter(path) as writer:
         progress(f"{name}: training")
         at = moment(name, preset, trained, seed)
         shared = {"command": command, "order": 0, "figure": "tau"}
-        asked = {"trained": trained, "teleport_lr": step_size, "taus": list(taus)}
-        writer.write("config", **shared, **asked, **at.config)
+        writer.write("config", **shared, **(asked | at.config))
         for tau in taus:
             progress(f"{name}: tau {tau:g}")
             points, reason = trajectory(

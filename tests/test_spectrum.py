@@ -264,3 +264,35 @@ def test_a_record_that_was_killed_early_is_left_out_or_named(
 
 def test_captured_of_nothing_is_nothing() -> None:
     assert len(Spectrum("unused", 3, (), {1.0: 0}).captured) == 0
+
+
+@pytest.mark.parametrize("command", ["spectrum", "tau"])
+def test_what_was_broken_off_is_made_again_and_what_is_complete_stays(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    names = ["mnist-sample"] if command == "tau" else ["mnist-sample", "sample-rows"]
+    chosen = [command, *names, "--preset", "tiny", "--trained", "1", "--out", str(out)]
+    chosen += ["--steps", "2"] * (command == "tau")
+    assert cli.main(chosen) == 0
+    records = sorted(out.glob("*.jsonl"))
+    whole = [path.read_text() for path in records]
+    assert cli.main(chosen) == 1
+    assert "--resume" in capsys.readouterr().err
+    for kept in (3, 0):
+        records[-1].write_text("".join(whole[-1].splitlines(keepends=True)[:kept]))
+        times = [path.stat().st_mtime_ns for path in records[:-1]]
+        assert cli.main([*chosen, "--resume"]) == 0
+        again = records[-1].read_text().splitlines()
+        assert again[1:] == whole[-1].splitlines()[1:]
+        assert [path.stat().st_mtime_ns for path in records[:-1]] == times
+    before = [path.read_bytes() for path in records]
+    other = ["0" if word == "1" else word for word in chosen]
+    assert cli.main([*other, "--resume"]) == 1
+    assert "another steps" in (error := capsys.readouterr().err) or "another trained" in error
+    assert [path.read_bytes() for path in records] == before
+
+
+def test_resume_needs_the_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tau", "mnist-sample", "--preset", "tiny", "--resume"]) == 1
+    assert "--out" in capsys.readouterr().err
