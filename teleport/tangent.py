@@ -145,6 +145,7 @@ def step_to_norm(
     def excess(step: float) -> float:
         if step not in seen:
             ratio = norm_squared(step) / target - 1.0
+            ratio = math.inf if math.isnan(ratio) else ratio  # inf - inf: far beyond
             seen[step] = 0.0 if abs(ratio) <= rtol else ratio
         return seen[step]
 
@@ -156,7 +157,7 @@ def step_to_norm(
             ceiling, high = high, (low + high) / 2
         elif excess(high) >= 0.0:
             if not exact_slope:
-                return float(toms748(excess, low, high, **SEARCH))
+                return _bracketed(excess, low, high)
             return _root(excess, seen, slope / target, rtol, degree, low, high)
         else:
             low, high = high, min(2.0 * high, (high + ceiling) / 2)
@@ -199,7 +200,12 @@ def _root(
         if value == 0.0:
             return step
         low, high = (step, high) if value < 0.0 else (low, step)
-    return float(toms748(excess, low, high, **SEARCH))
+    return _bracketed(excess, low, high)
+
+
+def _bracketed(excess: Callable[[float], float], low: float, high: float) -> float:
+    """A zero in a bracket by comparing values; what is beyond all numbers counts as huge."""
+    return float(toms748(lambda step: min(excess(step), 1e150), low, high, **SEARCH))
 
 
 def _polynomial_root(
@@ -207,7 +213,7 @@ def _polynomial_root(
 ) -> float | None:
     """The root in the bracket of the polynomial through ``points`` with this slope at step 0."""
     polynomial = _polynomial(points, slope, high)
-    if polynomial(low / high) >= 0.0 or polynomial(1.0) <= 0.0:
+    if not polynomial(low / high) < 0.0 < polynomial(1.0):  # or it is NaN, having overflown
         return None
     return high * float(toms748(polynomial, low / high, 1.0, **SEARCH))
 

@@ -252,6 +252,28 @@ def test_line_search_inverts_a_growing_polynomial(
     assert abs(value(step) / growth - 1) <= 1e-12
 
 
+@given(
+    st.floats(0.1, 10.0),
+    st.floats(1.5, 50.0),
+    st.floats(0.05, 0.95),
+    st.sampled_from([math.nan, math.inf, 1e300]),
+)
+def test_line_search_survives_values_beyond_all_numbers(
+    slope: float, growth: float, where: float, beyond: float
+) -> None:
+    """As where a network that drifts overflows at some steps and not at others."""
+    guess = 2.0 / slope * (math.sqrt(growth) - 1.0)
+
+    def value(step: float) -> float:
+        if step >= guess:
+            return 2.0 * growth
+        return beyond if step >= where * guess else 1.0 + 0.4 * (growth - 1.0) * step / guess
+
+    step = step_to_norm(value, 1.0, slope, growth, 1e-12)
+    assert step is not None
+    assert 0.0 < step <= guess
+
+
 @pytest.mark.verifies("thm-polynomial")
 @given(
     st.lists(st.floats(0.0, 10.0), min_size=1, max_size=5),
