@@ -138,7 +138,8 @@ def step_to_norm(
         exact_slope: whether ``slope`` is the derivative, and no guess of its size.
 
     Returns:
-        The step, or None if none reaches the target within a hundred doublings or halvings.
+        The step, or None if none reaches the target within a hundred doublings or halvings. Where
+        the norm is not known to be a polynomial it may saturate: then `DOUBLINGS` are the most.
     """
     seen = {0.0: start / target - 1.0}
 
@@ -152,6 +153,7 @@ def step_to_norm(
     # Exact where the norm itself grows linearly, as with one moved layer below a fixed one.
     guess = 2.0 * start / slope * (math.sqrt(target / start) - 1.0)
     low, high, ceiling = 0.0, guess, math.inf
+    farthest = guess * 2.0**DOUBLINGS if degree is None and exact_slope else math.inf
     for _ in range(100):
         if not math.isfinite(excess(high)):
             ceiling, high = high, (low + high) / 2
@@ -159,9 +161,15 @@ def step_to_norm(
             if not exact_slope:
                 return _bracketed(excess, low, high)
             return _root(excess, seen, slope / target, rtol, degree, low, high)
+        elif high >= farthest:
+            return None
         else:
             low, high = high, min(2.0 * high, (high + ceiling) / 2)
     return None
+
+
+DOUBLINGS = 20
+"""Of the step that the slope suggests: a growth of a million is reached after ten."""
 
 
 # To the last digit, however many powers of ten the bracket spans: it is halved every three rounds.

@@ -274,6 +274,19 @@ def test_line_search_survives_values_beyond_all_numbers(
     assert 0.0 < step <= guess
 
 
+@given(st.floats(0.1, 10.0), st.floats(1.5, 50.0))
+def test_line_search_gives_up_soon_where_the_norm_saturates(slope: float, growth: float) -> None:
+    """As that of a network whose activations saturate: each look is a pass of the model."""
+    looks = []
+
+    def value(step: float) -> float:
+        looks.append(step)
+        return 1.0 + 0.9 * (growth - 1.0) * math.tanh(slope * step)
+
+    assert step_to_norm(value, 1.0, slope, growth, 1e-12) is None
+    assert len(looks) <= 25
+
+
 @pytest.mark.verifies("thm-polynomial")
 @given(
     st.lists(st.floats(0.0, 10.0), min_size=1, max_size=5),
