@@ -240,9 +240,12 @@ def test_bad_input_is_named_with_what_is_allowed(
 def test_what_to_do_is_only_what_the_command_can(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for command in ("run", "tau"):
-        assert run(command, "mnist-sample", "--out", str(tmp_path)) == 1
-        assert ("--resume" in capsys.readouterr().err) == (command == "run")
+    can = {"run": ["--resume", "--force"], "tau": ["--resume"], "bench": []}
+    for command, options in can.items():
+        what = "step" if command == "bench" else "mnist-sample"
+        assert run(command, what, "--out", str(tmp_path)) == 1
+        error = capsys.readouterr().err
+        assert [option for option in ("--resume", "--force") if option in error] == options
 
 
 TABLE = """

