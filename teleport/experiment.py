@@ -94,6 +94,8 @@ def teleport_settings(
     if batches is not None:
         chosen = replace(chosen, batches=batches)
     if after is not None:
+        if after < 0:
+            raise ValueError(f"after must be an integer >= 0, got {after}")
         chosen = replace(chosen, warmup_steps=after)
     options = TeleportSettings(chosen, tau, growth, cap, lr, steps, values.n, values.held_out)
     options.check()

@@ -217,6 +217,7 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
             ["sweep", "mnist-sample", "--scheduler", "nonsense"],
             "dask scheduler" if find_spec("distributed") else "pip install",
         ),
+        (["run", "--after", "-1"], "after must be an integer >= 0, got -1"),
         (["run", "--out", "/dev/null"], "not a folder; give another --out"),
         (["sweep", "mnist-sample", "--out", "/dev/null"], "not a folder; give another --out"),
         (["figure", "no-such-folder"], "teleport run"),
