@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from teleport.data import SOURCES
 from teleport.measure import Curve
@@ -75,8 +75,10 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
 
     Arms with a teleport are drawn solid, baselines dashed and above them, with their markers at
     different places, so that the figure reads in grey and curves that are the same are both seen.
-    Seconds exclude evaluation and include teleporting; over seeds they are averaged.
+    Seconds exclude evaluation and include teleporting; over seeds they are averaged. Some initial
+    gains begin far above everything that follows; such a start is cut off, see `_frame`.
     """
+    shown: list[FloatArray] = []
     for number, (arm, begun) in enumerate(groups.items()):
         runs = [run for run in begun if run.evaluations]
         if not runs:
@@ -102,10 +104,38 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
         if len(runs) > 1:
             band = np.exp(middle - spread), np.exp(middle + spread)
             axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
+        shown.append(np.stack([middle - spread, middle + spread]))
     axes.set_yscale("log")
+    _frame(axes, shown)
     axes.set_xlabel("training step" if against == "step" else "seconds (teleporting included)")
     axes.set_ylabel(column.replace("_", " ") + _unit(groups))
     axes.grid(alpha=0.25, which="both")
+
+
+def _frame(axes: Axes, bands: Sequence[FloatArray]) -> None:
+    """Limits and ticks of the log axis, so that differences between trainings can be seen.
+
+    Args:
+        axes: with the curves, on a log scale.
+        bands: of every arm ``[2, points]``, natural logarithms of the band's lower and upper edge.
+            The lowest start is in the picture, and of what follows all that is finite.
+    """
+    starts = [band[:, 0].mean() for band in bands]
+    after = [band[:, 1:].ravel() for band in bands]
+    inside = np.concatenate([np.array([min(starts, default=np.nan)]), *after])
+    inside = inside[np.isfinite(inside)]
+    if not inside.size:
+        return
+    low, high = inside.min(), inside.max()
+    margin = max(0.04 * (high - low), 0.002)
+    axes.set_ylim(np.exp(low - margin), np.exp(high + margin))
+    if high - low > np.log(1e3):
+        return  # powers of ten are the better labels
+    near = high - low < np.log(10.0)
+    ticks = MaxNLocator(6, steps=[1, 2, 5, 10]) if near else LogLocator(subs=(1.0, 2.0, 5.0))
+    axes.yaxis.set_major_locator(ticks)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _unit(groups: Mapping[str, Sequence[Run]]) -> str:

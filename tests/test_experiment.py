@@ -231,6 +231,40 @@ def test_legends_cover_no_panel_and_the_page_s_width_is_kept(runs: list[Run]) ->
             assert {text.get_text() for text in legend.get_texts()} == {run.arm for run in runs}
 
 
+@st.composite
+def trajectories(draw: st.DrawFn) -> list[list[float]]:
+    """Losses of a few arms; the last begins far above, as a large initial gain does."""
+    count = draw(st.integers(1, 30))
+    losses = st.floats(1e-3, 20.0)
+    arms = draw(st.lists(st.lists(losses, min_size=count, max_size=count), min_size=2, max_size=4))
+    arms[-1][0] = draw(st.floats(30.0, 1e4))
+    return arms
+
+
+@given(trajectories())
+def test_a_start_far_above_the_rest_does_not_flatten_the_figure(arms: list[list[float]]) -> None:
+    axes = Figure().subplots()
+    runs = [_run_of(f"arm {number}", losses) for number, losses in enumerate(arms)]
+    draw_losses(axes, by_arm(runs), "train_loss", "step")
+    low, high = axes.get_ylim()
+    followed = [loss for losses in arms for loss in losses[1:]]
+    shown = [*followed, min(losses[0] for losses in arms)]
+    assert low < min(shown) <= max(shown) < high
+    assert np.log(high / max(shown)) <= 0.1 * max(np.log(max(shown) / min(shown)), 0.1)
+    if max(shown) < 100 * min(shown):
+        labels = axes.yaxis.get_major_formatter().format_ticks(axes.get_yticks())
+        assert all(float(label) > 0 for label in labels), "plain numbers, no powers of ten"
+        assert sum(low < float(label) < high for label in labels) >= 2
+
+
+def _run_of(arm: str, losses: list[float]) -> Run:
+    rows = [
+        {"step": i, "train_loss": loss, "train_seconds": float(i), "teleport_seconds": 0.0}
+        for i, loss in enumerate(losses)
+    ]
+    return Run(Path(), {"arm": arm, "seed": 0, "training": {"teleport": False}}, rows, [], "end")
+
+
 @pytest.mark.parametrize("count", [1, 2, 7, 100])
 def test_curves_that_are_the_same_are_both_seen(count: int) -> None:
     def run(teleport: bool) -> Run:
