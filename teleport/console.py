@@ -18,7 +18,7 @@ from teleport.check.grading import Grades
 from teleport.errors import RunError
 from teleport.folders import slug
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
-from teleport.matrix import Block, smaller, without_controls
+from teleport.matrix import Block, how, length, smaller, without_controls
 from teleport.plots import (
     gap_figure,
     loss_figure,
@@ -250,7 +250,10 @@ def _title(runs: list[Run]) -> str:
     name, optimizer = runs[0].config["experiment"], runs[0].config["settings"]["optimizer"]
     what = EXPERIMENTS[name].title if name in EXPERIMENTS else name
     seeds = count_of(len({run.seed for run in runs}), "seed")
-    return f"{what}{smaller(runs[0].config)} - {optimizer}, {seeds}"
+    config = runs[0].config
+    title = f"{what}{smaller(config)} - {optimizer}, {seeds}\n{length(config)}"
+    moved = any(run.config["training"]["teleport"] for run in runs)
+    return f"{title}; {how(config['settings']['teleport'])}" if moved else title
 
 
 def _losses(runs: list[Run]) -> Table:
@@ -313,9 +316,10 @@ _IN_BRIEF = {
 
 _CAPTION = (
     "Own baseline: the same arm without teleport; best baseline: the lowest final train loss of "
-    "all arms without. Steps and seconds (teleporting included) are ratios of the way to the "
-    "baseline's final train loss; log loss is the mean difference of log train loss, -0.1 being "
-    "10 % lower. '-': does not apply, or never reached."
+    "all arms without. Steps and seconds (teleporting included, counted in training steps of the "
+    "same process) are ratios of the way to the baseline's final train loss, medians over seeds; "
+    "log loss is the mean difference of log train loss, -0.1 being 10 % lower. '-': does not "
+    "apply, or never reached."
 )
 
 

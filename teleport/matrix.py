@@ -52,13 +52,13 @@ class Block:
     def title(self) -> str:
         """What the block compares."""
         config = self.runs[0].config
-        options, size = config["settings"], config["size"]
+        options = config["settings"]
         activation = options.get("activation", "relu")  # older records name none
         network = "" if activation == "relu" else f", {activation}"
-        epochs = f"{size['epochs']} epoch{'s' * (size['epochs'] != 1)}"
         return (
             f"{self.experiment}, {self.optimizer}: preset {options['preset']}{smaller(config)}"
-            f"{network}, {epochs}, data {config['data']['name']}; {how(options['teleport'])}"
+            f"{network}, {length(config)}, data {config['data']['name']}; "
+            f"{how(options['teleport'])}"
         )
 
 
@@ -83,6 +83,14 @@ def how(options: dict[str, Any]) -> str:
     }
     parts += [f"{name} {value:g}" for name, value in bounds.items() if value is not None]
     return f"teleport {times}, {', '.join(parts)}"
+
+
+def length(config: dict[str, Any]) -> str:
+    """How long the runs of a record train, on what part of the data, and what losses are taken."""
+    size = config["size"]
+    epochs = f"{size['epochs']} epoch{'s' * (size['epochs'] != 1)}"
+    part = f" of {size['train_size']:,} examples" if size.get("train_size") else ""
+    return f"{epochs}{part}, losses of the first {size['evaluate_size']:,}"
 
 
 def smaller(config: dict[str, Any]) -> str:
@@ -143,11 +151,13 @@ _COLUMNS: dict[str, _Cell] = {
 LEGEND = """\
 Every row is a way to train, mean over seeds. *Same lr*: against the same training without the
 intervention; *best*: against the arm without any that ended with the lowest train loss, learning
-rate and initial gain tuned. *Steps* and *seconds* (teleporting included) are ratios of the way to
-the baseline's final train loss, below 1 is faster; "-": a seed never got there. *Log loss*: mean
-difference of the log train loss over the run, with its spread over seeds; -0.1 is 10 % lower.
-*Growth*: factor of one teleport on the gradient norm; *drift*: change of the loss on its batch;
-*elsewhere*: on other training examples.
+rate and initial gain tuned. *Steps* and *seconds* (teleporting included, counted in training steps
+of the same process) are ratios of the way to the baseline's final train loss, median over seeds,
+below 1 is faster; "-": the median never got there, which also happens to a training that is only
+repeated, for it ends a little above or below. *Log loss*: mean difference of the log train loss
+over the run, with its standard deviation over seeds; -0.1 is 10 % lower. *Growth*: factor of one
+teleport on the gradient norm, those that did not move included; *drift*: change of the loss on its
+batch; *elsewhere*: on other training examples.
 """
 
 

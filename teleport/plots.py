@@ -196,7 +196,7 @@ def gap_figure(summaries: Sequence[ArmSummary], title: str = "") -> Figure:
 
     A dot is the mean log train loss of the arm minus that of its baseline, with one standard
     deviation over seeds: left of the line is better. Beside it stand the ratios of steps and
-    seconds to the baseline's final train loss; "-" if a seed never got there.
+    seconds to the baseline's final train loss; "-" if their median never got there.
 
     Args:
         summaries: of the arms, from `summarise`; those without a baseline are not drawn.
@@ -233,7 +233,7 @@ def _draw_gaps(axes: Axes, baseline: str, arms: Sequence[ArmSummary]) -> None:
     axes.set_yticks(range(len(arms)), names)
     axes.invert_yaxis()
     axes.set_title(f"against {baseline}", fontsize=10)
-    axes.set_xlabel("mean log train loss minus the baseline's")
+    axes.set_xlabel("mean log train loss minus the baseline's (bar: standard deviation over seeds)")
     axes.grid(alpha=0.25, axis="x")
     axes.xaxis.set_major_locator(MaxNLocator(5))
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from teleport.clock import clock_name
 from teleport.errors import RunError
@@ -140,6 +140,18 @@ class Run:
     def seconds(self) -> FloatArray:
         """Seconds spent training and teleporting, evaluation excluded, ``[evaluations]``."""
         return self.column("train_seconds") + self.column("teleport_seconds")
+
+    @property
+    def work(self) -> FloatArray:
+        """Training steps, teleporting included as the steps that its time was worth in this run.
+
+        A training step is the same work with and without teleports; its seconds are not, where the
+        runs are recorded one after the other on a machine that does other work as well.
+        ``[evaluations]``.
+        """
+        steps, training = self.column("step"), self.column("train_seconds")
+        pace = steps[-1] / training[-1] if training[-1] > 0 else 0.0
+        return steps + pace * self.column("teleport_seconds")
 
     def first_below(self, loss: float, axis: FloatArray, split: Split = "train") -> float:
         """Where on ``axis`` the loss of a split first reaches ``loss``; NaN if it never does."""
@@ -292,15 +304,19 @@ def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against a baseline with the same seeds; each number is a mean over seeds.
+    """One arm against a baseline with the same seeds.
 
     Attributes:
-        steps: steps to the baseline's final loss over the baseline's own; NaN if not reached. The
-            loss is that of the training split unless another was asked for.
-        seconds: the same in seconds, teleporting included.
+        steps: steps to the baseline's final loss over the baseline's own. The loss is that of the
+            training split unless another was asked for. Median over seeds, where one that does not
+            get there counts as the last; NaN if the median does not.
+        seconds: the same with the time of teleporting, by `Run.work`: each run's time is counted in
+            its own training steps, as timings are ratios within one process.
         log_loss: mean over evaluations of log(loss) minus the baseline's: -0.1 is 10 % lower.
+            Mean over seeds.
         log_loss_spread: standard deviation of that over seeds; NaN for one seed.
         seeds: how many both have.
+        diverged: how many of the arm's did not finish because their loss was too large.
     """
 
     steps: float
@@ -308,6 +324,7 @@ class Comparison:
     log_loss: float
     log_loss_spread: float
     seeds: int
+    diverged: int = 0
 
     @property
     def resolved(self) -> bool:
@@ -319,25 +336,35 @@ class Comparison:
         half_width = stdtrit(self.seeds - 1, 0.975) * self.log_loss_spread / math.sqrt(self.seeds)
         return bool(abs(self.log_loss) > half_width)
 
+    @property
+    def p_value(self) -> float:
+        """Of Student's t test that ``log_loss`` is 0; NaN for fewer than two seeds."""
+        if self.seeds < 2 or math.isnan(self.log_loss):
+            return math.nan
+        if self.log_loss_spread == 0.0:
+            return 1.0 if self.log_loss == 0.0 else 0.0
+        t = abs(self.log_loss) / self.log_loss_spread * math.sqrt(self.seeds)
+        return float(2.0 * stdtr(self.seeds - 1, -t))
+
 
 def compare(arm: list[Run], baseline: list[Run], split: Split = "train") -> Comparison:
     """Pair the runs by seed and compare their losses on one split of the data.
 
-    A run that never gets there makes the ratio NaN; runs without an evaluation, killed or diverged
-    before, are left out.
+    Runs without an evaluation, killed or diverged before, are left out.
     """
     partner = {run.seed: run for run in baseline if run.evaluations}
     pairs = [(run, partner[run.seed]) for run in arm if run.evaluations and run.seed in partner]
     steps = [_ratio(a, b, a.column("step"), b.column("step"), split) for a, b in pairs]
-    seconds = [_ratio(a, b, a.seconds, b.seconds, split) for a, b in pairs]
+    seconds = [_ratio(a, b, a.work, b.work, split) for a, b in pairs]
     gaps = [_log_gap(a, b, split) for a, b in pairs]
     spread = float(np.std(gaps, ddof=1)) if len(gaps) > 1 else math.nan
     return Comparison(
-        steps=_mean(steps),
-        seconds=_mean(seconds),
+        steps=_median(steps),
+        seconds=_median(seconds),
         log_loss=_mean(gaps),
         log_loss_spread=spread,
         seeds=len(pairs),
+        diverged=sum(run.status == "diverged" for run in arm),
     )
 
 
@@ -443,6 +470,14 @@ def environment() -> dict[str, Any]:
 def _mean(values: Sequence[float]) -> float:
     """NaN if there are none."""
     return float(np.mean(values)) if values else math.nan
+
+
+def _median(ratios: Sequence[float]) -> float:
+    """Of ratios of which some are NaN, for never; NaN if that is the median, or there are none."""
+    if not ratios:
+        return math.nan
+    middle = float(np.median([math.inf if math.isnan(ratio) else ratio for ratio in ratios]))
+    return middle if math.isfinite(middle) else math.nan
 
 
 def _ratio(run: Run, base: Run, axis: FloatArray, base_axis: FloatArray, split: Split) -> float:

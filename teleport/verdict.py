@@ -60,11 +60,38 @@ def controls(block: Block, arm: ArmSummary) -> dict[str, tuple[Comparison, Compa
 
 
 def count(comparisons: Sequence[Comparison | None]) -> str:
-    """In how many of them the seeds resolve a lower loss, a higher one, or nothing."""
-    clear = [c.log_loss for c in comparisons if c is not None and c.resolved]
+    """In how many of them the seeds resolve a lower loss, a higher one, or nothing.
+
+    A comparison of which a run diverged is counted as that and as nothing else.
+    """
+    gone = sum(c is not None and c.diverged > 0 for c in comparisons)
+    clear = [c.log_loss for c in comparisons if c is not None and c.resolved and not c.diverged]
     lower, higher = sum(v < 0 for v in clear), sum(v > 0 for v in clear)
-    rest = len(comparisons) - len(clear)
-    return f"lower loss in {lower}, higher in {higher}, unresolved {rest}"
+    parts = [f"lower loss in {lower}", f"higher in {higher}"]
+    parts += [f"diverged {gone}"] if gone else []
+    return ", ".join([*parts, f"unresolved {len(comparisons) - len(clear) - gone}"])
+
+
+def holm(comparisons: Sequence[Comparison | None], level: float = 0.05) -> list[Comparison]:
+    """Those that stay resolved when it is taken into account how many were looked at.
+
+    The step-down procedure of Holm (1979): at most a share ``level`` of such families of
+    comparisons without any difference has one that stays.
+
+    Args:
+        comparisons: the family; those of one seed, or without a number, count as not resolved.
+        level: of significance.
+    """
+    family = sorted(
+        (c for c in comparisons if c is not None),
+        key=lambda c: 1.0 if np.isnan(c.p_value) else c.p_value,
+    )
+    kept: list[Comparison] = []
+    for left, comparison in zip(range(len(family), 0, -1), family, strict=True):
+        if not comparison.p_value * left <= level:
+            break
+        kept.append(comparison)
+    return kept
 
 
 def tally(found: Sequence[Block]) -> str:
@@ -95,7 +122,7 @@ def gap(comparison: Comparison | None) -> str:
 
 
 def ratio(value: float) -> str:
-    """A ratio of ways, or a dash where a seed never got there."""
+    """A ratio of ways, or a dash where the median over seeds never got there."""
     return "-" if np.isnan(value) else f"{value:.2f}"
 
 

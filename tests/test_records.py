@@ -49,6 +49,7 @@ def make_run(
 
 
 losses = st.lists(st.floats(1e-3, 10), min_size=2, max_size=8)
+thousandths = st.integers(-1000, 1000).map(lambda number: number / 1000)  # spreads above rounding
 
 
 @given(losses)
@@ -66,7 +67,7 @@ def test_a_lower_loss_gives_the_log_of_the_factor(values: list[float], factor: f
     assert gap == pytest.approx(math.log(factor), rel=1e-9)
 
 
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=8, unique=True), st.floats(-1, 1))
+@given(st.lists(thousandths, min_size=2, max_size=8, unique=True), thousandths)
 def test_resolved_is_what_students_t_test_says(spread: list[float], shift: float) -> None:
     gaps = [value + shift for value in spread]
     arm = [make_run([1.0, math.exp(gap)], seed=seed) for seed, gap in enumerate(gaps)]
@@ -117,11 +118,45 @@ def test_a_loss_that_is_never_reached_gives_nan() -> None:
     assert math.isnan(run.first_below(1.0, run.column("step")))
 
 
-def test_seconds_count_the_teleport_and_the_pace() -> None:
-    slow = make_run([4.0, 2.0, 1.0], teleport=True, pace=3.0)
-    result = compare([slow], [make_run([4.0, 2.0, 1.0])])
+@given(losses, st.floats(0.1, 10.0), st.floats(0.1, 10.0), st.floats(0.0, 100.0), st.data())
+def test_seconds_are_counted_in_the_run_s_own_steps(
+    values: list[float], pace: float, base_pace: float, teleport: float, data: st.DataObject
+) -> None:
+    """A machine that is slower in one of the two runs changes nothing; a teleport's time counts."""
+    at = data.draw(st.integers(1, len(values) - 1))
+    moved, base = make_run(values, teleport=True, pace=pace), make_run(values, pace=base_pace)
+    for row in moved.evaluations[at:]:
+        row["teleport_seconds"] = teleport * pace
+    result = compare([moved], [base])
+    way = base.first_below(values[-1], base.column("step"))
+    assume(way > 0)
+    own = moved.column("step") + np.where(np.arange(len(values)) >= at, teleport, 0.0)
+    expected = moved.first_below(values[-1], own) / way
     assert result.steps == 1.0
-    assert result.seconds == pytest.approx(3.0)
+    assert result.seconds == pytest.approx(expected, rel=1e-9)
+    assert result.seconds >= 1.0 - 1e-12
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(1, 9)), min_size=1, max_size=7))
+def test_the_way_is_the_median_and_never_is_the_longest(reached: list[int | None]) -> None:
+    """``reached``: at which evaluation of ten each seed is at the baseline's final loss."""
+    base = [make_run([4.0] * 9 + [2.0], seed=seed) for seed in range(len(reached))]
+    ways = [
+        make_run([4.0] * (10 if k is None else k) + [2.0] * (0 if k is None else 10 - k), seed=seed)
+        for seed, k in enumerate(reached)
+    ]
+    found = compare(ways, base).steps
+    ratios = sorted(math.inf if k is None else k / 9 for k in reached)
+    middle = (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
+    assert math.isnan(found) if math.isinf(middle) else found == pytest.approx(middle)
+
+
+@given(st.lists(thousandths, min_size=2, max_size=8, unique=True), thousandths)
+def test_the_p_value_is_that_of_students_t_test(spread: list[float], shift: float) -> None:
+    gaps = [value + shift for value in spread]
+    arm = [make_run([1.0, math.exp(gap)], seed=seed) for seed, gap in enumerate(gaps)]
+    result = compare(arm, [make_run([1.0, 1.0], seed=seed) for seed in range(len(gaps))])
+    assert result.p_value == pytest.approx(ttest_1samp(gaps, 0.0).pvalue, rel=1e-5, abs=1e-9)
 
 
 def test_the_best_baseline_is_the_lowest_finished_one_without_teleport() -> None:

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from teleport.experiment import CONTROLS
 from teleport.matrix import Block
-from teleport.records import Run, best_baseline, by_arm, summarise
+from teleport.records import Comparison, Run, best_baseline, by_arm, summarise
 from teleport.verdict import (
     control_rows,
     controls,
     count,
+    holm,
     low_and_tuned,
     outcome_rows,
     schedule_name,
@@ -75,6 +76,47 @@ def test_low_and_tuned_are_counted_apart(low: float, tuned: float) -> None:
         counted = count([arm.to_own for _, arm in found])
         assert counted.startswith(f"lower loss in {2 * (factor < 1)}, higher in {2 * (factor > 1)}")
     assert "unresolved 0" in tally([block])
+
+
+comparisons = st.builds(
+    Comparison,
+    steps=st.just(1.0),
+    seconds=st.just(1.0),
+    log_loss=st.floats(-1, 1),
+    log_loss_spread=st.floats(1e-3, 1),
+    seeds=st.integers(1, 8),
+    diverged=st.integers(0, 1),
+)
+
+
+@given(st.lists(comparisons | st.none(), max_size=12))
+def test_every_comparison_is_counted_once(found: list[Comparison | None]) -> None:
+    numbers = [int(part.split()[-1]) for part in count(found).split(", ")]
+    assert sum(numbers) == len(found)
+    parts = dict(part.rsplit(" ", 1) for part in count(found).split(", "))
+    of = [c for c in found if c is not None]
+    assert int(parts.get("diverged", 0)) == sum(c.diverged > 0 for c in of)
+    assert int(parts["higher in"]) == sum(
+        c.resolved and c.log_loss > 0 and not c.diverged for c in of
+    )
+
+
+@given(st.lists(comparisons | st.none(), max_size=12), st.sampled_from([0.01, 0.05, 0.2]))
+def test_holm_s_procedure_is_that_of_the_adjusted_p_values(
+    found: list[Comparison | None], level: float
+) -> None:
+    """Adjusted: the running maximum of the sorted p-values times those still to come."""
+    family = sorted(
+        (1.0 if math.isnan(c.p_value) else c.p_value for c in found if c is not None),
+    )
+    adjusted = [
+        max(p * (len(family) - i) for i, p in enumerate(family[: k + 1]))
+        for k in range(len(family))
+    ]
+    kept = holm(found, level)
+    assert len(kept) == sum(p <= level for p in adjusted)
+    if kept and level == 0.05:
+        assert all(c.resolved for c in kept)
 
 
 @given(factors, factors)
