@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import stdtrit
 
 from teleport.experiment import CONTROLS
 from teleport.matrix import Block
@@ -101,22 +102,29 @@ def test_every_comparison_is_counted_once(found: list[Comparison | None]) -> Non
     )
 
 
-@given(st.lists(comparisons | st.none(), max_size=12), st.sampled_from([0.01, 0.05, 0.2]))
+@given(
+    st.lists(st.tuples(st.integers(1, 250), st.integers(2, 8)) | st.none(), max_size=12),
+    st.sampled_from([0.01, 0.05, 0.2]),
+)
 def test_holm_s_procedure_is_that_of_the_adjusted_p_values(
-    found: list[Comparison | None], level: float
+    drawn: list[tuple[int, int] | None], level: float
 ) -> None:
     """Adjusted: the running maximum of the sorted p-values times those still to come."""
-    family = sorted(
-        (1.0 if math.isnan(c.p_value) else c.p_value for c in found if c is not None),
-    )
+    found = [None if d is None else with_p_value((d[0] - 0.5) / 1000, d[1]) for d in drawn]
+    family = sorted((d[0] - 0.5) / 1000 for d in drawn if d is not None)
     adjusted = [
         max(p * (len(family) - i) for i, p in enumerate(family[: k + 1]))
         for k in range(len(family))
     ]
     kept = holm(found, level)
     assert len(kept) == sum(p <= level for p in adjusted)
-    if kept and level == 0.05:
+    if level == 0.05:
         assert all(c.resolved for c in kept)
+
+
+def with_p_value(p_value: float, seeds: int) -> Comparison:
+    quantile = -float(stdtrit(seeds - 1, p_value / 2))
+    return Comparison(1.0, 1.0, 0.01 * quantile / math.sqrt(seeds), 0.01, seeds)
 
 
 @given(factors, factors)
