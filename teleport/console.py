@@ -253,7 +253,7 @@ def _title(runs: list[Run]) -> str:
     config = runs[0].config
     title = f"{what}{smaller(config)} - {optimizer}, {seeds}\n{length(config)}"
     moved = any(run.config["training"]["teleport"] for run in runs)
-    return f"{title}; {how(config['settings']['teleport'])}" if moved else title
+    return f"{title}\n{how(config['settings']['teleport'])}" if moved else title
 
 
 def _losses(runs: list[Run]) -> Table:

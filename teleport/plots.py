@@ -76,7 +76,8 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
     Arms with a teleport are drawn solid, baselines dashed and above them, with their markers at
     different places, so that the figure reads in grey and curves that are the same are both seen.
     Seconds exclude evaluation and include teleporting; over seeds they are averaged. Some initial
-    gains begin far above everything that follows; such a start is cut off, see `_frame`.
+    gains begin far above everything that follows; such a start is cut off, see `_frame`. The curve
+    of an arm ends where the first of its seeds diverged, and its label says so.
     """
     shown: list[FloatArray] = []
     for number, (arm, begun) in enumerate(groups.items()):
@@ -93,7 +94,7 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
         axes.plot(
             x,
             np.exp(middle),
-            label=arm,
+            label=f"{arm} (diverged)" if any(run.status == "diverged" for run in runs) else arm,
             color=colour,
             linestyle="-" if teleports else "--",
             marker=_MARKERS[number % len(_MARKERS)],
