@@ -160,6 +160,7 @@ def test_every_teleport_option_reaches_the_record(tmp_path: Path) -> None:
     moved = [r for r in runs if r.config["training"]["teleport"]]
     assert all([row["step"] for row in r.teleports] == [7] * 3 for r in moved)
     (block,) = blocks(out)
+    assert "1 epoch of 2,560 examples, losses of the first 200" in block.title
     assert block.title.endswith(
         "teleport once, after 7 steps, 3 x 200 examples, 2 steps, growth 1.2, cap 9, tau 0.99"
     )
