@@ -251,9 +251,13 @@ def _title(runs: list[Run]) -> str:
     what = EXPERIMENTS[name].title if name in EXPERIMENTS else name
     seeds = count_of(len({run.seed for run in runs}), "seed")
     config = runs[0].config
-    title = f"{what}{smaller(config)} - {optimizer}, {seeds}\n{length(config)}"
-    moved = any(run.config["training"]["teleport"] for run in runs)
-    return f"{title}\n{how(config['settings']['teleport'])}" if moved else title
+    lines = [f"{what}{smaller(config)} - {optimizer}, {seeds}"]
+    if "size" in config:  # older records name neither size nor settings of the teleport
+        lines.append(length(config))
+    teleports = any(run.config["training"]["teleport"] for run in runs)
+    if teleports and "teleport" in config["settings"]:
+        lines.append(how(config["settings"]["teleport"]))
+    return "\n".join(lines)
 
 
 def _losses(runs: list[Run]) -> Table:
