@@ -104,6 +104,7 @@ class Training:
         self.unseen = (dataset.test_inputs[:look], dataset.test_targets[:look])
         self.device = self.targets.device
         self.steps_per_epoch = count // settings.batch()
+        self.steps = self.size.epochs * self.steps_per_epoch
         torch.manual_seed(seed)
         model = settings.recipe().build(dataset, self.size, settings.activation)
         initialise(model, arm.init, arm.head_gain)
@@ -130,10 +131,12 @@ class Training:
         if self.subject.take_step is not self._own_step or not self._restorable():
             return None
         gpu = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        # After an epoch's last step the next order is drawn from where the generator is now.
+        between = self.step % self.steps_per_epoch == 0
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "epoch_start": self.epoch_start,
+            "epoch_start": self.order.get_state() if between else self.epoch_start,
             "draws": self.draws.get_state(),
             "random": torch.get_rng_state(),
             "random_gpu": gpu,
@@ -189,7 +192,7 @@ class Training:
             self.subject.take_step()
             self.train_seconds += self._now() - started
             self.step += 1
-            if self.step % self.size.evaluate_every == 0:
+            if self.step % self.size.evaluate_every == 0 or self.step == self.steps:
                 self._evaluate()
             after_step()
 

@@ -88,7 +88,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
 
 
 @given(
-    kills=st.lists(st.integers(1, 35), min_size=1, max_size=3),
+    kills=st.lists(st.integers(1, 75), min_size=1, max_size=3, unique=True),
     arm=st.sampled_from([PLAIN, MOVED]),
     always=st.booleans(),
 )
@@ -106,6 +106,17 @@ def test_a_run_broken_off_anywhere_goes_on_bit_for_bit(
     path = resumed(cell, folder, sorted(kills), 0.0 if always else 1e9)
     assert trajectory(path) == whole[arm.name]
     assert sorted(file.name for file in folder.iterdir()) == [path.name]
+
+
+@pytest.mark.parametrize("arm", [PLAIN, MOVED], ids=lambda arm: arm.name)
+@pytest.mark.parametrize("steps", [39, 40, 41])
+def test_a_run_broken_off_between_two_epochs_draws_the_next_order(
+    tmp_path: Path, whole: dict[str, list[dict[str, Any]]], steps: int, arm: Arm
+) -> None:
+    cell = Cell(TINY, arm, 0, 0)
+    steps_of_all = TINY.size().train_size // TINY.batch() * TINY.size().epochs  # type: ignore[operator]
+    assert steps_of_all == 80, "an epoch ends at step 40"
+    assert trajectory(resumed(cell, tmp_path, [steps], 0.0)) == whole[arm.name]
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adagrad", "adamw", "rmsprop", "NAdam"])
