@@ -57,9 +57,21 @@ class Block:
         network = "" if activation == "relu" else f", {activation}"
         return (
             f"{self.experiment}, {self.optimizer}: preset {options['preset']}{smaller(config)}"
-            f"{network}, {length(config)}, data {config['data']['name']}; "
-            f"{how(options['teleport'])}"
+            f"{network}, {length(config)}{self._looked_before_the_end()}, data "
+            f"{config['data']['name']}; {how(options['teleport'])}"
         )
+
+    def _looked_before_the_end(self) -> str:
+        """Of runs of a version that did not evaluate after the last step, where they did last."""
+        ends = {
+            (int(run.column("step")[-1]), run.steps)
+            for run in self.runs
+            if run.status == "finished" and run.evaluations
+        }
+        if len(ends) != 1:
+            return ""
+        ((last, all_steps),) = ends
+        return "" if last == all_steps else f", the last time after {last} of {all_steps} steps"
 
 
 def how(options: dict[str, Any]) -> str:

@@ -112,6 +112,7 @@ class Run:
         teleports: rows with ``step`` and the fields of `teleport.TeleportReport`.
         status: ``finished``, ``diverged``, ``interrupted``, or ``unfinished`` without an end line.
         reason: why it diverged; else empty.
+        steps: training steps at the end line; None without one.
     """
 
     path: Path
@@ -120,6 +121,7 @@ class Run:
     teleports: list[dict[str, Any]]
     status: str
     reason: str = ""
+    steps: int | None = None
 
     @property
     def arm(self) -> str:
@@ -274,6 +276,7 @@ def read_run(path: Path) -> Run:
         teleports=[row for row in rows if row["type"] == "teleport"],
         status=ends[-1]["status"] if ends else "unfinished",
         reason=ends[-1].get("reason", "") if ends else "",
+        steps=ends[-1].get("step") if ends else None,
     )
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from teleport.errors import RunError
 from teleport.experiment import Arm, Settings, TeleportSettings, default_arms
@@ -24,6 +24,7 @@ from teleport.records import Run, by_arm, read_runs
 from teleport.registry import EXPERIMENTS
 from teleport.run import run_arms
 from teleport.schedule import Schedule
+from teleport.training import Training
 
 EARLY = TeleportSettings(schedule=Schedule(warmup_steps=20), batch_size=100, held_out_size=100)
 TINY = Settings(preset="tiny", teleport=EARLY)
@@ -80,6 +81,39 @@ def test_a_diverging_run_is_recorded_and_the_next_one_runs(tmp_path: Path) -> No
 
 
 TUNED = [(e.name, optimizer) for e in EXPERIMENTS.values() for optimizer in e.tuning]
+
+
+ROWS = Settings("sample-rows", "tiny")
+"""1,280 examples, an evaluation every 10 steps."""
+
+
+@given(batch_size=st.integers(41, 128))
+@settings(max_examples=5, deadline=None)
+def test_the_last_evaluation_is_of_the_trained_network(
+    tmp_path_factory: pytest.TempPathFactory, batch_size: int
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    run_arms(replace(ROWS, batch_size=batch_size), [Arm(0.01)], [0], folder)
+    (run,) = read_runs(folder)
+    steps = 1280 // batch_size
+    assert run.column("step").tolist() == [*range(0, steps, 10), steps]
+
+
+def test_what_diverges_after_the_last_regular_evaluation_is_not_called_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = Training._compute_gradients
+
+    def poisoned(self: Training, *batch: Tensor) -> None:
+        compute(self, *batch)
+        if self.step == self.steps - 1:
+            next(self.model.parameters()).grad.fill_(torch.nan)  # type: ignore[union-attr]
+
+    monkeypatch.setattr(Training, "_compute_gradients", poisoned)
+    run_arms(replace(ROWS, batch_size=36), [Arm(0.01)], [0], tmp_path)
+    (run,) = read_runs(tmp_path)
+    assert run.column("step").tolist() == [0, 10, 20, 30]
+    assert (run.status, run.reason) == ("diverged", "the train loss is nan after 35 steps")
 
 
 @pytest.mark.parametrize(("experiment", "optimizer"), TUNED)
