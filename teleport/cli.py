@@ -65,7 +65,7 @@ from teleport.run import (
 )
 from teleport.schedule import SCHEDULES
 from teleport.spectrum import write_spectra
-from teleport.sweep import Failure, Job, Plan, check_jobs, total_steps
+from teleport.sweep import Failure, Job, Plan, check_folders, check_jobs, total_steps
 from teleport.tasks import SEQUENCES
 from teleport.tensorboard import check_tensorboard
 from teleport.threshold import write_trajectories
@@ -413,6 +413,7 @@ def sweep(
     folder = open_folder("sweep", out, resume=out is not None).resolve()
     cells = plan.jobs(folder, checkpoint_seconds=checkpoint, command=command)
     with locked(folder / ".lock", str(folder)):
+        check_folders(cells)
         failures = _sweep(cells, folder, jobs, scheduler)
     failed = [failure.job for failure in failures]
     say_diverged(read_run(job.folder / job.cell.record) for job in cells if job not in failed)

@@ -29,6 +29,7 @@ from teleport.plots import (
     threshold_figure,
 )
 from teleport.product import read_product
+from teleport.provenance import check_alike
 from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
 from teleport.registry import EXPERIMENTS
 from teleport.run import Progress
@@ -192,6 +193,7 @@ def _show_runs(folder: Path) -> None:
     if "sequence" in runs[0].config:
         tables, drawn = forgetting_tables(runs), forgetting_figure(runs)
     else:
+        check_alike(runs)
         tables, drawn = _tables(runs), _loss_figure(runs)
     for table in tables:
         console().print(table)

@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from teleport.checkpoint import locked
 from teleport.clock import now
 from teleport.data import Dataset, batches, load
 from teleport.errors import NonFiniteLossError
 from teleport.folders import slug
 from teleport.models import mlp
+from teleport.provenance import check_folder, is_complete
 from teleport.recipe import one_of
 from teleport.records import RecordWriter, environment
 from teleport.remembering import METHODS, Plain
-from teleport.run import Progress, is_finished
+from teleport.run import Progress
 from teleport.tasks import SEQUENCES, Size, Task, TaskSequence
 
 
@@ -43,6 +45,10 @@ class Strategy:
         """What the tables and figures call it."""
         tau = "" if self.tau is None else f" tau {self.tau:g}"
         return f"{self.method}{tau}, lr {self.lr:g}"
+
+    def record(self, order: int, seed: int) -> str:
+        """Name of its record, as one of several that are compared."""
+        return f"{order:02d}-{slug(self.name)}-seed{seed}.jsonl"
 
 
 TUNED: dict[tuple[str, str], float] = {
@@ -177,31 +183,69 @@ def run_strategies(
         The records' paths, in the order of the runs.
 
     Raises:
-        RunError: if a record cannot be written, or was made with another configuration.
+        RunError: if the folder is in use or holds other records than of this course, or a record
+            cannot be written.
         DataError: if the data cannot be had.
     """
     sets = course.sets()
     _warm_up(strategies)
-    paths = []
-    for seed in seeds:
-        tasks = course.tasks(sets, seed)
-        first: _Learning | None = None
-        for order, strategy in enumerate(strategies):
-            path = out / f"{order:02d}-{slug(strategy.name)}-seed{seed}.jsonl"
-            paths.append(path)
-            what = f"{strategy.name} (seed {seed})"
-            config = _config(course, strategy, seed, order, sets)
-            if resume and is_finished(path, config):
-                progress(what, course.steps(sets))
-                continue
-            if resume:
-                path.unlink(missing_ok=True)
-            first = first or _learn_first(course.size(), tasks, seed, course.split)
-            with RecordWriter(path) as writer:
-                writer.write("config", command=command, **config, **environment())
-                learning = first.continued(strategy, writer)
-                learning.run(partial(progress, what))
-    return paths
+    with locked(out / ".lock", str(out)):
+        _check_beside(course, strategies, seeds, out, sets)
+        return [
+            path
+            for seed in seeds
+            for path in _run_seed(
+                course, strategies, seed, out, sets, resume=resume, command=command, told=progress
+            )
+        ]
+
+
+def _run_seed(
+    course: Course,
+    strategies: Sequence[Strategy],
+    seed: int,
+    out: Path,
+    sets: Sequence[Dataset],
+    *,
+    resume: bool,
+    command: str,
+    told: Progress,
+) -> Iterator[Path]:
+    tasks = course.tasks(sets, seed)
+    first: _Learning | None = None
+    for order, strategy in enumerate(strategies):
+        path = out / strategy.record(order, seed)
+        what = f"{strategy.name} (seed {seed})"
+        config = _config(course, strategy, seed, order, sets)
+        if resume and is_complete(path, config):
+            told(what, course.steps(sets))
+            yield path
+            continue
+        if resume:
+            path.unlink(missing_ok=True)
+        first = first or _learn_first(course.size(), tasks, seed, course.split)
+        with RecordWriter(path) as writer:
+            writer.write("config", command=command, **config, **environment())
+            first.continued(strategy, writer).run(partial(told, what))
+        yield path
+
+
+def _check_beside(
+    course: Course,
+    strategies: Sequence[Strategy],
+    seeds: Sequence[int],
+    out: Path,
+    sets: Sequence[Dataset],
+) -> None:
+    for seed in seeds[:1]:
+        config = _config(course, strategies[0], seed, 0, sets)
+        shared = {key: config[key] for key in (*asdict(course), "tasks", "size", "data")}
+        names = {
+            (strategy.name, seed): strategy.record(order, seed)
+            for order, strategy in enumerate(strategies)
+            for seed in seeds
+        }
+        check_folder(out, "continual", shared, names=names)
 
 
 class _Learning:

@@ -90,7 +90,9 @@ def teleport_settings(
     if schedule == "paper":
         chosen = replace(chosen, warmup_steps=values.warmup_steps)
         if lr is None and growth is None:
-            lr, cap, steps = values.lr, cap or values.cap, steps or PAPER_STEPS
+            lr = values.lr
+            cap = values.cap if cap is None else cap
+            steps = PAPER_STEPS if steps is None else steps
     if batches is not None:
         chosen = replace(chosen, batches=batches)
     if after is not None:
@@ -196,17 +198,17 @@ class Settings:
         """The preset, with ``epochs`` replaced if given.
 
         Raises:
-            ValueError: for an unknown experiment, preset or optimizer, or epochs < 1.
+            ValueError: for an unknown experiment, preset or optimizer, or a count < 1.
         """
         preset: Preset = one_of("preset", self.preset, self.recipe().presets)
         find_optimizer(self.optimizer)
         self.recipe().check_activation(self.activation)
-        if self.epochs is None:
-            return preset
-        if self.epochs < 1:
-            raise ValueError(f"epochs must be an integer >= 1, got {self.epochs}")
-        return replace(preset, epochs=self.epochs)
+        for what in ("epochs", "batch_size"):
+            value = getattr(self, what)
+            if value is not None and value < 1:
+                raise ValueError(f"{what} must be an integer >= 1, got {value}")
+        return preset if self.epochs is None else replace(preset, epochs=self.epochs)
 
     def batch(self) -> int:
         """Examples of a training batch: the experiment's unless given."""
-        return self.batch_size or self.recipe().batch_size
+        return self.recipe().batch_size if self.batch_size is None else self.batch_size

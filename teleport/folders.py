@@ -1,10 +1,16 @@
 """The folders of runs: new ones, and those to go on or start over in."""
 
+import re
 from datetime import date
 from pathlib import Path
 
 from teleport.checkpoint import locked
 from teleport.errors import RunError
+from teleport.provenance import made_by
+from teleport.records import first_row, has_begun
+
+OF_A_RUN = re.compile(r"\d\d+-.*-seed\d+\.(jsonl|checkpoint(\.new)?|lock)")
+"""Names of the files that runs keep."""
 
 
 def open_folder(name: str, out: Path | None, resume: bool = False, force: bool = False) -> Path:
@@ -14,11 +20,12 @@ def open_folder(name: str, out: Path | None, resume: bool = False, force: bool =
         name: of the run, for the default folder.
         out: the folder, or None for a new one by `new_folder`.
         resume: go on in ``out`` if it exists.
-        force: start over in ``out``: records, checkpoints, tables and figures there are removed.
+        force: start over in ``out``: what earlier runs left there is removed.
 
     Raises:
         ValueError: if both are wanted, or one of them without ``out``.
-        RunError: if the folder is in use, exists already, or cannot be made.
+        RunError: if the folder is in use, exists already, cannot be made, or is to start over and
+            holds other records than of runs; it stays as it is.
     """
     if resume and force:
         raise ValueError("--resume goes on and --force starts over: give one of them")
@@ -27,11 +34,24 @@ def open_folder(name: str, out: Path | None, resume: bool = False, force: bool =
         raise ValueError(f"{option} needs the folder to use; give it with --out")
     if out is None or not out.is_dir() or not (resume or force):
         return new_folder(name, out, ", or --resume to go on in it, or --force to start over in it")
-    with locked(out / ".lock", str(out)):
-        patterns = ("*.jsonl", "*.checkpoint*", "table.txt", "figure.png") if force else ()
-        for file in (file for pattern in patterns for file in out.glob(pattern)):
-            file.unlink()
+    if force:
+        with locked(out / ".lock", str(out)):
+            for file in _left_by_runs(out):
+                file.unlink()
     return out
+
+
+def _left_by_runs(folder: Path) -> list[Path]:
+    """Records and checkpoints of runs, and if there are any the table and the figure of them."""
+    own = [file for file in sorted(folder.iterdir()) if OF_A_RUN.fullmatch(file.name)]
+    for record in sorted(folder.glob("*.jsonl")):
+        if record not in own or (has_begun(record) and made_by(first_row(record)) != "run"):
+            raise RunError(
+                f"{record} is no record of `teleport run`: --force removes nothing where other "
+                "records are; give another --out"
+            )
+    shown = [folder / name for name in ("table.txt", "figure.png")] if own else []
+    return own + [file for file in shown if file.exists()]
 
 
 def resumed_folder(name: str, out: Path | None, resume: bool) -> Path:

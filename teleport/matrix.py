@@ -8,6 +8,7 @@ from typing import Any
 
 from teleport.errors import RunError
 from teleport.experiment import PAPER_STEPS
+from teleport.provenance import check_alike, made_by
 from teleport.records import (
     ArmSummary,
     Comparison,
@@ -133,13 +134,10 @@ def blocks(folder: Path) -> list[Block]:
 def _folders(folder: Path) -> Iterator[tuple[Path, list[Run]]]:
     for path in sorted({record.parent for record in folder.rglob("*.jsonl")}):
         records = [record for record in sorted(path.glob("*.jsonl")) if has_begun(record)]
-        if records and all(_is_training(record) for record in records):
-            yield path, read_runs(path)
-
-
-def _is_training(record: Path) -> bool:
-    """Whether it is a record of `teleport run` or `teleport sweep`: other commands keep theirs."""
-    return {"training", "experiment"} <= first_row(record).keys()
+        if any(made_by(first_row(record)) == "run" for record in records):
+            runs = read_runs(path)
+            check_alike(runs)
+            yield path, runs
 
 
 _Cell = Callable[[Block, ArmSummary], str]

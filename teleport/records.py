@@ -220,32 +220,6 @@ def has_begun(path: Path) -> bool:
     return b"\n" in _read(path)
 
 
-def is_done(path: Path, **wanted: Any) -> bool:
-    """Whether a record is there and complete; one that was broken off is removed.
-
-    Args:
-        path: of the record.
-        wanted: what its first row must say, where it has that key.
-
-    Raises:
-        RunError: if it says something else, or is damaged; it stays as it is.
-    """
-    if not path.exists():
-        return False
-    if has_begun(path):
-        config, *rows = read_rows(path)
-        differing = [key for key in wanted if config.get(key, wanted[key]) != wanted[key]]
-        if differing:
-            raise RunError(
-                f"{path} is a record with another {', '.join(differing)}; resume with the command "
-                "that made it, or give another --out"
-            )
-        if rows and rows[-1]["type"] == "end":
-            return True
-    path.unlink()
-    return False
-
-
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()

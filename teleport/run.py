@@ -18,7 +18,8 @@ from teleport.experiment import Arm, Settings
 from teleport.folders import slug
 from teleport.models import mlp
 from teleport.optimizers import find_optimizer
-from teleport.records import RecordWriter, environment, has_begun, read_run
+from teleport.provenance import ADDED, SHARED, check_folder, is_complete
+from teleport.records import RecordWriter, environment
 from teleport.teleporter import Teleporter
 from teleport.tensorboard import Board
 from teleport.training import Training, train_size
@@ -88,26 +89,28 @@ def run_arms(
         The records' paths, in the order of the runs.
 
     Raises:
-        RunError: if the device is not available, the folder is in use, a record cannot be
-            written, or TensorBoard is wanted and not installed.
+        RunError: if the device is not available, the folder is in use or holds other records
+            than runs with these settings, a record cannot be written, or TensorBoard is wanted and
+            not installed.
         DataError: if the data cannot be had.
     """
     device = device_of(settings.device)
     dataset = load(settings.recipe().data).to(device)
+    cells = [Cell(settings, arm, seed, i) for seed in seeds for i, arm in enumerate(arms)]
     with locked(out / ".lock", str(out)):
+        check_beside(cells, dataset, out)
         return [
             run_cell(
-                Cell(settings, arm, seed, order),
+                cell,
                 dataset,
                 out,
                 resume=resume,
                 checkpoint_seconds=checkpoint_seconds,
                 command=command,
                 tensorboard=tensorboard,
-                progress=partial(progress, f"{arm.name} (seed {seed})"),
+                progress=partial(progress, f"{cell.arm.name} (seed {cell.seed})"),
             )
-            for seed in seeds
-            for order, arm in enumerate(arms)
+            for cell in cells
         ]
 
 
@@ -144,7 +147,7 @@ def run_cell(
     checkpoint = path.with_suffix(".checkpoint")
     config = configuration(cell, dataset)
     with locked(path.with_suffix(".lock"), str(path)):
-        if resume and is_finished(path, config):
+        if resume and is_complete(path, config, ADDED):
             checkpoint.unlink(missing_ok=True)
             progress(steps_per_run(cell.settings, dataset))
             return path
@@ -206,6 +209,7 @@ def configuration(cell: Cell, dataset: Dataset) -> dict[str, Any]:
         "settings": asdict(cell.settings),
         "size": asdict(cell.settings.size()),
         "network": cell.settings.recipe().network,
+        "batch_size": cell.settings.batch(),
         "data": {
             "name": dataset.name,
             "checksum": dataset.checksum,
@@ -215,29 +219,17 @@ def configuration(cell: Cell, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def is_finished(path: Path, config: dict[str, Any]) -> bool:
-    """Whether this very run is there and complete.
+def check_beside(cells: Sequence[Cell], dataset: Dataset, folder: Path) -> None:
+    """Refuse a folder where the records of cells with the same settings do not belong.
 
     Raises:
-        RunError: if the record is of another configuration.
+        RunError: as `check_folder`.
     """
-    if not path.exists() or not has_begun(path):
-        return False
-    run = read_run(path)
-    differing = [key for key in config if run.config.get(key) != as_read(config[key])]
-    if differing:
-        raise RunError(
-            f"{path} is the record of a run with another {', '.join(differing)}; "
-            "resume with the command that made it, or give another --out"
-        )
-    return run.status in ("finished", "diverged")
-
-
-def as_read(value: Any) -> Any:
-    """A value as it comes back from JSON: tuples are lists there."""
-    if isinstance(value, dict):
-        return {key: as_read(item) for key, item in value.items()}
-    return [as_read(item) for item in value] if isinstance(value, (list, tuple)) else value
+    for cell in cells[:1]:
+        config = configuration(cell, dataset)
+        shared = {key: config[key] for key in SHARED}
+        names = {(cell.arm.name, cell.seed): cell.record for cell in cells}
+        check_folder(folder, "run", shared, ADDED, names)
 
 
 def device_of(name: str) -> torch.device:

@@ -15,11 +15,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from teleport.axes import AxisBasis
+from teleport.checkpoint import locked
 from teleport.errors import RunError
 from teleport.folders import slug
-from teleport.moment import moment
+from teleport.moment import Moment, moment
 from teleport.nullspace import null_space
-from teleport.records import FloatArray, RecordWriter, has_begun, is_done, read_rows
+from teleport.provenance import check_folder, is_complete
+from teleport.records import FloatArray, RecordWriter, has_begun, read_rows
 from teleport.subspace import Basis, Projector
 from teleport.tied import TiedBasis
 
@@ -129,26 +131,34 @@ def write_spectra(
 
     Raises:
         ValueError: for an unknown name.
-        RunError: if a record exists already, or with ``resume`` is of something else, or if it
+        RunError: if the folder is in use or holds other records, a record exists already, or it
             cannot be written.
     """
     asked = {"preset": preset, "seed": seed, "steps": list(steps)}
-    for order, name in enumerate(names):
-        path = folder / f"{order:02d}-{slug(name)}.jsonl"
-        if resume and is_done(path, figure="spectrum", experiment=name, **asked):
-            continue
-        with RecordWriter(path) as writer:
-            for number, count in enumerate(steps):
-                progress(f"{name} after {count} steps")
-                at = moment(name, preset, count, seed)
-                if number == 0:
-                    shared = {"command": command, "order": order, "figure": "spectrum"}
-                    writer.write("config", **shared, **(asked | at.config))
-                for s in spectra(at.model, at.closure):
-                    ranks = {f"{tau:g}": rank for tau, rank in s.ranks.items()}
-                    row = {"layer": s.layer, "d_in": s.d_in, "ranks": ranks, "shares": s.shares}
-                    writer.write("spectrum", step=count, **row)
-            writer.write("end", status="finished")
+    with locked(folder / ".lock", str(folder)):
+        check_folder(folder, "spectrum", asked, added=asked)
+        for order, name in enumerate(names):
+            path = folder / f"{order:02d}-{slug(name)}.jsonl"
+            if resume:
+                if is_complete(path, {"experiment": name}):
+                    continue
+                path.unlink(missing_ok=True)
+            with RecordWriter(path) as writer:
+                for number, count in enumerate(steps):
+                    progress(f"{name} after {count} steps")
+                    at = moment(name, preset, count, seed)
+                    if number == 0:
+                        shared = {"command": command, "order": order, "figure": "spectrum"}
+                        writer.write("config", **shared, **(asked | at.config))
+                    _write(writer, at, count)
+                writer.write("end", status="finished")
+
+
+def _write(writer: RecordWriter, at: Moment, count: int) -> None:
+    for s in spectra(at.model, at.closure):
+        ranks = {f"{tau:g}": rank for tau, rank in s.ranks.items()}
+        row = {"layer": s.layer, "d_in": s.d_in, "ranks": ranks, "shares": s.shares}
+        writer.write("spectrum", step=count, **row)
 
 
 @dataclass(frozen=True)

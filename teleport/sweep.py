@@ -14,12 +14,13 @@ from teleport.data import Dataset, load
 from teleport.errors import TeleportError
 from teleport.experiment import Settings, control_arms, default_arms, teleport_settings
 from teleport.folders import slug
+from teleport.provenance import ADDED, is_complete
 from teleport.run import (
     CHECKPOINT_SECONDS,
     Cell,
+    check_beside,
     configuration,
     device_of,
-    is_finished,
     run_cell,
     steps_per_run,
 )
@@ -123,6 +124,17 @@ def check_jobs(jobs: Sequence[Job]) -> list[str]:
     return [note for note in notes if note]
 
 
+def check_folders(jobs: Sequence[Job]) -> None:
+    """Refuse folders that hold records of something else.
+
+    Raises:
+        RunError: as `check_beside`.
+    """
+    for folder in dict.fromkeys(job.folder for job in jobs if job.folder.is_dir()):
+        cells = [job.cell for job in jobs if job.folder == folder]
+        check_beside(cells, _data(cells[0].settings.recipe().data, "cpu"), folder)
+
+
 def total_steps(jobs: Sequence[Job]) -> int:
     """Training steps of all cells together."""
     return sum(_steps(job.cell.settings) for job in jobs)
@@ -141,7 +153,7 @@ def is_done(job: Job) -> bool:
     """
     settings = job.cell.settings
     dataset = _data(settings.recipe().data, "cpu")
-    return is_finished(job.folder / job.cell.record, configuration(job.cell, dataset))
+    return is_complete(job.folder / job.cell.record, configuration(job.cell, dataset), ADDED)
 
 
 @lru_cache(maxsize=2)

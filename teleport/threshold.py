@@ -13,10 +13,12 @@ from typing import Any
 from torch import nn
 
 from teleport.capture import Closure
+from teleport.checkpoint import locked
 from teleport.errors import RunError
 from teleport.folders import slug
 from teleport.moment import moment
-from teleport.records import RecordWriter, is_done, read_rows
+from teleport.provenance import check_folder, is_complete
+from teleport.records import RecordWriter, read_rows
 from teleport.registry import find_experiment
 from teleport.spectrum import TAUS
 from teleport.teleporter import Teleporter
@@ -113,7 +115,7 @@ def write_trajectories(
 
     Raises:
         ValueError: for an unknown name, or a value out of range.
-        RunError: if the record exists already, or with ``resume`` is of something else, or if it
+        RunError: if the folder is in use or holds another record, the record exists already, or it
             cannot be written.
     """
     step_size = lr if lr is not None else find_experiment(name).teleport.lr
@@ -126,23 +128,27 @@ def write_trajectories(
         "taus": list(taus),
     }
     path = folder / f"00-{slug(name)}.jsonl"
-    if resume and is_done(path, figure="tau", experiment=name, **asked):
-        return
-    with RecordWriter(path) as writer:
-        progress(f"{name}: training")
-        at = moment(name, preset, trained, seed)
-        shared = {"command": command, "order": 0, "figure": "tau"}
-        writer.write("config", **shared, **(asked | at.config))
-        for tau in taus:
-            progress(f"{name}: tau {tau:g}")
-            points, reason = trajectory(
-                at.model, at.closure, at.held_out, tau, lr=step_size, steps=teleport_steps
-            )
-            for point in points:
-                writer.write("point", tau=tau, **asdict(point))
-            if reason:
-                writer.write("broken off", tau=tau, reason=reason)
-        writer.write("end", status="finished")
+    with locked(folder / ".lock", str(folder)):
+        check_folder(folder, "tau", {"experiment": name, **asked}, added=asked)
+        if resume:
+            if is_complete(path, {"experiment": name}):
+                return
+            path.unlink(missing_ok=True)
+        with RecordWriter(path) as writer:
+            progress(f"{name}: training")
+            at = moment(name, preset, trained, seed)
+            shared = {"command": command, "order": 0, "figure": "tau"}
+            writer.write("config", **shared, **(asked | at.config))
+            for tau in taus:
+                progress(f"{name}: tau {tau:g}")
+                points, reason = trajectory(
+                    at.model, at.closure, at.held_out, tau, lr=step_size, steps=teleport_steps
+                )
+                for point in points:
+                    writer.write("point", tau=tau, **asdict(point))
+                if reason:
+                    writer.write("broken off", tau=tau, reason=reason)
+            writer.write("end", status="finished")
 
 
 @dataclass(frozen=True)

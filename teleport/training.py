@@ -50,13 +50,22 @@ def check_fits(settings: Settings, dataset: Dataset, teleports: bool = True) -> 
                 f"{what} {wanted} examples, the preset {settings.preset} of "
                 f"{settings.experiment} trains on {count}; give it a larger train_size"
             )
-    device = dataset.train_targets.device
+    _check_network(settings, dataset)
+
+
+def _check_network(settings: Settings, dataset: Dataset) -> None:
+    inputs, targets = dataset.train_inputs[:2], dataset.train_targets[:2]
+    wanted = targets.shape if dataset.loss_kind == "mse" else (*targets.shape, dataset.outputs)
     try:
-        model = settings.recipe().build(dataset, size, settings.activation).to(device).eval()
+        model = settings.recipe().build(dataset, settings.size(), settings.activation)
         with torch.no_grad():
-            dataset.loss(
-                model(dataset.prepare(dataset.train_inputs[:1])), dataset.train_targets[:1]
+            outputs = model.to(targets.device).eval()(dataset.prepare(inputs))
+        if outputs.shape != wanted:  # the loss would broadcast some of those that are not
+            raise ValueError(
+                f"for {len(inputs)} examples its outputs are {list(outputs.shape)}, where the loss "
+                f"needs {list(wanted)}"
             )
+        dataset.loss(outputs, targets)
     except Exception as error:  # PyTorch raises errors of many kinds for sizes that do not fit
         raise RunError(
             f"the network {settings.recipe().network['kind']!r} of {settings.experiment} does not "

@@ -11,8 +11,8 @@ import teleport
 from teleport import cli
 from teleport.experiment import teleport_settings
 from teleport.matrix import blocks, how
+from teleport.provenance import as_read
 from teleport.records import read_runs
-from teleport.run import as_read
 
 
 def run(*arguments: str) -> int:
@@ -202,6 +202,8 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
         (["run", "--lr", "0"], "> 0"),
         (["run", "--epochs", "0"], ">= 1"),
         (["run", "--batches", "0"], ">= 1"),
+        (["run", "--schedule", "paper", "--steps", "0"], "steps must be an integer >= 1, got 0"),
+        (["run", "--schedule", "paper", "--cap", "0"], "cap must be > 0 and finite, got 0.0"),
         (["run", "--lr", "0.1", "--init", "xavier"], "default"),
         (["run", "--device", "no-such-device"], "not available"),
         (["run", "--device", "meta"], "not available"),
@@ -286,6 +288,12 @@ network.heads.ours = 3
 network.width.ours = 8
 network.blocks.ours = 1
 network.readout.ours = "mean"
+
+[outputs]
+like = "heads"
+data.ours = "etth1"
+network.kind.ours = "mlp"
+network.hidden.ours = [4]
 """
 
 
@@ -296,6 +304,7 @@ network.readout.ours = "mean"
         ("fewer", "held-out data need 45 examples"),
         ("shapes", "'cnn' of t.toml:shapes does not fit the data set mnist-sample"),
         ("heads", "'transformer' of t.toml:heads does not fit"),
+        ("outputs", "for 2 examples its outputs are [2, 168, 7], where the loss needs [2, 7]"),
         ("", "give one of them: t.toml:small or"),
     ],
 )
