@@ -205,6 +205,7 @@ def run(
     ] = None,
 ) -> None:
     """Train with and without teleportation; print a table, write records and a figure."""
+    optimizer = optimizer.lower()  # names are the same in any case of letters
     options = teleport_settings(
         name,
         schedule,
@@ -396,7 +397,7 @@ def sweep(
     """Run every cell of a matrix (experiment, optimizer, arm, seed); list what failed."""
     plan = Plan(
         tuple(dict.fromkeys(one for name in names for one in names_in(name))),
-        tuple(dict.fromkeys(name.strip() for name in optimizers.split(","))),
+        tuple(dict.fromkeys(name.strip().lower() for name in optimizers.split(","))),
         seeds,
         preset,
         schedule,

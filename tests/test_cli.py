@@ -326,6 +326,19 @@ def test_a_table_whose_sizes_do_not_fit_is_refused_before_a_folder_is_made(
     assert [path.name for path in tmp_path.iterdir()] == ["t.toml"]
 
 
+def test_an_optimizer_is_the_same_in_any_case_of_letters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.toml").write_text(TABLE)
+    small = ["t.toml:small", "--preset", "tiny", "--seeds", "1"]
+    assert run("run", *small, "--optimizer", "SGD", "--out", "run") == 0
+    assert run("run", *small, "--optimizer", "sgd", "--out", "run", "--resume") == 0
+    assert run("sweep", *small, "--optimizers", "SGD, sgd", "--out", "sweep") == 0
+    assert [path.name for path in Path("sweep").glob("*/*")] == ["sgd"]
+    assert {r.config["settings"]["optimizer"] for r in read_runs(Path("run"))} == {"sgd"}
+
+
 def test_arms_that_are_the_same_run_once_and_a_teleport_that_never_comes_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
