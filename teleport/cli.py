@@ -42,6 +42,7 @@ from teleport.experiment import (
     Arm,
     Settings,
     default_arms,
+    lent_tuning,
     objective_arms,
     rival_arms,
     teleport_settings,
@@ -127,11 +128,12 @@ def list_experiments() -> None:
         presets = ", ".join(f"{name} ({p.epochs})" for name, p in e.presets.items())
         table.add_row(e.name, e.title, e.data, presets)
     console().print(table)
-    arms = Table("experiment", "optimizer", "low lr", "tuned lr", "tuned initial gain")
+    arms = Table("experiment", "optimizer", "low lr", "tuned lr", "tuned initial gain", "tuned on")
     for e in EXPERIMENTS.values():
         for optimizer, t in e.tuning.items():
             gain = f"lr {t.gain_lr:g}, {t.init} init, head x {t.head_gain:g}"
-            arms.add_row(e.name, optimizer, f"{t.low:g}", f"{t.tuned:g}", gain)
+            on = "" if t.on == e.name else t.on
+            arms.add_row(e.name, optimizer, f"{t.low:g}", f"{t.tuned:g}", gain, on)
     console().print(arms)
 
 
@@ -242,7 +244,9 @@ def run(
     dataset = datasets.load(find_experiment(name).data)
     teleporting = any(arm.teleport for arm in arms)
     check_fits(settings, dataset, teleporting)
-    if teleporting and (note := late_teleport(settings, dataset)):
+    notes = [late_teleport(settings, dataset)] if teleporting else []
+    notes += [] if lr else [lent_tuning(name, optimizer)]
+    for note in filter(None, notes):
         say(f"note: {note}")
     total = steps_per_run(settings, dataset) * len(arms) * seeds
     if tensorboard is not None:

@@ -35,6 +35,17 @@ def tuning(experiment: str, optimizer: str) -> Tuning:
     return known[optimizer]
 
 
+def lent_tuning(experiment: str, optimizer: str) -> str:
+    """What to tell the user if its learning rates were tuned for another one; else nothing."""
+    on = tuning(experiment, optimizer).on
+    name = find_experiment(experiment).name
+    if on == name:
+        return ""
+    return (
+        f"{experiment} was not tuned with {optimizer}; its learning rates are those tuned for {on}"
+    )
+
+
 @dataclass(frozen=True)
 class TeleportSettings:
     """How an arm teleports: the arguments of `Teleporter` and `Schedule`.

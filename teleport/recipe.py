@@ -96,6 +96,7 @@ class Tuning:
     """Learning rates and initial gain of the default arms for one optimizer.
 
     Attributes:
+        on: the experiment that they were tuned for; another one lends them.
         low: a learning rate of the paper's kind, well below the best (its Table 1 is lost).
         tuned: the best constant learning rate with PyTorch's initialisation.
         gain_lr: the best learning rate together with the initial gain.
@@ -103,6 +104,7 @@ class Tuning:
         head_gain: factor on the initial weights of the head.
     """
 
+    on: str
     low: float
     tuned: float
     gain_lr: float
@@ -142,6 +144,8 @@ class Experiment:
         teleport: what the paper's schedule needs.
         presets: sizes by name.
         tuning: by optimizer.
+        tuning_of: the experiment whose learning rates hold for optimizers that ``tuning`` would not
+            name; None if there is none.
         marks: ``"paper"`` or ``"ours"`` for every key, such as ``network.hidden``.
     """
 
@@ -153,6 +157,7 @@ class Experiment:
     teleport: PaperTeleport
     presets: dict[str, Preset]
     tuning: dict[str, Tuning]
+    tuning_of: str | None
     marks: dict[str, str]
 
     def check_activation(self, activation: str) -> None:

@@ -7,7 +7,7 @@ marked `paper` or `ours`. A table of one's own is used as ``file.toml:name``.
 import sys
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -45,6 +45,7 @@ _PRESET: dict[str, Check] = {
     "train_size": natural,
 }
 _TUNING: dict[str, Check] = {
+    "on": text,
     "low": positive,
     "tuned": positive,
     "gain_lr": positive,
@@ -74,7 +75,9 @@ def read_experiments(path: Path) -> dict[str, Experiment]:
     except tomllib.TOMLDecodeError as error:
         raise RunError(f"{path} is not TOML: {error}") from error
     try:
-        return {name: _experiment(name, _inherited(name, table, ())) for name in table}
+        entries = {name: _inherited(name, table, ()) for name in table}
+        found = {name: _experiment(name, entry) for name, entry in entries.items()}
+        return {name: _with_lent_tuning(one, found) for name, one in found.items()}
     except RunError as error:
         raise RunError(f"{path}: {error}") from error
 
@@ -123,11 +126,36 @@ def _inherited(name: str, table: dict[str, Any], children: tuple[str, ...]) -> d
     if not isinstance(entry, dict):
         key = f"{children[-1]}.like" if children else name
         raise RunError(f"{key}: expected the name or the table of an experiment, got {entry!r}")
-    entry = dict(entry)
+    entry = _signed(name, entry)
     parent = entry.pop("like", None)
     if parent is None:
         return entry
     return _over(_inherited(str(parent), table, (*children, name)), entry)
+
+
+def _signed(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose learning rates say for which experiment they were tuned."""
+    tuning = entry.get("tuning")
+    if not isinstance(tuning, dict):
+        return dict(entry)
+    signed = {
+        optimizer: {mark: {"on": name, **rates} for mark, rates in value.items()}
+        if _is_marked(value) and all(isinstance(rates, dict) for rates in value.values())
+        else value
+        for optimizer, value in tuning.items()
+    }
+    return {**entry, "tuning": signed}
+
+
+def _with_lent_tuning(one: Experiment, known: dict[str, Experiment]) -> Experiment:
+    """With the learning rates of the experiment that lends them, where it has none of its own."""
+    if one.tuning_of in (None, one.name):  # itself where an experiment is like the one it lends to
+        return one
+    if one.tuning_of not in known:
+        raise RunError(
+            f"{one.name}.tuning_of: must be one of {', '.join(known)}; got {one.tuning_of!r}"
+        )
+    return replace(one, tuning={**known[one.tuning_of].tuning, **one.tuning})
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +193,8 @@ def _experiment(name: str, entry: dict[str, Any]) -> Experiment:
             raise RunError(f"{name}.{key}: expected a table, got {value!r}")
         return {inner: marked(f"{key}.{inner}", item) for inner, item in value.items()}
 
-    _keys(name, entry, {f.name for f in fields(Experiment)} - {"name", "marks"}, {"tuning"})
+    known = {f.name for f in fields(Experiment)} - {"name", "marks"}
+    _keys(name, entry, known, optional={"tuning", "tuning_of"})
     network = table("network")
     sizes = _sizes(f"{name}.network", network)
     return Experiment(
@@ -185,6 +214,9 @@ def _experiment(name: str, entry: dict[str, Any]) -> Experiment:
             key: Tuning(**_values(f"{name}.tuning.{key}", value, _TUNING))
             for key, value in table("tuning").items()
         },
+        tuning_of=_checked(f"{name}.tuning_of", marked("tuning_of", entry["tuning_of"]), text)
+        if "tuning_of" in entry
+        else None,
         marks=marks,
     )
 

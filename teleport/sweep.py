@@ -12,7 +12,7 @@ from threading import Lock
 
 from teleport.data import Dataset, load
 from teleport.errors import TeleportError
-from teleport.experiment import Settings, control_arms, default_arms, teleport_settings
+from teleport.experiment import Settings, control_arms, default_arms, lent_tuning, teleport_settings
 from teleport.folders import slug
 from teleport.provenance import ADDED, is_complete
 from teleport.run import (
@@ -110,7 +110,7 @@ def check_jobs(jobs: Sequence[Job]) -> list[str]:
     """Refuse, before anything is written, cells that every try would break off with.
 
     Returns:
-        What to tell the user, about cells that never teleport.
+        What to tell the user: of cells that never teleport, or with another experiment's rates.
 
     Raises:
         DataError: if the data cannot be had.
@@ -121,6 +121,7 @@ def check_jobs(jobs: Sequence[Job]) -> list[str]:
         dataset = _data(settings.recipe().data, "cpu")
         check_fits(settings, dataset)
         notes.append(late_teleport(settings, dataset))
+        notes.append(lent_tuning(settings.experiment, settings.optimizer))
     return [note for note in notes if note]
 
 

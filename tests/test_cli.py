@@ -188,7 +188,7 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
         (["run", "--preset", "huge"], "tiny"),
         (["run", "--optimizer", "sdg"], "adagrad"),
         (["run", "--optimizer", "lbfgs"], "one gradient per step"),
-        (["run", "cifar10-cnn", "--optimizer", "adamw"], "give --lr"),
+        (["run", "cifar10-cnn", "--optimizer", "rmsprop"], "give --lr"),
         (["run", "cifar10-cnn", "--activation", "tanh", "--lr", "1"], "has relu"),
         (["run", "--resume"], "--out"),
         (["run", "--force"], "--out"),

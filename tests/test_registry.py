@@ -1,5 +1,6 @@
 """The table of experiments is read to the last key, and says what is the paper's."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from teleport import data
 from teleport.errors import RunError
-from teleport.experiment import Settings, control_arms, rival_arms, tuning
+from teleport.experiment import Settings, control_arms, lent_tuning, rival_arms, tuning
 from teleport.models import initialise
 from teleport.optimizers import OPTIMIZERS, find_optimizer
 from teleport.registry import EXPERIMENTS, find_experiment, read_experiments
@@ -213,6 +214,50 @@ def test_controls_stand_beside_the_teleports_they_are_for() -> None:
         assert rates == {tuning("mnist-sample", "adam").low, tuning("mnist-sample", "adam").tuned}
 
 
+RATES = '{ low = 0.1, tuned = 0.2, gain_lr = 0.3, init = "he", head_gain = 1.0 }'
+
+
+def test_rates_are_lent_and_it_is_said(tmp_path: Path) -> None:
+    path = table(
+        tmp_path,
+        BASE
+        + f'[tuned]\nlike = "base"\ntuning.adam.ours = {RATES}\n'
+        + '[lent]\nlike = "base"\ntuning_of.ours = "tuned"\n'
+        + '[heir]\nlike = "lent"\n'
+        + f'[itself]\nlike = "base"\ntuning_of.ours = "itself"\ntuning.adam.ours = {RATES}\n',
+    )
+    own = tuning(f"{path}:tuned", "adam")
+    assert (own.on, lent_tuning(f"{path}:tuned", "adam")) == ("tuned", "")
+    assert lent_tuning(f"{path}:itself", "adam") == ""
+    for name in ("lent", "heir"):
+        assert tuning(f"{path}:{name}", "adam") == own
+        said = lent_tuning(f"{path}:{name}", "adam")
+        assert said.endswith(
+            "was not tuned with adam; its learning rates are those tuned for tuned"
+        )
+
+
+def test_every_experiment_of_the_package_has_rates_and_tells_where_from() -> None:
+    for one in EXPERIMENTS.values():
+        assert "sgd" in one.tuning
+        for optimizer, rates in one.tuning.items():
+            assert rates == EXPERIMENTS[rates.on].tuning[optimizer]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('tuning_of.ours = "nobody"', "one.tuning_of: must be one of base, one; got 'nobody'"),
+        ('tuning_of = "base"', "one.tuning_of: mark the value"),
+        ("tuning_of.ours = 3", "one.tuning_of: must be a text, got 3"),
+    ],
+)
+def test_who_lends_the_rates_must_be_there(line: str, message: str, tmp_path: Path) -> None:
+    path = table(tmp_path, f'{BASE}[one]\nlike = "base"\n{line}\n')
+    with pytest.raises(RunError, match=re.escape(message)):
+        find_experiment(f"{path}:one")
+
+
 def test_a_rate_that_was_not_tuned_is_asked_for() -> None:
     with pytest.raises(ValueError, match=r"known.*give --lr"):
-        tuning("mnist-sample", "adamw")
+        tuning("mnist-sample", "rmsprop")

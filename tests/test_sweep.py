@@ -142,7 +142,7 @@ def command_of(pid: int) -> str:
     [
         (["nope"], "mnist-sample"),
         (["mnist-sample", "--optimizers", "sgd,adamm"], "adamm"),
-        (["mnist-sample", "--optimizers", "adamw"], "give --lr"),
+        (["mnist-sample", "--optimizers", "rmsprop"], "give --lr"),
         (["mnist-sample", "--schedule", "never"], "default"),
         (["mnist-sample", "--preset", "huge"], "tiny"),
         (["mnist-sample", "--device", "no-such-device"], "not available"),
