@@ -60,6 +60,7 @@ from teleport.registry import EXPERIMENTS, find_experiment, names_in
 from teleport.remembering import METHODS
 from teleport.run import (
     CHECKPOINT_SECONDS,
+    device_named,
     device_of,
     run_arms,
     steps_per_run,
@@ -409,7 +410,7 @@ def sweep(
         controls,
         device,
     )
-    device_of(device)
+    (device_of if scheduler is None else device_named)(device)  # the workers have their own
     for note in check_jobs(plan.jobs(Path())):  # all is checked before any folder is made
         say(f"note: {note}")
     if scheduler is not None:

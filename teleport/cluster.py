@@ -1,7 +1,8 @@
 """The cells of a sweep on a Dask cluster: the same calls, sent elsewhere.
 
 The cluster's workers need this package, the data sets, and the folder of the sweep under the same
-path. The cell of a worker that dies is given to another one, where it goes on from its checkpoint.
+path; a table of one's own they are sent. The cell of a worker that dies is given to another one,
+where it goes on from its checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from teleport.errors import RunError
-from teleport.sweep import Failure, Job, reason_of, run_job
+from teleport.sweep import Failure, Job, is_done, reason_of, run_job
 
 
 def run_on_cluster(
@@ -41,11 +42,29 @@ def run_on_cluster(
         futures = {client.submit(run_job, job, pure=False): job for job in jobs}
         failures = []
         for future in as_completed(futures):
-            raised = future.exception()
-            if raised is not None:
-                failures.append(Failure(futures[future], reason_of(raised)))
-            ended(futures[future])
+            job = futures[future]
+            reason = _why_not_done(future, job)
+            if reason:
+                failures.append(Failure(job, reason))
+            ended(job)
     return failures
+
+
+def _why_not_done(future: Any, job: Job) -> str:
+    raised = future.exception()
+    if raised is not None:
+        return reason_of(raised)
+    if future.status != "finished":
+        return (
+            f"the scheduler lost it ({future.status}), or went away itself; give the same sweep "
+            "again to go on"
+        )
+    if not is_done(job):
+        return (
+            f"its worker finished it, but no complete record of it is in {job.folder}: the workers "
+            "need that very folder, under the same path"
+        )
+    return ""
 
 
 def check_cluster(address: str, timeout: float = 30.0) -> None:
@@ -64,7 +83,7 @@ def _connected(address: str, timeout: float) -> Iterator[Any]:
         ) from error
     try:
         client = Client(address, timeout=timeout)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: tls:// without certificates
         raise RunError(
             f"the Dask scheduler at {address} does not answer: {error}; give the address that "
             "`dask scheduler` prints, such as tcp://10.0.0.1:8786"

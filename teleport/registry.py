@@ -106,10 +106,23 @@ def find_experiment(name: str) -> Experiment:
     if name.endswith(".toml"):
         choice = " or ".join(names_in(name))
         raise ValueError(f"{name} is a table of experiments; give one of them: {choice}")
+    if name in _GIVEN:
+        return _GIVEN[name]
     path, colon, own = name.rpartition(".toml:")
     known = _read_once(Path(f"{path}.toml").resolve()) if colon else EXPERIMENTS
     experiment: Experiment = one_of("experiment", own if colon else name, known)
     return experiment
+
+
+_GIVEN: dict[str, Experiment] = {}
+
+
+def give(name: str, experiment: Experiment) -> None:
+    """Let a name stand for an experiment in this process, whatever a file of that name says here.
+
+    Another process, or another machine, that was sent a cell needs no table of its own.
+    """
+    _GIVEN[name] = experiment
 
 
 @cache

@@ -238,13 +238,29 @@ def device_of(name: str) -> torch.device:
     Raises:
         RunError: if it cannot.
     """
+    device = device_named(name)
     try:
-        device = torch.device(name)
         float(torch.zeros((), device=device))  # which "meta", for one, does not have
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise RunError(f"device {name!r} is not available here ({reason}); use cpu") from error
+        raise _unavailable(name, error) from error
     return device
+
+
+def device_named(name: str) -> torch.device:
+    """The device of this name, wherever it is.
+
+    Raises:
+        RunError: if no device can have this name.
+    """
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise _unavailable(name, error) from error
+
+
+def _unavailable(name: str, error: Exception) -> RunError:
+    reason = str(error).splitlines()[0].partition(". ")[0]
+    return RunError(f"device {name!r} is not available here ({reason}); use cpu")
 
 
 def _warm_up(settings: Settings) -> None:

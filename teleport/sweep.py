@@ -15,6 +15,8 @@ from teleport.errors import TeleportError
 from teleport.experiment import Settings, control_arms, default_arms, lent_tuning, teleport_settings
 from teleport.folders import slug
 from teleport.provenance import ADDED, is_complete
+from teleport.recipe import Experiment
+from teleport.registry import find_experiment, give
 from teleport.run import (
     CHECKPOINT_SECONDS,
     Cell,
@@ -32,12 +34,14 @@ class Job:
     """A cell and where its record goes.
 
     Attributes:
+        experiment: what the name in the cell's settings stands for where the job was made.
         checkpoint_seconds: between checkpoints.
         command: the command line, for the record.
     """
 
     cell: Cell
     folder: Path
+    experiment: Experiment
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     command: str = ""
 
@@ -85,7 +89,7 @@ class Plan:
         arms = control_arms if self.controls else default_arms
         jobs = []
         for name in self.names:
-            options = teleport_settings(name, self.schedule)
+            options, experiment = teleport_settings(name, self.schedule), find_experiment(name)
             for optimizer in self.optimizers:
                 settings = Settings(
                     name,
@@ -99,7 +103,13 @@ class Plan:
                 ending = "" if self.schedule == "default" else f"-{self.schedule}"
                 folder = out / slug(name) / f"{slug(optimizer)}{ending}"
                 jobs += [
-                    Job(Cell(settings, arm, seed, order), folder, checkpoint_seconds, command)
+                    Job(
+                        Cell(settings, arm, seed, order),
+                        folder,
+                        experiment,
+                        checkpoint_seconds,
+                        command,
+                    )
                     for seed in range(self.seeds)
                     for order, arm in enumerate(arms(name, optimizer))
                 ]
@@ -173,6 +183,7 @@ def run_job(job: Job, progress: Callable[[int], None] = lambda steps: None) -> P
     """
     settings = job.cell.settings
     with _ALONE:
+        give(settings.experiment, job.experiment)
         job.folder.mkdir(parents=True, exist_ok=True)
         return run_cell(
             job.cell,

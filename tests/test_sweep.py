@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from teleport import cli, sweep
+from teleport import cluster as cluster_of
 from teleport.cluster import run_on_cluster
 from teleport.errors import RunError
 from teleport.experiment import control_arms, default_arms
@@ -253,9 +255,11 @@ def test_a_folder_in_the_middle_of_a_sweep_is_reported(
 
 
 @contextmanager
-def cluster(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A scheduler and workers, each a process of its own on this machine."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+def cluster(
+    workers: int, folder: Path | None = None
+) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A scheduler and then workers, each a process of its own on this machine, in a folder."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": folder}
     with socket_free() as port:
         address = f"tcp://127.0.0.1:{port}"
     scheduler = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
@@ -266,7 +270,7 @@ def cluster(workers: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]
     for _ in range(workers):
         started.append(subprocess.Popen(worker, **quiet))  # type: ignore[call-overload]
     try:
-        yield address, started[1:]
+        yield address, started
     finally:
         for process in reversed(started):
             process.kill()
@@ -292,14 +296,19 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
     raise TimeoutError
 
 
+def wait_for_workers(address: str, count: int) -> None:
+    distributed = pytest.importorskip("distributed")
+    with distributed.Client(address, timeout=60) as client:
+        client.wait_for_workers(count, timeout=60)
+
+
 def test_a_cluster_does_what_one_process_does_though_a_worker_is_killed(
     small: str, swept: Path, tmp_path: Path
 ) -> None:
-    distributed = pytest.importorskip("distributed")
+    pytest.importorskip("distributed")
     jobs = plan(small, seeds=1).jobs(tmp_path, checkpoint_seconds=0.0)
-    with cluster(2) as (address, workers):
-        with distributed.Client(address, timeout=60) as client:
-            client.wait_for_workers(2, timeout=60)
+    with cluster(2) as (address, (_, *workers)):
+        wait_for_workers(address, 2)
         ended: list[sweep.Job] = []
 
         def kill_one(job: sweep.Job) -> None:
@@ -315,6 +324,82 @@ def test_a_cluster_does_what_one_process_does_though_a_worker_is_killed(
     assert all(theirs[name] == rows for name, rows in mine.items())
 
 
+def test_cells_that_a_dead_scheduler_took_along_are_listed_and_go_on(
+    small: str, swept: Path, tmp_path: Path
+) -> None:
+    jobs = plan(small, seeds=1).jobs(tmp_path, checkpoint_seconds=0.0)
+    ended: list[sweep.Job] = []
+    with cluster(1) as (address, (scheduler, _)):
+        wait_for_workers(address, 1)
+
+        def kill_it(job: sweep.Job) -> None:
+            ended.append(job)
+            if len(ended) == 2:
+                scheduler.kill()
+
+        failures = run_on_cluster(jobs, address, ended=kill_it)
+    assert sorted(map(str, ended), key=str) == sorted(map(str, jobs), key=str)
+    failed = [failure.job for failure in failures]
+    assert [job for job in jobs if job not in failed] == [job for job in jobs if sweep.is_done(job)]
+    assert len(failed) >= 2
+    assert all("scheduler" in failure.reason for failure in failures)
+    assert run_local(jobs, 1) == []
+    mine, theirs = trajectories(tmp_path), trajectories(swept)
+    assert all(theirs[name] == rows for name, rows in mine.items())
+
+
+def test_workers_elsewhere_need_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    (here / "mine.toml").write_text(TABLE)
+    (there / "mine.toml").write_text(TABLE.replace("[40, 40]", "[9]"))  # theirs, of the same name
+    monkeypatch.chdir(here)
+    command = ["sweep", "mine.toml:small", "--preset", "tiny", "--seeds", "1", "--out", "out"]
+    with cluster(1, there) as (address, _):
+        wait_for_workers(address, 1)
+        assert cli.main([*command, "--scheduler", address]) == 0
+    assert "5 of 5 cells" in capsys.readouterr().out
+    for record in Path("out").rglob("*.jsonl"):
+        config = read_run(record).config
+        assert config["experiment"] == "mine.toml:small"
+        assert config["network"]["hidden"] == [40, 40]
+
+
+def test_the_device_is_the_workers(
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the device would be there")
+    command = ["sweep", small, "--preset", "tiny", "--seeds", "1", "--out", str(tmp_path / "out")]
+    with cluster(1) as (address, _):
+        wait_for_workers(address, 1)
+        assert cli.main([*command, "--scheduler", address, "--device", "cuda"]) == 1
+    told = capsys.readouterr()
+    assert "0 of 5 cells" in told.out
+    assert told.err.count("device 'cuda' is not available here") == 5
+    assert cli.main([*command, "--scheduler", address, "--device", "gpu"]) == 1
+    assert "device 'gpu' is not available" in capsys.readouterr().err
+
+
+class Finished:
+    """What Dask says of a cell whose worker ran it to the end."""
+
+    status = "finished"
+
+    def exception(self) -> None:
+        return None
+
+
+def test_a_record_that_is_on_another_machine_is_missed(small: str, tmp_path: Path) -> None:
+    (job, *_) = plan(small, seeds=1).jobs(tmp_path)
+    assert "under the same path" in cluster_of._why_not_done(Finished(), job)
+    run_job(job)
+    assert cluster_of._why_not_done(Finished(), job) == ""
+
+
 def test_the_threads_of_a_worker_do_what_one_does(small: str, swept: Path, tmp_path: Path) -> None:
     """A Dask worker has as many as its machine has cores, unless told otherwise."""
     jobs = plan(small).jobs(tmp_path)
@@ -325,7 +410,11 @@ def test_the_threads_of_a_worker_do_what_one_does(small: str, swept: Path, tmp_p
     assert all(theirs[name] == rows for name, rows in mine.items())
 
 
-def test_a_scheduler_that_does_not_answer_is_named(small: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["tcp", "tls", "ucx", "nonsense"])
+def test_a_scheduler_that_does_not_answer_is_named(
+    protocol: str, small: str, tmp_path: Path
+) -> None:
     pytest.importorskip("distributed")
+    jobs = plan(small).jobs(tmp_path)
     with socket_free() as port, pytest.raises(RunError, match="does not answer"):
-        run_on_cluster(plan(small).jobs(tmp_path), f"tcp://127.0.0.1:{port}", timeout=1.0)
+        run_on_cluster(jobs, f"{protocol}://127.0.0.1:{port}", timeout=1.0)
