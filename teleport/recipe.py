@@ -1,6 +1,6 @@
 """What a named experiment consists of: data, network, sizes, learning rates."""
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +25,8 @@ def count(value: Any) -> bool:
 
 
 def positive(value: Any) -> bool:
-    """Whether it is a number > 0, and finite."""
-    return type(value) in (int, float) and 0 < value < math.inf
+    """Whether it is a number > 0, and finite also as a float."""
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
 def naturals(value: Any) -> bool:

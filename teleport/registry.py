@@ -36,6 +36,7 @@ else:
     import tomli as tomllib
 
 MARKS = ("paper", "ours")
+TOO_LONG = "a chain of `like`, or of tables in tables, is too long to follow; shorten it"
 
 
 _PRESET: dict[str, Check] = {
@@ -74,12 +75,16 @@ def read_experiments(path: Path) -> dict[str, Experiment]:
         raise RunError(f"cannot read the experiments in {path}: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise RunError(f"{path} is not TOML: {error}") from error
+    except RecursionError as error:
+        raise RunError(f"{path}: {TOO_LONG}") from error
     try:
         entries = {name: _inherited(name, table, ()) for name in table}
         found = {name: _experiment(name, entry) for name, entry in entries.items()}
         return {name: _with_lent_tuning(one, found) for name, one in found.items()}
     except RunError as error:
         raise RunError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise RunError(f"{path}: {TOO_LONG}") from error
 
 
 def names_in(name: str) -> list[str]:
@@ -236,7 +241,7 @@ def _experiment(name: str, entry: dict[str, Any]) -> Experiment:
 
 def _sizes(where: str, network: dict[str, Any]) -> dict[str, Check]:
     kind = network.get("kind")
-    if kind not in NETWORKS:
+    if not isinstance(kind, str) or kind not in NETWORKS:
         raise RunError(f"{where}.kind: must be one of {', '.join(NETWORKS)}; got {kind!r}")
     sizes = NETWORKS[kind].sizes
     given = {key: value for key, value in network.items() if key != "kind"}

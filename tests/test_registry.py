@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -212,6 +212,66 @@ def test_controls_stand_beside_the_teleports_they_are_for() -> None:
         assert len({arm.name for arm in arms}) == len(arms)
         rates = {arm.lr for arm in arms if arm.rival}
         assert rates == {tuning("mnist-sample", "adam").low, tuning("mnist-sample", "adam").tuned}
+
+
+SCALARS = (
+    st.booleans()
+    | st.integers(-(10**400), 10**400)
+    | st.floats()
+    | st.sampled_from(["", "mlp", "he", "base", "a text"])
+    | st.dates()
+)
+INNER_KEYS = st.sampled_from(["paper", "ours", "kind", "low", "a"])
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(INNER_KEYS, inner, max_size=2),
+    max_leaves=5,
+)
+KEYS = ["title", "data", "network.kind", "network.hidden", "network", "batch_size", "teleport"]
+KEYS += ["teleport.lr", "teleport.n", "presets", "presets.tiny", "tuning", "tuning.sgd"]
+KEYS += ["tuning_of", "presets.tiny.ours.network", "tuning.sgd.ours.init", "tuning.sgd.ours.low"]
+
+
+def as_toml(value: object) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {as_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+@given(
+    key=st.sampled_from(KEYS),
+    mark=st.sampled_from(["", ".paper", ".ours", ".none"]),
+    like=st.just("base") | VALUES,
+    value=VALUES,
+)
+@settings(max_examples=400, deadline=None)
+def test_whatever_a_table_holds_is_used_or_refused_by_its_key(
+    tmp_path_factory: pytest.TempPathFactory, key: str, mark: str, like: object, value: object
+) -> None:
+    one = f"[one]\nlike = {as_toml(like)}\n{key}{mark} = {as_toml(value)}\n"
+    path = table(tmp_path_factory.mktemp("t"), BASE + one)
+    found, refused = None, ""
+    try:
+        found = read_experiments(path)["one"]
+    except RunError as error:
+        refused = str(error)
+    if found is None:
+        assert refused.startswith(f"{path}: one.")
+        return
+    for number in (found.teleport.lr, *(rates.low for rates in found.tuning.values())):
+        assert float(f"{number:g}") > 0
+
+
+def test_a_chain_too_long_to_follow_is_named(tmp_path: Path) -> None:
+    links = [f'[e{n + 1}]\nlike = "e{n}"\n' for n in range(3000)]
+    deep = "[deep]\n" + "a." * 3000 + "a = 1\n"
+    for text in (f'[e0]\nlike = "base"\n{"".join(links)}', deep):
+        with pytest.raises(RunError, match=r"own\.toml: .*too long"):
+            read_experiments(table(tmp_path, BASE + text))
 
 
 RATES = '{ low = 0.1, tuned = 0.2, gain_lr = 0.3, init = "he", head_gain = 1.0 }'
