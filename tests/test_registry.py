@@ -268,10 +268,16 @@ def test_whatever_a_table_holds_is_used_or_refused_by_its_key(
 
 def test_a_chain_too_long_to_follow_is_named(tmp_path: Path) -> None:
     links = [f'[e{n + 1}]\nlike = "e{n}"\n' for n in range(3000)]
-    deep = "[deep]\n" + "a." * 3000 + "a = 1\n"
-    for text in (f'[e0]\nlike = "base"\n{"".join(links)}', deep):
-        with pytest.raises(RunError, match=r"own\.toml: .*too long"):
-            read_experiments(table(tmp_path, BASE + text))
+    path = table(tmp_path, f'{BASE}[e0]\nlike = "base"\n{"".join(links)}')
+    with pytest.raises(RunError, match=r"own\.toml: .*too long"):
+        read_experiments(path)
+
+
+@pytest.mark.parametrize("key", ["a", "network.a", "presets.tiny", "title"])
+def test_tables_in_tables_without_end_are_refused(key: str, tmp_path: Path) -> None:
+    path = table(tmp_path, f'{BASE}[one]\nlike = "base"\n{key}{".a" * 3000} = 1\n')
+    with pytest.raises(RunError, match=r"own\.toml: "):
+        read_experiments(path)
 
 
 RATES = '{ low = 0.1, tuned = 0.2, gain_lr = 0.3, init = "he", head_gain = 1.0 }'
