@@ -16,12 +16,18 @@ class Answer:
         cut: Bytes of the body that are sent before the connection is closed; all if negative.
         ranges: Whether a request for a range is understood.
         shift: Bytes by which the range that is sent is off the one that was asked for.
+        length: What is announced as the length, if not the truth.
+        chunked: Whether the body comes in chunks, without a length.
+        endless: Whether it never ends then.
     """
 
     status: int = 200
     cut: int = -1
     ranges: bool = True
     shift: int = 0
+    length: str = ""
+    chunked: bool = False
+    endless: bool = False
 
 
 @dataclass
@@ -67,9 +73,25 @@ def _handler(mirrors: Mirrors) -> type[BaseHTTPRequestHandler]:
                 end = len(content)
                 self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{end}")
             body = content[begin:]
-            self.send_header("Content-Length", str(len(body)))
+            if answer.chunked:
+                self.send_header("Transfer-Encoding", "chunked")
+            else:
+                self.send_header("Content-Length", answer.length or str(len(body)))
             self.end_headers()
-            self.wfile.write(body if answer.cut < 0 else body[: answer.cut])
+            if answer.chunked:
+                self.send_chunks(body, answer)
+            else:
+                self.wfile.write(body if answer.cut < 0 else body[: answer.cut])
+
+        def send_chunks(self, body: bytes, answer: Answer) -> None:
+            """Each with its length before it; the chunk that is cut stands for a whole one."""
+            whole = f"{len(body):x}\r\n".encode() + body + b"\r\n"
+            try:
+                while answer.endless:
+                    self.wfile.write(whole)
+            except OSError:
+                return  # the client has had enough
+            self.wfile.write(whole + b"0\r\n\r\n" if answer.cut < 0 else whole[: answer.cut])
 
         def log_message(self, format: str, *args: object) -> None:
             """Keep the test output quiet."""

@@ -203,6 +203,53 @@ def test_every_mirror_says_why_and_nothing_stays(mirrors: Mirrors, tmp_path: Pat
     assert tree(tmp_path) == {}
 
 
+def test_a_server_that_never_ends_gets_no_more_than_its_share_of_the_disk(
+    mirrors: Mirrors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "LIMIT", 1 << 20)
+    mirrors.serve("second", {NAME: CONTENT})
+    mirrors.plan[f"/first/{NAME}"] = [Answer(chunked=True, endless=True)]
+    with pytest.raises(DataError, match=r"first.*: sent more than 1048576 bytes"):
+        download(wanted(mirrors, "first"), tmp_path)
+    assert tree(tmp_path) == {}
+    mirrors.plan[f"/first/{NAME}"] = [Answer(chunked=True, endless=True)]
+    download(wanted(mirrors, "first", "second"), tmp_path)
+    assert tree(tmp_path) == {NAME: CONTENT}
+
+
+@pytest.mark.parametrize(
+    ("length", "reason"),
+    [
+        ("many", "its length is 'many'"),
+        ("-5", "its length is '-5'"),
+        ("1, 2", "Content-Length"),
+        (str(1 << 40), "no file has more"),
+    ],
+)
+def test_a_length_that_cannot_be_is_the_fault_of_its_mirror(
+    length: str, reason: str, mirrors: Mirrors, tmp_path: Path
+) -> None:
+    mirrors.serve("second", {NAME: CONTENT})
+    mirrors.plan[f"/first/{NAME}"] = [Answer(length=length)]
+    with pytest.raises(DataError) as caught:
+        download(wanted(mirrors, "first"), tmp_path)
+    assert str(caught.value).startswith(f"  {mirrors.base}/first/{NAME}: ")
+    assert reason in str(caught.value)
+    assert tree(tmp_path) == {}
+    mirrors.plan[f"/first/{NAME}"] = [Answer(length=length)]
+    download(wanted(mirrors, "first", "second"), tmp_path)
+    assert tree(tmp_path) == {NAME: CONTENT}
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 40])
+def test_an_answer_in_chunks_that_is_cut_is_told_as_that(
+    cut: int, mirrors: Mirrors, tmp_path: Path
+) -> None:
+    mirrors.plan[f"/first/{NAME}"] = [Answer(chunked=True, cut=cut, ranges=False)] * 9
+    with pytest.raises(DataError, match=r"first.*: the connection was cut before the end"):
+        download(wanted(mirrors, "first"), tmp_path)
+
+
 def test_a_full_disk_is_not_the_fault_of_a_mirror(
     mirrors: Mirrors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +303,7 @@ def test_one_that_gets_nothing_does_not_disturb_those_that_wait(
 
 
 cuts = st.lists(
-    st.builds(Answer, cut=st.integers(0, 400), ranges=st.booleans())
+    st.builds(Answer, cut=st.integers(0, 400), ranges=st.booleans(), chunked=st.booleans())
     | st.builds(Answer, status=st.sampled_from([404, 500])),
     max_size=6,
 )

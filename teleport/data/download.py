@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from teleport.errors import DataError
 
@@ -17,6 +17,7 @@ CHUNK = 1 << 16  # bytes that are written at once; a cut connection loses at mos
 ATTEMPTS = 4  # in a row that bring nothing
 PAUSE = 0.5  # seconds before the second attempt; doubled before each further one
 TIMEOUT = 30  # seconds without an answer
+LIMIT = 1 << 30  # bytes of one file; the largest of any data set has a quarter of it
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def _transfer(url: str, part: Path) -> bool:
         Whether the file is put together from more than one answer.
     """
     from requests import RequestException  # late: it is slow to load and mostly not needed
+    from urllib3.exceptions import HTTPError
 
     resumed, failed = False, 0  # attempts in a row that gave nothing
     while True:
@@ -124,6 +126,8 @@ def _transfer(url: str, part: Path) -> bool:
             if not hopeful or failed == ATTEMPTS:
                 raise DataError(_reason(error)) from error
             time.sleep(PAUSE * 2 ** max(failed - 1, 0))
+        except (HTTPError, ValueError) as error:  # what requests lets through of a bad answer
+            raise DataError(f"an answer that cannot be read ({_reason(error)})") from error
         else:
             return resumed
 
@@ -135,6 +139,7 @@ def _request(url: str, part: Path) -> None:
         start = output.seek(0, os.SEEK_END)
 
         def restart_unless_continued(response: "Response", *_: object, **__: object) -> None:
+            _check_length(response.headers.get("Content-Length", "0"))
             if response.status_code == 200:  # the server does not resume: from the beginning
                 output.truncate(0)
                 output.seek(0)
@@ -153,11 +158,36 @@ def _request(url: str, part: Path) -> None:
             headers=headers,
             timeout=TIMEOUT,
             hooks={"response": restart_unless_continued},
-        )(url, output, None)
+        )(url, _Bounded(output), None)
+
+
+def _check_length(announced: str) -> None:
+    if not (announced.isascii() and announced.isdigit()):
+        raise DataError(f"an answer that cannot be read (its length is {announced!r})")
+    if int(announced) > LIMIT:
+        raise DataError(f"announced {announced} bytes, and no file has more than {LIMIT}")
+
+
+class _Bounded:
+    """A file that takes no more than a data set can have: a server may send without end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.flush = file.flush
+
+    def write(self, chunk: bytes) -> None:
+        if self._file.tell() + len(chunk) > LIMIT:
+            self._file.truncate(0)  # the disk is needed
+            raise DataError(f"sent more than {LIMIT} bytes, and no file has as many")
+        self._file.write(chunk)
 
 
 def _reason(error: BaseException) -> str:
     """Shorten a download error to what its innermost cause says."""
+    from requests.exceptions import ChunkedEncodingError
+
+    if isinstance(error, ChunkedEncodingError):  # its causes speak of the numbers before chunks
+        return "the connection was cut before the end of the answer"
     while cause := error.__cause__ or error.__context__:
         error = cause
     return str(error).split(" for url")[0].split(". ")[0] or type(error).__name__
