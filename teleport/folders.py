@@ -106,5 +106,6 @@ def _make_folder(folder: Path, instead: str = "") -> Path:
 
 def slug(name: str) -> str:
     """A name as part of a file's."""
+    name = re.sub(r"(?<=\de)\+(?=\d)", "", name)  # 1e+30 is 1e30, and not the 1e-30 of another name
     kept = "".join(c if c.isalnum() or c == "." else "-" for c in name)
     return "-".join(part for part in kept.split("-") if part)

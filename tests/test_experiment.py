@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from teleport.errors import RunError
 from teleport.experiment import Arm, Settings, TeleportSettings, default_arms
 from teleport.folders import new_folder
-from teleport.models import mlp
+from teleport.interventions import INTERVENTIONS
+from teleport.models import INITS, mlp
 from teleport.optimizers import OPTIMIZERS
 from teleport.plots import draw_losses, loss_figure, matrix_figure
 from teleport.records import Run, by_arm, read_runs
 from teleport.registry import EXPERIMENTS
-from teleport.run import run_arms
+from teleport.run import Cell, run_arms
 from teleport.schedule import Schedule
 from teleport.training import Training
 
@@ -43,6 +44,31 @@ def test_arms_of_a_seed_share_everything_until_the_teleport(runs: list[Run]) -> 
     assert before.sum() >= 2
     assert (plain.column("train_loss") == moved.column("train_loss"))[before].all()
     assert (plain.column("train_loss") != moved.column("train_loss"))[~before].all()
+
+
+def arms() -> st.SearchStrategy[Arm]:
+    return st.builds(
+        Arm,
+        st.floats(1e-300, 1e300),
+        st.booleans(),
+        st.sampled_from(INITS),
+        st.floats(1e-300, 1e300),
+        st.sampled_from(["", *INTERVENTIONS]),
+    )
+
+
+@given(arms(), arms())
+@example(Arm(1e30), Arm(1e-30))
+@example(Arm(0.1, head_gain=1e30), Arm(0.1, head_gain=1e-30))
+def test_arms_with_different_names_have_different_records(one: Arm, other: Arm) -> None:
+    assume(one.name != other.name)
+    assert Cell(TINY, one, 0, 0).record != Cell(TINY, other, 0, 0).record
+
+
+def test_the_records_of_arms_are_named_as_ever() -> None:
+    arm = Arm(1e-05, True, "he", 2.5)
+    assert Cell(TINY, arm, 7, 3).record == "03-lr-1e-05-he-init-head-x2.5-teleport-seed7.jsonl"
+    assert Cell(TINY, Arm(1e30), 0, 0).record == "00-lr-1e30-seed0.jsonl"
 
 
 def test_seeds_differ(runs: list[Run]) -> None:
