@@ -1,7 +1,8 @@
 """Optimizers by name: ours, those of ``torch.optim`` and of the package pytorch-optimizer."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from teleport.errors import NonFiniteLossError
 
 Build = Callable[[Sequence[nn.Parameter], float], torch.optim.Optimizer]
 
@@ -56,6 +59,25 @@ def find_optimizer(name: str) -> Build:
 
     _try_out(name, build)
     return build
+
+
+@contextmanager
+def within_range() -> Iterator[None]:
+    """Around a step of an optimizer: a step too long for the parameters' type is a divergence.
+
+    Raises:
+        NonFiniteLossError: if a number of the step is beyond the range of its type, which PyTorch
+            and Python report as errors of other kinds.
+    """
+    try:
+        yield
+    except (RuntimeError, OverflowError) as error:
+        if isinstance(error, RuntimeError) and "without overflow" not in str(error):
+            raise
+        raise NonFiniteLossError(
+            f"a step of the optimizer is beyond the range of its numbers ({error}); "
+            "give a lower learning rate"
+        ) from error
 
 
 def _of_torch() -> dict[str, Any]:

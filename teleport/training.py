@@ -16,7 +16,7 @@ from teleport.experiment import Arm, Settings
 from teleport.interventions import Subject, intervene
 from teleport.models import initialise
 from teleport.objective import grad_norm, trainable
-from teleport.optimizers import find_optimizer
+from teleport.optimizers import find_optimizer, within_range
 from teleport.recipe import Preset
 from teleport.records import RecordWriter
 
@@ -198,7 +198,8 @@ class Training:
                 self._teleport()
             started = self._now()
             self._compute_gradients(inputs, targets)
-            self.subject.take_step()
+            with within_range():
+                self.subject.take_step()
             self.train_seconds += self._now() - started
             self.step += 1
             if self.step % self.size.evaluate_every == 0 or self.step == self.steps:
@@ -231,7 +232,8 @@ class Training:
         draw = torch.Generator().manual_seed(self.seed + 2_000_003 + number)
         chosen = torch.randint(len(self.inputs), (self.settings.batch(),), generator=draw)
         self._compute_gradients(*self._examples(chosen))
-        self.optimizer.step()
+        with within_range():
+            self.optimizer.step()
 
     def _due(self) -> frozenset[int]:
         if not self.arm.teleport:

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from teleport.errors import RunError
+from teleport.errors import NonFiniteLossError, RunError
 from teleport.experiment import Arm, Settings, TeleportSettings, default_arms
 from teleport.folders import new_folder
 from teleport.interventions import INTERVENTIONS
 from teleport.models import INITS, mlp
-from teleport.optimizers import OPTIMIZERS
+from teleport.optimizers import OPTIMIZERS, within_range
 from teleport.plots import draw_losses, loss_figure, matrix_figure
 from teleport.records import Run, by_arm, read_runs
 from teleport.registry import EXPERIMENTS
@@ -104,6 +104,28 @@ def test_seconds_of_training_and_teleporting_are_apart(runs: list[Run]) -> None:
 def test_a_diverging_run_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
     run_arms(TINY, [Arm(1e6), Arm(0.05)], [0], tmp_path)
     assert [run.status for run in read_runs(tmp_path)] == ["diverged", "finished"]
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("adam", 1e38), ("sgd", 1e39), ("momentum", 1e300)])
+@pytest.mark.parametrize("rival", ["", "lr raised"])  # whose trials take steps, too
+def test_a_step_beyond_the_range_of_its_numbers_is_a_divergence(
+    optimizer: str, lr: float, rival: str, tmp_path: Path
+) -> None:
+    at_once = replace(EARLY, schedule=Schedule(warmup_steps=0))
+    settings = replace(TINY, optimizer=optimizer, teleport=at_once)
+    run_arms(settings, [Arm(lr, bool(rival), rival=rival), Arm(0.001)], [0], tmp_path)
+    gone, other = read_runs(tmp_path)
+    assert (gone.status, other.status) == ("diverged", "finished")
+    assert "without overflow" in gone.reason
+    assert "lower learning rate" in gone.reason
+
+
+def test_only_an_overflow_is_taken_for_a_divergence() -> None:
+    for error in (RuntimeError("no space"), ValueError("without overflow")):
+        with pytest.raises(type(error), match=str(error)), within_range():
+            raise error
+    with pytest.raises(NonFiniteLossError, match="out of range"), within_range():
+        raise OverflowError("result out of range")
 
 
 TUNED = [(e.name, optimizer) for e in EXPERIMENTS.values() for optimizer in e.tuning]
