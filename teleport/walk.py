@@ -198,7 +198,7 @@ class Walk(ABC):
         total = 0.0
         for tape, share in self._tapes():
             total += share * sum(self._call_rounding(call) for call in tape.calls)
-            for block in bases.keys() & set(tape.blocks):
+            for block in [b for b in tape.blocks if b in bases]:  # in order: it decides rounding
                 calls = [call for call in tape.calls_of(block) if call.delta is not None]
                 eps = max((torch.finfo(call.z.dtype).eps for call in calls), default=0.0)
                 left = bases[block].rounding(tape.row_count(block), eps)
@@ -400,7 +400,7 @@ class StreamedWalk(Walk):
                 tape = record(self._model, self._sites, closure)
                 drive = {b: drive_of(tape, b, _pieces_of(b, velocity)) for b in tape.blocks}
                 tape.push_tangents(self._model, closure, drive, velocity, wanted=bases.keys())
-                for block in whole.keys() & set(tape.blocks):
+                for block in [b for b in tape.blocks if b in whole]:
                     whole[block] += tape.survivor(block) / (len(self._closures) * scale)
                 del tape, drive
         self.ranks.mean_(list(whole.values()))

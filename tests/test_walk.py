@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from teleport import Teleporter, TeleportReport, capture
 from teleport.coverage import cover
 from teleport.parallel import WORTH_THREADS, in_parallel, using_threads, worth_threads
+from teleport.subspace import Basis
 from teleport.teleporter import METHODS
 from teleport.walk import FrozenWalk, StreamedWalk, Walk, _multiplications
 from tests.networks import GRAPHS, Task, task, without_dropout
@@ -378,3 +379,37 @@ def test_the_report_of_a_list_is_about_the_whole_batch(
         assert abs(gradient_norm(at.model, at.closure) / wanted - 1) <= 1e-9
     assert abs(report.growth / growth - 1) <= 1e-6
     assert report.drift <= report.tolerance
+
+
+class Branches(nn.Module):
+    """Layers side by side, so that each has as much of the loss as any other."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 24)
+        self.branches = nn.ModuleList(nn.Linear(24, 3) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        parts = (branch((1 + i) * hidden).tanh() for i, branch in enumerate(self.branches))
+        return torch.stack(list(parts)).sum(0)
+
+
+def test_a_report_is_the_same_to_the_last_bit_wherever_its_layers_lie_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Far above what is cut off here, so that the sum over the layers is all of the tolerance.
+    monkeypatch.setattr(Basis, "rounding", lambda basis, rows, eps: 1e-6)
+    alive = []
+
+    def report() -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = Branches(16)
+        x, y = torch.randn(6, 12), torch.randint(3, (6,))
+        alive.append(model)  # the next one has to lie elsewhere
+        found = Teleporter(model).step(lambda: functional.cross_entropy(model(x), y))
+        return found.to_dict() | {"seconds": 0.0}
+
+    first = report()
+    assert first["steps"] == 1
+    assert all(report() == first for _ in range(10))
