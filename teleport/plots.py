@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from teleport.data import SOURCES
 from teleport.measure import Curve
 from teleport.product import Product
-from teleport.records import ArmSummary, FloatArray, Run, by_arm
+from teleport.records import ArmSummary, FloatArray, Run, by_arm, log
 from teleport.spectrum import Measured, Spectrum
 from teleport.threshold import Trajectories
 
@@ -86,8 +86,9 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
             continue
         count = min(len(run.evaluations) for run in runs)
         x = np.mean([_axis(run, against)[:count] for run in runs], axis=0)
-        logs = np.log([run.column(column)[:count] for run in runs])
-        middle, spread = logs.mean(0), logs.std(0)
+        logs = log(np.array([run.column(column)[:count] for run in runs]))
+        with np.errstate(invalid="ignore"):  # no spread around a loss of exactly 0
+            middle, spread = logs.mean(0), logs.std(0)
         teleports = bool(runs[0].config["training"]["teleport"])
         colour = _SHADES[number % len(_SHADES)]
         every = max(1, count // 10)
@@ -106,7 +107,6 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
             band = np.exp(middle - spread), np.exp(middle + spread)
             axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
         shown.append(np.stack([middle - spread, middle + spread]))
-    axes.set_yscale("log")
     _frame(axes, shown)
     axes.set_xlabel("training step" if against == "step" else "seconds (teleporting included)")
     axes.set_ylabel(column.replace("_", " ") + _unit(groups))
@@ -114,19 +114,21 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
 
 
 def _frame(axes: Axes, bands: Sequence[FloatArray]) -> None:
-    """Limits and ticks of the log axis, so that differences between trainings can be seen.
+    """A log axis with limits and ticks that let differences between trainings be seen.
 
     Args:
-        axes: with the curves, on a log scale.
+        axes: with the curves.
         bands: of every arm ``[2, points]``, natural logarithms of the band's lower and upper edge.
-            The lowest start is in the picture, and of what follows all that is finite.
+            The lowest start is in the picture, and of what follows all that is finite. If nothing
+            is, as where every loss is exactly 0, the axis stays linear.
     """
-    starts = [band[:, 0].mean() for band in bands]
+    starts = [start for band in bands if np.isfinite(start := band[:, 0].mean())]
     after = [band[:, 1:].ravel() for band in bands]
     inside = np.concatenate([np.array([min(starts, default=np.nan)]), *after])
     inside = inside[np.isfinite(inside)]
     if not inside.size:
         return
+    axes.set_yscale("log")
     low, high = inside.min(), inside.max()
     margin = max(0.04 * (high - low), 0.002)
     axes.set_ylim(np.exp(low - margin), np.exp(high + margin))

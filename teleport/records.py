@@ -24,6 +24,7 @@ from scipy.special import stdtr, stdtrit
 
 from teleport.clock import clock_name
 from teleport.errors import RunError
+from teleport.report import growth
 
 FloatArray = npt.NDArray[np.float64]
 Split = Literal["train", "test"]
@@ -163,17 +164,24 @@ class Run:
 def first_below(losses: FloatArray, loss: float, axis: FloatArray) -> float:
     """Where on ``axis`` the losses first reach ``loss``; NaN if they never do.
 
-    Between two evaluations log loss is interpolated linearly.
+    Between two evaluations log loss is interpolated linearly, where it is finite: a loss that fell
+    to exactly 0 is reached when it is seen.
     """
     reached = np.flatnonzero(losses <= loss)
     if len(reached) == 0:
         return math.nan
     i = reached[0]
-    if i == 0:
-        return float(axis[0])
+    if i == 0 or math.isnan(losses[i - 1]) or losses[i] == 0.0:
+        return float(axis[i])
     above, below = np.log(losses[i - 1]), np.log(losses[i])
     share = (above - np.log(loss)) / (above - below)
     return float(axis[i - 1] + share * (axis[i] - axis[i - 1]))
+
+
+def log(losses: FloatArray) -> FloatArray:
+    """Natural logarithms of losses; that of a loss of exactly 0 is minus infinity."""
+    with np.errstate(divide="ignore"):
+        return np.log(losses)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -290,7 +298,7 @@ class Comparison:
         seconds: the same with the time of teleporting, by `Run.work`: each run's time is counted in
             its own training steps, as timings are ratios within one process.
         log_loss: mean over evaluations of log(loss) minus the baseline's: -0.1 is 10 % lower.
-            Mean over seeds.
+            Mean over seeds. Infinite where one of the two has losses of exactly 0.
         log_loss_spread: standard deviation of that over seeds; NaN for one seed.
         seeds: how many both have.
         diverged: how many of the arm's did not finish because their loss was too large.
@@ -334,11 +342,13 @@ def compare(arm: list[Run], baseline: list[Run], split: Split = "train") -> Comp
     steps = [_ratio(a, b, a.column("step"), b.column("step"), split) for a, b in pairs]
     seconds = [_ratio(a, b, a.work, b.work, split) for a, b in pairs]
     gaps = [_log_gap(a, b, split) for a, b in pairs]
-    spread = float(np.std(gaps, ddof=1)) if len(gaps) > 1 else math.nan
+    with np.errstate(invalid="ignore"):  # infinite gaps have no spread, and may have no mean
+        log_loss = _mean(gaps)
+        spread = float(np.std(gaps, ddof=1)) if len(gaps) > 1 else math.nan
     return Comparison(
         steps=_median(steps),
         seconds=_median(seconds),
-        log_loss=_mean(gaps),
+        log_loss=log_loss,
         log_loss_spread=spread,
         seeds=len(pairs),
         diverged=sum(run.status == "diverged" for run in arm),
@@ -387,12 +397,13 @@ def summarise(runs: Sequence[Run]) -> list[ArmSummary]:
 def best_baseline(groups: dict[str, list[Run]]) -> str | None:
     """The arm without teleport whose runs all finished with the lowest mean log train loss."""
     scores = {
-        arm: float(np.mean([np.log(run.column("train_loss")[-1]) for run in runs]))
+        arm: float(np.mean([log(run.column("train_loss")[-1:]) for run in runs]))
         for arm, runs in groups.items()
         if not runs[0].config["training"]["teleport"]
-        and all(run.status == "finished" for run in runs)
+        and all(run.status == "finished" and run.evaluations for run in runs)
     }
-    return min(scores, key=lambda arm: scores[arm]) if scores else None
+    known = {arm: score for arm, score in scores.items() if not math.isnan(score)}
+    return min(known, key=lambda arm: known[arm]) if known else None
 
 
 def _summary(
@@ -417,7 +428,7 @@ def _summary(
         test_accuracy=last("test_accuracy"),
         train_seconds=last("train_seconds"),
         teleport_seconds=last("teleport_seconds"),
-        growth=teleports(lambda row: row["grad_norm_after"] / row["grad_norm_before"]),
+        growth=teleports(lambda row: growth(row["grad_norm_before"], row["grad_norm_after"])),
         drift=teleports(lambda row: abs(row["loss_after"] - row["loss_before"])),
         held_out_drift=teleports(lambda row: row["held_out_after"] - row["held_out_before"]),
         to_own=compare(runs, groups[own]) if own != arm and own in groups else None,
@@ -467,13 +478,16 @@ def _ratio(run: Run, base: Run, axis: FloatArray, base_axis: FloatArray, split: 
 def _log_gap(run: Run, base: Run, split: Split) -> float:
     """Mean log-loss difference over the evaluations both have, the common start left out.
 
-    NaN if there are none, because one of them diverged before.
+    NaN if there are none, because one of them diverged before. Two losses of exactly 0 are equal.
     """
     count = min(len(run.evaluations), len(base.evaluations))
     if count < 2:
         return math.nan
     losses, base_losses = (r.column(f"{split}_loss") for r in (run, base))
-    return float(np.mean(np.log(losses[1:count]) - np.log(base_losses[1:count])))
+    losses, base_losses = losses[1:count], base_losses[1:count]
+    with np.errstate(invalid="ignore"):
+        gaps = np.where(losses == base_losses, 0.0, log(losses) - log(base_losses))
+        return float(np.mean(gaps))
 
 
 def _finite(value: Any) -> Any:

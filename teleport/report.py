@@ -82,9 +82,7 @@ class TeleportReport:
     @property
     def growth(self) -> float:
         """Factor by which `norm` grew."""
-        if self.grad_norm_before == 0.0:
-            return 1.0
-        return self.grad_norm_after / self.grad_norm_before
+        return growth(self.grad_norm_before, self.grad_norm_after)
 
     @property
     def drift(self) -> float:
@@ -129,6 +127,11 @@ class TeleportReport:
                 f"  (drift {self.held_out_drift:.1e})"
             )
         return lines
+
+
+def growth(before: float, after: float) -> float:
+    """Factor by which a gradient norm grew; 1 for a gradient of zero, which cannot grow."""
+    return 1.0 if before == 0.0 else after / before
 
 
 _COLUMNS = ("layer", "kind", "d_out x d_in", "rank", "free", "moved by", "gradient", "status")

@@ -20,8 +20,8 @@ from teleport.folders import new_folder
 from teleport.interventions import INTERVENTIONS
 from teleport.models import INITS, mlp
 from teleport.optimizers import OPTIMIZERS, within_range
-from teleport.plots import draw_losses, loss_figure, matrix_figure
-from teleport.records import Run, by_arm, read_runs
+from teleport.plots import draw_losses, gap_figure, loss_figure, matrix_figure
+from teleport.records import Run, by_arm, read_runs, summarise
 from teleport.registry import EXPERIMENTS
 from teleport.run import Cell, run_arms
 from teleport.schedule import Schedule
@@ -340,6 +340,29 @@ def test_a_start_far_above_the_rest_does_not_flatten_the_figure(arms: list[list[
         assert len(labels) >= 2
 
 
+with_zeros = st.lists(st.just(0.0) | st.floats(1e-3, 10), min_size=3, max_size=3)
+
+
+@pytest.mark.filterwarnings("error")
+@given(st.lists(with_zeros, min_size=4, max_size=4))
+@example([[0.0, 0.0, 0.0]] * 4)
+@example([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]] * 2)
+@settings(max_examples=10, deadline=None)
+def test_a_figure_with_a_loss_of_exactly_zero_is_drawn(losses: list[list[float]]) -> None:
+    runs = [_run_of(f"arm {n % 2}", each) for n, each in enumerate(losses)]
+    for n, run in enumerate(runs):
+        run.config.update(seed=n // 2, baseline="arm 0")
+    positive = any((np.array(losses[n::2]) > 0.0).all(0).any() for n in range(2))
+    figure = loss_figure(runs)
+    figure.savefig(BytesIO())
+    for axes in figure.axes:
+        assert len(axes.get_lines()) == 2
+        assert np.isfinite(axes.get_ylim()).all()
+        assert axes.get_yscale() == ("log" if positive else "linear")
+    *_, arm = summarise(runs)
+    gap_figure([arm, replace(arm, arm="b"), replace(arm, arm="c")]).savefig(BytesIO())
+
+
 def test_a_curve_that_ends_because_a_seed_diverged_says_so() -> None:
     axes = Figure().subplots()
     whole = _run_of("a", [2.0, 1.0, 0.5])
@@ -351,7 +374,13 @@ def test_a_curve_that_ends_because_a_seed_diverged_says_so() -> None:
 
 def _run_of(arm: str, losses: list[float]) -> Run:
     rows = [
-        {"step": i, "train_loss": loss, "train_seconds": float(i), "teleport_seconds": 0.0}
+        {
+            "step": i,
+            "train_loss": loss,
+            "test_loss": loss,
+            "train_seconds": float(i),
+            "teleport_seconds": 0.0,
+        }
         for i, loss in enumerate(losses)
     ]
     return Run(Path(), {"arm": arm, "seed": 0, "training": {"teleport": False}}, rows, [], "end")

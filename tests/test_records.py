@@ -172,6 +172,55 @@ def test_the_best_baseline_is_the_lowest_finished_one_without_teleport() -> None
     assert lines["c"].to_own.log_loss == pytest.approx(math.log(0.25))
 
 
+with_zeros = st.lists(st.just(0.0) | st.floats(1e-3, 10), min_size=2, max_size=8)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@given(st.lists(with_zeros, min_size=2, max_size=4), with_zeros)
+def test_a_loss_of_exactly_zero_is_lower_than_any_other(
+    moved: list[list[float]], plain: list[float]
+) -> None:
+    base = [make_run(plain, seed=seed) for seed in range(len(moved))]
+    runs = [make_run(losses, "b", True, seed) for seed, losses in enumerate(moved)]
+    summary = summarise([*base, *runs])[1]
+    assert best_baseline(by_arm([*base, *runs])) == "a"
+    for run in (*base, *runs):
+        assert compare([run], [run]).log_loss == 0.0
+        pairs = list(zip(run.column("train_loss")[1:], plain[1:], strict=False))
+        infinite = {one < two for one, two in pairs if one != two and 0.0 in (one, two)}
+        found = compare([run], base).log_loss
+        assert math.isfinite(found) == (not infinite)
+        if len(infinite) == 1:  # of infinities with both signs there is no mean
+            assert found == (-math.inf if infinite == {True} else math.inf)
+    assert summary.to_own is not None
+    for number in (summary.to_own.steps, summary.to_own.seconds, summary.to_own.p_value):
+        assert number >= 0.0 or math.isnan(number)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@given(st.lists(st.floats(1e-3, 10), min_size=1, max_size=3), st.integers(1, 3))
+def test_the_best_of_baselines_is_one_at_zero(losses: list[float], seeds: int) -> None:
+    others = [make_run([4.0, loss], "b", seed=seed) for seed, loss in enumerate(losses)]
+    best = [make_run([4.0, 0.0], "a", seed=seed) for seed in range(seeds)]
+    assert best_baseline(by_arm([*others, *best])) == "a"
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_loss_that_falls_to_zero_is_reached_when_it_is_seen() -> None:
+    run = make_run([4.0, 1.0, 0.0, 0.0])
+    assert [run.first_below(loss, run.column("step")) for loss in (0.5, 0.0)] == [20.0, 20.0]
+    assert run.first_below(2.0, run.column("step")) == pytest.approx(5.0)
+
+
+def test_a_gradient_of_zero_has_not_grown() -> None:
+    row = {"loss_before": 0.0, "loss_after": 0.0, "held_out_before": 0.0, "held_out_after": 0.0}
+    norms = [(0.0, 0.0), (2.0, 6.0)]
+    rows = [row | {"grad_norm_before": old, "grad_norm_after": new} for old, new in norms]
+    run = replace(make_run([1.0, 0.0], teleport=True), teleports=rows)
+    (summary,) = summarise([run])
+    assert summary.growth == 2.0
+
+
 def test_what_is_written_is_read_back_and_not_finite_becomes_missing(tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "r.jsonl") as writer:
         writer.write("config", arm="a", seed=3, order=0)
