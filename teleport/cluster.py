@@ -59,7 +59,11 @@ def _why_not_done(future: Any, job: Job) -> str:
             f"the scheduler lost it ({future.status}), or went away itself; give the same sweep "
             "again to go on"
         )
-    if not is_done(job):
+    try:
+        done = is_done(job)
+    except RunError as error:  # such as of a worker whose data are not those here
+        return reason_of(error)
+    if not done:
         return (
             f"its worker finished it, but no complete record of it is in {job.folder}: the workers "
             "need that very folder, under the same path"

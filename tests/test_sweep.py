@@ -400,6 +400,16 @@ def test_a_record_that_is_on_another_machine_is_missed(small: str, tmp_path: Pat
     assert cluster_of._why_not_done(Finished(), job) == ""
 
 
+def test_a_record_that_is_not_the_one_wanted_fails_its_cell_only(
+    small: str, tmp_path: Path
+) -> None:
+    """A worker whose data differ from those here, say, writes what is another record here."""
+    (job, *_) = plan(small, seeds=1).jobs(tmp_path)
+    record = run_job(job)
+    record.write_text(record.read_text().replace('"checksum": "', '"checksum": "not ', 1))
+    assert "data.checksum" in cluster_of._why_not_done(Finished(), job)
+
+
 def test_the_threads_of_a_worker_do_what_one_does(small: str, swept: Path, tmp_path: Path) -> None:
     """A Dask worker has as many as its machine has cores, unless told otherwise."""
     jobs = plan(small).jobs(tmp_path)
