@@ -73,11 +73,12 @@ def read_experiments(path: Path) -> dict[str, Experiment]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"cannot read the experiments in {path}: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or an integer longer than Python reads
         raise RunError(f"{path} is not TOML: {error}") from error
     except RecursionError as error:
         raise RunError(f"{path}: {TOO_LONG}") from error
     try:
+        _check_integers("", table)
         entries = {name: _inherited(name, table, ()) for name in table}
         found = {name: _experiment(name, entry) for name, entry in entries.items()}
         return {name: _with_lent_tuning(one, found) for name, one in found.items()}
@@ -85,6 +86,16 @@ def read_experiments(path: Path) -> dict[str, Experiment]:
         raise RunError(f"{path}: {error}") from error
     except RecursionError as error:
         raise RunError(f"{path}: {TOO_LONG}") from error
+
+
+def _check_integers(where: str, value: Any) -> None:
+    """Refuse integers that TOML does not have: Python reads them, but cannot print the longest."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise RunError(f"{where}: must fit in 64 bits, got an integer of {value.bit_length()} bits")
+    inner = dict(enumerate(value)) if isinstance(value, list) else value
+    if isinstance(inner, dict):
+        for key, item in inner.items():
+            _check_integers(f"{where}.{key}" if where else key, item)
 
 
 def names_in(name: str) -> list[str]:

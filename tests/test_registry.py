@@ -273,6 +273,24 @@ def test_a_chain_too_long_to_follow_is_named(tmp_path: Path) -> None:
         read_experiments(path)
 
 
+@pytest.mark.parametrize("number", [str(2**63), f"-{2**63 + 1}", "0x" + "f" * 5000])
+@pytest.mark.parametrize("key", ["title", "batch_size.ours", "network.hidden.ours", "like"])
+def test_an_integer_that_toml_does_not_have_is_refused_by_its_key(
+    key: str, number: str, tmp_path: Path
+) -> None:
+    value = f"[{number}]" if "hidden" in key else number
+    like = "" if key == "like" else 'like = "base"\n'
+    path = table(tmp_path, f"{BASE}[one]\n{like}{key} = {value}\n")
+    with pytest.raises(RunError, match=rf"own\.toml: one\.{key}.*64 bits"):
+        read_experiments(path)
+
+
+def test_an_integer_that_python_does_not_read_is_refused(tmp_path: Path) -> None:
+    path = table(tmp_path, f'{BASE}[one]\nlike = "base"\nbatch_size.ours = {"1" * 5000}\n')
+    with pytest.raises(RunError, match=r"own\.toml.*(digits|64 bits)"):
+        read_experiments(path)
+
+
 @pytest.mark.parametrize("key", ["a", "network.a", "presets.tiny", "title"])
 def test_tables_in_tables_without_end_are_refused(key: str, tmp_path: Path) -> None:
     path = table(tmp_path, f'{BASE}[one]\nlike = "base"\n{key}{".a" * 3000} = 1\n')
