@@ -157,7 +157,7 @@ def run_cell(
         if resume and state is None:
             path.unlink(missing_ok=True)
         _warm_up(cell.settings)
-        keep, done = (None, None) if state is None else (state["record_bytes"], state["step"])
+        keep, done = (None, 0) if state is None else (state["record_bytes"], state["step"])
         with ExitStack() as stack:
             also = {}
             if tensorboard is not None:

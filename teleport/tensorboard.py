@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,14 +37,16 @@ class Board:
 
     Args:
         folder: of the run, below the one that TensorBoard is given; made if missing.
-        step: of a run that goes on; what was written from there on is not shown any more.
+        step: from which the run goes on; what an earlier try wrote from there on is not shown any
+            more.
 
     Raises:
         RunError: if TensorBoard is not installed, or its file cannot be written.
     """
 
-    def __init__(self, folder: Path, step: int | None = None) -> None:
+    def __init__(self, folder: Path, step: int = 0) -> None:
         self._folder = folder
+        self._hook = threading.excepthook
         with self._told():
             self._events = _event_writer()(str(folder), purge_step=step)
 
@@ -68,6 +71,7 @@ class Board:
             self._events.add_text("teleport", text, row["step"])
 
     def __enter__(self) -> "Board":
+        threading.excepthook = self._thread_ended
         return self
 
     def __exit__(
@@ -82,6 +86,13 @@ class Board:
         except RunError:
             if error is None:  # else that one tells what happened first
                 raise
+        finally:
+            threading.excepthook = self._hook
+
+    def _thread_ended(self, ended: threading.ExceptHookArgs) -> None:
+        """Leave it to `write` to tell what ended the thread that writes the files."""
+        if not isinstance(ended.exc_value, OSError):
+            self._hook(ended)
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -3,13 +3,11 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from teleport.interventions import ON_THE_OPTIMIZER
 from teleport.records import read_run, read_runs
 from teleport.run import Cell, run_arms, run_cell
 from teleport.schedule import Schedule
+from tests.disk import full_disk
 
 TWICE = TeleportSettings(Schedule(epochs=2, batches=2, warmup_steps=3), batch_size=64)
 TINY = Settings("sample-rows", "tiny", "adam", epochs=2, teleport=replace(TWICE, held_out_size=64))
@@ -206,19 +205,6 @@ def test_kill_9_at_any_moment(tmp_path: Path) -> None:
     for path in sorted(whole.glob("*.jsonl")):
         assert trajectory(broken / path.name) == trajectory(path)
     assert sorted(f.name for f in broken.iterdir()) == sorted(f.name for f in whole.iterdir())
-
-
-@contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """No file may grow beyond the limit: what writes more fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """`teleport run --tensorboard`: the event files hold what the records hold."""
 
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from teleport import cli
+from teleport.errors import RunError
 from teleport.records import read_runs
 from teleport.tensorboard import SCALARS, Board
+from tests.disk import full_disk
 
 TINY = ["run", "--preset", "tiny", "--lr", "0.1"]
 
@@ -72,6 +75,44 @@ def test_a_full_disk_ends_with_a_message_and_complete_records(
     assert [run.status for run in read_runs(out)] == ["unfinished"]
     assert cli.main([*TINY, "--out", str(out), "--tensorboard", str(board), "--resume"]) == 0
     assert {run.status for run in read_runs(out)} == {"finished"}
+
+
+def test_a_run_that_starts_over_shows_nothing_of_the_earlier_try(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    out, board = tmp_path / "job", tmp_path / "board"
+    command = [*TINY, "--out", str(out), "--tensorboard", str(board)]
+    assert cli.main(command) == 0
+    longer = [point.step for point in events(next(board.iterdir())).Scalars("train_loss")]  # type: ignore[attr-defined]
+    assert cli.main([*command, "--force", "--after", "35"]) == 0
+    for run in read_runs(out):
+        found = events(board / run.path.stem)
+        steps = [point.step for point in found.Scalars("train_loss")]  # type: ignore[attr-defined]
+        assert steps == run.column("step").tolist() == longer
+        teleports = [row["step"] for row in run.teleports]
+        tag = "teleport/grad_norm_after"
+        tags = found.Tags()["scalars"]  # type: ignore[attr-defined]
+        shown = [p.step for p in found.Scalars(tag)] if tag in tags else []  # type: ignore[attr-defined]
+        assert shown == teleports
+
+
+def test_a_disk_that_fills_up_shows_no_traceback_of_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    row = {**dict.fromkeys(SCALARS, 1.0), "step": 0}
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+    hook = threading.excepthook
+
+    def fill() -> None:
+        with Board(tmp_path) as board:
+            for _ in range(10_000):
+                board.write("evaluation", row)
+
+    with full_disk(2_000), pytest.raises(RunError, match="cannot write the TensorBoard files"):
+        fill()
+    assert threading.excepthook == hook
+    assert shown == []
 
 
 def test_without_tensorboard_the_error_says_how_to_get_it(
