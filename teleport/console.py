@@ -113,7 +113,8 @@ def _spectrum_table(measured: Measured) -> Table:
     )
     for step, layers in measured.by_step.items():
         for s in layers:
-            table.add_row(str(step), s.layer, str(s.d_in), *(str(s.ranks[tau]) for tau in taus))
+            ranks = (str(s.ranks.get(tau, "-")) for tau in taus)
+            table.add_row(str(step), s.layer, str(s.d_in), *ranks)
         table.add_section()
     return table
 

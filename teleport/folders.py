@@ -6,8 +6,8 @@ from pathlib import Path
 
 from teleport.checkpoint import locked
 from teleport.errors import RunError
-from teleport.provenance import made_by
 from teleport.records import first_row, has_begun
+from teleport.schema import made_by
 
 OF_A_RUN = re.compile(r"\d\d+-.*-seed\d+\.(jsonl|checkpoint(\.new)?|lock)")
 """Names of the files that runs keep."""

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from teleport.errors import RunError
 from teleport.forgetting import accuracy_matrix, course, summarise_forgetting
 from teleport.plots import draw_accuracy_matrix, draw_band, draw_trade_off
 from teleport.records import FloatArray, Run, by_arm
@@ -51,11 +52,18 @@ def columns(sequence: TaskSequence) -> dict[str, Callable[[Measures], str]]:
 
 def forgetting_rows(runs: Sequence[Run]) -> list[list[str]]:
     """The table as text, its head first."""
-    sequence = SEQUENCES[runs[0].config["sequence"]]
+    sequence = _sequence(runs)
     cells = columns(sequence)
     summary = summarise_forgetting(runs, sequence.reach, sequence.compare)
     rows = [[arm, *(cell(m) for cell in cells.values())] for arm, m in summary.items()]
     return [["method", *cells], *rows]
+
+
+def _sequence(runs: Sequence[Run]) -> TaskSequence:
+    name = runs[0].config["sequence"]
+    if name not in SEQUENCES:
+        raise RunError(f"{runs[0].path}: unknown sequence {name!r}; known: {', '.join(SEQUENCES)}")
+    return SEQUENCES[name]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -66,11 +74,10 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def forgetting_tables(runs: Sequence[Run]) -> list[Table]:
     """One table, a line for every arm."""
-    config = runs[0].config
-    sequence = SEQUENCES[config["sequence"]]
+    sequence = _sequence(runs)
     head, *rows = forgetting_rows(runs)
     seeds = len({run.seed for run in runs})
-    title = f"{sequence.title}: {seeds} seeds, {config['split']} images"
+    title = f"{sequence.title}: {seeds} seeds, {runs[0].config['split']} images"
     table = Table(*head, title=title, caption=_caption(sequence, runs))
     for row in rows:
         table.add_row(*row)
@@ -101,7 +108,7 @@ def forgetting_figure(runs: Sequence[Run]) -> Figure:
     groups = {arm: group for arm, group in groups.items() if group}
     draw = _two_tasks if runs[0].config["tasks"] == 2 else _matrices
     figure = draw(groups)
-    figure.suptitle(SEQUENCES[runs[0].config["sequence"]].title)
+    figure.suptitle(_sequence(runs).title)
     return figure
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from teleport.errors import RunError
 from teleport.experiment import PAPER_STEPS
-from teleport.provenance import check_alike, made_by
+from teleport.provenance import check_alike
 from teleport.records import (
     ArmSummary,
     Comparison,
@@ -20,6 +20,7 @@ from teleport.records import (
     read_runs,
     summarise,
 )
+from teleport.schema import made_by
 from teleport.teleporter import DEFAULT_GROWTH
 
 
@@ -56,11 +57,13 @@ class Block:
         options = config["settings"]
         activation = options.get("activation", "relu")  # older records name none
         network = "" if activation == "relu" else f", {activation}"
-        return (
-            f"{self.experiment}, {self.optimizer}: preset {options['preset']}{smaller(config)}"
-            f"{network}, {length(config)}{self._looked_before_the_end()}, data "
-            f"{config['data']['name']}; {how(options['teleport'])}"
-        )
+        parts = [f"preset {options['preset']}{smaller(config)}{network}"]
+        if "size" in config:  # older records name neither size, data nor settings of the teleport
+            parts.append(length(config) + self._looked_before_the_end())
+        if "data" in config:
+            parts.append(f"data {config['data']['name']}")
+        teleports = f"; {how(options['teleport'])}" if "teleport" in options else ""
+        return f"{self.experiment}, {self.optimizer}: {', '.join(parts)}{teleports}"
 
     def _looked_before_the_end(self) -> str:
         """Of runs of a version that did not evaluate after the last step, where they did last."""

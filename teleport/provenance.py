@@ -10,6 +10,7 @@ from typing import Any
 
 from teleport.errors import RunError
 from teleport.records import Run, first_row, has_begun, read_rows
+from teleport.schema import check_row, made_by
 
 SHARED = ("experiment", "preset", "settings", "size", "network", "batch_size", "data")
 """Keys of a training run's first row that are the same for all runs of a folder."""
@@ -18,17 +19,6 @@ ADDED = ("batch_size",)
 """Keys that older records of training runs do not have."""
 
 ELSEWHERE = "resume with the command that made it, or give another --out"
-
-
-def made_by(config: dict[str, Any]) -> str:
-    """The command whose record begins with this row; empty if it is none of ours.
-
-    A sweep leaves what `teleport run` leaves.
-    """
-    if isinstance(config.get("figure"), str):
-        return str(config["figure"])
-    keys = {"run": "training", "continual": "sequence", "bench": "benchmark"}
-    return next((command for command, key in keys.items() if key in config), "")
 
 
 def differences(
@@ -104,6 +94,7 @@ def check_folder(
                 f"{path} is a record {of}, and `teleport {command}` keeps its own apart; "
                 "give another --out"
             )
+        check_row(path, 1, config, config)
         check_same(path, config, shared, added)
         arm, seed = str(config.get("arm")), config.get("seed")
         if (names or {}).get((arm, seed or 0), path.name) != path.name:

@@ -25,6 +25,7 @@ from scipy.special import stdtr, stdtrit
 from teleport.clock import clock_name
 from teleport.errors import RunError
 from teleport.report import growth
+from teleport.schema import ROWS, check_row, made_by
 
 FloatArray = npt.NDArray[np.float64]
 Split = Literal["train", "test"]
@@ -164,16 +165,18 @@ class Run:
 def first_below(losses: FloatArray, loss: float, axis: FloatArray) -> float:
     """Where on ``axis`` the losses first reach ``loss``; NaN if they never do.
 
-    Between two evaluations log loss is interpolated linearly, where it is finite: a loss that fell
-    to exactly 0 is reached when it is seen.
+    Between two evaluations log loss is interpolated linearly, where it falls by a finite number: a
+    loss that fell to exactly 0 is reached when it is seen.
     """
     reached = np.flatnonzero(losses <= loss)
     if len(reached) == 0:
         return math.nan
     i = reached[0]
-    if i == 0 or math.isnan(losses[i - 1]) or losses[i] == 0.0:
+    if i == 0:
+        return float(axis[0])
+    above, below = log(losses[i - 1 : i + 1])
+    if not 0.0 < above - below < math.inf:
         return float(axis[i])
-    above, below = np.log(losses[i - 1]), np.log(losses[i])
     share = (above - np.log(loss)) / (above - below)
     return float(axis[i - 1] + share * (axis[i] - axis[i - 1]))
 
@@ -188,19 +191,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of one record, its configuration first.
 
     Raises:
-        RunError: if the file cannot be read, or a line other than a torn last one is damaged.
+        RunError: if the file cannot be read, or a line other than a torn last one is damaged or
+            lacks what `teleport.schema` says it must have.
     """
     lines = _read(path).splitlines()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(_row(line))
+            row = _row(line)
         except ValueError as error:
-            if number == len(lines) > 1:
+            torn = isinstance(error.__cause__ or error, (json.JSONDecodeError, UnicodeDecodeError))
+            if torn and number == len(lines) > 1:
                 break  # a killed run may leave half a line; what is before it counts
             raise RunError(f"{path}, line {number}: not a JSON record ({error})") from error
+        rows.append(row)
+        check_row(path, number, row, rows[0])
     if not rows or rows[0]["type"] != "config":
-        raise RunError(f"{path}: the first line is not a run's configuration")
+        raise RunError(f"{path}, line 1: not the configuration that a record begins with")
     return rows
 
 
@@ -240,10 +247,10 @@ def _row(line: bytes) -> dict[str, Any]:
         row = json.loads(line.decode())
     except json.JSONDecodeError as error:
         raise ValueError(error.msg) from error  # without the place in the line
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(row, dict) or not isinstance(row.get("type"), str):
         raise ValueError("expected an object with a type")
-    if row["type"] == "evaluation" and "step" not in row:
-        raise ValueError("expected an evaluation to have a step")
     return row
 
 
@@ -273,9 +280,13 @@ def read_runs(folder: Path) -> list[Run]:
     runs = [read_run(path) for path in sorted(folder.glob("*.jsonl")) if has_begun(path)]
     if not runs:
         raise RunError(f"{folder} holds no records (*.jsonl); give one `teleport run` has written")
-    for run in runs:
-        if not {"order", "seed"} <= run.config.keys():
-            raise RunError(f"{run.path} is not the record of a run: it names no order or no seed")
+    makers = {made_by(run.config): run.path for run in runs}
+    for maker, path in makers.items():
+        if maker not in ROWS:
+            raise RunError(f"{path} is not the record of a run: its first line names no training")
+    if len(makers) > 1:
+        one, other, *_ = makers.values()
+        raise RunError(f"{one} and {other} are records of two commands; move one to another folder")
     return sorted(runs, key=lambda run: (run.config["order"], run.seed))
 
 

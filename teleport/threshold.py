@@ -36,13 +36,13 @@ class Point:
         number: of teleport steps.
         loss: on the teleport batch.
         grad_norm: of that loss.
-        held_out: loss on other examples.
+        held_out: loss on other examples; None if it was not finite, in a record.
     """
 
     number: int
     loss: float
     grad_norm: float
-    held_out: float
+    held_out: float | None
 
 
 def trajectory(

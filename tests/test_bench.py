@@ -1,6 +1,7 @@
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -425,10 +426,12 @@ def test_threads_are_set_for_the_benchmark_only_and_recorded(
     assert config["hardware"]["threads"] == 2
 
 
-def test_folders_without_benchmarks_and_wrong_records_are_refused(tmp_path: Path) -> None:
+def test_folders_without_benchmarks_and_wrong_records_are_refused(
+    tiny: tuple[Path, str], tmp_path: Path
+) -> None:
     with pytest.raises(RunError, match="no benchmark"):
         read_benchmarks(tmp_path)
-    (tmp_path / "step.jsonl").write_text('{"type": "config", "benchmark": "basis"}\n')
+    shutil.copy(tiny[0] / "basis.jsonl", tmp_path / "step.jsonl")
     with pytest.raises(RunError, match="not a record of the benchmark 'step'"):
         read_benchmarks(tmp_path)
 

@@ -17,9 +17,10 @@ from teleport.checkpoint import locked
 from teleport.continual import Course, Strategy, run_strategies
 from teleport.errors import RunError
 from teleport.experiment import Arm, Settings
-from teleport.provenance import ADDED, SHARED, check_alike, check_folder, is_complete, made_by
+from teleport.provenance import ADDED, SHARED, check_alike, check_folder, is_complete
 from teleport.records import first_row, read_runs
 from teleport.run import Cell, configuration, run_arms
+from teleport.schema import made_by
 from teleport.spectrum import write_spectra
 from teleport.sweep import Plan, check_folders
 from teleport.threshold import write_trajectories
@@ -47,7 +48,9 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 def other_than(value: Any) -> Any:
-    return value + 1 if isinstance(value, (int, float)) else [value, "other"]
+    if value is None or isinstance(value, (int, float)):
+        return (value or 0) + 1
+    return f"another {value}" if isinstance(value, str) else [value, "other"]
 
 
 @given(st.data())

@@ -48,6 +48,22 @@ def make_run(
     return Run(Path(f"{arm}.jsonl"), config, rows, [], "finished")
 
 
+CONFIG = {
+    "type": "config",
+    "experiment": "mine",
+    "arm": "a",
+    "baseline": "a",
+    "order": 0,
+    "seed": 0,
+    "training": {"lr": 0.1, "teleport": False},
+    "settings": {"optimizer": "sgd", "preset": "tiny"},
+}
+"""As little as the first row of a run says."""
+
+LOSSES = {"train_loss": 1.0, "test_loss": 1.0, "test_accuracy": None}
+EVALUATION = {"step": 0, "train_seconds": 0.0, "teleport_seconds": 0.0, **LOSSES}
+
+
 losses = st.lists(st.floats(1e-3, 10), min_size=2, max_size=8)
 thousandths = st.integers(-1000, 1000).map(lambda number: number / 1000)  # spreads above rounding
 
@@ -223,8 +239,8 @@ def test_a_gradient_of_zero_has_not_grown() -> None:
 
 def test_what_is_written_is_read_back_and_not_finite_becomes_missing(tmp_path: Path) -> None:
     with RecordWriter(tmp_path / "r.jsonl") as writer:
-        writer.write("config", arm="a", seed=3, order=0)
-        writer.write("evaluation", step=0, train_loss=math.nan, test_loss=1.5)
+        writer.write("config", **{**CONFIG, "seed": 3})
+        writer.write("evaluation", **{**EVALUATION, "train_loss": math.nan, "test_loss": 1.5})
         writer.write("end", status="diverged")
     run = read_run(tmp_path / "r.jsonl")
     assert (run.arm, run.seed, run.status) == ("a", 3, "diverged")
@@ -234,7 +250,7 @@ def test_what_is_written_is_read_back_and_not_finite_becomes_missing(tmp_path: P
 
 def test_a_torn_last_line_loses_only_itself(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    rows = [{"type": "config", "arm": "a", "seed": 0}, {"type": "evaluation", "step": 0}]
+    rows = [CONFIG, {"type": "evaluation", **EVALUATION}]
     path.write_text("\n".join(map(json.dumps, rows)) + '\n{"type": "evalu')
     run = read_run(path)
     assert len(run.evaluations) == 1
@@ -243,26 +259,30 @@ def test_a_torn_last_line_loses_only_itself(tmp_path: Path) -> None:
 
 def test_damage_elsewhere_names_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    path.write_text('{"type": "config"}\nnot json\n{"type": "end"}\n')
+    path.write_text(f'{json.dumps(CONFIG)}\nnot json\n{{"type": "end"}}\n')
     with pytest.raises(RunError, match=r"r\.jsonl, line 2"):
         read_run(path)
 
 
 @pytest.mark.parametrize(
     "line",
-    [b"5", b"[]", b"{}", b'{"step": 1}', b'{"type": 1}', b'{"type": "evaluation"}', b"\xff\x00"],
+    [
+        *(b"5", b"[]", b"{}", b"\xff\x00", b"[" * 100_000),
+        *(b'{"step": 1}', b'{"type": 1}', b'{"type": "evaluation"}'),
+        b'{"type": "evaluation", "step": ' + b"9" * 5000 + b"}",
+    ],
 )
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_line_of_another_kind_is_named(tmp_path: Path, line: bytes, number: int) -> None:
     path = tmp_path / "r.jsonl"
-    lines = [b'{"type": "config", "seed": 0, "order": 0}', b'{"type": "end", "status": "finished"}']
+    lines = [json.dumps(CONFIG).encode(), b'{"type": "end", "status": "finished"}']
     path.write_bytes(b"\n".join([*lines[: number - 1], line, *lines[number - 1 :]]) + b"\n")
     with pytest.raises(RunError, match=rf"r\.jsonl, line {number}"):
         read_runs(tmp_path)
 
 
-def test_a_record_that_names_no_seed_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "r.jsonl").write_text('{"type": "config", "order": 0}\n')
+def test_a_record_of_another_program_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"type": "config", "order": 0, "seed": 0}\n')
     with pytest.raises(RunError, match=r"r\.jsonl is not the record of a run"):
         read_runs(tmp_path)
 
@@ -270,7 +290,7 @@ def test_a_record_that_names_no_seed_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left", [b"", b'{"type": "conf', b"\0\0\0"])
 def test_a_record_that_has_not_begun_is_left_out(tmp_path: Path, left: bytes) -> None:
     """What a kill or a full disk leaves before the first row."""
-    (tmp_path / "a.jsonl").write_text('{"type": "config", "arm": "a", "seed": 0, "order": 0}\n')
+    (tmp_path / "a.jsonl").write_text(json.dumps(CONFIG) + "\n")
     (tmp_path / "b.jsonl").write_bytes(left)
     assert [run.path.name for run in read_runs(tmp_path)] == ["a.jsonl"]
     (tmp_path / "a.jsonl").unlink()

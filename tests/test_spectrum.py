@@ -1,5 +1,6 @@
 """The paper's Figure 6: input spectra, and what the threshold trades along a teleport."""
 
+import json
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -257,7 +258,8 @@ def test_a_record_that_was_killed_early_is_left_out_or_named(
         (out / "figure-1-steps.png").unlink()
     for path in out.glob("*.jsonl"):
         path.unlink()
-    first.write_text('{"type": "config", "figure": "tau", "order": 0, "seed": 0}\n')
+    config = json.loads(whole[0]) | {"figure": "tau", "trained": 1, "teleport_lr": 0.1}
+    first.write_text(json.dumps(config) + "\n")
     assert cli.main(["figure", str(out)]) == 1
     assert "run `teleport tau` again" in capsys.readouterr().err
 

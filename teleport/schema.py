@@ -1,0 +1,299 @@
+"""What the rows of records hold: the fields that tables and figures read, command by command.
+
+A record may have more fields, and rows of more types. A ``?`` ends the name of a field that need
+not be there, because records of an older version lack it or because only some rows have it.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teleport.errors import RunError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of values.
+
+    Attributes:
+        what: it is, for messages.
+        holds: whether a value is of it.
+    """
+
+    what: str
+    holds: Callable[[Any], bool]
+
+
+Fields = Mapping[str, "Kind | Fields"]
+"""By name, what the fields of an object are."""
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _are(values: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(values, list) and len(values) > 0 and all(map(holds, values))
+
+
+def _is_time(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_matrix(value: Any) -> bool:
+    rows = _are(value, lambda row: _are(row, NUMBER_OR_NULL.holds))
+    return rows and len(set(map(len, value))) == 1
+
+
+def _are_ranks(value: Any) -> bool:
+    try:
+        return (
+            isinstance(value, dict)
+            and len(value) > 0
+            and all(math.isfinite(float(tau)) and _is_count(rank) for tau, rank in value.items())
+        )
+    except ValueError:
+        return False
+
+
+def or_null(kind: Kind) -> Kind:
+    """The same, or null: a number that was not finite, or a setting that was not given."""
+    return Kind(f"{kind.what} or null", lambda value: value is None or kind.holds(value))
+
+
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+COUNT = Kind("an integer >= 0", _is_count)
+WIDTH = Kind("an integer >= 1", lambda value: _is_count(value) and value > 0)
+TASKS = Kind("an integer from 2 to 1000", lambda value: _is_count(value) and 2 <= value <= 1000)
+NUMBER = Kind("a number", _is_number)
+NUMBER_OR_NULL = or_null(NUMBER)
+LOSS_OR_NULL = or_null(Kind("a number >= 0", lambda value: _is_number(value) and value >= 0))
+NUMBERS = Kind("a list of numbers", lambda value: _are(value, _is_number))
+SHARES = Kind("a list of numbers", lambda value: value == [] or _are(value, _is_number))
+TIME = Kind("a number > 0", _is_time)
+TIMES = Kind("a list of numbers > 0", lambda value: _are(value, _is_time))
+MATRIX = Kind("a matrix of numbers", _is_matrix)
+RANKS = Kind("an object of integers >= 0 by numbers", _are_ranks)
+STATUS = Kind(
+    "finished, diverged or interrupted",
+    lambda value: value in ("finished", "diverged", "interrupted"),
+)
+
+_END: Fields = {"status": STATUS, "reason?": TEXT, "step?": COUNT}
+_MOMENT: Fields = {"order": COUNT, "seed": COUNT, "title": TEXT}
+_BASE: Fields = dict.fromkeys("tdnlb", WIDTH)
+_TIMED: Fields = {"network": TEXT, "shape": TEXT, "seconds": TIMES, "gradient_seconds": TIMES}
+_MOVED: Fields = dict.fromkeys(("growth", "drift", "held_out_drift"), NUMBER)
+
+ROWS: dict[str, dict[str, Fields]] = {
+    "run": {
+        "config": {
+            "experiment": TEXT,
+            "arm": TEXT,
+            "baseline": TEXT,
+            "order": COUNT,
+            "seed": COUNT,
+            "training": {"lr": NUMBER, "teleport": FLAG, "rival?": TEXT},
+            "settings": {
+                "optimizer": TEXT,
+                "preset": TEXT,
+                "activation?": TEXT,
+                "teleport?": {
+                    "schedule": dict.fromkeys(("epochs", "batches", "warmup_steps"), COUNT),
+                    "batch_size": COUNT,
+                    "tau": NUMBER,
+                    "steps": or_null(COUNT),
+                    **dict.fromkeys(("lr", "growth", "cap"), NUMBER_OR_NULL),
+                },
+            },
+            "size?": {
+                "epochs": COUNT,
+                "evaluate_size": COUNT,
+                "train_size?": or_null(COUNT),
+                "network?": or_null(OBJECT),
+            },
+            "data?": {"name": TEXT},
+        },
+        "evaluation": {
+            "step": COUNT,
+            "train_seconds": NUMBER,
+            "teleport_seconds": NUMBER,
+            "train_loss": LOSS_OR_NULL,
+            "test_loss": LOSS_OR_NULL,
+            "test_accuracy": NUMBER_OR_NULL,
+            "grad_norm?": NUMBER_OR_NULL,
+        },
+        "teleport": {
+            f"{what}_{when}": NUMBER_OR_NULL
+            for what in ("loss", "grad_norm", "held_out")
+            for when in ("before", "after")
+        },
+        "end": _END,
+    },
+    "continual": {
+        "config": {
+            "sequence": TEXT,
+            "split": TEXT,
+            "arm": TEXT,
+            "order": COUNT,
+            "seed": COUNT,
+            "tasks": TASKS,
+            "strategy": {"method": TEXT, "tau": NUMBER_OR_NULL},
+        },
+        "evaluation": {
+            "task": COUNT,
+            "task_step": COUNT,
+            "train_seconds": NUMBER,
+            "space_seconds": NUMBER,
+            "losses": NUMBERS,
+            "accuracies": NUMBERS,
+        },
+        "end": _END,
+    },
+    "spectrum": {
+        "config": {**_MOMENT, "optimizer": TEXT, "lr": NUMBER, "teleport_batch": COUNT},
+        "spectrum": {"step": COUNT, "layer": TEXT, "d_in": WIDTH, "ranks": RANKS, "shares": SHARES},
+        "end": _END,
+    },
+    "tau": {
+        "config": {**_MOMENT, "trained": COUNT, "teleport_lr": NUMBER},
+        "point": {
+            "number": COUNT,
+            **dict.fromkeys(("tau", "loss", "grad_norm"), NUMBER),
+            "held_out": NUMBER_OR_NULL,
+        },
+        "end": _END,
+    },
+    "product": {
+        "config": {**_MOMENT, "trained": COUNT},
+        "product": {
+            "layer": TEXT,
+            "count": COUNT,
+            "bias": FLAG,
+            **dict.fromkeys(("rows", "weight", "outputs", "deltas", "gradient"), MATRIX),
+        },
+        "end": _END,
+    },
+    "bench": {
+        "config": {
+            "benchmark": TEXT,
+            "preset": TEXT,
+            "device": TEXT,
+            "hardware": {"threads": COUNT, "gpu": or_null(TEXT)},
+            "load": or_null(NUMBERS),
+            "size": {"small": FLAG, "base": _BASE},
+        },
+        "step": {**_TIMED, "operation": TEXT, "floor?": NUMBER, "floor_with_projection?": NUMBER},
+        "basis": {**_TIMED, "operation": TEXT},
+        "scaling": {**_TIMED, "method": TEXT, **_BASE},
+        "layers": {**_TIMED, "operation": TEXT, "layers": COUNT},
+        "memory": {
+            "network": TEXT,
+            "shape": TEXT,
+            **dict.fromkeys(("model", "gradient", "tangent", "double_backward"), WIDTH),
+            "grams": COUNT,
+        },
+        "rivals": {"part": TEXT, "way": TEXT},
+        "same batch": {**_MOVED, "move": NUMBER, "seconds": TIMES, "gradient_seconds": TIMES},
+        "same budget": {
+            **_MOVED,
+            "steps": COUNT,
+            **dict.fromkeys(("seconds", "gradient_seconds", "gradients"), TIME),
+        },
+        "speed": {"activation": TEXT, "seconds": TIMES, "gradient_seconds": TIMES},
+        "end": {"status": TEXT},
+    },
+}
+"""By command and type of row; measurements of benchmarks by what they are of."""
+
+_MARKS = {"run": ("training", "settings"), "continual": ("sequence",), "bench": ("benchmark",)}
+
+
+def made_by(config: dict[str, Any]) -> str:
+    """The command whose record begins with this row; empty if it is none of ours.
+
+    A sweep leaves what `teleport run` leaves.
+    """
+    if isinstance(config.get("figure"), str):
+        return str(config["figure"])
+    known = (command for command, marks in _MARKS.items() if any(key in config for key in marks))
+    return next(known, "")
+
+
+def check_row(path: Path, number: int, row: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse a row in which a field is missing or of another kind; a record of others is theirs.
+
+    Args:
+        path: of the record.
+        number: of the line.
+        row: on it.
+        config: the first row of the record.
+
+    Raises:
+        RunError: naming record, line and field, what is there and what is expected.
+    """
+    command = made_by(config)
+    known = ROWS.get(command, {})
+    faults = (_fault(row, known.get(name, {})) for name in _names(command, row, config))
+    fault = next(filter(None, faults), "")
+    if not fault and command == "continual" and row["type"] == "evaluation":
+        fault = _fault_of_tasks(row, config["tasks"])
+    if fault:
+        raise RunError(
+            f"{path}, line {number} ({row['type']}): {fault}; move the file away, or make its "
+            "record again"
+        )
+
+
+def _names(command: str, row: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
+    """Under which the fields of a row are found."""
+    if command == "bench" and row["type"] == "measurement":
+        yield config["benchmark"]
+        yield str(row.get("part"))
+    else:
+        yield row["type"]
+
+
+def _fault(values: dict[str, Any], fields: Fields, within: str = "") -> str:
+    """The first field that is missing or of another kind; empty if there is none."""
+    for name, kind in fields.items():
+        key = name.removesuffix("?")
+        if key not in values:
+            if key == name:
+                return f"{within}{key} is missing"
+            continue
+        value, where = values[key], within + key
+        if isinstance(kind, Kind):
+            if not kind.holds(value):
+                return f"{where} is {_shown(value)}, expected {kind.what}"
+        elif not isinstance(value, dict):
+            return f"{where} is {_shown(value)}, expected {OBJECT.what}"
+        elif fault := _fault(value, kind, f"{where}."):
+            return fault
+    return ""
+
+
+def _fault_of_tasks(row: dict[str, Any], tasks: int) -> str:
+    """An evaluation looks at the tasks up to its own."""
+    count = row["task"] + 1
+    if count > tasks:
+        return f"task is {count - 1}, expected one of {tasks}, the first being 0"
+    for name in ("losses", "accuracies"):
+        if len(row[name]) != count:
+            return f"{name} are {len(row[name])}, expected {count}, one for each task up to its own"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
