@@ -44,15 +44,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote; no code in the file is run.
 
     Raises:
-        RunError: if it cannot be read.
+        RunError: if it cannot be read, or holds something else.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # PyTorch raises errors of many kinds for files that are damaged
         raise RunError(
             f"cannot read the checkpoint {path}: it is damaged; delete it to start its run over"
         ) from error
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise foreign(path, f"it holds a {type(state).__name__}, not values by name")
     return state
+
+
+def foreign(path: Path, why: str) -> RunError:
+    """The error for a checkpoint that is not one of the run it is to be used for."""
+    return RunError(f"{path} is no checkpoint of its run ({why}); delete it to start the run over")
 
 
 def is_plain(state: dict[str, Any]) -> bool:

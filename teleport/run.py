@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from teleport.checkpoint import load_checkpoint, locked, save_checkpoint
+from teleport.checkpoint import locked, save_checkpoint
 from teleport.data import Dataset, load
 from teleport.errors import RunError
 from teleport.experiment import Arm, Settings
@@ -22,7 +22,7 @@ from teleport.provenance import ADDED, SHARED, check_folder, is_complete
 from teleport.records import RecordWriter, environment
 from teleport.teleporter import Teleporter
 from teleport.tensorboard import Board
-from teleport.training import Training, train_size
+from teleport.training import Training, read_state, train_size
 
 Progress = Callable[[str, int], None]
 """Called with what is being run and the training steps done since the last call."""
@@ -151,12 +151,15 @@ def run_cell(
             checkpoint.unlink(missing_ok=True)
             progress(steps_per_run(cell.settings, dataset))
             return path
-        state = load_checkpoint(checkpoint) if resume and checkpoint.exists() else None
+        state = read_state(checkpoint) if resume and checkpoint.exists() else None
         if state is not None and (not path.exists() or path.stat().st_size < state["record_bytes"]):
             state = None  # the record was lost, or never reached the disk
-        if resume and state is None:
-            path.unlink(missing_ok=True)
         _warm_up(cell.settings)
+        training = Training(cell.settings, cell.arm, cell.seed, dataset)
+        if state is not None:
+            training.restore(state, checkpoint)  # before the record is cut to what it knows
+        elif resume:
+            path.unlink(missing_ok=True)
         keep, done = (None, 0) if state is None else (state["record_bytes"], state["step"])
         with ExitStack() as stack:
             also = {}
@@ -168,11 +171,8 @@ def run_cell(
                 writer.write("config", **config, command=command, **environment())
             else:
                 writer.write("resumed", step=state["step"], **environment())
-            training = Training(cell.settings, cell.arm, cell.seed, dataset, writer)
-            if state is not None:
-                training.restore(state)
-                progress(training.step)
-            training.run(_Saving(training, checkpoint, checkpoint_seconds, progress))
+            progress(training.step)
+            training.run(writer, _Saving(training, checkpoint, checkpoint_seconds, progress))
         checkpoint.unlink(missing_ok=True)
     return path
 

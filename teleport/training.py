@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from teleport.checkpoint import is_plain
+from teleport.checkpoint import foreign, is_plain, load_checkpoint
 from teleport.clock import now
 from teleport.data import Dataset, batches, take
 from teleport.errors import NonFiniteLossError, RunError
@@ -86,6 +87,28 @@ def late_teleport(settings: Settings, dataset: Dataset) -> str:
     )
 
 
+STATE = (
+    *("model", "optimizer", "epoch_start", "draws", "random", "random_gpu"),
+    *("step", "train_seconds", "teleport_seconds", "record_bytes"),
+)
+"""Keys of `Training.state`."""
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `Training.state` returned, from a checkpoint.
+
+    Raises:
+        RunError: if it cannot be read, or holds something else.
+    """
+    state = load_checkpoint(path)
+    if missing := [name for name in STATE if name not in state]:
+        raise foreign(path, f"it has no {', '.join(missing)}")
+    for name in ("step", "record_bytes"):
+        if type(state.get(name)) is not int or state[name] < 0:
+            raise foreign(path, f"its {name} is {state.get(name)!r:.40}")
+    return state
+
+
 class Training:
     """A run that goes on from wherever its state is.
 
@@ -94,17 +117,16 @@ class Training:
         arm: the way to train.
         seed: of the initial values, the order of the data and the teleport batches.
         dataset: on the device.
-        writer: of its record.
 
     Raises:
         RunError: as `check_fits`.
     """
 
-    def __init__(
-        self, settings: Settings, arm: Arm, seed: int, dataset: Dataset, writer: RecordWriter
-    ) -> None:
+    writer: RecordWriter
+
+    def __init__(self, settings: Settings, arm: Arm, seed: int, dataset: Dataset) -> None:
         self.settings, self.arm, self.seed = settings, arm, seed
-        self.dataset, self.writer, self.size = dataset, writer, settings.size()
+        self.dataset, self.size = dataset, settings.size()
         check_fits(settings, dataset, arm.teleport)
         count = train_size(self.size, dataset)
         self.inputs, self.targets = dataset.train_inputs[:count], dataset.train_targets[:count]
@@ -160,25 +182,46 @@ class Training:
             self._plain = is_plain(self.optimizer.state_dict())
         return self._plain
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a state."""
+    def restore(self, state: dict[str, Any], path: Path) -> None:
+        """Go back to a state.
+
+        Args:
+            state: of such a run.
+            path: of the checkpoint that it is from, for the message.
+
+        Raises:
+            RunError: if it is the state of something else.
+        """
+        try:
+            self._restore(state)
+        except Exception as error:  # PyTorch raises errors of many kinds for states that do not fit
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise foreign(path, lines[0]) from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        wanted = [set(group) for group in self.optimizer.param_groups]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for names, group in zip(wanted, self.optimizer.param_groups, strict=True):
+            if names - group.keys():  # of another optimizer with as many parameters
+                raise ValueError(f"its optimizer has no {', '.join(sorted(names - group.keys()))}")
         self.order.set_state(state["epoch_start"])
         self.draws.set_state(state["draws"])
         torch.set_rng_state(state["random"])
         if state["random_gpu"] is not None:
             torch.cuda.set_rng_state(state["random_gpu"], self.device)
-        self.step = state["step"]
-        self.train_seconds = state["train_seconds"]
-        self.teleport_seconds = state["teleport_seconds"]
+        self.step = int(state["step"])
+        self.train_seconds = float(state["train_seconds"])
+        self.teleport_seconds = float(state["teleport_seconds"])
 
-    def run(self, after_step: Callable[[], None]) -> None:
+    def run(self, writer: RecordWriter, after_step: Callable[[], None]) -> None:
         """Train to the end; the record tells how it ended, whatever ends it.
 
         Args:
+            writer: of the record.
             after_step: called after every training step and its evaluation.
         """
+        self.writer = writer
         try:
             self._train(after_step)
         except NonFiniteLossError as error:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,3 +309,85 @@ def test_a_damaged_checkpoint_is_named_and_runs_no_code(tmp_path: Path) -> None:
     torch.save({"x": Path("/")}, path)  # an object, which only pickle could bring back
     with pytest.raises(RunError, match="delete it"):
         load_checkpoint(path)
+
+
+@given(data=st.data())
+def test_a_checkpoint_with_any_damage_is_read_or_named(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("c") / "a.checkpoint"
+    save_checkpoint(path, {"x": torch.ones(2), "step": 1})
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.none() | st.integers(0, len(content)))])
+    try:
+        state = load_checkpoint(path)
+    except RunError as error:
+        assert f"{path}" in str(error)  # noqa: PT017
+    else:
+        assert isinstance(state, dict)
+
+
+def other_model(state: dict[str, Any]) -> Any:
+    return {**state, "model": torch.nn.Linear(2, 3).state_dict()}
+
+
+def other_optimizer(state: dict[str, Any]) -> Any:
+    parameters = [torch.nn.Parameter(tensor) for tensor in state["model"].values()]
+    return {**state, "optimizer": torch.optim.SGD(parameters).state_dict()}
+
+
+FOREIGN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a list": (lambda state: [1, 2], "it holds a list"),
+    "a tensor": (lambda state: torch.zeros(2), "it holds a Tensor"),
+    "numbered": (lambda state: {1: 2}, "it holds a dict"),
+    "weights only": (lambda state: state["model"], "it has no model, optimizer"),
+    "no draws": (lambda state: {k: v for k, v in state.items() if k != "draws"}, "it has no draws"),
+    "another model": (other_model, "Error(s) in loading state_dict"),
+    "another optimizer": (other_optimizer, "its optimizer has no"),
+    "no bytes": (lambda state: {**state, "record_bytes": None}, "its record_bytes is None"),
+    "bytes as text": (lambda state: {**state, "record_bytes": "10"}, "its record_bytes is '10'"),
+    "a step before the first": (lambda state: {**state, "step": -1}, "its step is -1"),
+    "seconds as text": (lambda state: {**state, "train_seconds": "long"}, "'long'"),
+    "another order": (lambda state: {**state, "epoch_start": torch.zeros(3)}, "RNG state"),
+    "no random state": (lambda state: {**state, "random": 5}, "int"),
+    "a model that is none": (lambda state: {**state, "model": [1]}, "list"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed after a checkpoint, and what it said after that."""
+    folder = tmp_path_factory.mktemp("broken-off")
+    with pytest.raises(KilledError):
+        run_cell(
+            Cell(TINY, MOVED, 0, 0),
+            data.load("mnist-sample-rows"),
+            folder,
+            checkpoint_seconds=0.0,
+            progress=killed_after(12),
+        )
+    return folder
+
+
+@pytest.mark.parametrize("of", FOREIGN)
+def test_a_checkpoint_of_something_else_is_named_and_nothing_is_changed(
+    of: str, broken_off: Path, whole: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    for file in broken_off.iterdir():
+        shutil.copy(file, tmp_path)
+    (checkpoint,) = tmp_path.glob("*.checkpoint")
+    make, message = FOREIGN[of]
+    torch.save(make(load_checkpoint(checkpoint)), checkpoint)
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    cell, dataset = Cell(TINY, MOVED, 0, 0), data.load("mnist-sample-rows")
+    with pytest.raises(RunError) as refused:
+        run_cell(cell, dataset, tmp_path, resume=True)
+    said = str(refused.value)
+    assert said.startswith(f"{checkpoint} is no checkpoint of its run (")
+    assert message in said
+    assert said.endswith("delete it to start the run over")
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    checkpoint.unlink()
+    assert trajectory(run_cell(cell, dataset, tmp_path, resume=True)) == whole[MOVED.name]
