@@ -19,7 +19,7 @@ from teleport.folders import slug
 from teleport.models import mlp
 from teleport.optimizers import find_optimizer
 from teleport.provenance import ADDED, SHARED, check_folder, is_complete
-from teleport.records import RecordWriter, environment
+from teleport.records import RecordWriter, environment, read_run
 from teleport.teleporter import Teleporter
 from teleport.tensorboard import Board
 from teleport.training import Training, read_state, train_size
@@ -160,21 +160,30 @@ def run_cell(
             training.restore(state, checkpoint)  # before the record is cut to what it knows
         elif resume:
             path.unlink(missing_ok=True)
-        keep, done = (None, 0) if state is None else (state["record_bytes"], state["step"])
+        keep = None if state is None else state["record_bytes"]
         with ExitStack() as stack:
             also = {}
             if tensorboard is not None:
-                board = stack.enter_context(Board(tensorboard / path.stem, done))
+                board = stack.enter_context(Board(tensorboard / path.stem, training.step))
                 also["also"] = board.write
             writer = stack.enter_context(RecordWriter(path, keep, **also))
             if state is None:
                 writer.write("config", **config, command=command, **environment())
             else:
-                writer.write("resumed", step=state["step"], **environment())
+                if tensorboard is not None:
+                    _show_again(board, path, training.step)
+                writer.write("resumed", step=training.step, **environment())
             progress(training.step)
             training.run(writer, _Saving(training, checkpoint, checkpoint_seconds, progress))
         checkpoint.unlink(missing_ok=True)
     return path
+
+
+def _show_again(board: Board, record: Path, step: int) -> None:
+    """The evaluation at a checkpoint's step, from which on TensorBoard shows nothing any more."""
+    for row in read_run(record).evaluations[-1:]:
+        if row["step"] == step:
+            board.write("evaluation", row)
 
 
 class _Saving:

@@ -4,7 +4,7 @@ import importlib
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,20 +35,18 @@ def check_tensorboard(folder: Path) -> None:
 class Board:
     """Event files of one run: curves against training steps, and a text for every teleport.
 
+    To be used as a context. Entering it raises a RunError if TensorBoard is not installed, or if
+    its file cannot be written.
+
     Args:
         folder: of the run, below the one that TensorBoard is given; made if missing.
         step: from which the run goes on; what an earlier try wrote from there on is not shown any
             more.
-
-    Raises:
-        RunError: if TensorBoard is not installed, or its file cannot be written.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
-        self._folder = folder
-        self._hook = threading.excepthook
-        with self._told():
-            self._events = _event_writer()(str(folder), purge_step=step)
+        self._folder, self._step = folder, step
+        self._open = ExitStack()
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
         """Take in a row of the record.
@@ -62,7 +60,7 @@ class Board:
     def _write(self, kind: str, row: dict[str, Any]) -> None:
         if kind == "evaluation":
             for name in SCALARS:
-                if not math.isnan(row[name]):
+                if row[name] is not None and not math.isnan(row[name]):
                     self._events.add_scalar(name, row[name], row["step"])
         elif kind == "teleport":
             for name in ("grad_norm_before", "grad_norm_after", "loss_before", "loss_after"):
@@ -71,7 +69,11 @@ class Board:
             self._events.add_text("teleport", text, row["step"])
 
     def __enter__(self) -> "Board":
-        threading.excepthook = self._thread_ended
+        with ExitStack() as stack:
+            stack.enter_context(_thread_errors_told_once())  # before the writer's thread begins
+            with self._told():
+                self._events = _event_writer()(str(self._folder), purge_step=self._step)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
@@ -81,18 +83,11 @@ class Board:
         trace: TracebackType | None,
     ) -> None:
         try:
-            with self._told():
+            with self._open, self._told():
                 self._events.close()
         except RunError:
             if error is None:  # else that one tells what happened first
                 raise
-        finally:
-            threading.excepthook = self._hook
-
-    def _thread_ended(self, ended: threading.ExceptHookArgs) -> None:
-        """Leave it to `write` to tell what ended the thread that writes the files."""
-        if not isinstance(ended.exc_value, OSError):
-            self._hook(ended)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -103,6 +98,23 @@ class Board:
                 f"cannot write the TensorBoard files in {self._folder}: {error.strerror}; the "
                 "records so far are complete. Make room, then run the same command with --resume"
             ) from error
+
+
+@contextmanager
+def _thread_errors_told_once() -> Iterator[None]:
+    """No traceback of a thread that keeps its error for the next write, as TensorBoard's does."""
+    before = threading.excepthook
+
+    def hook(ended: threading.ExceptHookArgs) -> None:
+        kept = getattr(ended.thread, "exception", None)
+        if kept is None or kept is not ended.exc_value:
+            before(ended)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _event_writer() -> Any:

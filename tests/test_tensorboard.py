@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from teleport import cli
+from teleport.data import load
 from teleport.errors import RunError
-from teleport.records import read_runs
+from teleport.experiment import Arm, Settings
+from teleport.records import read_run, read_runs
+from teleport.run import Cell, run_cell
 from teleport.tensorboard import SCALARS, Board
 from tests.disk import full_disk
 
@@ -109,10 +112,55 @@ def test_a_disk_that_fills_up_shows_no_traceback_of_a_thread(
             for _ in range(10_000):
                 board.write("evaluation", row)
 
-    with full_disk(2_000), pytest.raises(RunError, match="cannot write the TensorBoard files"):
-        fill()
-    assert threading.excepthook == hook
-    assert shown == []
+    for limit in (0, 2_000):  # full from the beginning, or filling up
+        with full_disk(limit), pytest.raises(RunError, match="cannot write the TensorBoard files"):
+            fill()
+        assert threading.excepthook == hook
+        assert shown == []
+
+
+def test_only_the_errors_of_the_board_s_own_thread_are_kept_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboard")
+    shown: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+
+    def fail() -> None:
+        raise OSError("mine")
+
+    with Board(tmp_path):
+        other = threading.Thread(target=fail)
+        other.start()
+        other.join()
+    assert [str(ended.exc_value) for ended in shown] == ["mine"]
+
+
+@pytest.mark.parametrize("step", [9, 10, 11])
+def test_a_run_that_goes_on_shows_every_evaluation_once(step: int, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    cell = Cell(Settings("sample-rows", "tiny"), Arm(0.1), 0, 0)
+    dataset = load("mnist-sample-rows")
+    left = [step + 1]  # an evaluation is due every ten steps; a checkpoint follows every step
+
+    def progress(done: int) -> None:
+        left[0] -= done
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(
+            cell,
+            dataset,
+            tmp_path,
+            tensorboard=tmp_path / "board",
+            checkpoint_seconds=0.0,
+            progress=progress,
+        )
+    path = run_cell(cell, dataset, tmp_path, tensorboard=tmp_path / "board", resume=True)
+    assert '"resumed"' in path.read_text()
+    points = events(tmp_path / "board" / path.stem).Scalars("train_loss")  # type: ignore[attr-defined]
+    assert [point.step for point in points] == read_run(path).column("step").tolist()
 
 
 def test_without_tensorboard_the_error_says_how_to_get_it(
