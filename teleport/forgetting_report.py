@@ -150,8 +150,8 @@ def _is_main(arm: str, groups: dict[str, list[Run]]) -> bool:
 
 def _matrices(groups: dict[str, list[Run]]) -> Figure:
     matrices = {arm: np.mean([accuracy_matrix(r) for r in g], axis=0) for arm, g in groups.items()}
-    lowest = min(float(np.nanmin(matrix)) for matrix in matrices.values())
-    rows = -(-len(groups) // 4)
+    lowest = min((float(np.nanmin(matrix)) for matrix in matrices.values()), default=0.0)
+    rows = -(-len(groups) // 4) or 1  # an empty figure where no run has finished
     figure = Figure(figsize=(11, 3.2 * rows), layout="constrained")
     for number, (arm, matrix) in enumerate(matrices.items(), start=1):
         draw_accuracy_matrix(figure.add_subplot(rows, 4, number), matrix, arm, lowest)

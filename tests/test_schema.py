@@ -250,6 +250,17 @@ def test_an_unknown_sequence_of_tasks_is_named(tmp_path: Path) -> None:
         show_tasks(tmp_path)
 
 
+def test_a_folder_in_which_no_sequence_was_finished_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in (RESULTS / "continual" / "permuted-mnist").glob("*-seed0.jsonl"):
+        rows = path.read_text().splitlines(keepends=True)
+        (tmp_path / path.name).write_text("".join(rows[:-1]))
+    assert cli.main(["figure", str(tmp_path)]) == 0
+    assert "(seed 0): unfinished" in capsys.readouterr().out
+    assert (tmp_path / "figure.png").exists()
+
+
 def test_records_of_two_commands_are_not_shown_together(tmp_path: Path) -> None:
     for what in ("runs", "tasks"):
         shutil.copy(RESULTS / SHOWN[what][1][0], tmp_path)
