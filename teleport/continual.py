@@ -24,6 +24,7 @@ from teleport.data import Dataset, batches, load
 from teleport.errors import NonFiniteLossError
 from teleport.folders import slug
 from teleport.models import mlp
+from teleport.optimizers import within_range
 from teleport.provenance import check_folder, is_complete
 from teleport.recipe import one_of
 from teleport.records import RecordWriter, environment
@@ -309,7 +310,8 @@ class _Learning:
         optimizer.zero_grad()
         cross_entropy(self.model(inputs), targets).backward()
         self._timed(lambda: self.method.before_step(self.model))
-        optimizer.step()
+        with within_range():
+            optimizer.step()
         self._timed(lambda: self.method.after_step(self.model))
         self.step += 1
         # What the method spent on its spaces is inside this stretch, and counted there already.

@@ -345,11 +345,12 @@ def test_nothing_is_overwritten_without_resume_or_with_another_configuration(
 
 
 def test_a_run_that_diverges_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
-    run_strategies(TINY, [Strategy("plain", 1e30), Strategy("replay", 0.05)], [0], tmp_path)
+    rates = Strategy("plain", 1e30), Strategy("plain", 1e39), Strategy("replay", 0.05)
+    run_strategies(TINY, rates, [0], tmp_path)
     runs = read_runs(tmp_path)
-    assert [run.status for run in runs] == ["diverged", "finished"]
+    assert [run.status for run in runs] == ["diverged", "diverged", "finished"]
     rows = forgetting_rows(runs)
-    assert rows[1][1] == "-"
+    assert rows[1][1] == rows[2][1] == "-"
     assert len(forgetting_figure(runs).axes) == 3
 
 
