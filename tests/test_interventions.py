@@ -173,8 +173,8 @@ def many(tmp_path: Path) -> Path:
             with RecordWriter(tmp_path / f"{order:02d}-seed{seed}.jsonl") as writer:
                 writer.write(
                     "config", arm=arm, baseline=arm[:6], order=order, seed=seed,
-                    experiment="mnist-sample", settings={"optimizer": "sgd"},
-                    training={"teleport": "way" in arm},
+                    experiment="mnist-sample", settings={"optimizer": "sgd", "preset": "tiny"},
+                    training={"lr": float(arm.split()[1]), "teleport": "way" in arm},
                 )  # fmt: skip
                 for step in (0, 50, 100):
                     loss = 2.0 * math.exp(-step / 50 - order / 100 - seed / 1000 * order)
