@@ -48,6 +48,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:  # it may be whole: nobody should delete it for that
+        raise RunError(
+            f"cannot read the checkpoint {path}: {error.strerror or error}; mend that, or if the "
+            "file is damaged, delete it to start its run over"
+        ) from error
+    except MemoryError:
+        raise
     except Exception as error:  # PyTorch raises errors of many kinds for files that are damaged
         raise RunError(
             f"cannot read the checkpoint {path}: it is damaged; delete it to start its run over"

@@ -238,15 +238,16 @@ def _check_beside(
     out: Path,
     sets: Sequence[Dataset],
 ) -> None:
-    for seed in seeds[:1]:
-        config = _config(course, strategies[0], seed, 0, sets)
-        shared = {key: config[key] for key in (*asdict(course), "tasks", "size", "data")}
-        names = {
-            (strategy.name, seed): strategy.record(order, seed)
-            for order, strategy in enumerate(strategies)
-            for seed in seeds
-        }
-        check_folder(out, "continual", shared, names=names)
+    if not (strategies and seeds):
+        return
+    config = _config(course, strategies[0], seeds[0], 0, sets)
+    shared = {key: config[key] for key in (*asdict(course), "tasks", "size", "data")}
+    names = {
+        (strategy.name, seed): strategy.record(order, seed)
+        for order, strategy in enumerate(strategies)
+        for seed in seeds
+    }
+    check_folder(out, "continual", shared, names=names)
 
 
 class _Learning:

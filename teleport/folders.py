@@ -1,6 +1,7 @@
 """The folders of runs: new ones, and those to go on or start over in."""
 
 import re
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from teleport.errors import RunError
 from teleport.records import first_row, has_begun
 from teleport.schema import made_by
 
-OF_A_RUN = re.compile(r"\d\d+-.*-seed\d+\.(jsonl|checkpoint(\.new)?|lock)")
+OF_A_RUN = re.compile(r"\d\d+-.*-seed\d+\.(jsonl|checkpoint(\.new)?)")
 """Names of the files that runs keep."""
 
 
@@ -35,8 +36,13 @@ def open_folder(name: str, out: Path | None, resume: bool = False, force: bool =
     if out is None or not out.is_dir() or not (resume or force):
         return new_folder(name, out, ", or --resume to go on in it, or --force to start over in it")
     if force:
-        with locked(out / ".lock", str(out)):
-            for file in _left_by_runs(out):
+        with ExitStack() as stack:
+            stack.enter_context(locked(out / ".lock", str(out)))
+            files = _left_by_runs(out)
+            for file in files:
+                if file.suffix == ".jsonl":  # a sweep, above this folder, holds its records only
+                    stack.enter_context(locked(file.with_suffix(".lock"), str(file)))
+            for file in files:
                 file.unlink()
     return out
 

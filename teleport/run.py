@@ -165,13 +165,13 @@ def run_cell(
             also = {}
             if tensorboard is not None:
                 board = stack.enter_context(Board(tensorboard / path.stem, training.step))
+                if state is not None:
+                    _show_again(board, path, training.step)
                 also["also"] = board.write
             writer = stack.enter_context(RecordWriter(path, keep, **also))
             if state is None:
                 writer.write("config", **config, command=command, **environment())
             else:
-                if tensorboard is not None:
-                    _show_again(board, path, training.step)
                 writer.write("resumed", step=training.step, **environment())
             progress(training.step)
             training.run(writer, _Saving(training, checkpoint, checkpoint_seconds, progress))
@@ -181,7 +181,7 @@ def run_cell(
 
 def _show_again(board: Board, record: Path, step: int) -> None:
     """The evaluation at a checkpoint's step, from which on TensorBoard shows nothing any more."""
-    for row in read_run(record).evaluations[-1:]:
+    for row in read_run(record).evaluations:
         if row["step"] == step:
             board.write("evaluation", row)
 
@@ -234,11 +234,12 @@ def check_beside(cells: Sequence[Cell], dataset: Dataset, folder: Path) -> None:
     Raises:
         RunError: as `check_folder`.
     """
-    for cell in cells[:1]:
-        config = configuration(cell, dataset)
-        shared = {key: config[key] for key in SHARED}
-        names = {(cell.arm.name, cell.seed): cell.record for cell in cells}
-        check_folder(folder, "run", shared, ADDED, names)
+    if not cells:
+        return
+    config = configuration(cells[0], dataset)
+    shared = {key: config[key] for key in SHARED}
+    names = {(cell.arm.name, cell.seed): cell.record for cell in cells}
+    check_folder(folder, "run", shared, ADDED, names)
 
 
 def device_of(name: str) -> torch.device:

@@ -194,6 +194,8 @@ class Training:
         """
         try:
             self._restore(state)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # the state may be the right one
         except Exception as error:  # PyTorch raises errors of many kinds for states that do not fit
             lines = str(error).splitlines() or [type(error).__name__]
             raise foreign(path, lines[0]) from error

@@ -13,6 +13,7 @@ from teleport.experiment import teleport_settings
 from teleport.matrix import blocks, how
 from teleport.provenance import as_read
 from teleport.records import read_runs
+from tests.tables import SMALL
 
 
 def run(*arguments: str) -> int:
@@ -252,21 +253,9 @@ def test_what_to_do_is_only_what_the_command_can(
         assert [option for option in ("--resume", "--force") if option in error] == options
 
 
-TABLE = """
-[small]
-title = "a small network"
-data.ours = "mnist-sample"
-network.kind.ours = "mlp"
-network.hidden.ours = [4]
-batch_size.ours = 32
-teleport.lr.ours = 0.2
-teleport.cap.ours = 3.0
-teleport.warmup_steps.ours = 2
-teleport.n.ours = 25
-teleport.held_out.ours = 20
-presets.tiny.ours = { epochs = 1, train_size = 64, evaluate_every = 1, evaluate_size = 10 }
-tuning.sgd.ours = { low = 0.2, tuned = 0.2, gain_lr = 0.2, init = "default", head_gain = 1.0 }
-
+TABLE = (
+    SMALL
+    + """
 [few]
 like = "small"
 presets.tiny.ours = { epochs = 1, train_size = 20, evaluate_every = 1, evaluate_size = 10 }
@@ -295,6 +284,7 @@ data.ours = "etth1"
 network.kind.ours = "mlp"
 network.hidden.ours = [4]
 """
+)
 
 
 @pytest.mark.parametrize(

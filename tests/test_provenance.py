@@ -19,11 +19,13 @@ from teleport.errors import RunError
 from teleport.experiment import Arm, Settings
 from teleport.provenance import ADDED, SHARED, check_alike, check_folder, is_complete
 from teleport.records import first_row, read_runs
+from teleport.registry import _read_once
 from teleport.run import Cell, configuration, run_arms
 from teleport.schema import made_by
 from teleport.spectrum import write_spectra
 from teleport.sweep import Plan, check_folders
 from teleport.threshold import write_trajectories
+from tests.tables import SMALL
 
 ROWS = Settings("sample-rows", "tiny")
 OPTIONS = ["sample-rows", "--preset", "tiny"]
@@ -172,35 +174,16 @@ def test_runs_with_other_settings_do_not_go_beside_those_that_are_there(
     assert state(out) == before
 
 
-TABLE = """
-[mine]
-title = "mine"
-data.ours = "mnist-sample"
-network.kind.ours = "mlp"
-network.hidden.ours = [4]
-batch_size.ours = {batch}
-teleport.lr.ours = 0.2
-teleport.cap.ours = 3.0
-teleport.warmup_steps.ours = 2
-teleport.n.ours = 25
-teleport.held_out.ours = 9
-presets.tiny.ours = {{ epochs = 1, train_size = 128, evaluate_every = 1, evaluate_size = 9 }}
-tuning.sgd.ours = {{ low = 0.2, tuned = 0.2, gain_lr = 0.2, init = "default", head_gain = 1.0 }}
-"""
-
-
 @pytest.mark.parametrize("command", ["run", "sweep"])
 def test_a_table_that_was_edited_is_not_gone_on_with(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from teleport.registry import _read_once
-
     table, out = tmp_path / "t.toml", tmp_path / "out"
-    options = [command, f"{table}:mine", "--preset", "tiny", "--seeds", "1", "--out", str(out)]
+    options = [command, f"{table}:small", "--preset", "tiny", "--seeds", "1", "--out", str(out)]
     options += ["--resume"] * (command == "run")
     ends = []
     for batch in (32, 16):
-        table.write_text(TABLE.format(batch=batch))
+        table.write_text(SMALL.replace("= 32", f"= {batch}"))
         _read_once.cache_clear()  # as in a new process
         ends.append(cli.main(options))
         if batch == 32:
@@ -296,6 +279,21 @@ def test_force_removes_nothing_where_other_records_are(
     assert cli.main([*command, "--force"]) == 1
     assert foreign in capsys.readouterr().err
     assert state(out) == before
+
+
+def test_force_removes_nothing_of_a_sweep_that_is_at_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep locks its own folder, and of the folders in it only the record it writes."""
+    run_arms(ROWS, [Arm(0.1)], [0, 1], tmp_path)
+    record = max(tmp_path.glob("*.jsonl"))
+    with locked(record.with_suffix(".lock"), str(record)):
+        before = state(tmp_path)
+        assert cli.main(["run", *OPTIONS, "--force", "--out", str(tmp_path)]) == 1
+        assert f"{record} is in use by another process" in capsys.readouterr().err
+        assert state(tmp_path) == before
+    cli.open_folder("run", tmp_path, force=True)
+    assert state(tmp_path) == {}
 
 
 def test_force_keeps_a_table_and_a_figure_where_no_run_was(tmp_path: Path) -> None:

@@ -301,6 +301,26 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) 
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_a_checkpoint_that_may_be_whole_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.checkpoint"
+    save_checkpoint(path, {"step": 1})
+
+    def fails_with(error: Exception) -> None:
+        def load(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(torch, "load", load)
+
+    fails_with(PermissionError(13, "Permission denied"))
+    with pytest.raises(RunError, match=r"a\.checkpoint: Permission denied; mend that"):
+        load_checkpoint(path)
+    fails_with(MemoryError())
+    with pytest.raises(MemoryError):
+        load_checkpoint(path)
+
+
 def test_a_damaged_checkpoint_is_named_and_runs_no_code(tmp_path: Path) -> None:
     path = tmp_path / "a.checkpoint"
     path.write_bytes(b"not a checkpoint")

@@ -17,7 +17,7 @@ CHUNK = 1 << 16  # bytes that are written at once; a cut connection loses at mos
 ATTEMPTS = 4  # in a row that bring nothing
 PAUSE = 0.5  # seconds before the second attempt; doubled before each further one
 TIMEOUT = 30  # seconds without an answer
-LIMIT = 1 << 30  # bytes of one file; the largest of any data set has a quarter of it
+LIMIT = 1 << 30  # bytes of one file, well above any data set's
 
 
 @dataclass(frozen=True)
