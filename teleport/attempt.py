@@ -56,6 +56,9 @@ _NO_ROOM = (
     "nothing can move: no layer has a null space on this batch. Use a smaller batch, tau < 1 or "
     "wider layers"
 )
+_NO_LAYER = (
+    "nothing can move: no layer can be recorded in this closure; the report's layers say why"
+)
 _FIXED = (
     "nothing can move: in every layer with a null space the inputs do not change with the "
     "parameters, or only within their own span"
@@ -238,6 +241,8 @@ class Attempt:
     def _ascend(self, start: float) -> str:
         """Take the steps; return why they ended."""
         room = {block: basis for block, basis in self.bases.items() if basis.null_dim > 0}
+        if not self.walk.blocks:
+            return _NO_LAYER
         if not room:
             return _NO_ROOM
         if self.settings.tau == 1.0:  # their direction is zero, but for rounding (``thm-fixed``)
@@ -365,7 +370,7 @@ class Attempt:
         if block.name not in self.settings.movable:
             return "excluded"
         if block not in self.walk.blocks:
-            return "frozen: not called, or its weight is also used outside the layer"
+            return self.walk.left_out.get(block, "frozen: not called")
         if basis is not None and basis.null_dim == 0:
             return "full rank: no null space"
         if self.walk.move_norm(block) == 0.0:

@@ -10,18 +10,20 @@ joint null space guarantees (theorem ``thm-invariance``): the forward pass is fr
 backward pass is repeated.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from teleport.coverage import Block, Site, Use
@@ -29,8 +31,10 @@ from teleport.errors import ClosureError, NonFiniteLossError
 from teleport.layers import Part, Pieces
 from teleport.precision import as_computed, at_least_single, coarsest, uncached_casts
 from teleport.subspace import Space
+from teleport.weight_uses import WeightUses
 
 Closure = Callable[[], Tensor]
+Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
@@ -41,6 +45,7 @@ class Call:
         use: the block, and the part of it that was called.
         x, z: input and output as the product saw them; autocast may have lowered their dtype. The
             memory of ``z`` is the model's, which may overwrite it in place.
+        constant: made without gradients, as in a frozen backbone: ``z`` is a number to the loss.
         delta: dL/dz for the matrices of the last `Tape.backward`; None if the loss ignores ``z``.
         x_dot: tangent of ``x`` from the last `Tape.push_tangents`; None if ``x`` does not depend
             on trainable parameters (theorem ``thm-fixed``).
@@ -49,11 +54,14 @@ class Call:
     use: Use
     x: Tensor
     z: Tensor
+    constant: bool = False
     delta: Tensor | None = None
     x_dot: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.version = self.z._version
+        if self.constant:  # nothing tells whether its memory is overwritten afterwards
+            self.x, self.z = self.x.clone(), self.z.clone()
+        self.version = None if self.z.is_inference() else self.z._version
 
     @property
     def block(self) -> Block:
@@ -90,7 +98,7 @@ class Tape:
         others: trainable parameters that no covered layer holds (or that leak out of one).
         moved: weights for `backward` and `push_tangents` instead of the present ones, per block.
         other_gradients: dL/dp of ``others`` from the last `backward`.
-        left_out: blocks whose parameters reach the loss by another way too.
+        left_out: blocks that were called and cannot be recorded, and why.
     """
 
     loss: Float[Tensor, ""]
@@ -100,7 +108,7 @@ class Tape:
     anchor: Tensor
     moved: dict[Block, Pieces] = field(default_factory=dict)
     other_gradients: list[Tensor] = field(default_factory=list)
-    left_out: set[Block] = field(default_factory=set)
+    left_out: dict[Block, str] = field(default_factory=dict)
     _rows: dict[Block, Tensor] = field(default_factory=dict)
     _grams: dict[Block, Tensor] = field(default_factory=dict)
     _gradients: dict[Block, Tensor] = field(default_factory=dict)
@@ -199,7 +207,7 @@ class Tape:
         self._differentiate([])
 
     def _differentiate(self, suspects: Sequence[nn.Parameter]) -> set[nn.Parameter]:
-        """Backward pass; which of the ``suspects`` the loss reaches other than through a call."""
+        """Backward pass; the ``others`` and ``suspects`` it reaches, not counting calls."""
         self._gradients = {}
         asked = [self.anchor, *self.others, *suspects]
         _, *grads = torch.autograd.grad(self.loss, asked, retain_graph=True, allow_unused=True)
@@ -207,14 +215,14 @@ class Tape:
             torch.zeros_like(p) if g is None else g
             for p, g in zip(self.others, grads, strict=False)
         ]
-        reached = zip(suspects, grads[len(self.others) :], strict=True)
-        return {p for p, g in reached if g is not None}
+        pairs = zip([*self.others, *suspects], grads, strict=True)
+        return {parameter for parameter, grad in pairs if grad is not None}
 
     def push_tangents(
         self,
         model: nn.Module,
         closure: Closure,
-        drive: Mapping[Block, Iterable[Tensor]],
+        drive: Mapping[Block, Callable[[], Iterable[Tensor]]],
         velocity: Mapping[nn.Parameter, Tensor],
         wanted: AbstractSet[Block] | None = None,
     ) -> None:
@@ -227,28 +235,37 @@ class Tape:
         Args:
             model: the model of the closure.
             closure: the closure this tape was recorded from.
-            drive: per block and call, in the shape of the output, the part of its tangent due to
-                the velocity of the block's own weights. Taken when it is needed: an iterator that
-                computes it then saves memory.
+            drive: per block gives, for call after call in the shape of the output, the part of
+                its tangent due to the velocity of the block's own weights. Taken when it is needed:
+                an iterator that computes it then saves memory.
             velocity: tangents of the parameters in ``others``.
             wanted: blocks whose tangents are needed; all by default.
 
         Raises:
             ClosureError: if the closure calls other layers than when it was recorded.
+            NotImplementedError: if some operation has no forward-mode derivative.
         """
         wanted = set(self.blocks) if wanted is None else wanted
-        replay = _Replay(self, drive, wanted)
-        with (
-            torch.no_grad(),
-            forward_ad.dual_level(),
-            _dual_parameters(model, {p: velocity[p] for p in self.others}),
-            _replaced_forwards(self.sites, replay.product),
-        ):
-            try:
-                closure()
-            except _LastCallReached:
-                return
-        raise _changed(f"{len(self.calls)} layer calls became {replay.position}")
+
+        def run() -> None:
+            replay = _Replay(self, drive, wanted)
+            with (
+                forward_ad.dual_level(),
+                _dual_parameters(model, {p: velocity[p] for p in self.others}),
+                _replaced_forwards(self.sites, replay.product),
+            ):
+                try:
+                    closure()
+                except _LastCallReached:
+                    return
+            raise _changed(f"{len(self.calls)} layer calls became {replay.position}")
+
+        try:
+            without_gradients(run)
+        except (NotImplementedError, torch.OutOfMemoryError):
+            raise
+        except RuntimeError as error:  # it did run, when it was recorded
+            raise NotImplementedError(f"the closure has no forward-mode pass: {error}") from error
 
 
 def _below(tensors: list[Tensor]) -> Tensor:
@@ -272,39 +289,74 @@ def record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
         ClosureError: if the closure calls ``backward`` or does not return one finite number that
             depends on the model, or if a layer receives an empty batch.
     """
-    try:
-        return _recorded(model, sites, closure)
-    except RuntimeError as error:
-        if "checkpoint" not in str(error).lower():
-            raise
-        raise ClosureError(_CHECKPOINT) from error
-
-
-def _recorded(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
-    """Record, and record again without the blocks whose parameters leak."""
-    tape = _record(model, sites, closure)
-    leaking = tape._differentiate([p for block in tape.blocks for p in block.parameters])
-    if leaking:
-        left_out = {b for b in tape.blocks if not leaking.isdisjoint(b.parameters)}
-        tape = _record(model, [site.without(left_out) for site in sites], closure)
-        tape.backward()
-        tape.left_out = left_out
-    return tape
+    left_out: dict[Block, str] = {}
+    while True:
+        kept = [site.without(left_out) for site in sites]
+        try:
+            tape = _record(model, kept, closure)
+        except _DifferentiatedError as error:
+            left_out |= dict.fromkeys(error.blocks, DIFFERENTIATED)
+            continue
+        called = tape.blocks
+        reached = tape._differentiate([p for block in called for p in block.parameters])
+        blocks = dict.fromkeys(block for site in kept for block in site.blocks)
+        leaks = [block for block in blocks if not reached.isdisjoint(block.parameters)]
+        if leaks_of_called := set(leaks).intersection(called):
+            left_out |= dict.fromkeys(leaks_of_called, USED_OUTSIDE)
+            continue
+        passed_by = {b: why for b, why in tape.left_out.items() if b not in called}
+        tape.left_out = left_out | dict.fromkeys(leaks, USED_OUTSIDE) | passed_by
+        return tape
 
 
 def watch(
     sites: Sequence[Site], closure: Callable[[], Any], see: Callable[[Use, Tensor], None]
-) -> None:
-    """Run a closure without gradients and show every input of a covered product to ``see``."""
+) -> dict[Block, str]:
+    """Run a closure and show every input of a covered product to ``see``.
+
+    Returns:
+        The blocks whose weights were also used in another way than by these products, and how:
+        `see` has not been shown all that their weights act on.
+
+    Raises:
+        ClosureError: if an input is NaN or infinite.
+    """
+    uses = WeightUses([block for site in sites for block in site.blocks])
 
     def product(use: Use, x: Tensor) -> Tensor:
-        z = use.part.compute(x)
-        if x.numel():
-            see(use, as_computed(x, z))
+        if use.part.bypassed():
+            return use.part.compute(x)
+        with uses.expected():
+            z = use.part.compute(x)
+            if x.numel():
+                if not bool(x.isfinite().all()):
+                    raise ClosureError(
+                        f"the input of layer {use.block.name!r} is NaN or infinite: the space of "
+                        "such inputs is not known. Check the data, and the weights of the layers "
+                        "before"
+                    )
+                see(use, as_computed(x.detach(), z))
         return z
 
-    with torch.no_grad(), _replaced_forwards(sites, product):
+    with _replaced_forwards(sites, product), uses:
         closure()
+    return dict.fromkeys(uses.found, USED_OUTSIDE)
+
+
+def without_gradients(run: Callable[[], Result]) -> Result:
+    """Run without gradients; with them if the forward pass itself needs them.
+
+    It does where it registers hooks on activations, or takes a derivative, as of an energy. Then it
+    is run a second time.
+    """
+    try:
+        with torch.no_grad():
+            return run()
+    except (NotImplementedError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError:
+        with torch.enable_grad():
+            return run()
 
 
 def evaluate(closure: Closure) -> Float[Tensor, ""]:
@@ -333,30 +385,39 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
     calls: list[Call] = []
     tapes: list[weakref.ref[Tape]] = []  # for the relays: the tape is made once the loss is known
     anchor = torch.zeros((), requires_grad=True)
+    empty: dict[str, torch.Size] = {}
+    passed_by: dict[Block, str] = {}
 
     def product(use: Use, x: Tensor) -> Tensor:
-        if x.numel() == 0:
-            raise ClosureError(
-                f"layer {use.block.name!r} received an empty batch of shape {tuple(x.shape)}"
-            )
+        if why := use.part.bypassed():
+            passed_by[use.block] = f"frozen: {why}"
+            return use.part.compute(x)
+        if _in_checkpoint():
+            raise ClosureError(_CHECKPOINT)
         with torch.no_grad(), uncached_casts():
             z = use.part.compute(x)
+        if x.numel() == 0:  # as for an expert that gets no token: nothing acts on anything
+            empty[use.block.name] = x.shape
+            return z + anchor
         x = as_computed(x, z)
-        call = Call(use, x, z.detach())
+        call = Call(use, x, z.detach(), constant=not torch.is_grad_enabled())
         calls.append(call)
-        output: Tensor = _Relay.apply(x, anchor, call, [z], tapes)
+        output: Tensor = _Relay.apply(x, anchor, calls, call, [z], tapes, *use.block.parameters)
         return output
 
-    with (
-        torch.enable_grad(),
-        torch.autograd.graph.disable_saved_tensors_hooks(_CHECKPOINT),
-        _backward_forbidden(model),
-        _replaced_forwards(sites, product),
-    ):
+    with torch.enable_grad(), _backward_forbidden(model), _replaced_forwards(sites, product):
         try:
             loss = evaluate(closure)
         except NonFiniteLossError as error:
+            if empty and not calls:
+                raise _empty_batch(empty) from None
             raise NonFiniteLossError(f"{error}{_first_not_finite(calls)}") from None
+        except RuntimeError as error:
+            if "nference tensor" not in str(error):  # no type of its own tells it from others
+                raise
+            raise ClosureError(f"the closure cannot be differentiated: {error}") from error
+    if empty and not calls:
+        raise _empty_batch(empty)
     if not _depends_on(loss, model, calls):
         raise ClosureError(
             "the loss does not depend on this model's parameters: the closure must call the model "
@@ -364,9 +425,24 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
         )
     covered = {p for call in calls for p in call.block.parameters}
     others = [p for p in model.parameters() if p.requires_grad and p not in covered]
-    tape = Tape(loss, calls, list(sites), others, anchor)
+    tape = Tape(loss, calls, list(sites), others, anchor, left_out=passed_by)
     tapes.append(weakref.ref(tape))
     return tape
+
+
+def _empty_batch(shapes: Mapping[str, torch.Size]) -> ClosureError:
+    name, shape = next(iter(shapes.items()))
+    return ClosureError(f"layer {name!r} received an empty batch of shape {tuple(shape)}")
+
+
+def _in_checkpoint() -> bool:
+    """Whether the caller's closure is in a part that activation checkpointing will run again."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code is not _record.__code__:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _first_not_finite(calls: list[Call]) -> str:
@@ -391,51 +467,71 @@ class _Relay(torch.autograd.Function):
     """Stands for ``z = W x`` in the graph, with the tape's ``W`` when it is differentiated.
 
     ``anchor`` is a leaf that needs a gradient, so that autograd reaches every relay even where no
-    parameter lies behind it.
+    parameter lies behind it. The block's parameters are inputs, too, so that a closure that itself
+    differentiates by them arrives here; the tape takes no gradient from them.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, call: Call, z: list[Tensor], tapes: list
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        calls: list[Call],
+        call: Call,
+        z: list[Tensor],
+        tapes: list,
+        *parameters: Tensor,
     ) -> Tensor:
-        ctx.call, ctx.tapes, ctx.anchor = call, tapes, anchor
+        ctx.calls, ctx.call, ctx.tapes, ctx.anchor = calls, call, tapes, anchor
+        ctx.parameters = len(parameters)
         return z.pop()
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         call = ctx.call
         if not ctx.tapes:
-            raise ClosureError(_BACKWARD_CALLED)
+            raise _DifferentiatedError({call.block for call in ctx.calls})
         call.delta = delta
         grad = None
         if ctx.needs_input_grad[0]:
             weight = ctx.tapes[0]().pieces(call)[0].to(delta.dtype)
             grad = call.part.pull(delta, weight, call.x.detach())
-        return grad, torch.zeros_like(ctx.anchor), None, None, None
+        return grad, torch.zeros_like(ctx.anchor), *[None] * (4 + ctx.parameters)
 
 
 class _Replay:
     """Answers the products of a second run with recorded outputs and new tangents."""
 
     def __init__(
-        self, tape: Tape, drive: Mapping[Block, Iterable[Tensor]], wanted: AbstractSet[Block]
+        self,
+        tape: Tape,
+        drive: Mapping[Block, Callable[[], Iterable[Tensor]]],
+        wanted: AbstractSet[Block],
     ) -> None:
         self.tape = tape
         self.position = 0
-        self._drive = {block: iter(tangents) for block, tangents in drive.items()}
+        self._drive = {block: iter(tangents()) for block, tangents in drive.items()}
         self._wanted = wanted
         last = [n for n, call in enumerate(tape.calls, 1) if call.block in wanted]
         self._last = max(last, default=len(tape.calls))
 
     def product(self, use: Use, x: Tensor) -> Tensor:
+        if use.part.bypassed() or x.numel() == 0:
+            return use.part.compute(x)
         call = self._next(use, x)
         x_dot = forward_ad.unpack_dual(x).tangent
         if x_dot is not None:
-            x_dot = x_dot.to(call.z.dtype)
+            x_dot = x_dot.detach().to(call.z.dtype)
         call.x_dot = x_dot if call.block in self._wanted else None
         if self.position == self._last:
             raise _LastCallReached
-        dual: Tensor = forward_ad.make_dual(_recorded_output(call), self._tangent(call, x_dot))
+        with torch.no_grad():
+            output, tangent = _recorded_output(call), self._tangent(call, x_dot)
+        if call.constant:
+            return output
+        if torch.is_grad_enabled():  # the closure wants to differentiate, or to hook what it gets
+            output = output + self.tape.anchor
+        dual: Tensor = forward_ad.make_dual(output, tangent)
         return dual
 
     def _next(self, use: Use, x: Tensor) -> Call:
@@ -456,13 +552,28 @@ class _Replay:
 
 def _recorded_output(call: Call) -> Tensor:
     """A copy of the output; computed again if an in-place activation has overwritten it."""
-    if call.z._version == call.version:
+    if call.constant or call.z._version == call.version:
         return call.z.clone()
     return call.part.compute(call.x.detach()).to(call.z.dtype)
 
 
 class _LastCallReached(BaseException):
     """Leaves a replayed closure early; a BaseException so that no user handler swallows it."""
+
+
+class _DifferentiatedError(BaseException):
+    """The closure takes a derivative through recorded layers; no user handler swallows it."""
+
+    def __init__(self, blocks: set[Block]) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+
+USED_OUTSIDE = "frozen: its weight is also used outside the layer"
+DIFFERENTIATED = (
+    "frozen: the closure takes a derivative through it, which a move with the same activations "
+    "does not keep"
+)
 
 
 _BACKWARD_CALLED = (

@@ -1,6 +1,6 @@
 """Which layers of a model teleportation covers, and why it leaves the others alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from teleport.errors import UnsupportedModelError
 from teleport.layers import RULES, LayerRule, Part, Slot, rule_for
@@ -97,7 +98,7 @@ class Site:
         """What is covered, in the order of the parts."""
         return [use.block for use in self.uses.values()]
 
-    def without(self, left_out: set[Block]) -> "Site":
+    def without(self, left_out: Collection[Block]) -> "Site":
         """The same site with some of its blocks computed as the module does itself."""
         kept = {name: use for name, use in self.uses.items() if use.block not in left_out}
         return Site(self.module, self.rule, self.parts, kept)
@@ -143,8 +144,6 @@ def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
         that holds a weight upright and one that holds its transpose; layers that share a parameter
         in any other way are frozen.
     """
-    parallel = parallel_part(model)
-    model = model if parallel is None else parallel.module
     found, frozen = _find(model)
     conflicts, ties = _shared(model, found)
     uses: dict[Any, Use] = {}
@@ -153,8 +152,8 @@ def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
             full = _join(entry.name, part.name)
             if part.key in conflicts:
                 frozen[full] = "shares a parameter with another layer in part"
-            elif not part.weight.parameter.requires_grad:
-                frozen[full] = "its weight does not require a gradient"
+            elif why := _why_weights_stay(part):
+                frozen[full] = why
             elif part.key not in uses:
                 uses |= _new_uses(full, entry.rule.kind, part, ties)
     blocks = {use.block: None for use in uses.values()}
@@ -168,9 +167,14 @@ def _find(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:
     found: list[_Found] = []
     frozen: dict[str, str] = {}
     inside: set[nn.Module] = set()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if module in inside:
             continue
+        if any(map(is_lazy, module.parameters(recurse=False))):
+            raise UnsupportedModelError(
+                f"layer {name!r} ({type(module).__name__}) has no weights yet; run the model once, "
+                "so that it learns its sizes"
+            )
         rule = rule_for(module)
         if rule is not None:
             inside.update(module.children())  # what a layer is made of, its rule answers for
@@ -199,11 +203,35 @@ def _site(entry: _Found, uses: dict[Any, Use]) -> Site:
     return Site(entry.module, entry.rule, entry.parts, mine)
 
 
+def _why_weights_stay(part: Part) -> str:
+    """Why this part must not move, though its layer can be covered; empty if it may."""
+    weights = [slot.parameter for slot in part.slots]
+    if not weights[0].requires_grad:
+        return NO_GRADIENT
+    if any(weight.is_complex() for weight in weights):
+        return "its weight is complex"
+    if any(weight.is_inference() for weight in weights):
+        return "its weight was made in inference mode"
+    if any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in weights):
+        return "a gradient hook on its weight or bias changes what training sees"
+    return ""
+
+
+NO_GRADIENT = "its weight does not require a gradient"
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules by name, without the wrappers of DistributedDataParallel and torch.compile."""
+    parallel = parallel_part(model)
+    for name, module in (model if parallel is None else parallel.module).named_modules():
+        if type(module).__name__ != "OptimizedModule":  # importing its type takes seconds
+            yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
+
+
 def holder_names(model: nn.Module) -> dict[nn.Parameter, str]:
     """The module that holds a parameter, by its name in `Coverage`; the first of several."""
-    parallel = parallel_part(model)
     holders: dict[nn.Parameter, str] = {}
-    for name, module in (model if parallel is None else parallel.module).named_modules():
+    for name, module in named_modules(model):
         for parameter in module.parameters(recurse=False):
             holders.setdefault(parameter, name)
     return holders
@@ -353,8 +381,7 @@ def supported(model: nn.Module) -> Support:
         )
         for block in coverage.blocks
     ]
-    parallel = parallel_part(model)
-    modules = dict((model if parallel is None else parallel.module).named_modules())
+    modules = dict(named_modules(model))
     for name, why in coverage.frozen.items():
         module = modules.get(name)
         kind = type(module).__name__ if module is not None else "part"

@@ -31,6 +31,7 @@ from teleport.errors import (
     UnsupportedModelError,
 )
 from teleport.precision import PRECISIONS, at_least_single
+from teleport.randomness import DrewError
 from teleport.subspace import Basis, Projector, RowSpace, Space
 from teleport.tied import TiedBasis, TiedSpace
 
@@ -79,12 +80,13 @@ class Ranks:
 
 ALONE = Ranks()
 
-_FINE, _UNKNOWN = 0, 5
+_FINE, _UNKNOWN = 0, 6
 _ERRORS: dict[int, type[Exception]] = {
-    1: NotImplementedError,  # no forward-mode derivative: all take the other way
-    2: NonFiniteLossError,
-    3: ClosureError,
-    4: TeleportError,
+    1: DrewError,  # all look which modules drew, and begin again
+    2: NotImplementedError,  # no forward-mode derivative: all take the other way
+    3: NonFiniteLossError,
+    4: ClosureError,
+    5: TeleportError,
 }
 """By how much of the teleport they end; among several, the worst is raised everywhere."""
 

@@ -96,6 +96,7 @@ class Part(ABC):
         self.bias = bias
         moves = bias is not None and bias.parameter.requires_grad
         self.slots = (weight, bias) if bias is not None and moves else (weight,)
+        self._own = [(s, s.parameter) for s in (weight, bias) if s is not None]
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -106,6 +107,14 @@ class Part(ABC):
     def matrix_shape(self) -> torch.Size:
         """``[*groups, d_out, d_in]``."""
         return self.join([torch.empty_like(p, device="meta") for p in self.pieces()]).shape
+
+    def bypassed(self) -> str:
+        """Why a call of the layer now is none of this matrix on plain inputs; empty if it is."""
+        if any(slot.parameter is not own for slot, own in self._own):
+            return "called with other weights than its own"
+        if torch._C._functorch.maybe_current_level() is not None:
+            return "called inside a torch.func transform, such as vmap"
+        return ""
 
     @property
     def has_bias_column(self) -> bool:

@@ -6,7 +6,9 @@ the displacement of any optimizer (`NullSpace.keep`) out of the span of the old 
 """
 
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from teleport.axes import AxisBasis
-from teleport.capture import watch
-from teleport.coverage import Block, Use, cover
-from teleport.distributed import ranks_of, silenced
+from teleport.capture import USED_OUTSIDE, watch, without_gradients
+from teleport.coverage import NO_GRADIENT, Block, Use, cover, named_modules
+from teleport.distributed import Ranks, ranks_of, silenced
 from teleport.errors import ClosureError, NullSpaceError
 from teleport.precision import Autocast
+from teleport.randomness import RandomState, drawing_modules
 from teleport.subspace import Basis, Projector
 from teleport.tied import TiedBasis
 from teleport.transaction import Transaction
@@ -34,10 +37,14 @@ class NullSpace:
 
     Attributes:
         bases: one `Basis` per covered layer, by name. A layer the data never reached has rank 0.
+        frozen: why each other layer with parameters must stay as it is, by name.
     """
 
-    def __init__(self, bases: dict[str, Projector]) -> None:
+    def __init__(
+        self, bases: dict[str, Projector], frozen: Mapping[str, str] | None = None
+    ) -> None:
         self.bases = bases
+        self.frozen = dict(frozen or {})
 
     def project_(self, model: nn.Module) -> None:
         """Project the ``.grad`` of every covered layer in place; other gradients become zero.
@@ -84,15 +91,21 @@ class NullSpace:
     def merge(self, other: "NullSpace") -> "NullSpace":
         """The space that keeps both: bases of the joint span, re-factorized.
 
+        A layer that one of them keeps frozen stays so.
+
         Raises:
             NullSpaceError: if the two are of different layers.
         """
-        if self._shapes() != other._shapes():
+        frozen = {**other.frozen, **self.frozen}
+        ours, theirs = (
+            {name: shape for name, shape in space._shapes().items() if name not in frozen}
+            for space in (self, other)
+        )
+        if ours != theirs:
             raise NullSpaceError(
-                "these null spaces are of different layers: "
-                f"{_difference(self._shapes(), other._shapes())}"
+                f"these null spaces are of different layers: {_difference(ours, theirs)}"
             )
-        return NullSpace({name: b.merge(other.bases[name]) for name, b in self.bases.items()})
+        return NullSpace({n: self.bases[n].merge(other.bases[n]) for n in ours}, frozen)
 
     def save(self, path: str | Path) -> None:
         """Write the bases to a safetensors file."""
@@ -105,7 +118,8 @@ class NullSpace:
                 layers[name][side] = [kind, str(simple.dtype)]
                 for field in _FIELDS[kind]:
                     tensors[f"{name}/{side}/{field}"] = getattr(simple, field).contiguous()
-        save_file(tensors, str(path), metadata={"layers": json.dumps(layers)})
+        about = {"layers": json.dumps(layers), "frozen": json.dumps(self.frozen)}
+        save_file(tensors, str(path), metadata=about)
 
     @classmethod
     def load(cls, path: str | Path) -> "NullSpace":
@@ -123,13 +137,12 @@ class NullSpace:
 
         try:
             with safe_open(str(path), framework="pt") as file:
-                layers = json.loads((file.metadata() or {})["layers"])
-                return cls(
-                    {
-                        name: _joined({side: simple(name, side, *of) for side, of in sides.items()})
-                        for name, sides in layers.items()
-                    }
-                )
+                about = file.metadata() or {}
+                bases = {
+                    name: _joined({side: simple(name, side, *of) for side, of in sides.items()})
+                    for name, sides in json.loads(about["layers"]).items()
+                }
+                return cls(bases, json.loads(about.get("frozen", "{}")))
         except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
             raise NullSpaceError(f"{path} holds no saved null space: {error}") from error
 
@@ -140,20 +153,18 @@ class NullSpace:
             before: the model as it was.
             after: the model as it is.
             inputs: batches for both.
+
+        Returns:
+            The difference; NaN if any is NaN or nothing was compared.
         """
-        worst = 0.0
-        with (
-            silenced(before),
-            silenced(after),
-            Transaction(before),
-            Transaction(after),
-            torch.no_grad(),
-        ):
+        differences = []
+        with silenced(before), silenced(after), Transaction(before), Transaction(after):
             before.eval()
             after.eval()
             for x in inputs:
-                worst = max(worst, float((before(x) - after(x)).abs().max()))
-        return worst
+                one, other = (without_gradients(partial(model, x)) for model in (before, after))
+                differences += [(one - other).abs().reshape(-1).max().detach()] * bool(one.numel())
+        return float(torch.stack(differences).max()) if differences else math.nan
 
     def __str__(self) -> str:
         rows = [("layer", "inputs", "rank", "free")]
@@ -161,22 +172,26 @@ class NullSpace:
             total = basis.rank + basis.null_dim
             rows.append((name, str(total), str(basis.rank), str(basis.null_dim)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        lines += [f"{name or '(model)'}  frozen: {why}" for name, why in self.frozen.items()]
         return "\n".join(line.rstrip() for line in lines)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: basis.shape for name, basis in self.bases.items()}
 
     def _match(self, model: nn.Module) -> list[Block]:
-        blocks = cover(model).blocks
-        found = {}
-        for block in blocks:
-            shape = block.part.matrix_shape
-            found[block.name] = (*shape[:-2], shape[-1])
-        if found != self._shapes():
+        """The blocks of the model that may move; layers frozen since the space was made stay."""
+        coverage = cover(model)
+        blocks = [b for b in coverage.blocks if self.frozen.get(b.name, NO_GRADIENT) == NO_GRADIENT]
+        found = {b.name: (*b.part.matrix_shape[:-2], b.part.matrix_shape[-1]) for b in blocks}
+        stays = {name for name, why in coverage.frozen.items() if why == NO_GRADIENT}
+        wanted = {n: s for n, s in self._shapes().items() if n in found or n not in stays}
+        if found != wanted:
+            reasons = [f"{n} is now frozen: {w}" for n, w in coverage.frozen.items() if n in wanted]
+            reasons += [f"{n} was frozen then: {self.frozen[n]}" for n in found if n in self.frozen]
             raise NullSpaceError(
-                f"the model's layers are not those of this null space: "
-                f"{_difference(self._shapes(), found)}"
+                "the model's layers are not those of this null space: "
+                f"{'; '.join([_difference(wanted, found), *reasons])}. Make the space anew"
             )
         return blocks
 
@@ -240,29 +255,91 @@ def null_space(
         UnsupportedModelError: if the model has no covered layer.
         ClosureError: if no closure calls a covered layer.
     """
-    coverage = cover(model, at_least_one=True)
-    spaces = {block: block.space() for block in coverage.blocks}
+    with torch.inference_mode(False):
+        survey = _Survey(model)
+        autocast, ranks = Autocast(), ranks_of(model)
+        with autocast.off(), ranks.together(), silenced(model), Transaction(model):
+            with ranks.together():
+                for closure in closures:
+                    survey.add(closure, autocast)
+            return survey.space(tau, ranks)
 
-    def see(use: Use, x: Tensor) -> None:
-        with Autocast().off():  # that of the closure, too
-            use.block.collect(spaces[use.block], use.part, x)
 
-    autocast = Autocast()
-    ranks = ranks_of(model)
-    with autocast.off(), ranks.together(), silenced(model), Transaction(model):
-        with ranks.together():
-            for closure in closures:
-                with autocast.on():
-                    watch(coverage.sites, closure, see)
-        spaces = {block: ranks.joined(space, block) for block, space in spaces.items()}
+class _Survey:
+    """The inputs of a model's layers, and what shows meanwhile: who uses weights, who draws."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.coverage = cover(model, at_least_one=True)
+        self.used: dict[Block, str] = {}
+        self._forget()
+
+    def add(self, closure: Callable[[], Any], autocast: Autocast) -> None:
+        """Take in the inputs that one closure shows.
+
+        The closure is run again if a module draws random numbers: then it was not in evaluation
+        mode. What was seen of a first closure is forgotten; of later ones it stays, which only
+        keeps more.
+        """
+        state = RandomState(self.model)
+        while True:
+            is_first = not self.seen
+            drawing = drawing_modules(self.model, lambda: self._watch(closure, autocast))
+            if not drawing:
+                return
+            if not any(module.training for module in drawing):
+                names = [name or "(model)" for name, m in named_modules(self.model) if m in drawing]
+                raise ClosureError(
+                    f"{', '.join(names)} draw random numbers even in evaluation mode: there is no "
+                    "old function to keep. Draw outside of the model, or give closures that run "
+                    "only the other layers"
+                )
+            for module in drawing:
+                module.training = False
+            state.restore()
+            if is_first:
+                self._forget()
+
+    def space(self, tau: float, ranks: Ranks) -> NullSpace:
+        """The null space of all that was taken in, on all ranks."""
+        flags = ranks.most([block in self.used for block in self.coverage.blocks])
+        used = {
+            block.name: self.used.get(block, USED_OUTSIDE).removeprefix("frozen: ")
+            for block, flag in zip(self.coverage.blocks, flags, strict=True)
+            if flag
+        }
+        free = [block for block in self.coverage.blocks if block.name not in used]
+        spaces = {block: ranks.joined(self.spaces[block], block) for block in free}
         if not any(space.count for space in spaces.values()):
-            raise ClosureError("no closure called a covered layer of this model; do they call it?")
-        return NullSpace(
-            {
-                block.name: ranks.basis_of_first(block.basis(space, tau))
-                for block, space in spaces.items()
-            }
-        )
+            why = "; ".join(f"{name}: {reason}" for name, reason in used.items())
+            raise ClosureError(
+                "no closure called a covered layer of this model in a way that can be kept; do "
+                f"they call it? {why}".rstrip()
+            )
+        bases = {b.name: ranks.basis_of_first(b.basis(space, tau)) for b, space in spaces.items()}
+        return NullSpace(bases, {**self.coverage.frozen, **used})
+
+    def _forget(self) -> None:
+        self.spaces = {block: block.space() for block in self.coverage.blocks}
+        self.seen = False
+
+    def _watch(self, closure: Callable[[], Any], autocast: Autocast) -> None:
+        def see(use: Use, x: Tensor) -> None:
+            with Autocast().off():  # that of the closure, too
+                use.block.collect(self.spaces[use.block], use.part, x)
+
+        def run() -> None:
+            is_first = not self.seen
+            with autocast.on():
+                try:
+                    self.used |= watch(self.coverage.sites, closure, see)
+                except RuntimeError:
+                    if is_first:
+                        self._forget()
+                    raise
+            self.seen = True
+
+        without_gradients(run)
 
 
 _KINDS: dict[str, Any] = {"rows": Basis, "axes": AxisBasis}

@@ -10,11 +10,12 @@ gradient is divided as an optimizer divides it, for ``D_M = ½ gᵀ M⁻¹ g`` (
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from teleport.capture import Closure, evaluate
+from teleport.capture import Closure, evaluate, without_gradients
 from teleport.coverage import Block
 from teleport.distributed import ALONE, Ranks
 from teleport.precision import at_least_single, scaled
@@ -143,10 +144,10 @@ def mean_grad_norm(
 
 
 def mean_loss(closures: Sequence[Closure], ranks: Ranks = ALONE) -> float:
-    """Mean of what the closures return, without gradients."""
-    with ranks.together(), torch.no_grad():
-        loss = sum(float(evaluate(closure)) for closure in closures) / len(closures)
-    return ranks.mean(loss)
+    """Mean of what the closures return."""
+    with ranks.together():
+        losses = [float(without_gradients(partial(evaluate, c)).detach()) for c in closures]
+    return ranks.mean(sum(losses) / len(losses))
 
 
 def grad_norm(closure: Closure, parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
@@ -165,7 +166,8 @@ def ascent_double_backward(
     _, grads = gradient(closure, parameters, create_graph=True)
     with torch.enable_grad():
         pairs = zip(grads, grads if velocity is None else velocity, strict=True)
-        objective = sum(((g * v).sum() for g, v in pairs), torch.zeros(()))
+        products = ((g * v.conj()).sum().real for g, v in pairs)  # complex ones as pairs of reals
+        objective = sum(products, torch.zeros(()))
         if not objective.requires_grad:
             return [torch.zeros_like(p) for p in parameters]
         ascent = torch.autograd.grad(objective, parameters, materialize_grads=True)

@@ -37,6 +37,7 @@ each evaluation costs one backward pass: `step_to_norm` finds where it reaches a
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def direction(
     scale = unit_scale(lambda: grad_norm_squared(tape, metric.of_velocities()), tape.precision)
     others = zip(tape.others, tape.other_gradients, strict=True)
     velocity = {p: metric.velocity(p, g, scale) for p, g in others}
-    drive = {block: _drive(tape, block, metric, scale) for block in tape.blocks}
+    drive = {block: partial(_drive, tape, block, metric, scale) for block in tape.blocks}
     tape.push_tangents(model, closure, drive, velocity, wanted=bases.keys())
     return {b: scaled(_survivor(tape, b, basis), 1 / scale) for b, basis in bases.items()}
 

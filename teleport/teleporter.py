@@ -6,18 +6,20 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from teleport.attempt import Attempt, Settings
 from teleport.capture import Closure
 from teleport.clock import now
-from teleport.coverage import cover, supported
-from teleport.distributed import ranks_of, silenced
+from teleport.coverage import cover, named_modules, supported
+from teleport.distributed import Ranks, ranks_of, silenced
 from teleport.errors import UnsupportedModelError
 from teleport.objective import EUCLIDEAN
 from teleport.precision import Autocast
 from teleport.preconditioner import check_optimizer, metric_of
+from teleport.randomness import DrewError
 from teleport.report import TeleportReport
 from teleport.transaction import Transaction
 
@@ -107,19 +109,15 @@ class Teleporter:
             "given with objective='preconditioned', and only then",
         )
         self.model, self._optimizer = model, optimizer
-        coverage = cover(model, at_least_one=True)
-        if strict and coverage.frozen:
-            raise UnsupportedModelError(
-                f"strict=True and some layers are frozen:\n{supported(model)}\n"
-                "Use strict=False, or add a rule with teleport.layers.register"
-            )
+        self._include, self._exclude, self._strict = include, exclude, strict
+        moving = self._moving()
+        _check_patterns([b.name for b in moving["coverage"].blocks], include, exclude)
         if optimizer is not None:
             check_optimizer(optimizer, model)
         unbounded = growth is None and (lr is None or cap is None)
         self._settings = Settings(
             model=model,
-            coverage=coverage,
-            movable=_select([b.name for b in coverage.blocks], include, exclude),
+            **moving,
             tau=tau,
             steps=steps if steps is not None else (1 if lr is None else 8),
             lr=lr,
@@ -152,47 +150,89 @@ class Teleporter:
         started = now()
         autocast, ranks = Autocast(), ranks_of(self.model)
         with (
+            torch.inference_mode(False),
             autocast.off(),
             ranks.together(),
             silenced(self.model),
             Transaction(self.model) as transaction,
         ):
             parts = _parts(closure)
-            ranks.require_same(self._request(held_out))
+            settings = replace(self._settings, **self._moving())
+            ranks.require_same(_request(settings, self._optimizer, held_out))
 
             def repeatable(closure: Closure) -> Closure:
                 def call() -> Any:  # what a user's closure returns is checked where it is used
-                    transaction.rewind_random()
                     with autocast.on():
                         return closure()
 
-                return call
+                return transaction.repeatable(call)
 
             held = None if held_out is None else repeatable(held_out)
             closures = [repeatable(part) for part in parts]
-            optimizer = self._optimizer
-            metric = EUCLIDEAN if optimizer is None else metric_of(optimizer, self.model)
-            attempt = Attempt(self._settings, closures, held, ranks, metric)
             with ranks.together():  # before anything is kept
-                report = attempt.run()
+                report, untimed = self._attempt(settings, closures, held, ranks, transaction)
             if report.steps and not report.rolled_back:
                 transaction.commit()
-        spent = now() - started - attempt.held_out_seconds
-        return replace(report, seconds=spent)
+        return replace(report, seconds=now() - started - untimed)
 
-    def _request(self, held_out: Closure | None) -> str:
-        """What is asked for, in the same words on all ranks that ask for the same."""
-        s = self._settings
-        names = [(b.name, tuple(b.part.matrix().shape)) for b in s.coverage.blocks]
-        asked = (s.tau, s.steps, s.lr, s.growth, s.cap, s.method, s.max_drift, sorted(s.movable))
-        by, held = type(self._optimizer).__name__, "not " if held_out is None else ""
-        return f"{asked}, optimizer {by}, held_out {held}given, {names}"
+    def _attempt(
+        self,
+        settings: Settings,
+        closures: list[Closure],
+        held_out: Closure | None,
+        ranks: Ranks,
+        transaction: Transaction,
+    ) -> tuple[TeleportReport, float]:
+        """One attempt; another one, with less noise, if it shows that modules draw numbers.
+
+        Returns:
+            The report, and the seconds that are not the teleport's.
+        """
+        optimizer = self._optimizer
+        metric = EUCLIDEAN if optimizer is None else metric_of(optimizer, self.model)
+        attempt = Attempt(settings, closures, held_out, ranks, metric)
+        try:
+            return attempt.run(), attempt.held_out_seconds
+        except DrewError:
+            with ranks.together():
+                every = closures if held_out is None else [*closures, held_out]
+                drawing = transaction.quieten(every)
+        attempt = Attempt(settings, closures, held_out, ranks, metric)
+        report = attempt.run()
+        reason = report.reason + self._noise(drawing)
+        return replace(report, reason=reason), attempt.held_out_seconds
+
+    def _moving(self) -> dict[str, Any]:
+        """What is covered and may move now: layers may have been frozen, freed or wrapped since."""
+        coverage = cover(self.model, at_least_one=True)
+        if self._strict and coverage.frozen:
+            raise UnsupportedModelError(
+                f"strict=True and some layers are frozen:\n{supported(self.model)}\n"
+                "Use strict=False, or add a rule with teleport.layers.register"
+            )
+        names = [block.name for block in coverage.blocks]
+        return {"coverage": coverage, "movable": _select(names, self._include, self._exclude)}
+
+    def _noise(self, drawing: Sequence[nn.Module]) -> str:
+        """What the report says of modules that draw random numbers in evaluation mode, too."""
+        names = [name or "(model)" for name, m in named_modules(self.model) if m in drawing]
+        if not names:
+            return ""
+        return f" (for the random numbers that {', '.join(names)} drew, in every mode)"
 
     def run(
         self, closures: Iterable[Closure], *, held_out: Closure | None = None
     ) -> list[TeleportReport]:
         """Teleport on several batches, one after the other (Algorithm 1's loop over batches)."""
         return [self.step(closure, held_out=held_out) for closure in closures]
+
+
+def _request(s: Settings, optimizer: Optimizer | None, held_out: Closure | None) -> str:
+    """What is asked for, in the same words on all ranks that ask for the same."""
+    names = [(b.name, tuple(b.part.matrix().shape)) for b in s.coverage.blocks]
+    asked = (s.tau, s.steps, s.lr, s.growth, s.cap, s.method, s.max_drift, sorted(s.movable))
+    by, held = type(optimizer).__name__, "not " if held_out is None else ""
+    return f"{asked}, optimizer {by}, held_out {held}given, {names}"
 
 
 def _check(name: str, value: object, valid: bool, allowed: str) -> None:
@@ -207,13 +247,17 @@ def _parts(closure: Closure | Sequence[Closure]) -> list[Closure]:
     return parts
 
 
-def _select(
+def _check_patterns(
     names: list[str], include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> set[str]:
+) -> None:
     for pattern in [*(include or ()), *(exclude or ())]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"no layer matches {pattern!r}; the model's layers are {names}")
 
+
+def _select(
+    names: list[str], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> set[str]:
     def matches(name: str, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 

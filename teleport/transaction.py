@@ -5,17 +5,17 @@ or fused, everything else in the user's mode. Afterwards only the moved weights 
 only if the move was kept.
 """
 
-import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
+
+from teleport.randomness import DrewError, RandomState, drawing_modules
 
 _WITH_DROPOUT = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)
 """What uses its ``training`` flag for dropout and for nothing else."""
@@ -24,9 +24,10 @@ _WITH_DROPOUT = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)
 class Transaction:
     """Context manager over one teleport: on leaving it the model is as before, but for commits.
 
-    Kept bit for bit: buffers (BatchNorm statistics), ``.grad``, train and eval modes, the random
-    states of torch (CPU and GPU), NumPy and Python; and the parameters, unless `commit` was called.
-    An exception never commits.
+    Kept bit for bit: buffers (BatchNorm statistics), ``.grad``, train and eval modes, what requires
+    a gradient, the random states of torch (CPU and GPU), NumPy, Python and of the model's own
+    generators; and the parameters, unless `commit` was called. An exception never commits, not even
+    one on the way out, and does not keep the rest from being put back.
 
     Costs one copy of the parameters, buffers and gradients.
     """
@@ -34,22 +35,35 @@ class Transaction:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._committed = False
+        self._quiet = False
 
     def __enter__(self) -> "Transaction":
-        self._random = _random_state()
-        self._parameters = [(p, p.detach().clone()) for p in self.model.parameters()]
-        self._buffers = [
-            (module, name, buffer, buffer.detach().clone())
-            for module in self.model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+        modules = list(self.model.modules())
+        self._random = RandomState(self.model)
+        parameters = list(self.model.parameters())
+        self._parameters = [_Kept(p) for p in parameters]
+        grads = [(p, None if p.grad is None else _Kept(p.grad)) for p in parameters]
+        buffers = {b: _Kept(b) for module in modules for b in _present(module._buffers).values()}
+        tables: list[tuple[dict[str, Any], dict[str, Tensor]]] = [
+            (table, _present(table))
+            for module in modules
+            for table in (module._parameters, module._buffers)
         ]
-        self._grads = [(p, p.grad, _copy(p.grad)) for p in self.model.parameters()]
-        self._modes = [(m, m.training) for m in self.model.modules()]
+        modes = [(module, module.training) for module in modules]
         # Only now is anything changed: a copy that finds no memory must leave no trace.
         self._stack = ExitStack()
+        # Undone from the last to the first, each whatever becomes of the others.
+        self._stack.push(self._undo_unless_committed)
+        self._stack.callback(self._random.restore)
+        for module, training in modes:
+            self._stack.callback(setattr, module, "training", training)
+        for table, before in tables:
+            self._stack.callback(_restore_table, table, before, buffers)
+        for parameter, grad in grads:
+            self._stack.callback(_restore_grad, parameter, grad)
+            self._stack.callback(_restore_flag, parameter, parameter.requires_grad)
         self._stack.enter_context(_unfused())
-        for module in self.model.modules():
+        for module in modules:
             if isinstance(module, _WITH_DROPOUT):
                 module.training = False
         return self
@@ -60,7 +74,46 @@ class Transaction:
 
     def rewind_random(self) -> None:
         """Back to the random state at entry, so that every call of a closure draws the same."""
-        _set_random_state(self._random)
+        self._random.restore()
+
+    def repeatable(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, drawing the same random numbers at every call.
+
+        Raises:
+            DrewError: from a call that draws any, until `quieten` has been called.
+        """
+
+        def call() -> Any:
+            self.rewind_random()
+            result = closure()
+            if not self._quiet and self._random.has_moved():
+                raise DrewError("the closure draws random numbers")
+            return result
+
+        return call
+
+    def quieten(self, closures: Sequence[Callable[[], Any]]) -> list[nn.Module]:
+        """Put the modules that draw random numbers into evaluation mode, as dropout is off.
+
+        Args:
+            closures: made by `repeatable`; each is run as often as new modules are found.
+
+        Returns:
+            Those that draw in evaluation mode, too. What a closure draws outside of the model's
+            modules is its own affair.
+        """
+        self._quiet = True
+        for parameter in self._parameters:
+            parameter.restore()
+        always: dict[nn.Module, None] = {}
+        for closure in closures:
+            drawing = drawing_modules(self.model, closure)
+            while any(module.training for module in drawing):
+                for module in drawing:
+                    module.training = False
+                drawing = drawing_modules(self.model, closure)
+            always |= dict.fromkeys(drawing)
+        return list(always)
 
     def __exit__(
         self,
@@ -68,20 +121,103 @@ class Transaction:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.close()
-        with torch.no_grad():
-            if not self._committed or kind is not None:
-                for parameter, copy in self._parameters:
-                    parameter.copy_(copy)
-            for module, name, buffer, copy in self._buffers:
-                module._buffers[name] = buffer.detach_().copy_(copy)
-            for parameter, grad, values in self._grads:
-                parameter.grad = grad
-                if grad is not None and values is not None:
-                    grad.copy_(values)
-        for module, training in self._modes:
-            module.training = training
-        _set_random_state(self._random)
+        self._stack.__exit__(kind, error, trace)
+
+    def _undo_unless_committed(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if not self._committed or kind is not None:
+            with ExitStack() as stack:
+                for parameter in self._parameters:
+                    stack.callback(parameter.restore)
+
+
+class _Kept:
+    """A tensor as it was: its memory, how it looks at that, and what stood there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.alias = tensor.detach()
+        self.requires_grad = tensor.requires_grad
+        self.strided = tensor.layout == torch.strided and not tensor.is_meta
+        if self.strided:
+            self.values = _once(self.alias).clone()
+            self.size = self.alias.untyped_storage().nbytes()
+        else:
+            self.values, self.version = self.alias.clone(), tensor._version
+
+    def restore(self) -> Tensor:
+        """Make the tensor what it was, writing only what has changed.
+
+        Returns:
+            The tensor; or if it has become part of a graph that it cannot leave, as a view cannot,
+            another one with the same memory.
+        """
+        tensor = self.tensor
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            if not self.strided:
+                if tensor._version != self.version:
+                    tensor.copy_(self.values)
+                return tensor
+            if self.alias.untyped_storage().nbytes() != self.size:
+                self.alias.untyped_storage().resize_(self.size)
+            if _place(tensor) != _place(self.alias):
+                tensor.data = self.alias
+            if not _same_bits(_once(self.alias), self.values):
+                _once(self.alias).copy_(self.values)
+            if tensor.requires_grad == self.requires_grad:
+                return tensor
+            if tensor.is_leaf:
+                return tensor.requires_grad_(self.requires_grad)
+            return self.alias if tensor._is_view() else tensor.detach_()
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """A view of every entry once: the axes that `Tensor.expand` repeats are cut to length one."""
+    for axis, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(axis, 0, 1)
+    return tensor
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where in memory a tensor lies, and how it is laid out there."""
+    memory = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+    return tensor.dtype, tensor.device, memory, tensor.shape, tensor.stride()
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same bits: NaN equals itself, -0 is not 0."""
+    a, b = (t.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
+
+
+def _present(table: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in table.items() if tensor is not None}
+
+
+def _restore_table(
+    table: dict[str, Any], before: dict[str, Tensor], kept: Mapping[Tensor, _Kept]
+) -> None:
+    """Put a module's tensors back under their names; what has come to it since may stay."""
+
+    def restore(name: str) -> None:
+        table[name] = kept[before[name]].restore()
+
+    table.update(before)
+    with ExitStack() as stack:  # all of them, whatever becomes of one
+        for name, tensor in before.items():
+            if tensor in kept:
+                stack.callback(restore, name)
+
+
+def _restore_flag(parameter: nn.Parameter, requires_grad: bool) -> None:
+    if parameter.requires_grad != requires_grad:
+        parameter.requires_grad_(requires_grad)
+
+
+def _restore_grad(parameter: nn.Parameter, kept: _Kept | None) -> None:
+    parameter.grad = None if kept is None else kept.tensor
+    if kept is not None:
+        kept.restore()
 
 
 @contextmanager
@@ -98,24 +234,3 @@ def _unfused() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _copy(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
-
-
-def _random_state() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": np.random.get_state(),  # noqa: NPY002 (the global state is what closures use)
-        "python": random.getstate(),
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    random.setstate(state["python"])

@@ -10,12 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teleport.capture import Call, Closure, Tape, record
+from teleport.capture import USED_OUTSIDE, Call, Closure, Tape, record
 from teleport.coverage import Block, Site
 from teleport.distributed import ALONE, Ranks
 from teleport.layers import Pieces
@@ -57,6 +58,7 @@ class Walk(ABC):
         dtype: of the loss.
         precision: the coarsest that products were computed in; coarser under autocast.
         fixed: blocks whose inputs depend on no parameter (``thm-fixed``).
+        left_out: blocks that cannot be recorded, and why.
         ranks: the processes that walk together.
         metric: of the gradient norm.
     """
@@ -65,6 +67,7 @@ class Walk(ABC):
     dtype: torch.dtype
     precision: torch.dtype
     fixed: set[Block]
+    left_out: dict[Block, str]
     ranks: Ranks = ALONE
     metric: Metric = EUCLIDEAN
 
@@ -266,6 +269,7 @@ class FrozenWalk(Walk):
         self.loss = float(self._tape.loss.detach())
         self.dtype, self.precision = self._tape.loss.dtype, self._tape.precision
         self.fixed = {b for b in self._tape.blocks if not self._tape.depends_on_parameters(b)}
+        self.left_out = self._tape.left_out
 
     def _norm_squared(self, metric: Metric) -> float:
         return grad_norm_squared(self._tape, metric)
@@ -367,8 +371,10 @@ class StreamedWalk(Walk):
         self._sites, self._closures, self._movable = sites, closures, movable
         self._model = model
         self._gradient: Gradient = {}
-        while left_out := self._survey():
-            self._sites = [site.without(left_out) for site in self._sites]
+        self.left_out = {}
+        while found := self._survey():
+            self.left_out |= found
+            self._sites = [site.without(self.left_out) for site in self._sites]
         super().__init__(model, list(self._spaces))
         self.fixed = {block for block, depends in self._depends.items() if not depends}
 
@@ -398,7 +404,10 @@ class StreamedWalk(Walk):
         with self.ranks.together():
             for closure in self._closures:
                 tape = record(self._model, self._sites, closure)
-                drive = {b: drive_of(tape, b, _pieces_of(b, velocity)) for b in tape.blocks}
+                drive = {
+                    block: partial(drive_of, tape, block, _pieces_of(block, velocity))
+                    for block in tape.blocks
+                }
                 tape.push_tangents(self._model, closure, drive, velocity, wanted=bases.keys())
                 for block in [b for b in tape.blocks if b in whole]:
                     whole[block] += tape.survivor(block) / (len(self._closures) * scale)
@@ -424,7 +433,7 @@ class StreamedWalk(Walk):
         self.ranks.mean_(total)
         return {p: scaled(sum_, 1 / scale) for p, sum_ in zip(parameters, total, strict=True)}
 
-    def _survey(self) -> set[Block]:
+    def _survey(self) -> dict[Block, str]:
         """Loss, gradient and row spaces at the start; blocks that have to be left out, if any."""
         self._spaces: dict[Block, Space] = {}
         self._depends: dict[Block, bool] = {}
@@ -445,7 +454,7 @@ class StreamedWalk(Walk):
                 if block.name in self._movable:
                     tape.collect(block, space)
 
-        left_out: set[Block] = set()
+        left_out: dict[Block, str] = {}
         self._gradient = {}
         with self.ranks.together():
             for closure in self._closures:
@@ -469,14 +478,14 @@ class StreamedWalk(Walk):
     def degree(self, along: Direction) -> int | None:
         return None  # a layer that drifts, as at τ < 1, makes it no polynomial at all
 
-    def _share_survey(self, left_out: set[Block]) -> set[Block]:
+    def _share_survey(self, left_out: dict[Block, str]) -> dict[Block, str]:
         """What other ranks have seen; all go on with the same blocks in the same order."""
         blocks = list(dict.fromkeys(b for site in self._sites for b in site.blocks))
         seen = [(b in left_out, b in self._spaces, self._depends.get(b, False)) for b in blocks]
         anywhere = self.ranks.most([int(flag) for flags in seen for flag in flags])
         out, called, depends = (dict(zip(blocks, anywhere[i::3], strict=True)) for i in range(3))
         if any(out.values()):
-            return {block for block in blocks if out[block]}
+            return {b: left_out.get(b, USED_OUTSIDE) for b in blocks if out[b]}
         blocks = [block for block in blocks if called[block]]
         precisions = [PRECISIONS.index(self.precision)]
         precisions += [PRECISIONS.index(self._computed_in.get(b, torch.float64)) for b in blocks]
@@ -486,7 +495,7 @@ class StreamedWalk(Walk):
         spaces = {block: self._spaces.get(block, block.space()) for block in blocks}
         self._spaces = {b: self.ranks.joined(space, b) for b, space in spaces.items()}
         self._share_gradient()
-        return set()
+        return {}
 
     def _share_gradient(self) -> None:
         """The mean of the ranks' gradients, for parameters that any of them may have reached."""

@@ -102,7 +102,7 @@ def test_input_tangents_are_directional_derivatives(case: Case) -> None:
     """ẋ along the gradient, against forward-mode through the whole chain by torch.func."""
     problem = case.build()
     tape = tape_of(problem)
-    drive = {b: drive_of(tape, b, b.part.split(tape.weight_gradient(b))) for b in tape.blocks}
+    drive = {b: drive_by_gradient(tape, b) for b in tape.blocks}
     tape.push_tangents(problem.model, problem.closure, drive, {})
     names = [name for name, _ in problem.model.named_parameters()]
     velocity = dict(zip(names, gradient(problem.model, problem.closure), strict=True))
@@ -133,7 +133,7 @@ def test_the_tangent_pass_ends_at_the_last_wanted_call(case: Case, last: int) ->
         asked.append(tape.blocks.index(block))
         yield from drive_of(tape, block, block.part.pieces())
 
-    drives = {b: drive(b) for b in tape.blocks}
+    drives = {b: partial(drive, b) for b in tape.blocks}
     tape.push_tangents(problem.model, problem.closure, drives, {}, wanted={tape.blocks[last]})
     assert asked == list(range(last))
     kept = [tape.tangents(b) is not None for b in tape.blocks]
@@ -155,7 +155,7 @@ def test_in_place_activations_do_not_reach_what_was_recorded() -> None:
             return (model(x) - y).square().mean()
 
         tape = record(model, cover(model).sites, closure)
-        drive = {b: drive_of(tape, b, b.part.split(tape.weight_gradient(b))) for b in tape.blocks}
+        drive = {b: drive_by_gradient(tape, b) for b in tape.blocks}
         tape.push_tangents(model, closure, drive, {})
         return [tape.tangents(b) for b in tape.blocks[1:]]
 
@@ -168,7 +168,7 @@ def test_in_place_activations_do_not_reach_what_was_recorded() -> None:
 def test_only_the_first_layer_has_inputs_without_tangent(case: Case) -> None:
     problem = case.build()
     tape = tape_of(problem)
-    drive = {b: drive_of(tape, b, b.part.pieces()) for b in tape.blocks}
+    drive = {b: partial(drive_of, tape, b, b.part.pieces()) for b in tape.blocks}
     tape.push_tangents(problem.model, problem.closure, drive, {})
     assert tape.tangents(tape.blocks[0]) is None
     assert not tape.depends_on_parameters(tape.blocks[0])

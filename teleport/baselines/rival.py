@@ -8,16 +8,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from teleport.baselines.batch import Batch, require
 from teleport.baselines.climb import Move
-from teleport.capture import Closure, evaluate
+from teleport.capture import Closure, evaluate, without_gradients
 from teleport.clock import now
 from teleport.coverage import Block, Coverage, cover
 from teleport.errors import GroupElementError, NonFiniteLossError
+from teleport.randomness import DrewError
 from teleport.report import LayerReport, TeleportReport
 from teleport.transaction import Transaction
 
@@ -65,17 +67,15 @@ class Rival(ABC):
         started = now()
         parts = [closure] if callable(closure) else list(closure)
         require("closure", closure, bool(parts), "a closure or a list of at least one")
-        with Transaction(self.model) as transaction:
-
-            def repeatable(closure: Closure) -> Closure:
-                def call() -> Tensor:
-                    transaction.rewind_random()
-                    return closure()
-
-                return call
-
-            held = None if held_out is None else _HeldOut(repeatable(held_out))
-            report = self._attempt(Batch(self.model, [repeatable(p) for p in parts]), held)
+        with torch.inference_mode(False), Transaction(self.model) as transaction:
+            repeatable = [transaction.repeatable(part) for part in parts]
+            held = None if held_out is None else _HeldOut(transaction.repeatable(held_out))
+            batch = Batch(self.model, repeatable)
+            try:
+                report = self._attempt(batch, held)
+            except DrewError:
+                transaction.quieten(repeatable if held is None else [*repeatable, held.closure])
+                report = self._attempt(batch, held)
             if report.steps and not report.rolled_back:
                 transaction.commit()
         spent = now() - started - (held.seconds if held else 0.0)
@@ -153,8 +153,7 @@ class _HeldOut:
     def loss(self) -> float:
         started = now()
         try:
-            with torch.no_grad():
-                return float(evaluate(self.closure))
+            return float(without_gradients(partial(evaluate, self.closure)).detach())
         except NonFiniteLossError:
             return math.nan  # only reported: no reason to undo anything
         finally:

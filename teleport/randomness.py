@@ -1,0 +1,116 @@
+"""Random numbers: their generators, kept and put back, and the modules that draw from them.
+
+Dropout is not always a module: attention calls it as a function, stochastic depth draws for itself.
+What draws shows in the generators, whatever it is called.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class RandomState:
+    """The state of all random generators a model may use, to look at and to come back to.
+
+    Those of torch (CPU and GPU), NumPy and Python, and generators that the model's modules hold.
+
+    Args:
+        model: whose modules' own generators count, too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [(generator, generator.read()) for generator in _generators(model)]
+
+    def restore(self) -> None:
+        """Put every generator back."""
+        for generator, state in self._kept:
+            generator.write(state)
+
+    def has_moved(self) -> bool:
+        """Whether anything was drawn since."""
+        return any(not _same(generator.read(), state) for generator, state in self._kept)
+
+
+class DrewError(Exception):
+    """A closure drew random numbers, and nobody has yet looked which modules did."""
+
+
+def drawing_modules(model: nn.Module, run: Callable[[], Any]) -> list[nn.Module]:
+    """The modules in whose own forward pass random numbers are drawn; each the innermost.
+
+    Args:
+        model: whose modules are watched.
+        run: runs the model.
+    """
+    inside: list[nn.Module | None] = [None]  # what is drawn outside of all modules is no module's
+    found: dict[nn.Module, None] = {}
+    last = RandomState(model)
+
+    def look() -> None:
+        nonlocal last
+        if last.has_moved():
+            if inside[-1] is not None:
+                found[inside[-1]] = None
+            last = RandomState(model)
+
+    def enter(module: nn.Module, _: Any) -> None:
+        look()
+        inside.append(module)
+
+    def leave(*_: Any) -> None:
+        look()
+        inside.pop()
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        run()
+    return list(found)
+
+
+class _Generator:
+    """One random generator: how to read its state, and how to write it."""
+
+    def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
+        self.read, self.write = read, write
+
+
+def _generators(model: nn.Module) -> Iterator[_Generator]:
+    yield _Generator(torch.get_rng_state, torch.set_rng_state)
+    if torch.cuda.is_initialized():
+        yield _Generator(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
+    yield _Generator(np.random.get_state, np.random.set_state)
+    yield _Generator(random.getstate, random.setstate)
+    for module in model.modules():
+        for own in vars(module).values():
+            if isinstance(own, torch.Generator):
+                yield _Generator(own.get_state, own.set_state)
+            elif isinstance(own, np.random.Generator):
+                yield _of_numpy(own.bit_generator)
+            elif isinstance(own, (random.Random, np.random.RandomState)):
+                state, put = ("getstate", "setstate") if isinstance(own, random.Random) else (
+                    "get_state", "set_state")  # fmt: skip
+                yield _Generator(getattr(own, state), getattr(own, put))
+
+
+def _of_numpy(bits: Any) -> _Generator:
+    return _Generator(lambda: bits.state, lambda state: setattr(bits, "state", state))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two states are equal, whatever a generator makes them of."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, dict):
+        return all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, (list, tuple)) and any(isinstance(v, (torch.Tensor, np.ndarray)) for v in a):
+        return all(map(_same, a, b))
+    return bool(a == b)
