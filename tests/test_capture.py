@@ -1,6 +1,7 @@
 """Capture: the tape of a closure holds its layers' inputs, cotangents and tangents."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -29,6 +30,10 @@ TOLERANCE = 1e-12
 
 def tape_of(problem: Problem | Task) -> Tape:
     return record(problem.model, cover(problem.model).sites, problem.closure)
+
+
+def drive_by_gradient(tape: Tape, block: Block) -> Callable[[], Iterator[Tensor]]:
+    return partial(drive_of, tape, block, block.part.split(tape.weight_gradient(block)))
 
 
 def products(tape: Tape) -> list[Tensor]:
