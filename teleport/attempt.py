@@ -116,7 +116,11 @@ class Attempt:
         self.unfrozen = False
 
     def run(self) -> TeleportReport:
-        """Walk, check and tell; a report with steps and without ``rolled_back`` is to be kept."""
+        """Walk, check and tell; a report with steps and without ``rolled_back`` is to be kept.
+
+        It can be run again: each run begins at the model as it is.
+        """
+        self.bases, self.step_sizes, self.fallback, self.unfrozen = {}, [], "", False
         self.walk = self._start_walk()
         before = self._measure_start()
         self.bases = self._make_bases()

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from teleport.axes import AxisBasis
 from teleport.capture import USED_OUTSIDE, watch, without_gradients
-from teleport.coverage import NO_GRADIENT, Block, Use, cover, named_modules
+from teleport.coverage import NO_GRADIENT, Block, Use, cover
 from teleport.distributed import Ranks, ranks_of, silenced
 from teleport.errors import ClosureError, NullSpaceError
 from teleport.precision import Autocast
-from teleport.randomness import RandomState, drawing_modules
+from teleport.randomness import RandomState, drawing_modules, names_of_drawing, quieten
 from teleport.subspace import Basis, Projector
 from teleport.tied import TiedBasis
 from teleport.transaction import Transaction
@@ -285,20 +285,17 @@ class _Survey:
         while True:
             is_first = not self.seen
             drawing = drawing_modules(self.model, lambda: self._watch(closure, autocast))
-            if not drawing:
-                return
-            if not any(module.training for module in drawing):
-                names = [name or "(model)" for name, m in named_modules(self.model) if m in drawing]
-                raise ClosureError(
-                    f"{', '.join(names)} draw random numbers even in evaluation mode: there is no "
-                    "old function to keep. Draw outside of the model, or give closures that run "
-                    "only the other layers"
-                )
-            for module in drawing:
-                module.training = False
+            if not quieten(drawing):
+                break
             state.restore()
             if is_first:
                 self._forget()
+        if names := names_of_drawing(self.model, drawing):
+            raise ClosureError(
+                f"{', '.join(names)}: what it computes is random, even in evaluation mode, so "
+                "there is no old function to keep. Draw outside of the model, or give closures "
+                "that run only its other layers"
+            )
 
     def space(self, tau: float, ranks: Ranks) -> NullSpace:
         """The null space of all that was taken in, on all ranks."""

@@ -5,13 +5,15 @@ What draws shows in the generators, whatever it is called.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+from teleport.coverage import named_modules
 
 
 class RandomState:
@@ -31,31 +33,33 @@ class RandomState:
         for generator, state in self._kept:
             generator.write(state)
 
-    def has_moved(self) -> bool:
-        """Whether anything was drawn since."""
-        return any(not _same(generator.read(), state) for generator, state in self._kept)
+    def moved(self) -> set[str]:
+        """Whose generators something was drawn from since."""
+        return {g.name for g, state in self._kept if not _same(g.read(), state)}
 
 
 class DrewError(Exception):
     """A closure drew random numbers, and nobody has yet looked which modules did."""
 
 
-def drawing_modules(model: nn.Module, run: Callable[[], Any]) -> list[nn.Module]:
-    """The modules in whose own forward pass random numbers are drawn; each the innermost.
+def drawing_modules(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module, set[str]]:
+    """The modules in whose own forward pass random numbers are drawn, and from whose generators.
+
+    Each is the innermost; what is drawn outside of all modules is no module's.
 
     Args:
         model: whose modules are watched.
         run: runs the model.
     """
-    inside: list[nn.Module | None] = [None]  # what is drawn outside of all modules is no module's
-    found: dict[nn.Module, None] = {}
+    inside: list[nn.Module | None] = [None]
+    found: dict[nn.Module, set[str]] = {}
     last = RandomState(model)
 
     def look() -> None:
         nonlocal last
-        if last.has_moved():
+        if moved := last.moved():
             if inside[-1] is not None:
-                found[inside[-1]] = None
+                found.setdefault(inside[-1], set()).update(moved)
             last = RandomState(model)
 
     def enter(module: nn.Module, _: Any) -> None:
@@ -71,36 +75,54 @@ def drawing_modules(model: nn.Module, run: Callable[[], Any]) -> list[nn.Module]
             stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         run()
-    return list(found)
+    return found
+
+
+def quieten(drawing: Mapping[nn.Module, set[str]]) -> bool:
+    """Put drawing modules into evaluation mode, as dropout is; whether any was not in it."""
+    loud = [module for module in drawing if module.training]
+    for module in loud:
+        module.training = False
+    return bool(loud)
+
+
+def names_of_drawing(model: nn.Module, drawing: Mapping[nn.Module, set[str]]) -> list[str]:
+    """Names of the modules whose outputs are random in evaluation mode, too.
+
+    Python's own generator does not count there: whoever asks it still draws, but does not use what
+    comes; and checkers of types draw from it at every call.
+    """
+    noisy = [module for module, kinds in drawing.items() if kinds != {"Python"}]
+    return [name or "(model)" for name, module in named_modules(model) if module in noisy]
 
 
 class _Generator:
-    """One random generator: how to read its state, and how to write it."""
+    """One random generator: whose it is, how to read its state, and how to write it."""
 
-    def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
-        self.read, self.write = read, write
+    def __init__(self, name: str, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
+        self.name, self.read, self.write = name, read, write
 
 
 def _generators(model: nn.Module) -> Iterator[_Generator]:
-    yield _Generator(torch.get_rng_state, torch.set_rng_state)
+    yield _Generator("PyTorch", torch.get_rng_state, torch.set_rng_state)
     if torch.cuda.is_initialized():
-        yield _Generator(torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
-    yield _Generator(np.random.get_state, np.random.set_state)
-    yield _Generator(random.getstate, random.setstate)
+        yield _Generator("CUDA", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
+    yield _Generator("NumPy", np.random.get_state, np.random.set_state)
+    yield _Generator("Python", random.getstate, random.setstate)
     for module in model.modules():
         for own in vars(module).values():
             if isinstance(own, torch.Generator):
-                yield _Generator(own.get_state, own.set_state)
+                yield _Generator("module", own.get_state, own.set_state)
             elif isinstance(own, np.random.Generator):
                 yield _of_numpy(own.bit_generator)
             elif isinstance(own, (random.Random, np.random.RandomState)):
                 state, put = ("getstate", "setstate") if isinstance(own, random.Random) else (
                     "get_state", "set_state")  # fmt: skip
-                yield _Generator(getattr(own, state), getattr(own, put))
+                yield _Generator("module", getattr(own, state), getattr(own, put))
 
 
 def _of_numpy(bits: Any) -> _Generator:
-    return _Generator(lambda: bits.state, lambda state: setattr(bits, "state", state))
+    return _Generator("module", lambda: bits.state, lambda state: setattr(bits, "state", state))
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -13,13 +13,12 @@ from torch.optim import Optimizer
 from teleport.attempt import Attempt, Settings
 from teleport.capture import Closure
 from teleport.clock import now
-from teleport.coverage import cover, named_modules, supported
-from teleport.distributed import Ranks, ranks_of, silenced
+from teleport.coverage import cover, supported
+from teleport.distributed import ranks_of, silenced
 from teleport.errors import UnsupportedModelError
 from teleport.objective import EUCLIDEAN
 from teleport.precision import Autocast
 from teleport.preconditioner import check_optimizer, metric_of
-from teleport.randomness import DrewError
 from teleport.report import TeleportReport
 from teleport.transaction import Transaction
 
@@ -169,38 +168,15 @@ class Teleporter:
 
             held = None if held_out is None else repeatable(held_out)
             closures = [repeatable(part) for part in parts]
+            optimizer = self._optimizer
+            metric = EUCLIDEAN if optimizer is None else metric_of(optimizer, self.model)
+            attempt = Attempt(settings, closures, held, ranks, metric)
             with ranks.together():  # before anything is kept
-                report, untimed = self._attempt(settings, closures, held, ranks, transaction)
+                report, note = transaction.until_quiet(attempt.run)
             if report.steps and not report.rolled_back:
                 transaction.commit()
-        return replace(report, seconds=now() - started - untimed)
-
-    def _attempt(
-        self,
-        settings: Settings,
-        closures: list[Closure],
-        held_out: Closure | None,
-        ranks: Ranks,
-        transaction: Transaction,
-    ) -> tuple[TeleportReport, float]:
-        """One attempt; another one, with less noise, if it shows that modules draw numbers.
-
-        Returns:
-            The report, and the seconds that are not the teleport's.
-        """
-        optimizer = self._optimizer
-        metric = EUCLIDEAN if optimizer is None else metric_of(optimizer, self.model)
-        attempt = Attempt(settings, closures, held_out, ranks, metric)
-        try:
-            return attempt.run(), attempt.held_out_seconds
-        except DrewError:
-            with ranks.together():
-                every = closures if held_out is None else [*closures, held_out]
-                drawing = transaction.quieten(every)
-        attempt = Attempt(settings, closures, held_out, ranks, metric)
-        report = attempt.run()
-        reason = report.reason + self._noise(drawing)
-        return replace(report, reason=reason), attempt.held_out_seconds
+        spent = now() - started - attempt.held_out_seconds
+        return replace(report, seconds=spent, reason=report.reason + note)
 
     def _moving(self) -> dict[str, Any]:
         """What is covered and may move now: layers may have been frozen, freed or wrapped since."""
@@ -212,13 +188,6 @@ class Teleporter:
             )
         names = [block.name for block in coverage.blocks]
         return {"coverage": coverage, "movable": _select(names, self._include, self._exclude)}
-
-    def _noise(self, drawing: Sequence[nn.Module]) -> str:
-        """What the report says of modules that draw random numbers in evaluation mode, too."""
-        names = [name or "(model)" for name, m in named_modules(self.model) if m in drawing]
-        if not names:
-            return ""
-        return f" (for the random numbers that {', '.join(names)} drew, in every mode)"
 
     def run(
         self, closures: Iterable[Closure], *, held_out: Closure | None = None

@@ -5,17 +5,25 @@ or fused, everything else in the user's mode. Afterwards only the moved weights 
 only if the move was kept.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.dropout import _DropoutNd
 
-from teleport.randomness import DrewError, RandomState, drawing_modules
+from teleport.randomness import (
+    DrewError,
+    RandomState,
+    drawing_modules,
+    names_of_drawing,
+    quieten,
+)
+
+Result = TypeVar("Result")
 
 _WITH_DROPOUT = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)
 """What uses its ``training`` flag for dropout and for nothing else."""
@@ -35,7 +43,7 @@ class Transaction:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._committed = False
-        self._quiet = False
+        self._noisy: dict[str, None] = {}
 
     def __enter__(self) -> "Transaction":
         modules = list(self.model.modules())
@@ -76,44 +84,46 @@ class Transaction:
         """Back to the random state at entry, so that every call of a closure draws the same."""
         self._random.restore()
 
-    def repeatable(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def repeatable(self, closure: Callable[[], Result]) -> Callable[[], Result]:
         """The closure, drawing the same random numbers at every call.
 
-        Raises:
-            DrewError: from a call that draws any, until `quieten` has been called.
-        """
+        Modules that draw in train mode are put into evaluation mode, as dropout is.
 
-        def call() -> Any:
+        Raises:
+            DrewError: from a call that found any such module; `until_quiet` begins again.
+        """
+        heard = False
+
+        def call() -> Result:
+            nonlocal heard
             self.rewind_random()
-            result = closure()
-            if not self._quiet and self._random.has_moved():
-                raise DrewError("the closure draws random numbers")
-            return result
+            if heard:
+                return closure()
+            results: list[Result] = []
+            drawing = drawing_modules(self.model, lambda: results.append(closure()))
+            if quieten(drawing):
+                raise DrewError("modules of the model drew random numbers")
+            heard = True
+            self._noisy |= dict.fromkeys(names_of_drawing(self.model, drawing))
+            return results.pop()
 
         return call
 
-    def quieten(self, closures: Sequence[Callable[[], Any]]) -> list[nn.Module]:
-        """Put the modules that draw random numbers into evaluation mode, as dropout is off.
-
-        Args:
-            closures: made by `repeatable`; each is run as often as new modules are found.
+    def until_quiet(self, work: Callable[[], Result]) -> tuple[Result, str]:
+        """Do work with repeatable closures, from the start for as long as modules draw in it.
 
         Returns:
-            Those that draw in evaluation mode, too. What a closure draws outside of the model's
-            modules is its own affair.
+            What it returns, and a note on the modules that are random in evaluation mode, too.
         """
-        self._quiet = True
-        for parameter in self._parameters:
-            parameter.restore()
-        always: dict[nn.Module, None] = {}
-        for closure in closures:
-            drawing = drawing_modules(self.model, closure)
-            while any(module.training for module in drawing):
-                for module in drawing:
-                    module.training = False
-                drawing = drawing_modules(self.model, closure)
-            always |= dict.fromkeys(drawing)
-        return list(always)
+        while True:
+            try:
+                result = work()
+            except DrewError:
+                for parameter in self._parameters:
+                    parameter.restore()
+            else:
+                names = ", ".join(self._noisy)
+                return result, f" (for the random numbers that {names} drew)" if names else ""
 
     def __exit__(
         self,

@@ -19,7 +19,6 @@ from teleport.capture import Closure, evaluate, without_gradients
 from teleport.clock import now
 from teleport.coverage import Block, Coverage, cover
 from teleport.errors import GroupElementError, NonFiniteLossError
-from teleport.randomness import DrewError
 from teleport.report import LayerReport, TeleportReport
 from teleport.transaction import Transaction
 
@@ -71,15 +70,11 @@ class Rival(ABC):
             repeatable = [transaction.repeatable(part) for part in parts]
             held = None if held_out is None else _HeldOut(transaction.repeatable(held_out))
             batch = Batch(self.model, repeatable)
-            try:
-                report = self._attempt(batch, held)
-            except DrewError:
-                transaction.quieten(repeatable if held is None else [*repeatable, held.closure])
-                report = self._attempt(batch, held)
+            report, note = transaction.until_quiet(lambda: self._attempt(batch, held))
             if report.steps and not report.rolled_back:
                 transaction.commit()
         spent = now() - started - (held.seconds if held else 0.0)
-        return replace(report, seconds=spent)
+        return replace(report, seconds=spent, reason=report.reason + note)
 
     def _attempt(self, batch: Batch, held_out: "_HeldOut | None") -> TeleportReport:
         before = batch.measure()
