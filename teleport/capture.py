@@ -438,7 +438,7 @@ def _empty_batch(shapes: Mapping[str, torch.Size]) -> ClosureError:
 def _in_checkpoint() -> bool:
     """Whether the caller's closure is in a part that activation checkpointing will run again."""
     frame = sys._getframe(2)
-    while frame is not None and frame.f_code is not _record.__code__:
+    while frame is not None:
         if frame.f_code.co_filename == checkpoint.__file__:
             return True
         frame = frame.f_back  # type: ignore[assignment]
@@ -615,7 +615,7 @@ def _replaced_forwards(
 
 @contextmanager
 def _backward_forbidden(model: nn.Module) -> Iterator[None]:
-    """Raise if a gradient arrives at a parameter, before it is accumulated."""
+    """Raise if a gradient is accumulated in a parameter; `torch.autograd.grad` does not do that."""
 
     def refuse(_: Tensor) -> None:
         raise ClosureError(_BACKWARD_CALLED)
@@ -623,7 +623,7 @@ def _backward_forbidden(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for parameter in model.parameters():
             if parameter.requires_grad:
-                handle: RemovableHandle = parameter.register_hook(refuse)
+                handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(refuse)
                 stack.callback(handle.remove)
         yield
 

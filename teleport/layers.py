@@ -60,7 +60,7 @@ class Slot:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The same piece of a tensor in the parameter's shape (a view)."""
-        return tensor[self.rows]
+        return tensor if self.rows == slice(None) else tensor[self.rows]
 
     @property
     def key(self) -> tuple[int, range]:

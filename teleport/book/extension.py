@@ -1,8 +1,8 @@
 """What the book adds to Sphinx: generated parts, the box above each chapter, MathJax's files.
 
 A page asks for a generated part by its name in a comment line: ``<!-- contents -->`` on the first
-page, ``<!-- public names -->`` on that of the reference, ``<!-- citation -->`` on that of how to
-cite.
+page, ``<!-- public names -->`` on that of the reference, ``<!-- refusals -->`` on that of what the
+library refuses, ``<!-- citation -->`` on that of how to cite.
 """
 
 import json
@@ -21,6 +21,7 @@ from teleport import data as datasets
 from teleport.book.extras import needed
 from teleport.book.generated import citation, contents, public_names
 from teleport.book.manifest import Book, Chapter
+from teleport.book.refusals import read_refusals, refusals_page
 from teleport.check.exercises import exercise_markdown
 
 MATHJAX_FILES = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
@@ -78,6 +79,9 @@ def _fill_in(app: Sphinx, document: str, source: list[str]) -> None:
         source[0] = source[0].replace("<!-- contents -->", contents(book))
     if "<!-- public names -->" in source[0]:
         source[0] = source[0].replace("<!-- public names -->", public_names())
+    if "<!-- refusals -->" in source[0]:
+        table = read_refusals(book.front.parent / "refusals.toml")
+        source[0] = source[0].replace("<!-- refusals -->", refusals_page(table))
     if "<!-- citation -->" in source[0]:
         cff = yaml.safe_load((book.file.parent / "CITATION.cff").read_text(encoding="utf-8"))
         source[0] = source[0].replace("<!-- citation -->", citation(cff))
