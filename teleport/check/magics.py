@@ -43,12 +43,11 @@ def parse_cell(source: str) -> tuple[ast.Module, str, str]:
         text = _transformed(source, error)
     tree = parsed(text)
     magic = _magic(tree.body[0]) if len(tree.body) == 1 else None
-    if magic is None or magic[0] != "run_cell_magic":
+    if magic is None or magic[0] != "run_cell_magic" or len(magic) != 4:
         return ast.fix_missing_locations(_Timed().visit(tree)), text, ""
-    _, name, _, *rest = magic
+    _, name, _, body = magic
     if name not in RUNS_ITS_CELL:
         return NOTHING, source, f"%%{name}"
-    head, _, body = source.lstrip("\n").partition("\n")
     above = "\n" * (source.count("\n") - body.count("\n"))  # lines are counted as in the cell
     return parse_cell(above + body)
 
@@ -85,13 +84,13 @@ def _magic(node: ast.AST) -> list[str] | None:
 class _Timed(ast.NodeTransformer):
     """Puts what `%time` times in its place."""
 
-    def visit_Expr(self, node: ast.Expr) -> Any:  # noqa: N802
+    def visit_Expr(self, node: ast.Expr) -> Any:
         found = self._timed(node)
         if not found:
             return self.generic_visit(node)
         return [ast.copy_location(statement, node) for statement in found]
 
-    def visit_Call(self, node: ast.Call) -> Any:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> Any:
         found = self._timed(node)
         if len(found) == 1 and isinstance(found[0], ast.Expr):
             return ast.copy_location(found[0].value, node)

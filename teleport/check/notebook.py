@@ -117,12 +117,14 @@ def _graded(where: str, marks: dict[str, Any]) -> dict[str, Any]:
             raise CheckError(f"{where}: its nbgrader {name} is {got}, expected true or false")
     if not marks.get("grade") or marks.get("solution"):
         return {}
-    name, points = marks.get("grade_id"), marks.get("points")
-    if not isinstance(name, str) or not name.strip():
-        got = _shown(name)
+    exercise, points = marks.get("grade_id"), marks.get("points")
+    if not isinstance(exercise, str) or not exercise.strip():
+        got = _shown(exercise)
         raise CheckError(f"{where}: its nbgrader grade_id is {got}, expected the exercise's name")
     if not _is_points(points):
-        raise CheckError(f"{where}: its nbgrader points are {_shown(points)}, expected a number >= 0")
+        raise CheckError(
+            f"{where}: its nbgrader points are {_shown(points)}, expected a number >= 0"
+        )
     return marks
 
 
@@ -205,6 +207,6 @@ def _check_copies(path: Path, units: list[Unit]) -> None:
 
 
 def _without_text(units: list[Unit]) -> list[Unit]:
-    """Copies of a graded cell that were turned into text are nothing, if the cell is there, too."""
+    """Copies of a graded cell that are text now, or empty, are nothing, if the cell is there."""
     tried = {unit.exercise for unit in units if unit.source}
     return [u for u in units if u.source or not u.exercise or u.exercise not in tried]
