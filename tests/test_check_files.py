@@ -111,7 +111,7 @@ def test_statements_of_one_line_are_graded_on_their_own(tmp_path, graded):
 NOT_PYTHON = {
     "UTF-16": (GOOD.encode("utf-16"), "UTF-8"),
     "UTF-32": (GOOD.encode("utf-32"), "UTF-8"),
-    "an accent of Windows": (ACCENT.encode("cp1252"), "utf-8"),
+    "an accent of Windows": ("x = 'é'\n".encode("cp1252"), "utf-8"),
     "an unknown coding": (b"# coding: nope\n" + GOOD.encode(), "unknown encoding"),
     "a coding that is not the file's": (b"\xef\xbb\xbf# coding: latin-1\nx = 1", "BOM"),
     "brackets without end": (b"(" * 1000, "nested"),
@@ -407,7 +407,7 @@ IPYTHON = {
     "more help": "torch.eye??\nx = 1",
     "help on a method": "torch.nn.Linear.forward?",
     "a session": ">>> x = 1\n>>> x + 1",
-    "a numbered session": "In [1]: x = 1",
+    "a numbered session": "In [1]: import math",
     "an indented cell": "    x = 1\n    y = 2",
     "await": "import asyncio\nawait asyncio.sleep(0)\nx = 3",
     "async with": (
@@ -587,11 +587,11 @@ ANSWERS = {
         """,
     "its own source": """
         import inspect
-        class Kept:
+        class Marked:
             mark = "a mark of the class"
         def projection(g, b):
             assert "a mark of the function" in inspect.getsource(projection)
-            assert "a mark of the class" in inspect.getsource(Kept)
+            assert "a mark of the class" in inspect.getsource(Marked)
             assert inspect.getsource(projection).startswith("def projection")
             return g - g @ b @ b.T
         """,
