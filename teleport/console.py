@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 from tqdm import tqdm
 
@@ -158,7 +159,7 @@ def show_grades(grades: Grades) -> None:
     for exercise in grades.exercises:
         theorem = next((v.theorem for v in exercise.verdicts if not v), "")
         numbers = f"{exercise.points:g}", f"{exercise.possible:g}"
-        table.add_row(exercise.name, exercise.place, *numbers, theorem)
+        table.add_row(escape(exercise.name), exercise.place, *numbers, theorem)
     table.add_section()
     table.add_row("total", "", f"{grades.points:g}", f"{grades.possible:g}", "")
     console().print(table)
@@ -168,6 +169,9 @@ def show_grades(grades: Grades) -> None:
             typer.echo("\n".join([f"\n{exercise.name} ({exercise.place})", *said]))
             if exercise.reason:
                 typer.echo(textwrap.indent(exercise.reason, "  "))
+    for exercise in grades.exercises:
+        if exercise.note:
+            typer.echo(f"\n{exercise.name}: {exercise.note}")
 
 
 @contextmanager

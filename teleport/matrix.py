@@ -15,6 +15,7 @@ from teleport.records import (
     Run,
     best_baseline,
     by_arm,
+    check_no_copies,
     first_row,
     has_begun,
     read_runs,
@@ -118,12 +119,16 @@ def smaller(config: dict[str, Any]) -> str:
 def blocks(folder: Path) -> list[Block]:
     """Every folder below with runs that teleport and their baselines.
 
+    The same runs may be in several folders, recorded again each time, but not copied.
+
     Raises:
-        RunError: if there is none, or a record is damaged.
+        RunError: if there is none, or a record is damaged or copied.
     """
+    folders = list(_folders(folder))
+    check_no_copies(run for _, runs in folders for run in runs)
     found = [
         Block(path.relative_to(folder), runs, summarise(runs), best_baseline(by_arm(runs)))
-        for path, runs in _folders(folder)
+        for path, runs in folders
     ]
     compared = [b for b in found if any(s.to_own is not None for s in b.summaries)]
     if not compared:

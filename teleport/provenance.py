@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from teleport.errors import RunError
-from teleport.records import Run, first_row, has_begun, read_rows
+from teleport.records import Run, first_row, has_begun, read_rows, twice
 from teleport.schema import check_row, made_by
 
 SHARED = ("experiment", "preset", "settings", "size", "network", "batch_size", "data")
@@ -81,8 +81,9 @@ def check_folder(
 
     Raises:
         RunError: naming the first record that does not belong, or that is one of those to be
-            written under another name.
+            written under another name, or two records of one arm and seed.
     """
+    kept: dict[tuple[str, int], Path] = {}
     for path in sorted(folder.glob("*.jsonl")):
         if not has_begun(path):
             continue
@@ -101,6 +102,8 @@ def check_folder(
             raise RunError(
                 f"{path} holds {arm} (seed {seed}) already; leave that out, or {ELSEWHERE}"
             )
+        if "arm" in config and kept.setdefault((arm, seed or 0), path) != path:
+            raise RunError(twice(kept[arm, seed or 0], path, f"{arm} (seed {seed})"))
 
 
 def check_alike(runs: Sequence[Run]) -> None:

@@ -273,7 +273,8 @@ def read_runs(folder: Path) -> list[Run]:
     """All records of a folder, in the order they were run; those that have not begun are left out.
 
     Raises:
-        RunError: if the folder does not exist or holds no record, or one is damaged.
+        RunError: if the folder does not exist or holds no record, or one is damaged, or two are of
+            one run.
     """
     if not folder.is_dir():
         raise RunError(f"{folder} is not a folder; give one that `teleport run` has written")
@@ -287,12 +288,63 @@ def read_runs(folder: Path) -> list[Run]:
     if len(makers) > 1:
         one, other, *_ = makers.values()
         raise RunError(f"{one} and {other} are records of two commands; move one to another folder")
+    if "arm" in runs[0].config:
+        check_once(runs)
+        check_no_copies(runs)
     return sorted(runs, key=lambda run: (run.config["order"], run.seed))
 
 
+def check_once(runs: Iterable[Run]) -> None:
+    """Refuse runs of one arm with the same seed: a seed that counts twice makes chance a finding.
+
+    Raises:
+        RunError: naming two records of one arm and seed, whatever their files are called.
+    """
+    first: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        key = run.arm, run.seed
+        if key in first:
+            raise RunError(twice(first[key].path, run.path, f"{run.arm} (seed {run.seed})"))
+        first[key] = run
+
+
+def twice(one: Path, other: Path, what: str) -> str:
+    """The message about two records of which one may count."""
+    return (
+        f"{one} and {other} are both records of {what}, which counts once; keep one of them and "
+        "move the other away"
+    )
+
+
+def check_no_copies(runs: Iterable[Run]) -> None:
+    """Refuse records of one arm that hold the same measurements, seconds included.
+
+    A run that is recorded again has the losses of the first, but never its seconds. A record
+    without an evaluation after the start says too little to be told from another.
+
+    Raises:
+        RunError: naming the two records.
+    """
+    first: dict[str, Run] = {}
+    for run in runs:
+        if not any(row["train_seconds"] > 0 for row in run.evaluations):
+            continue
+        key = json.dumps([run.arm, run.evaluations, run.teleports])
+        if key in first:
+            what = f"one run of {run.arm}, with the same losses after the same seconds"
+            raise RunError(twice(first[key].path, run.path, what))
+        first[key] = run
+
+
 def by_arm(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs grouped by arm, arms in the order they were run."""
+    """Runs grouped by arm, arms in the order they were run.
+
+    Raises:
+        RunError: if an arm has a seed twice.
+    """
     groups: dict[str, list[Run]] = {}
+    runs = list(runs)
+    check_once(runs)
     for run in runs:
         groups.setdefault(run.arm, []).append(run)
     return groups
@@ -347,7 +399,12 @@ def compare(arm: list[Run], baseline: list[Run], split: Split = "train") -> Comp
     """Pair the runs by seed and compare their losses on one split of the data.
 
     Runs without an evaluation, killed or diverged before, are left out.
+
+    Raises:
+        RunError: if one of the two has a seed twice.
     """
+    check_once(arm)
+    check_once(baseline)
     partner = {run.seed: run for run in baseline if run.evaluations}
     pairs = [(run, partner[run.seed]) for run in arm if run.evaluations and run.seed in partner]
     steps = [_ratio(a, b, a.column("step"), b.column("step"), split) for a, b in pairs]

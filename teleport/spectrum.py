@@ -21,7 +21,7 @@ from teleport.folders import slug
 from teleport.moment import Moment, moment
 from teleport.nullspace import null_space
 from teleport.provenance import check_folder, is_complete
-from teleport.records import FloatArray, RecordWriter, has_begun, read_rows
+from teleport.records import FloatArray, RecordWriter, has_begun, read_rows, twice
 from teleport.subspace import Basis, Projector
 from teleport.tied import TiedBasis
 
@@ -173,13 +173,18 @@ def read_spectra(folder: Path) -> list[Measured]:
     """All experiments whose spectra a folder holds, in the order they were asked for.
 
     Raises:
-        RunError: if there is none, or a record is damaged or of something else.
+        RunError: if there is none, or a record is damaged or of something else, or two are of the
+            same.
     """
     found = []
+    first: dict[tuple[str, int], Path] = {}
     for path in filter(has_begun, sorted(folder.glob("*.jsonl"))):
         config, *rows = read_rows(path)
         if config.get("figure") != "spectrum":
             raise RunError(f"{path} is not a record of `teleport spectrum`")
+        one = first.setdefault((config["title"], config["seed"]), path)
+        if one != path:
+            raise RunError(twice(one, path, f"{config['title']} (seed {config['seed']})"))
         by_step: dict[int, list[Spectrum]] = {}
         for row in (row for row in rows if row["type"] == "spectrum"):
             ranks = {float(tau): rank for tau, rank in row["ranks"].items()}

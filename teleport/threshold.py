@@ -165,9 +165,12 @@ def read_trajectories(folder: Path) -> Trajectories:
     Raises:
         RunError: if there are none, or the record is damaged or of something else.
     """
-    paths = list(folder.glob("*.jsonl"))
+    paths = sorted(folder.glob("*.jsonl"))
     if len(paths) != 1:
-        raise RunError(f"{folder} does not hold one record; give a folder of `teleport tau`")
+        names = " and ".join(path.name for path in paths) or "none"
+        raise RunError(
+            f"{folder} does not hold one record ({names}); give a folder of `teleport tau`"
+        )
     config, *rows = read_rows(paths[0])
     if config.get("figure") != "tau":
         raise RunError(f"{paths[0]} is not a record of `teleport tau`")

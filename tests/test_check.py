@@ -22,7 +22,7 @@ from teleport.baselines import Bend, group_action
 from teleport.check.answers import alike
 from teleport.check.engine import CASES, _attempt, _diagnosis, _search
 from teleport.check.grading import grade
-from teleport.check.guard import Bounded, TimeUp, run_within
+from teleport.check.guard import LONGEST, Bounded, TimeUp, Watch, run_within
 from teleport.check.literal import literal
 from teleport.check.mlp import SquaredError
 from teleport.check.places import CHAPTER_OF
@@ -325,12 +325,50 @@ def test_whatever_a_function_does_the_answer_is_kind(case):
 
 
 def test_an_endless_loop_is_ended_even_if_it_catches_everything():
-    start = time.monotonic()
+    start = time.process_time()
     verdict = check.projection(forever, quiet=True)
-    assert time.monotonic() - start < 5.0
+    assert time.process_time() - start < 5.0
     assert verdict.got == "no answer after 3 s"
     assert "loop" in verdict.hint
     assert "gradient = torch.tensor" in verdict.counterexample
+
+
+class Clocks:
+    """Stands in for the clocks: ``wall`` seconds pass, of which the process gets a share."""
+
+    def __init__(self, monkeypatch, share):
+        self.wall, self.share = 0.0, share
+        monkeypatch.setattr(time, "monotonic", lambda: self.wall)
+        monkeypatch.setattr(time, "process_time", lambda: self.wall * self.share)
+
+
+@pytest.mark.parametrize(
+    ("share", "ends"),
+    [(1.0, 3.0), (2.0, 1.5), (0.5, 6.0), (0.2, 15.0), (0.05, 3.0 * LONGEST), (0.0, 3.0)],
+)
+def test_a_limit_is_of_the_processor_s_time_unless_the_work_sleeps(monkeypatch, share, ends):
+    clocks = Clocks(monkeypatch, share)
+    watch = Watch(3.0)
+    clocks.wall = ends - 0.01
+    assert not watch.over
+    clocks.wall = ends + 0.01
+    assert watch.over
+
+
+def test_on_a_busy_machine_a_slow_call_is_no_loop(monkeypatch):
+    """The alarm rings, and is not raised: the process got a tenth of the seconds that passed."""
+    clocks = Clocks(monkeypatch, 0.1)
+
+    def work():
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < 0.2:
+            clocks.wall += 1e-7
+        return 7
+
+    assert run_within(0.05, work) == 7
+    clocks.share = 1e9
+    with pytest.raises(TimeUp):
+        run_within(0.05, work)
 
 
 def test_outside_the_main_thread_a_loop_is_left_behind():
@@ -395,7 +433,7 @@ def test_every_mistake_is_recognised(name):
     assert len({mistake.hint for mistake in one.mistakes}) >= 3
     assert one.signature.startswith(f"{name}(")
     right = []
-    _search(one, one.answer, right, math.inf)
+    _search(one, one.answer, right, Watch(math.inf))
     for mistake in one.mistakes:
         survey = [_attempt(one, mistake.answer, attempt.case) for attempt in right]
         assert _diagnosis(one, survey) == mistake.hint

@@ -74,7 +74,7 @@ def test_one_other_setting_makes_a_record_another_one(
         check_folder(folder, "run", {key: changed[key] for key in SHARED}, ADDED)
     with pytest.raises(RunError, match=rf"another {where} \("):
         is_complete(folder / "00-a-seed0.jsonl", {key: changed[key] for key in SHARED}, ADDED)
-    (folder / "01-b-seed0.jsonl").write_text(json.dumps({**changed, "order": 1}) + "\n")
+    (folder / "01-b-seed0.jsonl").write_text(json.dumps({**changed, "order": 1, "arm": "b"}) + "\n")
     with pytest.raises(RunError, match=rf"cannot be compared.*another {where} \("):
         check_alike(read_runs(folder))
 
@@ -85,7 +85,7 @@ def test_a_record_without_a_key_that_came_later_is_accepted(
     old = {key: value for key, value in first.items() if key not in ADDED}
     assert old != first
     (tmp_path / "00-a-seed0.jsonl").write_text(json.dumps(old) + "\n")
-    (tmp_path / "01-b-seed0.jsonl").write_text(json.dumps({**first, "order": 1}) + "\n")
+    (tmp_path / "01-b-seed0.jsonl").write_text(json.dumps({**first, "order": 1, "arm": "b"}) + "\n")
     check_folder(tmp_path, "run", {key: first[key] for key in SHARED}, ADDED)
     check_alike(read_runs(tmp_path))
     check_alike(read_runs(tmp_path)[::-1])

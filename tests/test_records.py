@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,23 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
+from teleport.cli import main
 from teleport.errors import RunError
+from teleport.experiment import Arm, Settings
+from teleport.matrix import blocks
 from teleport.records import (
     RecordWriter,
     Run,
     best_baseline,
     by_arm,
+    check_no_copies,
     compare,
     read_run,
     read_runs,
     summarise,
 )
+from teleport.run import run_arms
+from teleport.spectrum import read_spectra
 
 
 def make_run(
@@ -327,3 +334,137 @@ def test_a_folder_without_records_is_refused(tmp_path: Path, make: bool) -> None
         folder.mkdir()
     with pytest.raises(RunError, match="teleport run"):
         read_runs(folder)
+
+
+# One run counts once.
+
+RESULTS = Path(__file__).parents[1] / "chapters" / "results"
+
+
+def edited(text: str, **changes: Any) -> str:
+    """A record whose first row says something else."""
+    first, rest = text.split("\n", 1)
+    return json.dumps({**json.loads(first), **changes}) + "\n" + rest
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two arms and two seeds."""
+    folder = tmp_path_factory.mktemp("recorded")
+    run_arms(Settings("sample-rows", "tiny"), [Arm(0.1), Arm(0.1, True)], [0, 1], folder)
+    return folder
+
+
+TWICE = {
+    "copied by a file manager": ("01-lr-0.1-teleport-seed0 (1).jsonl", lambda text: text),
+    "copied as a backup": ("old.jsonl", lambda text: text),
+    "copied in the name of another seed": ("01-lr-0.1-teleport-seed7.jsonl", lambda text: text),
+    "copied, with another seed in it": (
+        "01-lr-0.1-teleport-seed7.jsonl",
+        lambda text: edited(text, seed=7),
+    ),
+    "copied while it ran": ("copy.jsonl", lambda text: "\n".join(text.split("\n")[:3]) + "\n"),
+    "copied by an editor that ends lines otherwise": (
+        "copy.jsonl",
+        lambda text: text.replace("\n", "\r\n"),
+    ),
+    "recorded again": (
+        "again.jsonl",
+        lambda text: text.replace('"train_seconds": 0.', '"train_seconds": 1.'),
+    ),
+    "recorded again as another place in the table": (
+        "07-lr-0.1-teleport-seed0.jsonl",
+        lambda text: edited(text, order=7),
+    ),
+}
+"""The name of the second record of a run, and what it holds."""
+
+
+@pytest.mark.parametrize("how", TWICE)
+@pytest.mark.parametrize("command", ["figure", "report"])
+def test_a_run_that_is_recorded_twice_is_refused_by_name(
+    how: str, command: str, recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(recorded, out)
+    name, change = TWICE[how]
+    original = out / "01-lr-0.1-teleport-seed0.jsonl"
+    (out / name).write_bytes(change(original.read_text()).encode())
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert main([command, str(out)]) == 1
+    error = capsys.readouterr().err
+    assert str(original) in error
+    assert str(out / name) in error
+    assert "counts once" in error
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    (out / name).unlink()
+    assert main([command, str(out)]) == 0
+
+
+@pytest.mark.parametrize("inside", ["copy", "copy/of a copy"])
+def test_a_folder_that_is_copied_into_itself_is_not_reported(
+    inside: str, recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(recorded, out)
+    shutil.copytree(recorded, out / inside)
+    assert main(["report", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert str(out / "00-lr-0.1-seed0.jsonl") in error
+    assert str(out / inside / "00-lr-0.1-seed0.jsonl") in error
+
+
+def test_runs_recorded_again_in_another_folder_are_reported(tmp_path: Path) -> None:
+    for name in ("first", "again"):
+        (tmp_path / name).mkdir()
+        arms = [Arm(0.1), Arm(0.1, True)]
+        run_arms(Settings("sample-rows", "tiny"), arms, [0], tmp_path / name)
+    assert len(blocks(tmp_path)) == 2
+
+
+def test_a_folder_with_a_run_twice_is_not_gone_on_with(recorded: Path, tmp_path: Path) -> None:
+    """Also where the copied run is none of those that are asked for: nothing is trained first."""
+    out = tmp_path / "out"
+    shutil.copytree(recorded, out)
+    shutil.copy(out / "01-lr-0.1-teleport-seed1.jsonl", out / "copy.jsonl")
+    before = sorted(out.iterdir())
+    with pytest.raises(RunError, match=r"seed1\.jsonl and .*copy\.jsonl are both records of"):
+        run_arms(Settings("sample-rows", "tiny"), [Arm(0.2)], [0], out, resume=True)
+    assert sorted(out.iterdir()) == before
+
+
+def test_a_seed_twice_is_no_comparison() -> None:
+    once, moved = make_run([2.0, 1.0]), make_run([2.0, 0.5], "b", True)
+    for arm, base in (([moved, moved], [once]), ([moved], [once, once])):
+        with pytest.raises(RunError, match=r"\.jsonl are both records of [ab] \(seed 0\)"):
+            compare(arm, base)
+        with pytest.raises(RunError, match="counts once"):
+            by_arm([*arm, *base])
+        with pytest.raises(RunError, match="counts once"):
+            summarise([*arm, *base])
+
+
+def test_runs_that_say_too_little_are_no_copies_of_each_other() -> None:
+    check_no_copies([make_run([1.0], seed=seed) for seed in range(3)])
+    check_no_copies([make_run([], seed=seed) for seed in range(3)])
+    check_no_copies([make_run([1.0, 0.5], arm) for arm in "ab"])
+    with pytest.raises(RunError, match="the same losses after the same seconds"):
+        check_no_copies([make_run([1.0, 0.5], seed=seed) for seed in range(2)])
+
+
+def test_a_copied_spectrum_is_refused(tmp_path: Path) -> None:
+    for source in (RESULTS / "spectrum").glob("*.jsonl"):
+        shutil.copy(source, tmp_path)
+    count = len(read_spectra(tmp_path))
+    assert count == len(list(tmp_path.glob("*.jsonl")))
+    shutil.copy(tmp_path / "05-etth1.jsonl", tmp_path / "05-etth1 (1).jsonl")
+    with pytest.raises(RunError, match=r"05-etth1 \(1\)\.jsonl and .*05-etth1\.jsonl are both"):
+        read_spectra(tmp_path)
+
+
+def test_every_committed_folder_is_read() -> None:
+    """None of them holds a run twice, and those recorded in two folders are no copies."""
+    folders = {path.parent for path in RESULTS.rglob("*.jsonl")}
+    read = [read_runs(folder) for folder in folders if "bench" not in folder.parts]
+    assert sum(map(len, read)) > 1000
+    assert len(blocks(RESULTS)) > 30

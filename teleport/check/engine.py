@@ -8,7 +8,6 @@ a hint is a finding, not a guess.
 
 import inspect
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 
 from teleport.check.answers import alike, factor, misfit, transposed
 from teleport.check.draw import Draw, hypothesis
-from teleport.check.guard import LIMIT, Outcome, call, copied
+from teleport.check.guard import LIMIT, Outcome, Watch, call, copied
 from teleport.check.literal import cut, literal, statements
 from teleport.check.verdict import Verdict
 
@@ -28,7 +27,7 @@ SMALLER = 80
 """Cases that the search for a smaller one may try."""
 
 BUDGET = 4.0
-"""Seconds after which no new case is tried."""
+"""Seconds after which no new case is tried, see `Watch`."""
 
 Case = Mapping[str, Any]
 Answer = Any
@@ -176,15 +175,15 @@ def examine(check: Check, fn: Any) -> Verdict:
     refused = _unusable(check, fn)
     if refused is not None:
         return refused
-    stop = time.monotonic() + BUDGET
+    watch = Watch(BUDGET)
     survey: list[Attempt] = []
-    _search(check, fn, survey, stop)
+    _search(check, fn, survey, watch)
     first = min(attempt.order for attempt in survey)
     if first == math.inf:
         return Verdict(check.name, True, check.theorem, cases=len(survey))
     attempts = list(survey)
     if not any(attempt.outcome.timed_out for attempt in survey):
-        _search(check, fn, attempts, stop, shrink=first)
+        _search(check, fn, attempts, watch, shrink=first)
     failures = [attempt for attempt in attempts if attempt.order == first]
     return _told(check, fn, min(failures, key=lambda attempt: attempt.size), survey)
 
@@ -193,7 +192,7 @@ def _search(
     check: Check,
     fn: Callable[..., Any],
     attempts: list[Attempt],
-    stop: float,
+    watch: Watch,
     shrink: int | float | None = None,
 ) -> None:
     """Try cases and append what came; with ``shrink``, smaller ones that lack this property."""
@@ -206,7 +205,7 @@ def _search(
         return check.cases(Draw(draw))
 
     def attempt(case: Case) -> None:
-        if attempts and (time.monotonic() > stop or len(attempts) >= most):
+        if attempts and (watch.over or len(attempts) >= most):
             raise _Enough
         attempts.append(_attempt(check, fn, case))
         if attempts[-1].outcome.timed_out:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from teleport.check.draw import hypothesis
-from teleport.check.submission import Unit, read_submission
+from teleport.check.submission import read_submission
+from teleport.check.units import Unit
 from teleport.check.verdict import Verdict
 from teleport.errors import CheckError
 
@@ -34,21 +35,20 @@ class Exercise:
         place: where it stands in the file.
         points: what it got.
         possible: what it could get.
+        passed: whether it got all its points; of none, whether it would have got them.
         reason: why it failed, beside what its verdicts say.
         verdicts: of the checks it called.
+        note: what else is to be said about it.
     """
 
     name: str
     place: str
     points: float
     possible: float
+    passed: bool
     reason: str = ""
     verdicts: tuple[Verdict, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether it got all its points."""
-        return self.points == self.possible
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,8 @@ class Grades:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        exercises = [{**asdict(e), "passed": e.passed} for e in self.exercises]
         totals = {"points": self.points, "possible": self.possible, "passed": self.passed}
-        return {"path": self.path, **totals, "exercises": exercises}
+        return {"path": self.path, **totals, "exercises": [asdict(e) for e in self.exercises]}
 
 
 @dataclass
@@ -99,7 +98,7 @@ def grade(path: Path, time_limit: float = 10.0) -> Grades:
         CheckError: if the file cannot be graded at all, or Hypothesis is not installed.
     """
     hypothesis()
-    units = read_submission(path)
+    units = read_submission(path).units
     run = _Run()
     with tempfile.TemporaryDirectory(prefix="teleport-check-") as folder:
         while not _run_rest(path.resolve(), Path(folder), units, time_limit, run):
@@ -185,8 +184,19 @@ def _verdict(fields: dict[str, Any]) -> Verdict:
     return Verdict(**{name: value for name, value in fields.items() if name != "chapter"})
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """A piece that grades an exercise, and what came of it."""
+
+    unit: Unit
+    passed: bool
+    reason: str
+    verdicts: tuple[Verdict, ...]
+
+
 def _graded(units: list[Unit], run: _Run) -> list[Exercise]:
-    found, failures = [], []
+    found: dict[str, list[_Tried]] = {}
+    failures: list[str] = []
     for index, unit in enumerate(units):
         message = run.ended.get(index, {"error": run.broken.get(index, ""), "verdicts": []})
         verdicts = tuple(_verdict(verdict) for verdict in message["verdicts"])
@@ -195,12 +205,44 @@ def _graded(units: list[Unit], run: _Run) -> list[Exercise]:
             if error:
                 failures.append(f"{unit.place}: {error}")
             continue
+        missed = set(unit.calls) - {verdict.check for verdict in verdicts}
+        if missed and not error:
+            error = f"check.{min(missed)} was not called"
         passed = not error and all(verdicts)
         # The text of a verdict that an assertion repeats is in the verdict already.
         reason = "" if passed or (verdicts and not all(verdicts)) else error
         missing = any("NameError" in text for text in (error, *(v.got for v in verdicts)))
         if missing and failures:
             reason = "\n".join(filter(None, [reason, "earlier, in " + "; in ".join(failures)]))
-        points = unit.points if passed else 0.0
-        found.append(Exercise(unit.exercise, unit.place, points, unit.points, reason, verdicts))
-    return found
+        found.setdefault(unit.exercise, []).append(_Tried(unit, passed, reason, verdicts))
+    return [_exercise(name, tried) for name, tried in found.items()]
+
+
+def _exercise(name: str, tried: list[_Tried]) -> Exercise:
+    """One exercise, whose graded cell may have been copied: its points are there once.
+
+    A copy is tried like the cell that it is of. Where the two differ, nobody knows which is the
+    teacher's, so both have to pass.
+    """
+    contents: dict[str, list[_Tried]] = {}
+    for one in tried:
+        contents.setdefault(one.unit.source, []).append(one)
+    best = [next((one for one in same if one.passed), same[0]) for same in contents.values()]
+    shown = next((one for one in best if not one.passed), best[0])
+    places = [one.unit.place for one in tried]
+    note = ""
+    if len(tried) > 1:
+        note = f"{', '.join(places[:-1])} and {places[-1]} grade this exercise: it counts once"
+    if len(best) > 1:
+        note += ", and only if every one of the different cells passes; delete the copies"
+    points = shown.unit.points if shown.passed else 0.0
+    return Exercise(
+        name,
+        shown.unit.place,
+        points,
+        shown.unit.points,
+        shown.passed,
+        shown.reason,
+        shown.verdicts,
+        note,
+    )

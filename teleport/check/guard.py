@@ -8,7 +8,9 @@ cannot be ended from within its process; ``teleport check FILE`` ends the proces
 import contextlib
 import io
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +19,40 @@ import torch
 from torch import Tensor
 
 LIMIT = 3.0
-"""Seconds that one call may take. The cases are tiny: a right answer takes milliseconds, even on a
-busy machine."""
+"""Seconds that one call may take, see `Watch`. The cases are tiny: a right answer takes
+milliseconds."""
+
+ASLEEP = 0.02
+"""A process that uses a smaller share of the time is not kept waiting by others: it sleeps."""
+
+LONGEST = 10.0
+"""Times its limit that anything may take, however busy the machine is."""
+
+TICK = 0.02
+"""Seconds between two looks at the watch, once the limit may have been reached."""
 
 PRINTED = 200
 """Characters that are kept of what the function prints."""
+
+
+class Watch:
+    """Tells whether work has taken too long, on a machine that may have other work to do.
+
+    What counts is the processor's time: another process on the same cores, or a collection of
+    garbage that waits for them, makes no answer late. Work that sleeps uses none of it; for that
+    the clock on the wall counts.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._wall, self._used = time.monotonic(), time.process_time()
+
+    @property
+    def over(self) -> bool:
+        """Whether the limit is reached."""
+        wall, used = time.monotonic() - self._wall, time.process_time() - self._used
+        late = wall >= self._limit and used < ASLEEP * wall
+        return used >= self._limit or late or wall >= LONGEST * self._limit
 
 
 class TimeUp(BaseException):
@@ -149,19 +180,19 @@ def run_within(limit: float, work: Callable[[], Any]) -> Any:
 
 
 def _run_with_alarm(limit: float, work: Callable[[], Any]) -> Any:
-    armed = True
+    watch, here = Watch(limit), sys._getframe()
 
     def ring(number: int, frame: Any) -> None:
-        if armed:
+        # Never while this function cleans up: the alarm would go on ringing after it.
+        if frame is not here and watch.over:
             raise TimeUp
 
     before = signal.signal(signal.SIGALRM, ring)
     try:
-        # It rings again: the first may be caught by a bare ``except`` in the function.
-        signal.setitimer(signal.ITIMER_REAL, limit, 0.02)
+        # It rings again: the first may come too early, or be caught by a bare ``except``.
+        signal.setitimer(signal.ITIMER_REAL, limit, TICK)
         return work()
     finally:
-        armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
@@ -169,6 +200,7 @@ def _run_with_alarm(limit: float, work: Callable[[], Any]) -> Any:
 def _run_in_thread(limit: float, work: Callable[[], Any]) -> Any:
     found: list[Any] = []
     errors: list[BaseException] = []
+    watch = Watch(limit)
 
     def target() -> None:
         try:
@@ -179,6 +211,8 @@ def _run_in_thread(limit: float, work: Callable[[], Any]) -> Any:
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
     thread.join(limit)
+    while thread.is_alive() and not watch.over:
+        thread.join(TICK)
     if errors:
         raise errors[0]
     if not found:
