@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from teleport.baselines import SymmetryTeleporter
 from teleport.capture import Tape
+from teleport.choices import NOT_IN_ALL
 from teleport.coverage import Block, cover
 from teleport.errors import RunError
 from teleport.measure import Stopwatch, Task, Timing, interleaved, peak_bytes, stopwatch_for
@@ -536,9 +537,6 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Job]]] = {
     "layers": layers_jobs,
     "rivals": rivals_jobs,
 }
-
-NOT_IN_ALL = ("rivals",)
-"""Too long to come with the others: a rival's teleport can take a hundred gradients."""
 
 
 def chosen(what: str, preset: str) -> tuple[list[str], Preset]:

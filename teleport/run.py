@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from teleport.checkpoint import locked, save_checkpoint
+from teleport.choices import CHECKPOINT_SECONDS
 from teleport.data import Dataset, load
 from teleport.errors import RunError
 from teleport.experiment import Arm, Settings
@@ -26,9 +27,6 @@ from teleport.training import Training, read_state, train_size
 
 Progress = Callable[[str, int], None]
 """Called with what is being run and the training steps done since the last call."""
-
-CHECKPOINT_SECONDS = 60.0
-"""Between checkpoints of a run."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
+from teleport.choices import CHECKPOINT_SECONDS
 from teleport.data import Dataset, load
 from teleport.errors import TeleportError
 from teleport.experiment import Settings, control_arms, default_arms, lent_tuning, teleport_settings
@@ -18,7 +19,6 @@ from teleport.provenance import ADDED, is_complete
 from teleport.recipe import Experiment
 from teleport.registry import find_experiment, give
 from teleport.run import (
-    CHECKPOINT_SECONDS,
     Cell,
     check_beside,
     configuration,
