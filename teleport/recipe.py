@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from teleport.choices import ACTIVATION_NAMES, INITS, READOUTS
 
 if TYPE_CHECKING:
-    import teleport.data
-    import torch
+    from torch.nn import Module
+
+    from teleport.data import Dataset
+else:  # names for whoever checks types while the program runs
+    Module, Dataset = "torch.nn.Module", "teleport.data.Dataset"
 
 Check = Callable[[Any], bool]
 
@@ -170,9 +173,7 @@ class Experiment:
         if kind != "mlp" and activation != "relu":
             raise ValueError(f"the network {kind!r} of {self.name} has relu; got {activation!r}")
 
-    def build(
-        self, dataset: "teleport.data.Dataset", preset: Preset, activation: str = "relu"
-    ) -> "torch.nn.Module":
+    def build(self, dataset: Dataset, preset: Preset, activation: str = "relu") -> Module:
         """The network for a data set, at PyTorch's initial values.
 
         Raises:
