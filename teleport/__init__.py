@@ -6,8 +6,8 @@ The book in ``chapters/`` derives why that works, what is wrong in the paper it 
 """
 
 from importlib import import_module
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # as in typing, which takes longer to load than all of this
 
 if TYPE_CHECKING:
     from teleport import (
@@ -89,24 +89,27 @@ _HOMES = {
 """The module of every public name that is not a module itself."""
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name, or a module of the package, when it is first asked for (PEP 562).
+if not TYPE_CHECKING:  # the names are those imported above, and no others
 
-    So ``teleport --help`` need not wait for PyTorch.
-    """
-    value: Any
-    if name == "__version__":
-        from importlib.metadata import version
+    def __getattr__(name: str) -> object:
+        """Import a public name, or a module of the package, when it is first asked for (PEP 562).
 
-        value = version("nullspace-teleport")
-    elif home := next((module for module, names in _HOMES.items() if name in names), None):
-        value = getattr(import_module(f"{__name__}.{home}"), name)
-    elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
-        value = import_module(f"{__name__}.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+        So ``teleport --help`` need not wait for PyTorch.
+        """
+        from importlib.util import find_spec
+
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value = version("nullspace-teleport")
+        elif home := next((module for module, names in _HOMES.items() if name in names), None):
+            value = getattr(import_module(f"{__name__}.{home}"), name)
+        elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+            value = import_module(f"{__name__}.{name}")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

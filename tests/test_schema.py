@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teleport import cli
-from teleport.cli import show
 from teleport.bench_tables import curves, read_benchmarks, sheets
+from teleport.cli import show
 from teleport.errors import RunError
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
 from teleport.matrix import blocks, markdown

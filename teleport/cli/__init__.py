@@ -3,23 +3,26 @@
 What a command computes with is imported when it runs: ``teleport --help`` waits for nothing.
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 
-from teleport.cores import wait_without_spinning
-from teleport.errors import TeleportError
+from teleport.cli.loading import loading
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code (130 after Ctrl-C, 1 after an error)."""
-    given = sys.argv[1:] if arguments is None else arguments
-    try:
-        from teleport.cli.commands import app  # late: Ctrl-C during imports ends quietly, too
-        from teleport.cli.options import COMMAND_LINE
+    with loading():
+        import shlex
 
-        if "torch" not in sys.modules:
-            wait_without_spinning()
+        from teleport.cli.commands import app
+        from teleport.cli.options import COMMAND_LINE
+        from teleport.cores import wait_without_spinning
+        from teleport.errors import TeleportError
+
+    given = sys.argv[1:] if arguments is None else arguments
+    if "torch" not in sys.modules:
+        wait_without_spinning()
+    try:
         COMMAND_LINE.set(shlex.join(["teleport", *given]))
         app(given)
     except SystemExit as end:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from teleport.choices import BENCHMARK_NAMES, NOT_IN_ALL
+from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, checked_threads
 
 
@@ -33,12 +34,13 @@ def bench(
     ] = None,
 ) -> None:
     """Measure what teleporting costs, in gradients; print tables with the budgets beside."""
-    from tqdm import tqdm
+    with loading():
+        from tqdm import tqdm
 
-    from teleport import bench as benchmarks
-    from teleport.cli.show import show
-    from teleport.folders import new_folder
-    from teleport.run import device_of
+        from teleport import bench as benchmarks
+        from teleport.cli.show import show
+        from teleport.folders import new_folder
+        from teleport.run import device_of
 
     names, _ = benchmarks.chosen(what, preset)
     where = device_of(device)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from teleport.cli.loading import loading
 from teleport.errors import CheckError
 
 
@@ -17,8 +18,9 @@ def check(
     ] = 10.0,
 ) -> None:
     """Grade the exercises in a file; exit code 0: all right, 1: some wrong, 2: unusable file."""
-    from teleport.check.grading import grade
-    from teleport.cli.show import show_grades
+    with loading():
+        from teleport.check.grading import grade
+        from teleport.cli.show import show_grades
 
     try:
         grades = grade(path, time_limit)

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from teleport.cli.loading import loading
 from teleport.cli.output import console
 
 app = typer.Typer(help="Fetch, list and verify data sets.", no_args_is_help=True)
@@ -12,9 +13,10 @@ app = typer.Typer(help="Fetch, list and verify data sets.", no_args_is_help=True
 @app.command("list")
 def list_sets() -> None:
     """List the data sets, where their files are, and how to get those that are missing."""
-    from rich.table import Table
+    with loading():
+        from rich.table import Table
 
-    from teleport import data as datasets
+        from teleport import data as datasets
 
     table = Table("name", "kind", "what", "where", "to get it")
     for info in datasets.available():
@@ -25,7 +27,8 @@ def list_sets() -> None:
 @app.command("fetch")
 def fetch(names: Annotated[list[str], typer.Argument(help="Data sets.")]) -> None:
     """Download data sets to $TELEPORT_DATA or the user's cache folder and check them."""
-    from teleport import data as datasets
+    with loading():
+        from teleport import data as datasets
 
     for name in names:
         typer.echo(f"{name}: {datasets.fetch(name)}")
@@ -38,9 +41,10 @@ def verify(
     ] = None,
 ) -> None:
     """Check the files of data sets against their checksums; exit code 1 if one is not ok."""
-    from rich.table import Table
+    with loading():
+        from rich.table import Table
 
-    from teleport import data as datasets
+        from teleport import data as datasets
 
     chosen = names or [info.name for info in datasets.available() if not info.how]
     # Several sets may be made of the same file: it is checked once.

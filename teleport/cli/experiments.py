@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from teleport.choices import CHECKPOINT_SECONDS, INITS, OPTIMIZER_NAMES
+from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, Threads, check_names, checked_threads
 from teleport.cli.output import console, count_of, say, step_progress
 from teleport.errors import RunError
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
 
 def list_experiments() -> None:
     """List the experiments, their presets and the default arms."""
-    from rich.table import Table
+    with loading():
+        from rich.table import Table
 
-    from teleport.registry import EXPERIMENTS
+        from teleport.registry import EXPERIMENTS
 
     table = Table("name", "what", "data", "presets (epochs)")
     for e in EXPERIMENTS.values():
@@ -108,21 +110,25 @@ def run(
 ) -> None:
     """Train with and without teleportation; print a table, write records and a figure."""
     check_names([name], preset, schedule, init)  # at once; the rest is checked with PyTorch
-    from teleport import data as datasets
-    from teleport.cli.show import show
-    from teleport.experiment import (
-        Settings,
-        lent_tuning,
-        objective_arms,
-        rival_arms,
-        teleport_settings,
-    )
-    from teleport.folders import open_folder, slug
-    from teleport.parallel import threads_for, using_threads
-    from teleport.registry import find_experiment
-    from teleport.run import device_of, run_arms, steps_per_run
-    from teleport.tensorboard import check_tensorboard
-    from teleport.training import check_fits, late_teleport
+    with loading():
+        from teleport import data as datasets
+        from teleport.cli.show import show
+        from teleport.experiment import (
+            Settings,
+            lent_tuning,
+            objective_arms,
+            rival_arms,
+            teleport_settings,
+        )
+        from teleport.folders import open_folder, slug
+        from teleport.parallel import threads_for, using_threads
+        from teleport.registry import find_experiment
+        from teleport.run import device_of, run_arms, steps_per_run
+        from teleport.tangent import load_search
+        from teleport.tensorboard import check_tensorboard
+        from teleport.training import check_fits, late_teleport
+
+        load_search()
 
     optimizer = optimizer.lower()  # names are the same in any case of letters
     options = teleport_settings(
@@ -225,18 +231,20 @@ def sweep(
     ] = None,
 ) -> None:
     """Run every cell of a matrix (experiment, optimizer, arm, seed); list what failed."""
-    from teleport.registry import names_in
+    with loading():
+        from teleport.registry import names_in
 
     experiments = tuple(dict.fromkeys(one for name in names for one in names_in(name)))
     check_names(experiments, preset, schedule)  # at once; the rest is checked with PyTorch
-    from teleport.checkpoint import locked
-    from teleport.cli.show import say_diverged
-    from teleport.cluster import check_cluster
-    from teleport.folders import open_folder
-    from teleport.parallel import threads_for, using_threads
-    from teleport.records import read_run
-    from teleport.run import device_named, device_of
-    from teleport.sweep import Plan, check_folders, check_jobs
+    with loading():
+        from teleport.checkpoint import locked
+        from teleport.cli.show import say_diverged
+        from teleport.cluster import check_cluster
+        from teleport.folders import open_folder
+        from teleport.parallel import threads_for, using_threads
+        from teleport.records import read_run
+        from teleport.run import device_named, device_of
+        from teleport.sweep import Plan, check_folders, check_jobs
 
     plan = Plan(
         experiments,
@@ -305,8 +313,9 @@ def report(
     ] = None,
 ) -> None:
     """Print the matrix of all runs below a folder as Markdown."""
-    from teleport.cli.show import draw_report
-    from teleport.matrix import blocks, markdown
+    with loading():
+        from teleport.cli.show import draw_report
+        from teleport.matrix import blocks, markdown
 
     found = blocks(folder)
     typer.echo(markdown(found))
@@ -331,7 +340,8 @@ def figure(
     ],
 ) -> None:
     """Redraw the figures and print the tables of finished runs from their records."""
-    from teleport.cli.show import show
+    with loading():
+        from teleport.cli.show import show
 
     for folder in folders:
         show(folder)

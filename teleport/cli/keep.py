@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from teleport.choices import METHOD_NAMES, SEQUENCE_NAMES
+from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, Threads
 from teleport.cli.output import step_progress
 from teleport.recipe import one_of
@@ -43,16 +44,17 @@ def continual(
 ) -> None:
     """Learn tasks in turn, keeping the old ones; print a table, write records and a figure."""
     one_of("sequence", name, dict.fromkeys(SEQUENCE_NAMES))  # at once; the rest with PyTorch
-    from teleport.cli.show import show
-    from teleport.continual import (
-        LR_GRID,
-        TUNING_SEED,
-        Course,
-        default_strategies,
-        run_strategies,
-    )
-    from teleport.folders import resumed_folder
-    from teleport.parallel import threads_for, using_threads
+    with loading():
+        from teleport.cli.show import show
+        from teleport.continual import (
+            LR_GRID,
+            TUNING_SEED,
+            Course,
+            default_strategies,
+            run_strategies,
+        )
+        from teleport.folders import resumed_folder
+        from teleport.parallel import threads_for, using_threads
 
     rates = list(LR_GRID) if tune and not lr else lr
     strategies = default_strategies(name, methods.split(",") if methods else None, tau, rates)

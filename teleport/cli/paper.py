@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, Threads, check_names
 from teleport.cli.output import say
 
@@ -28,11 +29,12 @@ def spectrum(
 ) -> None:
     """Show how few directions hold the input energy of every layer (the paper's Figure 6a)."""
     check_names(names, preset)
-    from teleport.cli.show import show
-    from teleport.folders import resumed_folder
-    from teleport.moment import check_moment
-    from teleport.parallel import threads_for, using_threads
-    from teleport.spectrum import write_spectra
+    with loading():
+        from teleport.cli.show import show
+        from teleport.folders import resumed_folder
+        from teleport.moment import check_moment
+        from teleport.parallel import threads_for, using_threads
+        from teleport.spectrum import write_spectra
 
     for name in names:
         check_moment(name, preset)  # before any folder is made
@@ -68,11 +70,15 @@ def tau(
 ) -> None:
     """Follow gradient norm and loss over teleport steps for every tau (the paper's Figure 6b)."""
     check_names([name], preset)
-    from teleport.cli.show import show
-    from teleport.folders import resumed_folder
-    from teleport.moment import check_moment
-    from teleport.parallel import threads_for, using_threads
-    from teleport.threshold import write_trajectories
+    with loading():
+        from teleport.cli.show import show
+        from teleport.folders import resumed_folder
+        from teleport.moment import check_moment
+        from teleport.parallel import threads_for, using_threads
+        from teleport.tangent import load_search
+        from teleport.threshold import write_trajectories
+
+        load_search()
 
     check_moment(name, preset)
     if lr is not None and not 0.0 < lr < math.inf:
@@ -110,10 +116,11 @@ def product(
 ) -> None:
     """Show a layer as products of matrices, forward and backward (the paper's Figure 7)."""
     check_names([name], preset)
-    from teleport.cli.show import show
-    from teleport.folders import new_folder
-    from teleport.parallel import threads_for, using_threads
-    from teleport.product import product_at, write_product
+    with loading():
+        from teleport.cli.show import show
+        from teleport.folders import new_folder
+        from teleport.parallel import threads_for, using_threads
+        from teleport.product import product_at, write_product
 
     with using_threads(threads_for(threads)):
         config, found = product_at(
