@@ -64,7 +64,7 @@ def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise() -> None:
         assert given == {name: value}
 
 
-def test_threads_are_as_asked_or_as_the_environment_says_or_one_for_every_core(
+def test_threads_are_as_asked_or_as_the_environment_says_or_leave_two_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
@@ -73,7 +73,10 @@ def test_threads_are_as_asked_or_as_the_environment_says_or_one_for_every_core(
     assert threads_for(None) == 6  # tests run with OMP_NUM_THREADS
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    assert threads_for(None) == 4
+    assert threads_for(None) == 2
+    monkeypatch.setattr("teleport.parallel.cores", lambda: 2)
+    assert threads_for(None) == 1
+    monkeypatch.setattr("teleport.parallel.cores", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert threads_for(None) == 1
 

@@ -26,8 +26,8 @@ Threads = Annotated[
     int | None,
     typer.Option(
         callback=checked_threads,
-        help="PyTorch's threads; default one for every core that is ours. A resumed run keeps its "
-        "number.",
+        help="PyTorch's threads; default one for every core of ours but two, at least one. A "
+        "resumed run keeps its number.",
     ),
 ]
 
