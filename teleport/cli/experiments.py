@@ -225,8 +225,8 @@ def sweep(
         int | None,
         typer.Option(
             callback=checked_threads,
-            help="PyTorch's threads of every run; default as of `teleport run`, shared by --jobs. A run that "
-            "goes on keeps its number.",
+            help="PyTorch's threads of every run; default as of `teleport run`, shared by --jobs. "
+            "A run that goes on keeps its number.",
         ),
     ] = None,
 ) -> None:
