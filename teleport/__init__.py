@@ -5,40 +5,43 @@ The book in ``chapters/`` derives why that works, what is wrong in the paper it 
 (arXiv 2502.11362), and what it is worth.
 """
 
-from importlib.metadata import version
+from importlib import import_module
 
-from teleport import (
-    attention,
-    baselines,
-    check,
-    convolution,
-    data,
-    embedding,
-    layers,
-    recurrent,
-    reference,
-)
-from teleport.bound import LayerBound, NetworkBound, network_bound
-from teleport.coverage import supported
-from teleport.errors import (
-    BookError,
-    CheckError,
-    ClosureError,
-    DataError,
-    GroupElementError,
-    NonFiniteLossError,
-    NullSpaceError,
-    OptimizerStateError,
-    RunError,
-    TeleportError,
-    UnsupportedModelError,
-)
-from teleport.nullspace import NullSpace, null_space
-from teleport.report import LayerReport, TeleportReport
-from teleport.schedule import Schedule
-from teleport.teleporter import Teleporter
+TYPE_CHECKING = False  # as in typing, which takes longer to load than all of this
 
-__version__ = version("nullspace-teleport")
+if TYPE_CHECKING:
+    from teleport import (
+        attention,
+        baselines,
+        check,
+        convolution,
+        data,
+        embedding,
+        layers,
+        recurrent,
+        reference,
+    )
+    from teleport.bound import LayerBound, NetworkBound, network_bound
+    from teleport.coverage import supported
+    from teleport.errors import (
+        BookError,
+        CheckError,
+        ClosureError,
+        DataError,
+        GroupElementError,
+        NonFiniteLossError,
+        NullSpaceError,
+        OptimizerStateError,
+        RunError,
+        TeleportError,
+        UnsupportedModelError,
+    )
+    from teleport.nullspace import NullSpace, null_space
+    from teleport.report import LayerReport, TeleportReport
+    from teleport.schedule import Schedule
+    from teleport.teleporter import Teleporter
+
+    __version__: str
 
 __all__ = [
     "BookError",
@@ -73,3 +76,41 @@ __all__ = [
     "reference",
     "supported",
 ]
+
+_HOMES = {
+    "bound": ("LayerBound", "NetworkBound", "network_bound"),
+    "coverage": ("supported",),
+    "errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "nullspace": ("NullSpace", "null_space"),
+    "report": ("LayerReport", "TeleportReport"),
+    "schedule": ("Schedule",),
+    "teleporter": ("Teleporter",),
+}
+"""The module of every public name that is not a module itself."""
+
+
+if not TYPE_CHECKING:  # the names are those imported above, and no others
+
+    def __getattr__(name: str) -> object:
+        """Import a public name, or a module of the package, when it is first asked for (PEP 562).
+
+        So ``teleport --help`` need not wait for PyTorch.
+        """
+        from importlib.util import find_spec
+
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value = version("nullspace-teleport")
+        elif home := next((module for module, names in _HOMES.items() if name in names), None):
+            value = getattr(import_module(f"{__name__}.{home}"), name)
+        elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+            value = import_module(f"{__name__}.{name}")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -28,6 +28,8 @@ from torch.nn.functional import cross_entropy
 
 from teleport.baselines import SymmetryTeleporter
 from teleport.capture import Tape
+from teleport.choices import NOT_IN_ALL
+from teleport.cores import check_threads
 from teleport.coverage import Block, cover
 from teleport.errors import RunError
 from teleport.measure import Stopwatch, Task, Timing, interleaved, peak_bytes, stopwatch_for
@@ -537,9 +539,6 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Job]]] = {
     "rivals": rivals_jobs,
 }
 
-NOT_IN_ALL = ("rivals",)
-"""Too long to come with the others: a rival's teleport can take a hundred gradients."""
-
 
 def chosen(what: str, preset: str) -> tuple[list[str], Preset]:
     """Names of the benchmarks meant, and the preset of that name.
@@ -553,16 +552,6 @@ def chosen(what: str, preset: str) -> tuple[list[str], Preset]:
         raise ValueError(f"unknown preset {preset!r}; there are: {', '.join(PRESETS)}")
     every = [name for name in BENCHMARKS if name not in NOT_IN_ALL]
     return (every if what == "all" else [what]), PRESETS[preset]
-
-
-def check_threads(threads: int) -> None:
-    """Refuse a number of threads that is none.
-
-    Raises:
-        ValueError: if it is less than 1.
-    """
-    if threads < 1:
-        raise ValueError(f"threads must be >= 1, got {threads}")
 
 
 def run(

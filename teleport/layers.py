@@ -444,3 +444,7 @@ def with_bias_column(rows: Tensor, bias_input: float, wanted: bool) -> Tensor:
     if not wanted:
         return rows
     return torch.cat([rows, rows.new_full((*rows.shape[:-1], 1), bias_input)], dim=-1)
+
+
+# Whoever asks for a rule finds all of them, and a rule that a user registers comes after them.
+from teleport import attention, convolution, embedding, recurrent  # noqa: E402, F401

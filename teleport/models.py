@@ -6,7 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-INITS = ("default", "he")
+from teleport.choices import INITS, READOUTS
+
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh}
 
 
@@ -72,9 +73,6 @@ def cnn(
     for before, after in pairwise(channels):
         modules += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*modules, nn.Flatten(), nn.Linear(channels[-1] * side**2, classes))
-
-
-READOUTS = ("mean", "last", "all")
 
 
 class Transformer(nn.Module):

@@ -85,7 +85,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         self.pipe, end = context.Pipe()
         self.process: SpawnProcess = context.Process(target=_work, args=(end, threads))
-        self.process.start()
+        with _without_ctrl_c():
+            self.process.start()
         end.close()
 
     def take(self, job: Job) -> Job:
@@ -118,6 +119,19 @@ def _pool(count: int, threads: int) -> Iterator[list[_Worker]]:
             worker.process.terminate()
             worker.process.join()
             worker.pipe.close()
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """A process that is started here does not see Ctrl-C, not even while it imports."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(pipe: Connection, threads: int) -> None:

@@ -1,15 +1,21 @@
-"""What a named experiment consists of: data, network, sizes, learning rates."""
+"""What a named experiment consists of: data, network, sizes, learning rates.
+
+Nothing here loads PyTorch before a network is built.
+"""
 
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from teleport.choices import ACTIVATION_NAMES, INITS, READOUTS
 
-from teleport.data import Dataset
-from teleport.models import ACTIVATIONS, INITS, READOUTS, Transformer, cnn, mlp
-from teleport.residual import ResidualNetwork, ResNet18
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from teleport.data import Dataset
+else:  # names for whoever checks types while the program runs
+    Module, Dataset = "torch.nn.Module", "teleport.data.Dataset"
 
 Check = Callable[[Any], bool]
 
@@ -139,7 +145,7 @@ class Experiment:
         name: what the command line calls it.
         title: what figures call it.
         data: name of the data set.
-        network: ``kind``, one of `NETWORKS`, and its sizes.
+        network: ``kind``, one of `SIZES`, and its sizes.
         batch_size: of training.
         teleport: what the paper's schedule needs.
         presets: sizes by name.
@@ -162,56 +168,32 @@ class Experiment:
 
     def check_activation(self, activation: str) -> None:
         """Raise ValueError for an activation that the network cannot have."""
-        one_of("activation", activation, ACTIVATIONS)
+        one_of("activation", activation, dict.fromkeys(ACTIVATION_NAMES))
         kind = self.network["kind"]
         if kind != "mlp" and activation != "relu":
             raise ValueError(f"the network {kind!r} of {self.name} has relu; got {activation!r}")
 
-    def build(self, dataset: Dataset, preset: Preset, activation: str = "relu") -> nn.Module:
+    def build(self, dataset: Dataset, preset: Preset, activation: str = "relu") -> Module:
         """The network for a data set, at PyTorch's initial values.
 
         Raises:
             ValueError: as `check_activation`.
         """
+        from teleport.networks import MAKERS  # late: the table is read without PyTorch
+
         self.check_activation(activation)
         sizes = {**self.network, **preset.network}
         kind = sizes.pop("kind")
         if kind == "mlp":
             sizes["activation"] = activation
-        return NETWORKS[kind].make(dataset, sizes)
+        return MAKERS[kind](dataset, sizes)
 
 
-@dataclass(frozen=True)
-class Network:
-    """A kind of network: its sizes, each with its check, and how it is made for a data set."""
-
-    sizes: dict[str, Check]
-    make: Callable[[Dataset, dict[str, Any]], nn.Module]
-
-
-def _transformer(dataset: Dataset, sizes: dict[str, Any]) -> nn.Module:
-    tokens = dataset.kind == "tokens"
-    length = dataset.input_shape[0]
-    return Transformer(
-        dataset.width, dataset.outputs, length, tokens=tokens, causal=tokens, **sizes
-    )
-
-
-NETWORKS = {
-    "mlp": Network({"hidden": naturals}, lambda d, s: mlp(d.width, d.outputs, **s)),
-    "cnn": Network(
-        {"channels": naturals},
-        lambda d, s: cnn(image=d.input_shape[-1], classes=d.outputs, **s),
-    ),
-    "residual": Network({"widths": naturals}, lambda d, s: ResidualNetwork(classes=d.outputs, **s)),
-    "resnet18": Network({"width": natural}, lambda d, s: ResNet18(d.outputs, **s)),
-    "transformer": Network(
-        {
-            "heads": natural,
-            "width": natural,
-            "blocks": natural,
-            "readout": readout,
-        },
-        _transformer,
-    ),
+SIZES: dict[str, dict[str, Check]] = {
+    "mlp": {"hidden": naturals},
+    "cnn": {"channels": naturals},
+    "residual": {"widths": naturals},
+    "resnet18": {"width": natural},
+    "transformer": {"heads": natural, "width": natural, "blocks": natural, "readout": readout},
 }
+"""The kinds of networks, each with its sizes and their checks; `teleport.networks` makes them."""

@@ -16,7 +16,7 @@ from typing import Any
 from teleport.errors import RunError
 from teleport.recipe import (
     ALLOWED,
-    NETWORKS,
+    SIZES,
     Check,
     Experiment,
     PaperTeleport,
@@ -252,9 +252,9 @@ def _experiment(name: str, entry: dict[str, Any]) -> Experiment:
 
 def _sizes(where: str, network: dict[str, Any]) -> dict[str, Check]:
     kind = network.get("kind")
-    if not isinstance(kind, str) or kind not in NETWORKS:
-        raise RunError(f"{where}.kind: must be one of {', '.join(NETWORKS)}; got {kind!r}")
-    sizes = NETWORKS[kind].sizes
+    if not isinstance(kind, str) or kind not in SIZES:
+        raise RunError(f"{where}.kind: must be one of {', '.join(SIZES)}; got {kind!r}")
+    sizes = SIZES[kind]
     given = {key: value for key, value in network.items() if key != "kind"}
     _values(where, given, sizes)
     return sizes

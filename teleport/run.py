@@ -12,23 +12,22 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from teleport.checkpoint import locked, save_checkpoint
+from teleport.choices import CHECKPOINT_SECONDS
 from teleport.data import Dataset, load
 from teleport.errors import RunError
 from teleport.experiment import Arm, Settings
 from teleport.folders import slug
 from teleport.models import mlp
 from teleport.optimizers import find_optimizer
+from teleport.parallel import using_threads
 from teleport.provenance import ADDED, SHARED, check_folder, is_complete
-from teleport.records import RecordWriter, environment, read_run
+from teleport.records import RecordWriter, environment, first_row, read_run
 from teleport.teleporter import Teleporter
 from teleport.tensorboard import Board
 from teleport.training import Training, read_state, train_size
 
 Progress = Callable[[str, int], None]
 """Called with what is being run and the training steps done since the last call."""
-
-CHECKPOINT_SECONDS = 60.0
-"""Between checkpoints of a run."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ def run_arms(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     command: str = "",
     tensorboard: Path | None = None,
+    threads: int | None = None,
     progress: Progress = lambda what, steps: None,
 ) -> list[Path]:
     """Train every arm with every seed; one record file each.
@@ -83,6 +83,8 @@ def run_arms(
         checkpoint_seconds: between checkpoints.
         command: the command line, for the record.
         tensorboard: folder for TensorBoard, a folder of event files in it for every run.
+        threads: PyTorch's; default as many as it has, and for a broken run as many as it began
+            with, since other numbers of threads round otherwise.
         progress: told about every few steps.
 
     Returns:
@@ -90,8 +92,8 @@ def run_arms(
 
     Raises:
         RunError: if the device is not available, the folder is in use or holds other records
-            than runs with these settings, a record cannot be written, or TensorBoard is wanted and
-            not installed.
+            than runs with these settings, a broken run began with other threads than are asked
+            for, a record cannot be written, or TensorBoard is wanted and not installed.
         DataError: if the data cannot be had.
     """
     device = device_of(settings.device)
@@ -108,6 +110,7 @@ def run_arms(
                 checkpoint_seconds=checkpoint_seconds,
                 command=command,
                 tensorboard=tensorboard,
+                threads=threads,
                 progress=partial(progress, f"{cell.arm.name} (seed {cell.seed})"),
             )
             for cell in cells
@@ -123,6 +126,7 @@ def run_cell(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     command: str = "",
     tensorboard: Path | None = None,
+    threads: int | None = None,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> Path:
     """One run to its end; with ``resume`` from where it broke off, on CPU bit for bit.
@@ -135,13 +139,15 @@ def run_cell(
         checkpoint_seconds: between checkpoints.
         command: the command line, for the record.
         tensorboard: as in `run_arms`.
+        threads: as in `run_arms`.
         progress: told the steps done since the last call.
 
     Returns:
         The record's path.
 
     Raises:
-        RunError: if the record is in use, is another run's, or cannot be written.
+        RunError: if the record is in use, is another run's, began with other threads than are
+            asked for, or cannot be written.
     """
     path = out / cell.record
     checkpoint = path.with_suffix(".checkpoint")
@@ -154,14 +160,17 @@ def run_cell(
         state = read_state(checkpoint) if resume and checkpoint.exists() else None
         if state is not None and (not path.exists() or path.stat().st_size < state["record_bytes"]):
             state = None  # the record was lost, or never reached the disk
-        _warm_up(cell.settings)
-        training = Training(cell.settings, cell.arm, cell.seed, dataset)
         if state is not None:
-            training.restore(state, checkpoint)  # before the record is cut to what it knows
-        elif resume:
-            path.unlink(missing_ok=True)
-        keep = None if state is None else state["record_bytes"]
+            threads = _begun_with(path, threads)
         with ExitStack() as stack:
+            stack.enter_context(using_threads(threads or torch.get_num_threads()))
+            _warm_up(cell.settings)
+            training = Training(cell.settings, cell.arm, cell.seed, dataset)
+            if state is not None:
+                training.restore(state, checkpoint)  # before the record is cut to what it knows
+            elif resume:
+                path.unlink(missing_ok=True)
+            keep = None if state is None else state["record_bytes"]
             also = {}
             if tensorboard is not None:
                 board = stack.enter_context(Board(tensorboard / path.stem, training.step))
@@ -177,6 +186,22 @@ def run_cell(
             training.run(writer, _Saving(training, checkpoint, checkpoint_seconds, progress))
         checkpoint.unlink(missing_ok=True)
     return path
+
+
+def _begun_with(record: Path, asked: int | None) -> int | None:
+    """The threads with which a run has to go on, if its record names them.
+
+    Raises:
+        RunError: if others are asked for.
+    """
+    hardware = first_row(record).get("hardware", {})
+    begun: int | None = hardware.get("threads", asked)  # records of other programs name none
+    if asked is not None and asked != begun:
+        raise RunError(
+            f"{record} began with {begun} threads, and would go on otherwise with {asked}, if only "
+            f"in the last digits; give --threads {begun}, or none to keep to that"
+        )
+    return begun
 
 
 def _show_again(board: Board, record: Path, step: int) -> None:

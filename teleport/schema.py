@@ -123,6 +123,7 @@ ROWS: dict[str, dict[str, Fields]] = {
                 "network?": or_null(OBJECT),
             },
             "data?": {"name": TEXT},
+            "hardware?": {"threads?": WIDTH},
         },
         "evaluation": {
             "step": COUNT,

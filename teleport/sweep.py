@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
+from teleport.choices import CHECKPOINT_SECONDS
 from teleport.data import Dataset, load
 from teleport.errors import TeleportError
 from teleport.experiment import Settings, control_arms, default_arms, lent_tuning, teleport_settings
@@ -18,7 +19,6 @@ from teleport.provenance import ADDED, is_complete
 from teleport.recipe import Experiment
 from teleport.registry import find_experiment, give
 from teleport.run import (
-    CHECKPOINT_SECONDS,
     Cell,
     check_beside,
     configuration,
@@ -37,6 +37,7 @@ class Job:
         experiment: what the name in the cell's settings stands for where the job was made.
         checkpoint_seconds: between checkpoints.
         command: the command line, for the record.
+        threads: PyTorch's, as in `run_cell`.
     """
 
     cell: Cell
@@ -44,6 +45,7 @@ class Job:
     experiment: Experiment
     checkpoint_seconds: float = CHECKPOINT_SECONDS
     command: str = ""
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,12 @@ class Plan:
     device: str = "cpu"
 
     def jobs(
-        self, out: Path, *, checkpoint_seconds: float = CHECKPOINT_SECONDS, command: str = ""
+        self,
+        out: Path,
+        *,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        command: str = "",
+        threads: int | None = None,
     ) -> list[Job]:
         """All cells, seed by seed, so that every arm has its first seed early.
 
@@ -109,6 +116,7 @@ class Plan:
                         experiment,
                         checkpoint_seconds,
                         command,
+                        threads,
                     )
                     for seed in range(self.seeds)
                     for order, arm in enumerate(arms(name, optimizer))
@@ -192,6 +200,7 @@ def run_job(job: Job, progress: Callable[[int], None] = lambda steps: None) -> P
             resume=True,
             checkpoint_seconds=job.checkpoint_seconds,
             command=job.command,
+            threads=job.threads,
             progress=progress,
         )
 

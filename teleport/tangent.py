@@ -38,12 +38,11 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from scipy.interpolate import KroghInterpolator
-from scipy.optimize import toms748
 from torch import Tensor, nn
 
 from teleport.capture import Closure, Tape
@@ -110,6 +109,15 @@ def project_ascent(
         block: without_rounding(basis.project(ascent[block]), ascent[block], dtype)
         for block, basis in bases.items()
     }
+
+
+def load_search() -> None:
+    """Load what `step_to_norm` needs, a third of a second, before a clock is started.
+
+    ``import teleport`` leaves that to those who search.
+    """
+    for name in ("scipy.interpolate", "scipy.optimize"):
+        import_module(name)
 
 
 def step_to_norm(
@@ -214,6 +222,8 @@ def _root(
 
 def _bracketed(excess: Callable[[float], float], low: float, high: float) -> float:
     """A zero in a bracket by comparing values; what is beyond all numbers counts as huge."""
+    from scipy.optimize import toms748  # late: see `load_search`
+
     return float(toms748(lambda step: min(excess(step), 1e150), low, high, **SEARCH))
 
 
@@ -221,17 +231,24 @@ def _polynomial_root(
     points: list[tuple[float, float]], slope: float, low: float, high: float
 ) -> float | None:
     """The root in the bracket of the polynomial through ``points`` with this slope at step 0."""
+    from scipy.optimize import toms748  # late: see `load_search`
+
     polynomial = _polynomial(points, slope, high)
     if not polynomial(low / high) < 0.0 < polynomial(1.0):  # or it is NaN, having overflown
         return None
     return high * float(toms748(polynomial, low / high, 1.0, **SEARCH))
 
 
-def _polynomial(points: list[tuple[float, float]], slope: float, unit: float) -> KroghInterpolator:
+def _polynomial(
+    points: list[tuple[float, float]], slope: float, unit: float
+) -> Callable[[float], float]:
     """Through all points, step 0 first, with a slope there; its argument is in units of a step."""
+    from scipy.interpolate import KroghInterpolator  # late: see `load_search`
+
     nodes = [0.0, *(s / unit for s, _ in points)]  # step 0 twice: its value and its slope
     values = [points[0][1], slope * unit, *(e for _, e in points[1:])]
-    return KroghInterpolator(nodes, values)
+    polynomial: Callable[[float], float] = KroghInterpolator(nodes, values)
+    return polynomial
 
 
 def _expected_miss(points: list[tuple[float, float]], slope: float, step: float) -> float:

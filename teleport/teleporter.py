@@ -20,6 +20,7 @@ from teleport.objective import EUCLIDEAN
 from teleport.precision import Autocast
 from teleport.preconditioner import check_optimizer, metric_of
 from teleport.report import TeleportReport
+from teleport.tangent import load_search
 from teleport.transaction import Transaction
 
 DEFAULT_GROWTH = 1.5
@@ -146,6 +147,8 @@ class Teleporter:
             OptimizerStateError: if the optimizer has taken no step yet, or its state gives no
                 preconditioner; likewise.
         """
+        if self._settings.growth is not None:
+            load_search()
         started = now()
         autocast, ranks = Autocast(), ranks_of(self.model)
         with (

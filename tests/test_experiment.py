@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from teleport.choices import INITS
 from teleport.errors import NonFiniteLossError, RunError
 from teleport.experiment import Arm, Settings, TeleportSettings, default_arms
 from teleport.folders import new_folder
 from teleport.interventions import INTERVENTIONS
-from teleport.models import INITS, mlp
+from teleport.models import mlp
 from teleport.optimizers import OPTIMIZERS, within_range
 from teleport.plots import draw_losses, gap_figure, loss_figure, matrix_figure
 from teleport.records import Run, by_arm, read_runs, summarise

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teleport import cli, console
+from teleport import cli
 from teleport.bench_tables import curves, read_benchmarks, sheets
+from teleport.cli import show
 from teleport.errors import RunError
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
 from teleport.matrix import blocks, markdown
@@ -28,8 +29,8 @@ RESULTS = Path(__file__).parents[1] / "chapters" / "results"
 
 def show_runs(folder: Path) -> None:
     runs = read_runs(folder)
-    console._tables(runs)
-    console._loss_figure(runs)
+    show._tables(runs)
+    show._loss_figure(runs)
     markdown(blocks(folder))
 
 
@@ -42,14 +43,14 @@ def show_tasks(folder: Path) -> None:
 def show_spectra(folder: Path) -> None:
     read_runs(folder)
     for measured in (found := read_spectra(folder)):
-        console._spectrum_table(measured)
+        show._spectrum_table(measured)
     for steps in found[0].by_step:
         spectrum_figure(found, steps)
 
 
 def show_trajectories(folder: Path) -> None:
     read_runs(folder)
-    console._threshold_table(found := read_trajectories(folder))
+    show._threshold_table(found := read_trajectories(folder))
     threshold_figure(found)
 
 

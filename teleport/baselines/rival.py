@@ -20,6 +20,7 @@ from teleport.clock import now
 from teleport.coverage import Block, Coverage, cover
 from teleport.errors import GroupElementError, NonFiniteLossError
 from teleport.report import LayerReport, TeleportReport
+from teleport.tangent import load_search
 from teleport.transaction import Transaction
 
 MAX_DRIFT = 0.01
@@ -63,6 +64,7 @@ class Rival(ABC):
         Raises:
             ClosureError: if the closure or its batch is unusable; the model is as before.
         """
+        load_search()
         started = now()
         parts = [closure] if callable(closure) else list(closure)
         require("closure", closure, bool(parts), "a closure or a list of at least one")

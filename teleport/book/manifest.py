@@ -28,7 +28,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from teleport import data as datasets
 from teleport.book.places import Keys, places
 from teleport.errors import BookError
 
@@ -207,6 +206,8 @@ class _Reader:
                 (*keys, "file"),
                 f"the name of a chapter is NN_name.ipynb with its number NN, got {file.name!r}",
             )
+        from teleport import data as datasets  # late: it loads PyTorch
+
         known = [info.name for info in datasets.available()]
         for name in entry["data"]:
             if name not in known:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from teleport.data.archive import zip_members
 from teleport.data.images import Bytes
@@ -43,6 +42,8 @@ def decode(files: Iterable[tuple[str, Any]], count: int, side: int) -> Bytes:
     Raises:
         DataError: A file is not a JPEG, is damaged or has another size; the message names it.
     """
+    from PIL import Image  # late: most data sets are no JPEG files
+
     images = np.empty((count, 3, side, side), np.uint8)
     for row, (where, content) in zip(images, files, strict=True):
         try:

@@ -1,21 +1,18 @@
-"""What the commands print: tables and figures of a folder of records, and progress."""
+"""What the commands print: tables and figures of a folder of records."""
 
 import math
-import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import typer
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
-from tqdm import tqdm
 
 from teleport.bench_tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
 from teleport.check.grading import Grades
+from teleport.cli.output import console, count_of, say
 from teleport.errors import RunError
 from teleport.folders import slug
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
@@ -33,7 +30,6 @@ from teleport.product import read_product
 from teleport.provenance import check_alike
 from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
 from teleport.registry import EXPERIMENTS
-from teleport.run import Progress
 from teleport.spectrum import Measured, read_spectra
 from teleport.threshold import Trajectories, read_trajectories
 
@@ -50,11 +46,6 @@ def show(folder: Path) -> None:
     kinds = {"spectrum": _show_spectra, "tau": _show_trajectories, "product": _show_product}
     kind = str(read_runs(folder)[0].config.get("figure", ""))
     kinds.get(kind, _show_runs)(folder)
-
-
-def say(what: str) -> None:
-    """A line for the user that is not the result: to the standard error."""
-    typer.echo(what, err=True)
 
 
 def _show_spectra(folder: Path) -> None:
@@ -172,24 +163,6 @@ def show_grades(grades: Grades) -> None:
     for exercise in grades.exercises:
         if exercise.note:
             typer.echo(f"\n{exercise.name}: {exercise.note}")
-
-
-@contextmanager
-def step_progress(total: int, folder: Path) -> Iterator[Progress]:
-    """A bar of training steps; Ctrl-C says where the records are and ends with 130."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0  # a log needs no line per step
-    with tqdm(total=total, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
-
-        def progress(what: str, done: int) -> None:
-            bar.set_description(what, refresh=False)
-            bar.update(done)
-
-        try:
-            yield progress
-        except KeyboardInterrupt:
-            bar.close()
-            typer.echo(f"interrupted; the records so far are complete in {folder}", err=True)
-            raise typer.Exit(130) from None
 
 
 def _show_runs(folder: Path) -> None:
@@ -353,11 +326,6 @@ def _summaries(summaries: list[ArmSummary]) -> Table:
     return table
 
 
-def count_of(number: int, thing: str) -> str:
-    """``"1 cell"``, ``"2 cells"``."""
-    return f"{number} {thing}" + ("" if number == 1 else "s")
-
-
 def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else form.format(value)
 
@@ -371,9 +339,3 @@ def _gap(comparison: Comparison | None) -> str:
         return "-"
     spread = _number(comparison.log_loss_spread, " ± {:.3f}").replace("-", "")
     return f"{comparison.log_loss:+.3f}{spread}"
-
-
-def console(**options: object) -> Console:
-    """A console wide enough for the tables where the output is not a terminal."""
-    console = Console(**options)  # type: ignore[arg-type]
-    return console if console.is_terminal else Console(width=140, **options)  # type: ignore[arg-type]

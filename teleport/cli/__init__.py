@@ -1,0 +1,35 @@
+"""The ``teleport`` command: a module for every group of its commands.
+
+What a command computes with is imported when it runs: ``teleport --help`` waits for nothing.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from teleport.cli.loading import loading
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code (130 after Ctrl-C, 1 after an error)."""
+    with loading():
+        import shlex
+
+        from teleport.cli.commands import app
+        from teleport.cli.options import COMMAND_LINE
+        from teleport.cores import wait_without_spinning
+        from teleport.errors import TeleportError
+
+    given = sys.argv[1:] if arguments is None else arguments
+    if "torch" not in sys.modules:
+        wait_without_spinning()
+    try:
+        COMMAND_LINE.set(shlex.join(["teleport", *given]))
+        app(given)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        return 130
+    except (TeleportError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0

@@ -1,0 +1,73 @@
+"""``teleport bench``: what a teleport costs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from teleport.choices import BENCHMARK_NAMES, NOT_IN_ALL
+from teleport.cli.loading import loading
+from teleport.cli.options import COMMAND_LINE, checked_threads
+
+
+def bench(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help=f"One of {', '.join(BENCHMARK_NAMES)}, or all: "
+            f"all but {', '.join(NOT_IN_ALL)}, which takes minutes more."
+        ),
+    ],
+    preset: Annotated[
+        str, typer.Option(help="Size: tiny (seconds), cpu (minutes) or paper (for a GPU).")
+    ] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[
+        int,
+        typer.Option(
+            callback=checked_threads,
+            help="PyTorch's threads; with more than one, a busy machine disturbs.",
+        ),
+    ] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-bench-<what>.")
+    ] = None,
+) -> None:
+    """Measure what teleporting costs, in gradients; print tables with the budgets beside."""
+    with loading():
+        from tqdm import tqdm
+
+        from teleport import bench as benchmarks
+        from teleport.cli.show import show
+        from teleport.folders import new_folder
+        from teleport.run import device_of
+
+    names, _ = benchmarks.chosen(what, preset)
+    where = device_of(device)
+    folder = new_folder(f"bench-{what}", out)
+    command = COMMAND_LINE.get()
+    with tqdm(unit="job", dynamic_ncols=True) as bar:
+
+        def start(total: int) -> None:
+            bar.total = total
+
+        def progress(what: str) -> None:
+            bar.update(bar.n < bar.total and bool(bar.desc))
+            bar.set_description(what)
+
+        try:
+            benchmarks.run(
+                names,
+                preset,
+                where,
+                folder,
+                threads=threads,
+                command=command,
+                start=start,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            bar.close()
+            typer.echo(f"interrupted; the records so far are complete in {folder}", err=True)
+            raise typer.Exit(130) from None
+    show(folder)

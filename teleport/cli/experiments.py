@@ -1,0 +1,369 @@
+"""``teleport list``, ``run``, ``sweep``, ``report`` and ``figure``: experiments."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from teleport.choices import CHECKPOINT_SECONDS, INITS, OPTIMIZER_NAMES
+from teleport.cli.loading import loading
+from teleport.cli.options import COMMAND_LINE, Threads, check_names, checked_threads
+from teleport.cli.output import console, count_of, say, step_progress
+from teleport.errors import RunError
+from teleport.schedule import SCHEDULES
+
+if TYPE_CHECKING:
+    import teleport.experiment
+    import teleport.sweep
+
+
+def list_experiments() -> None:
+    """List the experiments, their presets and the default arms."""
+    with loading():
+        from rich.table import Table
+
+        from teleport.registry import EXPERIMENTS
+
+    table = Table("name", "what", "data", "presets (epochs)")
+    for e in EXPERIMENTS.values():
+        presets = ", ".join(f"{name} ({p.epochs})" for name, p in e.presets.items())
+        table.add_row(e.name, e.title, e.data, presets)
+    console().print(table)
+    arms = Table("experiment", "optimizer", "low lr", "tuned lr", "tuned initial gain", "tuned on")
+    for e in EXPERIMENTS.values():
+        for optimizer, t in e.tuning.items():
+            gain = f"lr {t.gain_lr:g}, {t.init} init, head x {t.head_gain:g}"
+            on = "" if t.on == e.name else t.on
+            arms.add_row(e.name, optimizer, f"{t.low:g}", f"{t.tuned:g}", gain, on)
+    console().print(arms)
+
+
+def run(
+    name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")] = "mnist-sample",
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    optimizer: Annotated[
+        str, typer.Option(help=f"{', '.join(OPTIMIZER_NAMES)}, or a class by its name.")
+    ] = "sgd",
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(help="Learning rate; may be repeated. Replaces the default arms."),
+    ] = None,
+    init: Annotated[
+        str, typer.Option(help=f"With --lr: initialisation, {' or '.join(INITS)}.")
+    ] = "default",
+    head_gain: Annotated[
+        float, typer.Option(help="With --lr: factor on the initial weights of the last layer.")
+    ] = 1.0,
+    teleports: Annotated[
+        bool, typer.Option("--teleport/--no-teleport", help="Run the arms that teleport.")
+    ] = True,
+    epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 1,
+    schedule: Annotated[
+        str, typer.Option(help="default: once after 50 steps. paper: first 5 epochs, 32 x 8.")
+    ] = "default",
+    batches: Annotated[
+        int | None, typer.Option(help="Teleport batches each time; default from the schedule.")
+    ] = None,
+    after: Annotated[
+        int | None,
+        typer.Option(help="Training steps before the first teleport; default from the schedule."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Directions per teleport batch; default 1, paper 8.")
+    ] = None,
+    teleport_lr: Annotated[
+        float | None, typer.Option(help="Fixed teleport step size, the paper's eta.")
+    ] = None,
+    growth: Annotated[
+        float | None, typer.Option(help="Wanted factor on the gradient norm; default 1.5.")
+    ] = None,
+    cap: Annotated[float | None, typer.Option(help="Upper bound on the gradient norm.")] = None,
+    tau: Annotated[float, typer.Option(help="Share of input energy kept fixed, in (0, 1].")] = 1.0,
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="Add every rival and control as an arm.")
+    ] = False,
+    objectives: Annotated[
+        bool, typer.Option("--objectives", help="Add moves in the null space to other objectives.")
+    ] = False,
+    activation: Annotated[
+        str, typer.Option(help="relu (the paper's), leaky_relu (needed by --rivals) or tanh.")
+    ] = "relu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the folder of --out after a kill.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start over in the folder of --out.")
+    ] = False,
+    checkpoint: Annotated[
+        float, typer.Option(min=0.0, help="Seconds between checkpoints of a run.")
+    ] = CHECKPOINT_SECONDS,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard (extra tensorboard).")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Train with and without teleportation; print a table, write records and a figure."""
+    check_names([name], preset, schedule, init)  # at once; the rest is checked with PyTorch
+    with loading():
+        from teleport import data as datasets
+        from teleport.cli.show import show
+        from teleport.experiment import (
+            Settings,
+            lent_tuning,
+            objective_arms,
+            rival_arms,
+            teleport_settings,
+        )
+        from teleport.folders import open_folder, slug
+        from teleport.parallel import threads_for, using_threads
+        from teleport.registry import find_experiment
+        from teleport.run import device_of, run_arms, steps_per_run
+        from teleport.tangent import load_search
+        from teleport.tensorboard import check_tensorboard
+        from teleport.training import check_fits, late_teleport
+
+        load_search()
+
+    optimizer = optimizer.lower()  # names are the same in any case of letters
+    options = teleport_settings(
+        name,
+        schedule,
+        batches=batches,
+        steps=steps,
+        lr=teleport_lr,
+        growth=growth,
+        cap=cap,
+        tau=tau,
+        after=after,
+    )
+    settings = Settings(
+        name, preset, optimizer, epochs, device=device, activation=activation, teleport=options
+    )
+    settings.size()  # names are checked before any folder is made
+    if objectives and (lr or rivals):
+        given = "--rivals" if rivals else f"--lr {lr}"
+        raise ValueError(
+            f"--objectives compares fixed arms: leave --lr and --rivals out; got {given}"
+        )
+    if rivals and (lr or activation == "relu"):
+        raise ValueError(
+            "--rivals compares fixed arms, and not all of them act through relu: leave --lr out "
+            f"and give --activation leaky_relu; got --lr {lr} and --activation {activation}"
+        )
+    device_of(device)
+    fixed = rival_arms if rivals else objective_arms
+    known = (
+        fixed(name, optimizer)
+        if rivals or objectives
+        else _arms(name, optimizer, lr, init, head_gain)
+    )
+    arms = [a for a in known if teleports or not a.teleport]
+    dataset = datasets.load(find_experiment(name).data)
+    teleporting = any(arm.teleport for arm in arms)
+    check_fits(settings, dataset, teleporting)
+    notes = [late_teleport(settings, dataset)] if teleporting else []
+    notes += [] if lr else [lent_tuning(name, optimizer)]
+    for note in filter(None, notes):
+        say(f"note: {note}")
+    total = steps_per_run(settings, dataset) * len(arms) * seeds
+    if tensorboard is not None:
+        check_tensorboard(tensorboard)
+    folder = open_folder(slug(name), out, resume, force)
+    with step_progress(total, folder) as progress, using_threads(threads_for(threads)):
+        run_arms(
+            settings,
+            arms,
+            range(seeds),
+            folder,
+            resume=resume,
+            checkpoint_seconds=checkpoint,
+            command=COMMAND_LINE.get(),
+            tensorboard=tensorboard,
+            threads=threads,
+            progress=progress,
+        )
+    show(folder)
+
+
+def sweep(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Experiments; see `teleport list`. FILE.toml: all of your own table, "
+            "FILE.toml:NAME: one of them."
+        ),
+    ],
+    optimizers: Annotated[str, typer.Option(help="Optimizers, with commas.")] = "sgd",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 3,
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    schedule: Annotated[
+        str, typer.Option(help=f"When to teleport: {' or '.join(SCHEDULES)}.")
+    ] = "default",
+    epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Add the controls that act on any network.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler, instead of --jobs.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    checkpoint: Annotated[
+        float, typer.Option(min=0.0, help="Seconds between checkpoints of a run.")
+    ] = CHECKPOINT_SECONDS,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder; what is finished there is left. Default runs/<date>-sweep."),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            callback=checked_threads,
+            help="PyTorch's threads of every run; default as of `teleport run`, shared by --jobs. "
+            "A run that goes on keeps its number.",
+        ),
+    ] = None,
+) -> None:
+    """Run every cell of a matrix (experiment, optimizer, arm, seed); list what failed."""
+    with loading():
+        from teleport.registry import names_in
+
+    experiments = tuple(dict.fromkeys(one for name in names for one in names_in(name)))
+    check_names(experiments, preset, schedule)  # at once; the rest is checked with PyTorch
+    with loading():
+        from teleport.checkpoint import locked
+        from teleport.cli.show import say_diverged
+        from teleport.cluster import check_cluster
+        from teleport.folders import open_folder
+        from teleport.parallel import threads_for, using_threads
+        from teleport.records import read_run
+        from teleport.run import device_named, device_of
+        from teleport.sweep import Plan, check_folders, check_jobs
+
+    plan = Plan(
+        experiments,
+        tuple(dict.fromkeys(name.strip().lower() for name in optimizers.split(","))),
+        seeds,
+        preset,
+        schedule,
+        epochs,
+        controls,
+        device,
+    )
+    (device_of if scheduler is None else device_named)(device)  # the workers have their own
+    for note in check_jobs(plan.jobs(Path())):  # all is checked before any folder is made
+        say(f"note: {note}")
+    if scheduler is not None:
+        check_cluster(scheduler)
+    command = COMMAND_LINE.get()
+    folder = open_folder("sweep", out, resume=out is not None).resolve()
+    cells = plan.jobs(folder, checkpoint_seconds=checkpoint, command=command, threads=threads)
+    with locked(folder / ".lock", str(folder)), using_threads(threads_for(threads)):
+        check_folders(cells)
+        failures = _sweep(cells, folder, jobs, scheduler)
+    failed = [failure.job for failure in failures]
+    say_diverged(read_run(job.folder / job.cell.record) for job in cells if job not in failed)
+    for failure in failures:
+        typer.echo(f"failed: {failure.job.cell}: {failure.reason}", err=True)
+    typer.echo(f"{len(cells) - len(failures)} of {count_of(len(cells), 'cell')} are in {folder}")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _sweep(
+    cells: "list[teleport.sweep.Job]", folder: Path, processes: int, scheduler: str | None
+) -> "list[teleport.sweep.Failure]":
+    from teleport.cluster import run_on_cluster
+    from teleport.pool import run_local
+    from teleport.sweep import Job, total_steps
+
+    with step_progress(total_steps(cells), folder) as progress:
+        count = [0]
+
+        def ended(job: Job) -> None:
+            count[0] += 1
+            progress(f"cell {count[0]} of {len(cells)}", 0)
+
+        progress(f"cell 0 of {len(cells)}", 0)
+        if scheduler is None:
+            return run_local(
+                cells,
+                processes,
+                stepped=lambda steps: progress(f"cell {count[0]} of {len(cells)}", steps),
+                ended=ended,
+            )
+
+        def ended_there(job: Job) -> None:
+            ended(job)
+            progress(f"cell {count[0]} of {len(cells)}", total_steps([job]))
+
+        return run_on_cluster(cells, scheduler, ended=ended_there)
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder with records of runs and sweeps.")],
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for a figure of every experiment.")
+    ] = None,
+) -> None:
+    """Print the matrix of all runs below a folder as Markdown."""
+    with loading():
+        from teleport.cli.show import draw_report
+        from teleport.matrix import blocks, markdown
+
+    found = blocks(folder)
+    typer.echo(markdown(found))
+    if figures is None:
+        return
+    try:
+        figures.mkdir(parents=True, exist_ok=True)
+        draw_report(found, figures)
+    except OSError as error:
+        raise RunError(
+            f"cannot write figures to {figures}: {error.strerror}; give another --figures"
+        ) from error
+    typer.echo(f"figures are in {figures}", err=True)
+
+
+def figure(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders written by `teleport run`, bench, continual, spectrum, tau or product."
+        ),
+    ],
+) -> None:
+    """Redraw the figures and print the tables of finished runs from their records."""
+    with loading():
+        from teleport.cli.show import show
+
+    for folder in folders:
+        show(folder)
+
+
+def _arms(
+    experiment: str, optimizer: str, lrs: list[float] | None, init: str, head_gain: float
+) -> "list[teleport.experiment.Arm]":
+    from teleport.experiment import Arm, default_arms
+
+    if not lrs:
+        if (init, head_gain) != ("default", 1.0):
+            raise ValueError(
+                "--init and --head-gain act on the arms of --lr: give a learning rate with --lr; "
+                f"got --init {init} and --head-gain {head_gain:g} without one"
+            )
+        return default_arms(experiment, optimizer)
+    for what, values in (("lr", lrs), ("head_gain", [head_gain])):
+        for value in values:
+            if not 0.0 < value < math.inf:
+                raise ValueError(f"{what} must be > 0 and finite, got {value}")
+    if len({f"{lr:g}" for lr in lrs}) < len(lrs):
+        given = " ".join(map(str, lrs))
+        raise ValueError(f"every --lr must be another one, by its first six digits; got {given}")
+    return [Arm(lr, teleports, init, head_gain) for lr in lrs for teleports in (False, True)]

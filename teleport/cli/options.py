@@ -1,0 +1,49 @@
+"""What the commands share: options, and the command line as it was typed."""
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Annotated
+
+import typer
+
+from teleport.choices import INITS
+from teleport.cores import check_threads
+from teleport.recipe import one_of
+from teleport.schedule import SCHEDULES
+
+# What was typed, for the records.
+COMMAND_LINE: ContextVar[str] = ContextVar("COMMAND_LINE", default="teleport")
+
+
+def checked_threads(threads: int | None) -> int | None:
+    """The same number, if it is one of threads, as `check_threads` says."""
+    if threads is not None:
+        check_threads(threads)
+    return threads
+
+
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        callback=checked_threads,
+        help="PyTorch's threads; default one for every core of ours but two, at least one. A "
+        "resumed run keeps its number.",
+    ),
+]
+
+
+def check_names(
+    experiments: Sequence[str], preset: str, schedule: str = "default", init: str = "default"
+) -> None:
+    """Refuse a wrong name before PyTorch is loaded.
+
+    Raises:
+        ValueError: for an unknown one, with those there are.
+        RunError: if a table of experiments cannot be read.
+    """
+    from teleport.registry import find_experiment  # late: reading the table takes a while
+
+    for name in experiments:
+        one_of("preset", preset, find_experiment(name).presets)
+    one_of("schedule", schedule, SCHEDULES)
+    one_of("init", init, dict.fromkeys(INITS))

@@ -1,0 +1,131 @@
+"""``teleport spectrum``, ``tau`` and ``product``: the figures of one moment of a training."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from teleport.cli.loading import loading
+from teleport.cli.options import COMMAND_LINE, Threads, check_names
+from teleport.cli.output import say
+
+
+def spectrum(
+    names: Annotated[list[str], typer.Argument(help="Experiments; see `teleport list`.")],
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    trained: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Training steps to look after; may be repeated. Default 0, 50."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of initial values, data order, batch.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-spectrum.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the folder of --out; complete records stay.")
+    ] = False,
+    threads: Threads = None,
+) -> None:
+    """Show how few directions hold the input energy of every layer (the paper's Figure 6a)."""
+    check_names(names, preset)
+    with loading():
+        from teleport.cli.show import show
+        from teleport.folders import resumed_folder
+        from teleport.moment import check_moment
+        from teleport.parallel import threads_for, using_threads
+        from teleport.spectrum import write_spectra
+
+    for name in names:
+        check_moment(name, preset)  # before any folder is made
+    folder = resumed_folder("spectrum", out, resume)
+    with using_threads(threads_for(threads)):
+        write_spectra(
+            names,
+            folder,
+            preset=preset,
+            steps=list(dict.fromkeys(trained or (0, 50))),
+            seed=seed,
+            resume=resume,
+            command=COMMAND_LINE.get(),
+            progress=say,
+        )
+    show(folder)
+
+
+def tau(
+    name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")],
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    trained: Annotated[int, typer.Option(min=0, help="Training steps before.")] = 50,
+    lr: Annotated[
+        float | None, typer.Option(help="Teleport step size; default the paper schedule's.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Teleport steps.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of initial values, data order, batch.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="New folder; default runs/<date>-tau.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the folder of --out; complete records stay.")
+    ] = False,
+    threads: Threads = None,
+) -> None:
+    """Follow gradient norm and loss over teleport steps for every tau (the paper's Figure 6b)."""
+    check_names([name], preset)
+    with loading():
+        from teleport.cli.show import show
+        from teleport.folders import resumed_folder
+        from teleport.moment import check_moment
+        from teleport.parallel import threads_for, using_threads
+        from teleport.tangent import load_search
+        from teleport.threshold import write_trajectories
+
+        load_search()
+
+    check_moment(name, preset)
+    if lr is not None and not 0.0 < lr < math.inf:
+        raise ValueError(f"lr must be > 0 and finite, got {lr}")
+    folder = resumed_folder("tau", out, resume)
+    with using_threads(threads_for(threads)):
+        write_trajectories(
+            name,
+            folder,
+            preset=preset,
+            trained=trained,
+            lr=lr,
+            teleport_steps=steps,
+            seed=seed,
+            resume=resume,
+            command=COMMAND_LINE.get(),
+            progress=say,
+        )
+    show(folder)
+
+
+def product(
+    name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")],
+    layer: Annotated[
+        str | None, typer.Option(help="Name of a layer in the network; default the first.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the inputs to show.")] = 48,
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    trained: Annotated[int, typer.Option(min=0, help="Training steps before.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Of initial values, data order, batch.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-product.")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Show a layer as products of matrices, forward and backward (the paper's Figure 7)."""
+    check_names([name], preset)
+    with loading():
+        from teleport.cli.show import show
+        from teleport.folders import new_folder
+        from teleport.parallel import threads_for, using_threads
+        from teleport.product import product_at, write_product
+
+    with using_threads(threads_for(threads)):
+        config, found = product_at(
+            name, layer=layer, rows=rows, preset=preset, trained=trained, seed=seed, progress=say
+        )
+    folder = new_folder("product", out)
+    write_product(folder, {"command": COMMAND_LINE.get(), **config}, found)
+    show(folder)
