@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
+from teleport import data
 from teleport.axes import AxisSpace
 from teleport.precision import sum_rounding
 from teleport.subspace import Basis, RowSpace, numerical_rank, rank_cut
@@ -90,7 +91,8 @@ def norm(matrix: Tensor) -> float:
 @pytest.mark.verifies("thm-rank")
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(case=graded(), times=st.integers(2, 300))
-@example(case=Graded(14, 3, (0.0, -6.3), 0), times=200)
+@example(case=Graded(14, 3, (0.0, -5.0), 0), times=200)
+@example(case=Graded(14, 3, (0.0, -14.0), 0), times=200)
 def test_repeating_the_batch_changes_no_rank(dtype: torch.dtype, case: Graded, times: int) -> None:
     """The rule of `numpy.linalg.matrix_rank` multiplies its cut by ``times``."""
     rows = case.build()
@@ -101,6 +103,7 @@ def test_repeating_the_batch_changes_no_rank(dtype: torch.dtype, case: Graded, t
 @pytest.mark.verifies("thm-rank")
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(case=graded(), seed=seeds, power=st.integers(-60, 60), zeros=st.integers(0, 100))
+@example(case=Graded(14, 3, (0.0, -5.5), 0), seed=0, power=0, zeros=100)
 def test_order_basis_scale_and_empty_rows_change_no_rank(
     dtype: torch.dtype, case: Graded, seed: int, power: int, zeros: int
 ) -> None:
@@ -115,18 +118,15 @@ def test_order_basis_scale_and_empty_rows_change_no_rank(
     assert basis_of(torch.cat([rows, rows.new_zeros(zeros, width)]), dtype).rank == rank
 
 
+@pytest.mark.verifies("thm-rank")
 def test_the_same_images_have_the_same_rank_however_often_they_are_seen() -> None:
-    """Smooth images, in single precision and through a Gram matrix, as in a convolution."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randn(120, 1, 5, 5, generator=generator)
-    images = nn.functional.interpolate(coarse, size=(8, 8), mode="bicubic").flatten(1)
-    ranks = set()
+    """One less than there are; the rule of NumPy finds 552, 454 and 200."""
+    images = data.load("mnist-sample").train_inputs[:784]
+    space = RowSpace()
+    space.add(torch.cat([images, images.new_ones(784, 1)], dim=1))
+    gram = space.gram()
     for times in (1, 32, 200):
-        space = RowSpace()
-        for _ in range(times):
-            space.add(images)
-        ranks.add(space.basis().rank)
-    assert ranks == {25}
+        assert RowSpace.of_gram(times * gram, times * 784, torch.float32).basis().rank == 560
 
 
 @pytest.mark.verifies("thm-rank")
@@ -145,6 +145,7 @@ def test_the_rule_is_not_monotone_in_the_data() -> None:
 @pytest.mark.verifies("thm-rank")
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(case=graded(), seed=seeds, d_out=st.integers(1, 5))
+@example(case=Graded(14, 2, (0.0, -6.0), 0), seed=0, d_out=1)
 def test_a_free_move_changes_the_outputs_by_no_more_than_its_norm_times_the_cut(
     dtype: torch.dtype, case: Graded, seed: int, d_out: int
 ) -> None:
@@ -225,8 +226,8 @@ def test_every_group_has_a_cut_of_its_own(case: Graded, factor: float) -> None:
 
 @pytest.mark.verifies("thm-rank")
 @given(st.integers(2, 9), st.integers(1, 8), st.integers(1, 3000), st.booleans(), seeds)
-@example(9, 1, 3000, True, 0)
-@example(5, 1, 3000, False, 1)
+@example(33, 1, 20_000, True, 0)
+@example(9, 1, 20_000, True, 1)
 def test_rows_that_are_exactly_dependent_have_their_rank_in_double_precision(
     width: int, rank: int, count: int, uneven: bool, seed: int
 ) -> None:
