@@ -226,8 +226,8 @@ def test_every_group_has_a_cut_of_its_own(case: Graded, factor: float) -> None:
 
 @pytest.mark.verifies("thm-rank")
 @given(st.integers(2, 9), st.integers(1, 8), st.integers(1, 3000), st.booleans(), seeds)
-@example(33, 1, 20_000, True, 0)
-@example(9, 1, 20_000, True, 1)
+@example(33, 1, 20_000, False, 2)
+@example(9, 1, 20_000, True, 4)
 def test_rows_that_are_exactly_dependent_have_their_rank_in_double_precision(
     width: int, rank: int, count: int, uneven: bool, seed: int
 ) -> None:

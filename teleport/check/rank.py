@@ -1,5 +1,6 @@
 """Chapter 2: what rank means in floating point, and bases for a share of the energy."""
 
+import math
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ def _cut_at(matrix: Tensor, share: float, of: Any = torch.linalg.matrix_norm) ->
 
 
 def _eps(matrix: Tensor) -> float:
-    return torch.finfo(matrix.dtype).eps
+    eps: float = torch.finfo(matrix.dtype).eps
+    return eps
 
 
 def _root(matrix: Tensor) -> float:
-    return matrix.shape[1] ** 0.5
+    return math.sqrt(matrix.shape[1])
 
 
 def _rank(matrix: Tensor) -> int:
@@ -30,7 +32,7 @@ def _rank(matrix: Tensor) -> int:
 
 
 def _largest(matrix: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(matrix, 2)
+    return torch.linalg.svdvals(matrix)[0]
 
 
 def _one(matrix: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ rank = Check(
     properties=[
         Property(
             "thm-rank",
-            "The rank is the number of singular values strictly above √d · eps(dtype) · ‖matrix‖_F.",
+            "The rank is the number of singular values strictly above √d · eps · ‖matrix‖_F.",
         )
     ],
     mistakes=[
