@@ -32,7 +32,8 @@ def _rank(matrix: Tensor) -> int:
 
 
 def _largest(matrix: Tensor) -> Tensor:
-    return torch.linalg.svdvals(matrix)[0]
+    largest: Tensor = torch.linalg.svdvals(matrix)[0]
+    return largest
 
 
 def _one(matrix: Tensor) -> Tensor:
