@@ -111,7 +111,7 @@ class Attempt:
 
         It can be run again: each run begins at the model as it is.
         """
-        self.bases, self.step_sizes, self.fallback, self.unfrozen = {}, [], "", False
+        self.bases, self.step_sizes, self.fallback = {}, [], ""
         self.walk = self._start_walk()
         before = self._measure_start()
         self.bases = self._make_bases()
