@@ -44,7 +44,8 @@ class AxisBasis(Projector):
     def residual(self) -> float:
         return float(self.counts[~self.kept].sum().sqrt())
 
-    def rounding(self, rows: int, eps: float) -> float:
+    @property
+    def cut_off(self) -> float:
         return 0.0
 
     def project(self, matrix: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:

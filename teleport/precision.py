@@ -81,6 +81,21 @@ def rounding_unit(dtype: torch.dtype, terms: int) -> float:
     return 2 * eps if is_half(dtype) else terms * eps
 
 
+def sum_rounding(dtype: torch.dtype, terms: int) -> float:
+    """Rounding of an output ``w · x`` as a share of ``‖w‖ ‖x‖``: ``√terms · eps``.
+
+    Rounding errors have random signs: a sum of ``terms`` products is wrong by at most λ/2 times
+    this with probability 1 - 2 exp(-λ²/2) (Higham and Mary 2019). Products of half precision are
+    summed in float32.
+
+    Args:
+        dtype: of the factors.
+        terms: number of terms of the sum.
+    """
+    summed_in = torch.float32 if is_half(dtype) else dtype
+    return math.sqrt(terms) * torch.finfo(summed_in).eps
+
+
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype with the largest rounding."""
     return max(dtypes, key=PRECISIONS.index)

@@ -162,10 +162,15 @@ def equation_10(sequences: list[Tensor]) -> Tensor:
 
 
 def equation_3(representation: Tensor, tau: float) -> int:
-    """Smallest k with ``‖A_k‖_F² >= τ ‖A‖_F²``; for τ = 1 the numerical rank (theorem T9)."""
-    values = torch.linalg.svdvals(representation)
-    eps = torch.finfo(representation.dtype).eps
-    rank = int((values > max(representation.shape) * eps * values[0]).sum())
+    """Smallest k with ``‖A_k‖_F² >= τ ‖A‖_F²``; for τ = 1 the numerical rank (theorem T9).
+
+    That is the number of singular values above ``√d ε ‖A‖_F``, but never of one below
+    ``4 ε ‖A‖_F`` with the ε of double precision, in which they are computed.
+    """
+    values = torch.linalg.svdvals(representation.double())
+    eps, resolved = (torch.finfo(t).eps for t in (representation.dtype, torch.float64))
+    cut = max(len(representation) ** 0.5 * eps, 4 * resolved) * (values**2).sum() ** 0.5
+    rank = int((values > cut).sum())
     if tau == 1.0:
         return rank
     for k in range(rank):

@@ -5,13 +5,14 @@ of that batch (theorem ``thm-invariance``). The rows span a space; `RowSpace` co
 `Basis` is an orthonormal basis of what is kept of that space, and `Basis.project` removes it.
 """
 
-import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from teleport.precision import coarsest, sum_rounding
 
 
 class Projector(ABC):
@@ -40,9 +41,14 @@ class Projector(ABC):
     def residual(self) -> float:
         """Root of the energy left out: the norm of the rows' part outside the kept space."""
 
+    @property
     @abstractmethod
-    def rounding(self, rows: int, eps: float) -> float:
-        """How much of `residual` the rank rule may have cut off, of ``rows`` of precision eps."""
+    def cut_off(self) -> float:
+        """Largest singular value that the rank rule left out: ``‖ΔW Rᵀ‖_F ≤ ‖ΔW‖_F cut_off``.
+
+        At most the cut itself, whatever is left out: more than that no rank rule allows
+        (``thm-rank``).
+        """
 
     @abstractmethod
     def project(
@@ -81,6 +87,7 @@ class Basis(Projector):
         vectors: ``[*groups, d_in, width]``, float64; the paper's ``B_l``. The first ``ranks``
             columns are orthonormal, the others zero.
         singular_values: ``[*groups, min(rows, d_in)]`` of the rows at most, largest first, float64.
+            Of merged bases two more, the norms of what each had left out.
         ranks: ``[*groups]``, how many directions each group keeps.
         dtype: of the inputs; the precision to which the space is known.
     """
@@ -106,9 +113,10 @@ class Basis(Projector):
     def residual(self) -> float:
         return float(self._residuals().norm())
 
-    def rounding(self, rows: int, eps: float) -> float:
-        values, size = self.singular_values, max(rows, self.shape[-1])
-        return min(self.residual, size * eps * float(values.max()) * math.sqrt(values.numel()))
+    @property
+    def cut_off(self) -> float:
+        cut = rank_cut(self.singular_values, self.shape[-1], self.dtype)
+        return float(torch.minimum(self._left_out().amax(dim=-1), cut).max())
 
     def weighted_rows(self) -> Float[Tensor, "*groups width d_in"]:
         """Rows with the same span and energies as the inputs kept, to merge spaces by."""
@@ -116,7 +124,11 @@ class Basis(Projector):
         return (self.vectors * self.singular_values[..., None, :width]).mT
 
     def merge(self, other: Projector) -> "Basis":
-        """The basis of both spans, re-factorized: their vectors together may be dependent."""
+        """The basis of both spans, re-factorized: their vectors together may be dependent.
+
+        What each of the two left out stays in the residual. At τ = 1 the rows of both together lose
+        at most √2 times the cut that the rule makes for all of them (``thm-rank``).
+        """
         if not isinstance(other, Basis):
             raise TypeError(f"a basis merges with a basis, got {type(other).__name__}")
         joint = RowSpace()
@@ -124,8 +136,10 @@ class Basis(Projector):
         joint.add(other.weighted_rows())
         if not joint.count:
             return self
-        coarser = max(self.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        return joint.basis(dtype=coarser)
+        basis = joint.basis(dtype=coarsest([self.dtype, other.dtype]))
+        left_out = torch.stack([self._residuals(), other._residuals()], dim=-1)
+        values = torch.cat([basis.singular_values, left_out], dim=-1)
+        return replace(basis, singular_values=values)
 
     def drift_bound(self, move: Float[Tensor, "*groups d_out d_in"]) -> float:
         """Bound on the change of the layer's outputs on these inputs, ``‖ΔW R‖_F`` (``thm-drift``).
@@ -137,9 +151,12 @@ class Basis(Projector):
         return float((norms * self._residuals()).norm())
 
     def _residuals(self) -> Float[Tensor, "*groups"]:
-        left_out = ~_first(self.ranks, self.singular_values)
-        norms: Tensor = (self.singular_values * left_out).norm(dim=-1)
+        norms: Tensor = self._left_out().norm(dim=-1)
         return norms
+
+    def _left_out(self) -> Float[Tensor, "*groups values"]:
+        """The singular values with zeros for those of the directions that are kept."""
+        return self.singular_values * ~_first(self.ranks, self.singular_values)
 
     def project(
         self, matrix: Float[Tensor, "*groups rows d_in"]
@@ -163,7 +180,8 @@ class RowSpace(Space):
     Memory stays at one ``d_in x d_in`` matrix however many rows are added. Double-precision rows
     are reduced by QR factorizations, which keep their condition number. Rows of lower precision
     are reduced to a float64 Gram matrix, which is cheaper and squares the condition number: it
-    resolves singular values down to about 1e-8 of the largest, far below the rank cut for float32.
+    resolves singular values down to about 1e-8 of the rows' norm, a tenth of the rank cut for
+    float32 or less.
     """
 
     def __init__(self) -> None:
@@ -174,7 +192,10 @@ class RowSpace(Space):
 
     def add(self, rows: Float[Tensor, "*groups rows d_in"]) -> None:
         """Take in more rows; they are copied or reduced, never kept by reference to a graph."""
-        self._dtype = rows.dtype
+        dtype = coarsest([self._dtype, rows.dtype])
+        if self._reduced is not None and self._exact() and dtype != self._dtype:
+            self._reduced = self._reduced.mT @ self._reduced
+        self._dtype = dtype
         self.count += rows.shape[-2]
         self._pending.append(rows.detach().double())
         if sum(pending.shape[-2] for pending in self._pending) > rows.shape[-1]:
@@ -199,25 +220,25 @@ class RowSpace(Space):
             raise ValueError("no rows were added: a basis needs at least one input row")
         values, vectors = self._decompose()
         known = self._dtype if dtype is None else dtype
-        ranks = numerical_rank(values, (self.count, vectors.shape[-2]), known)
+        ranks = numerical_rank(values, vectors.shape[-2], known)
         if tau < 1.0:
             ranks = torch.minimum(ranks, energy_rank(values, tau))
         kept = vectors[..., : int(ranks.max())]
         return Basis(kept * _first(ranks, kept[..., 0, :])[..., None, :], values, ranks, known)
 
-    def basis_if_full(self, count: int, energy: float) -> Basis | None:
-        """The basis of all directions, if these rows show that ``count`` rows have full rank.
+    def basis_if_full(self, energy: float) -> Basis | None:
+        """The basis of all directions, if these rows show that all rows have full rank.
 
-        Rows only add to a space: the smallest singular value does not fall when more come, and the
-        largest is at most the root of their ``energy``, their squared Frobenius norm. So it is
-        safe to stop reading if the smallest exceeds what the rank rule would cut (``thm-rank``).
+        ``energy`` is the squared Frobenius norm of all rows, which decides the cut. Rows only add
+        to a space: the smallest singular value does not fall when more come. So it is safe to stop
+        reading if it exceeds that cut (``thm-rank``).
 
         The singular values of the basis are this upper bound: nobody has computed them.
         """
         gram = self.gram()
         d_in = gram.shape[-1]
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        cut = (max(count, d_in) * _resolution(self._dtype)) ** 2 * energy
+        cut = _relative_cut(d_in, self._dtype) ** 2 * energy
         rounding = d_in * torch.finfo(torch.float64).eps * diagonal.sum(-1, keepdim=True)
         # A Cholesky factor of G - c exists just if no eigenvalue of G is as small as c.
         diagonal -= cut + rounding
@@ -241,7 +262,7 @@ class RowSpace(Space):
         rows = torch.cat(self._pending, dim=-2)
         gram = rows @ rows.mT
         total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        smallest = max(1e-6, (max(rows.shape[-2:]) * _resolution(self._dtype)) ** 2)
+        smallest = max(1e-6, _relative_cut(rows.shape[-1], self._dtype) ** 2)
         shifted = gram - (smallest * total)[..., None, None] * torch.eye(gram.shape[-1]).to(gram)
         if bool(torch.linalg.cholesky_ex(shifted).info.any()):
             return None
@@ -298,8 +319,9 @@ class RowSpace(Space):
         rows = torch.cat(self._pending, dim=-2)
         self._pending = []
         if self._exact():
-            stacked = rows if self._reduced is None else torch.cat([self._reduced, rows], dim=-2)
-            self._reduced = torch.linalg.qr(stacked, mode="r").R
+            factor = _triangle(rows)
+            both = factor if self._reduced is None else torch.cat([self._reduced, factor], dim=-2)
+            self._reduced = torch.linalg.qr(both, mode="r").R
         else:
             gram = rows.mT @ rows
             self._reduced = gram if self._reduced is None else self._reduced + gram
@@ -318,22 +340,38 @@ class RowSpace(Space):
 
 
 def numerical_rank(
-    singular_values: Float[Tensor, "*groups values"], shape: tuple[int, int], dtype: torch.dtype
+    singular_values: Float[Tensor, "*groups values"], d_in: int, dtype: torch.dtype
 ) -> Int[Tensor, "*groups"]:
-    """How many singular values exceed ``max(shape) * eps(dtype) * largest`` (``thm-rank``).
+    """How many singular values exceed the cut, strictly: a zero matrix has rank 0 (``thm-rank``).
 
-    Group by group, and strictly: a zero matrix has rank 0. ``dtype`` is that of the inputs, not of
-    the values: rounding of the inputs is what a smaller singular value cannot be told from. Half
-    precision inputs are cut like float32: their stored values are exact there, and their own eps
-    would cut everything.
+    Group by group; see `rank_cut` for the arguments.
     """
-    cut = max(shape) * _resolution(dtype) * singular_values.amax(dim=-1, keepdim=True)
-    return (singular_values > cut).sum(dim=-1)
+    cut = rank_cut(singular_values, d_in, dtype)
+    return (singular_values > cut[..., None]).sum(dim=-1)
 
 
-def _resolution(dtype: torch.dtype) -> float:
-    """Rounding of inputs of this type, relative to their size, as the rank rule counts it."""
-    return torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
+def rank_cut(
+    singular_values: Float[Tensor, "*groups values"], d_in: int, dtype: torch.dtype
+) -> Float[Tensor, "*groups"]:
+    """Up to which singular value a direction is free: ``c = √d_in · eps · ‖R‖_F`` (``thm-rank``).
+
+    A move ``ΔW`` along free directions changes the layer's outputs by at most ``‖ΔW‖_F c``. The
+    layer rounds them by ``λ ‖W‖_F c`` anyway: an output is a sum of ``d_in`` products. So c does
+    not depend on how many rows there are.
+
+    Args:
+        singular_values: all of them, of the rows R of each group.
+        d_in: length of a row, the 1 for the bias included.
+        dtype: of the rows, in which the layer computes. Half precision is summed in float32, whose
+            eps counts. Below 4 · eps · ‖R‖_F float64 resolves nothing, so nothing less is a cut.
+    """
+    norms: Tensor = singular_values.norm(dim=-1)
+    return _relative_cut(d_in, dtype) * norms
+
+
+def _relative_cut(d_in: int, dtype: torch.dtype) -> float:
+    """The cut as a share of the rows' norm."""
+    return max(sum_rounding(dtype, d_in), 4 * torch.finfo(torch.float64).eps)
 
 
 def energy_rank(
@@ -352,6 +390,15 @@ def energy_rank(
 def _first(counts: Tensor, like: Tensor) -> Tensor:
     """Marks the first ``counts`` entries along the last axis of ``like``, group by group."""
     return torch.arange(like.shape[-1], device=like.device) < counts[..., None]
+
+
+def _triangle(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*groups fewer d_in"]:
+    """R of a QR factorization, by halves: its rounding does not grow with the number of rows."""
+    count, d_in = rows.shape[-2:]
+    if count > max(64, 2 * d_in):
+        rows = torch.cat([_triangle(half) for half in rows.tensor_split(2, dim=-2)], dim=-2)
+    triangle: Tensor = torch.linalg.qr(rows, mode="r").R
+    return triangle
 
 
 def _singular_from_gram(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,8 +50,9 @@ class TiedBasis(Projector):
     def residual(self) -> float:
         return math.hypot(self.own.residual, self.other.residual)
 
-    def rounding(self, rows: int, eps: float) -> float:
-        return math.hypot(self.own.rounding(rows, eps), self.other.rounding(rows, eps))
+    @property
+    def cut_off(self) -> float:
+        return math.hypot(self.own.cut_off, self.other.cut_off)
 
     def project(self, matrix: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         return self.other.project(self.own.project(matrix).mT).mT

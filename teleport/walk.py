@@ -32,7 +32,15 @@ from teleport.objective import (
     trainable,
 )
 from teleport.parallel import in_parallel, worth_threads
-from teleport.precision import PRECISIONS, at_least_single, coarsest, is_half, scaled, unit_scale
+from teleport.precision import (
+    PRECISIONS,
+    at_least_single,
+    coarsest,
+    is_half,
+    scaled,
+    sum_rounding,
+    unit_scale,
+)
 from teleport.subspace import Projector, RowSpace, Space
 from teleport.tangent import (
     Direction,
@@ -187,11 +195,12 @@ class Walk(ABC):
     def rounding(self, bases: Mapping[Block, Projector]) -> float:
         """How far the loss may move at τ = 1, to first order in the cotangents δ.
 
-        An output is a sum of d products; with probability 1 - 7e-4 its rounding error is at most
-        2 √d eps ‖w‖ ‖x‖ (Higham and Mary 2019, λ = 4), before the move and after it; half precision
-        rounds once, after summing in float32, and its weights to as much. The error reaches
-        the loss through δ; outputs of one row add in quadrature, rows may share their errors. What
-        the rank rule may cut off (`Basis.residual`) is not in the basis, and ΔW acts on it.
+        Both parts are those of ``thm-rank``, in the one unit of the rank rule, `sum_rounding`. An
+        output is a sum of d products; with probability 1 - 7e-4 its rounding error is at most
+        2 √d eps ‖w‖ ‖x‖ (λ = 4), before the move and after it; half precision rounds once more,
+        after summing in float32, and its weights to as much. The error reaches the loss through δ;
+        outputs of one row add in quadrature, rows may share their errors. On what the rank rule
+        cuts off ΔW acts, by at most ‖ΔW‖_F `Projector.cut_off`.
         """
         with self.ranks.together():
             total = self._first_order_rounding(bases)
@@ -202,12 +211,10 @@ class Walk(ABC):
         for tape, share in self._tapes():
             total += share * sum(self._call_rounding(call) for call in tape.calls)
             for block in [b for b in tape.blocks if b in bases]:  # in order: it decides rounding
-                calls = [call for call in tape.calls_of(block) if call.delta is not None]
-                eps = max((torch.finfo(call.z.dtype).eps for call in calls), default=0.0)
-                left = bases[block].rounding(tape.row_count(block), eps)
-                deltas = (at_least_single(c.delta) for c in calls if c.delta is not None)
-                norms = [float(delta.norm()) for delta in deltas]
-                total += share * math.hypot(*norms) * self.move_norm(block) * left
+                deltas = (c.delta for c in tape.calls_of(block) if c.delta is not None)
+                norms = [float(at_least_single(delta).norm()) for delta in deltas]
+                drift = self.move_norm(block) * bases[block].cut_off
+                total += share * math.hypot(*norms) * drift
             del tape
         return total
 
@@ -215,14 +222,14 @@ class Walk(ABC):
         """The rounding errors of one call's outputs, before the move and after it."""
         if call.delta is None:
             return 0.0
-        part, block, eps = call.part, call.block, torch.finfo(call.z.dtype).eps
+        part, block, dtype = call.part, call.block, call.z.dtype
         ends = [self._start_of(block), self.position.get(block, self._start_of(block))]
         norms = (map(at_least_single, pieces[: len(part.slots)]) for pieces in ends)
         weights = torch.hypot(*(part.out_norms(tuple(pieces)) for pieces in norms))
         deltas = at_least_single(part.out_rows(call.delta)) * weights[..., None, :]
         errors = deltas.norm(dim=-1) * part.row_norms(at_least_single(call.x.detach()))
-        terms = part.matrix_shape[-1] if eps < 1e-4 else 1  # half precision sums in float32
-        return 2 * eps * math.sqrt(terms) * float(errors.sum())
+        unit = max(sum_rounding(dtype, part.matrix_shape[-1]), torch.finfo(dtype).eps)
+        return 2 * unit * float(errors.sum())
 
     def _start_of(self, block: Block) -> Pieces:
         return self._start.get(block) or block.part.pieces()
@@ -315,7 +322,7 @@ class FrozenWalk(Walk):
             for some in call.part.chunks(call.x.detach(), rows=max(1024, enough)):
                 space.add(call.part.rows(some))
                 if space.count >= min(enough, count):
-                    if (full := space.basis_if_full(count, energy)) is not None:
+                    if (full := space.basis_if_full(energy)) is not None:
                         return full
                     enough = 4 * space.count
         return space.basis()

@@ -91,7 +91,7 @@ def library_merged(batches):
 
 def library_rank(matrix):
     values = torch.linalg.svdvals(matrix)
-    return int(numerical_rank(values, tuple(matrix.shape), matrix.dtype))
+    return int(numerical_rank(values, matrix.shape[1], matrix.dtype))
 
 
 def chain(weights):

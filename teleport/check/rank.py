@@ -1,5 +1,6 @@
 """Chapter 2: what rank means in floating point, and bases for a share of the energy."""
 
+import math
 from typing import Any
 
 import torch
@@ -13,13 +14,35 @@ from teleport.check.engine import Case, Check, Mistake, Property
 TAUS = (0.9, 0.5, 0.99)
 
 
+def _cut_at(matrix: Tensor, share: float, of: Any = torch.linalg.matrix_norm) -> int:
+    return int((torch.linalg.svdvals(matrix.double()) > share * of(matrix.double())).sum())
+
+
+def _eps(matrix: Tensor) -> float:
+    eps: float = torch.finfo(matrix.dtype).eps
+    return eps
+
+
+def _root(matrix: Tensor) -> float:
+    return math.sqrt(matrix.shape[1])
+
+
 def _rank(matrix: Tensor) -> int:
-    return reference.equation_3(matrix, 1.0)
+    return _cut_at(matrix, _root(matrix) * _eps(matrix))
 
 
-def _cut(matrix: Tensor, cut: float, strict: bool = True) -> int:
-    values = torch.linalg.svdvals(matrix)
-    return int((values > cut * values[0] if strict else values >= cut * values[0]).sum())
+def _largest(matrix: Tensor) -> Tensor:
+    largest: Tensor = torch.linalg.svdvals(matrix)[0]
+    return largest
+
+
+def _one(matrix: Tensor) -> Tensor:
+    return matrix.new_ones(())
+
+
+def _not_strict(matrix: Tensor) -> int:
+    cut = _root(matrix) * _eps(matrix) * matrix.norm()
+    return int((torch.linalg.svdvals(matrix) >= cut).sum())
 
 
 def _cumulated(matrix: Tensor) -> int:
@@ -29,13 +52,15 @@ def _cumulated(matrix: Tensor) -> int:
 
 
 def _rank_case(draw: Draw) -> Case:
+    """No value is between the cut of the rule and what double precision resolves."""
     dtype = draw.choice(torch.float32, torch.float64)
-    rows, columns = draw.choice((2, 2), (3, 3), (2, 4), (4, 4))
+    rows, columns = draw.choice((2, 2), (3, 3), (2, 4), (4, 4), (32, 2))
     eps = torch.finfo(dtype).eps
+    fine = 2.5 if dtype == torch.float32 else 20.0
     matrix = torch.zeros(rows, columns, dtype=dtype)
     matrix[0, 0] = largest = draw.choice(1.0, 1024.0, 0.0)
     for place in range(1, min(rows, columns)):
-        share = draw.choice(0.0, 1.0, 2.5 * eps, 2.0**-30, 2.0**-15, 2.0**-60)
+        share = draw.choice(0.0, 1.0, 1.25 * eps, fine * eps, 20.0 * eps, 2.0**-30, 2.0**-60)
         matrix[place, place] = largest * share
     return {"matrix": matrix}
 
@@ -49,40 +74,51 @@ rank = Check(
     properties=[
         Property(
             "thm-rank",
-            "The rank is the number of singular values strictly above "
-            "max(n, d) · eps(dtype) · largest.",
+            "The rank is the number of singular values strictly above √d · eps · ‖matrix‖_F.",
         )
     ],
     mistakes=[
         Mistake(
             "Rounding is never exactly 0: count the singular values above a cut, not above 0.",
-            lambda m: _cut(m, 0.0),
+            lambda m: _cut_at(m, 0.0),
         ),
         Mistake(
             "The cut is that of float64, whatever the dtype of the matrix: take eps of its dtype.",
-            lambda m: _cut(m, max(m.shape) * torch.finfo(torch.float64).eps),
+            lambda m: _cut_at(m, _root(m) * torch.finfo(torch.float64).eps),
         ),
         Mistake(
             "The cut is that of float32, whatever the dtype of the matrix: take eps of its dtype.",
-            lambda m: _cut(m, max(m.shape) * torch.finfo(torch.float32).eps),
+            lambda m: _cut_at(m, _root(m) * torch.finfo(torch.float32).eps),
         ),
         Mistake(
-            "The factor max(n, d) is missing in the cut.",
-            lambda m: _cut(m, torch.finfo(m.dtype).eps),
+            "The factor √d is missing in the cut.",
+            lambda m: _cut_at(m, _eps(m)),
         ),
         Mistake(
-            "The cut has the larger side of the matrix as a factor, not the smaller.",
-            lambda m: _cut(m, min(m.shape) * torch.finfo(m.dtype).eps),
+            "max(n, d) · largest is another rule: its cut grows with the samples, and a batch that "
+            "is repeated has another rank.",
+            lambda m: _cut_at(m, max(m.shape) * _eps(m), _largest),
+        ),
+        Mistake(
+            "The factor is the *root* of d: rounding errors have random signs.",
+            lambda m: _cut_at(m, m.shape[1] * _eps(m)),
+        ),
+        Mistake(
+            "d is the number of inputs, the columns; the number of samples does not count.",
+            lambda m: _cut_at(m, len(m) ** 0.5 * _eps(m)),
+        ),
+        Mistake(
+            "The cut is a share of the Frobenius norm, not of the largest singular value: the "
+            "layer rounds with all of its inputs.",
+            lambda m: _cut_at(m, _root(m) * _eps(m), _largest),
         ),
         Mistake(
             "The comparison must be strict (>): in a zero matrix every value equals the cut.",
-            lambda m: _cut(m, max(m.shape) * torch.finfo(m.dtype).eps, strict=False),
+            _not_strict,
         ),
         Mistake(
-            "The cut is relative: it is a share of the largest singular value.",
-            lambda m: int(
-                (torch.linalg.svdvals(m) > max(m.shape) * torch.finfo(m.dtype).eps).sum()
-            ),
+            "The cut is relative: it is a share of the norm of the matrix.",
+            lambda m: _cut_at(m, _root(m) * _eps(m), _one),
         ),
         Mistake(
             "A cumulated sum that reaches its total is no rank: small values vanish beside large "

@@ -39,7 +39,7 @@ def level_set_step(gradient, ascent, eta, drift):
 def rank(matrix):
     """thm-rank take eps of its dtype"""
     values = torch.linalg.svdvals(matrix)
-    return int((values > max(matrix.shape) * 2.0**-52 * values[0]).sum())
+    return int((values > matrix.shape[1] ** 0.5 * 2.0**-52 * values.norm()).sum())
 
 
 def energy_rank(values, tau):
