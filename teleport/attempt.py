@@ -32,6 +32,9 @@ DEFAULT_MAX_DRIFT = 0.01
 """Relative loss change allowed at tau < 1, where the level set is left by design, and at most at
 tau = 1, where only rounding moves the loss."""
 
+MISSED = 0.01
+"""How far, as a share, the gradient norm may be from what frozen activations said it would be."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -59,6 +62,11 @@ _NO_LAYER = (
 _FIXED = (
     "nothing can move: in every layer with a null space the inputs do not change with the "
     "parameters, or only within their own span"
+)
+
+_UNFROZEN = (
+    " (searched on the model itself: the move is so large beside the weights that, in this "
+    "precision, activations move along directions that hold a little energy)"
 )
 
 _OVERFLOW = (
@@ -105,13 +113,14 @@ class Attempt:
         self.step_sizes: list[float] = []
         self.held_out_seconds = 0.0
         self.fallback = ""
+        self.unfrozen = False
 
     def run(self) -> TeleportReport:
         """Walk, check and tell; a report with steps and without ``rolled_back`` is to be kept.
 
         It can be run again: each run begins at the model as it is.
         """
-        self.bases, self.step_sizes, self.fallback = {}, [], ""
+        self.bases, self.step_sizes, self.fallback, self.unfrozen = {}, [], "", False
         self.walk = self._start_walk()
         before = self._measure_start()
         self.bases = self._make_bases()
@@ -119,7 +128,10 @@ class Attempt:
         try:
             finite = math.isfinite(before.norm)
             reason = self._ascend(math.sqrt(self.walk.norm_squared())) if finite else _OVERFLOW
-            after = self._arrive(before)
+            after, missed = self._arrive(before)
+            if missed:
+                reason = self._ascend_unfrozen()
+                after, _ = self._arrive(before)
             tolerance = self._tolerance(before)
             failure = self._failure(before, after, tolerance) if self.step_sizes else ""
         except NonFiniteLossError:
@@ -141,12 +153,27 @@ class Attempt:
             norm=self.metric.name,
         )
 
-    def _arrive(self, before: _Outcome) -> _Outcome:
-        """Go where the walk ended."""
+    def _arrive(self, before: _Outcome) -> tuple[_Outcome, bool]:
+        """Go where the walk ended; whether the gradient norm there is another than it said.
+
+        A direction that is free by the rank rule holds energy up to its cut. A move many times as
+        large as the weights changes what it reaches by as many times the rounding (``thm-rank``).
+        """
         if not self.step_sizes:
-            return before
+            return before, False
+        said = math.sqrt(self.walk.norm_squared())
         self.walk.write()
-        return self._measure_end()
+        after = self._measure_end()
+        frozen = isinstance(self.walk, FrozenWalk) and self.walk.precision == self.walk.dtype
+        return after, frozen and abs(after.norm - said) > MISSED * said
+
+    def _ascend_unfrozen(self) -> str:
+        """Walk again from the start, on a walk that runs the model wherever it looks."""
+        self.walk.write_start()
+        del self.walk  # before the next one is made: memory is that of one
+        self.walk, self.unfrozen = self._streamed_walk(), True
+        self.bases, self.step_sizes = self._make_bases(), []
+        return self._ascend(math.sqrt(self.walk.norm_squared()))
 
     def _measure_start(self) -> _Outcome:
         if self.walk.precision != self.walk.dtype:
@@ -185,8 +212,13 @@ class Attempt:
         model, sites, metric = self.settings.model, self.settings.coverage.sites, self.metric
         if self.settings.tau == 1.0 and len(self.closures) == 1 and self.ranks.size == 1:
             return FrozenWalk(model, sites, self.closures[0], metric)
-        movable = self.settings.movable
-        return StreamedWalk(model, sites, self.closures, movable, self.ranks, metric)
+        return self._streamed_walk()
+
+    def _streamed_walk(self) -> Walk:
+        s = self.settings
+        return StreamedWalk(
+            s.model, s.coverage.sites, self.closures, s.movable, self.ranks, self.metric
+        )
 
     def _held_out_loss(self) -> float | None:
         if self.held_out is None:
@@ -269,7 +301,8 @@ class Attempt:
         return self.walk.double_backward_direction(room)
 
     def _notes(self) -> str:
-        return f" (directions by double backward: {self.fallback})" if self.fallback else ""
+        note = f" (directions by double backward: {self.fallback})" if self.fallback else ""
+        return note + _UNFROZEN * self.unfrozen
 
     def _limit(self, start: float) -> float:
         """The gradient norm the walk must not exceed."""

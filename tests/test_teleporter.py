@@ -19,6 +19,7 @@ from teleport.objective import grad_norm, trainable
 from teleport.subspace import Basis, RowSpace
 from teleport.tangent import step_to_norm
 from tests.networks import GRAPHS, Task, task, without_dropout
+from tests.own_models import CLASSES, UNet, batch_norm
 from tests.strategies import (
     BENDS,
     NEVER_DEAD,
@@ -173,6 +174,18 @@ def test_the_growth_is_reached_where_free_directions_hold_a_little_energy(
     _, end = grad_norm(closure, trainable(model))
     assert end == pytest.approx(report.grad_norm_after, rel=1e-4)
     assert report.drift <= report.tolerance
+
+
+@pytest.mark.parametrize(("dtype", "searched"), [(torch.float32, True), (torch.float64, False)])
+def test_a_search_on_the_model_itself_is_named(dtype: torch.dtype, searched: bool) -> None:
+    """The move is a thousand times the weights: single precision rounds it by what is seen."""
+    torch.manual_seed(0)
+    model = UNet(batch_norm).eval().to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(2, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
+    y = (CLASSES * x.mean(1)).long()
+    report = Teleporter(model, growth=1e3).step(lambda: functional.cross_entropy(model(x), y))
+    assert ("searched on the model itself" in report.reason) == searched
 
 
 @pytest.mark.verifies("thm-invariance")
