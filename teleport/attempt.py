@@ -65,8 +65,8 @@ _FIXED = (
 )
 
 _UNFROZEN = (
-    " (searched on the model itself: the move is so large beside the weights that, in this "
-    "precision, activations move along directions that hold a little energy)"
+    " (searched on the model itself: its gradient grows otherwise than with frozen activations. "
+    "The move is so large that rounding counts, or a weight takes part past its layer)"
 )
 
 _OVERFLOW = (
@@ -158,6 +158,7 @@ class Attempt:
 
         A direction that is free by the rank rule holds energy up to its cut. A move many times as
         large as the weights changes what it reaches by as many times the rounding (``thm-rank``).
+        And a weight of which a view was made beforehand has no tangent, so that the slope is wrong.
         """
         if not self.step_sizes:
             return before, False
@@ -165,7 +166,10 @@ class Attempt:
         self.walk.write()
         after = self._measure_end()
         frozen = isinstance(self.walk, FrozenWalk) and self.walk.precision == self.walk.dtype
-        return after, frozen and abs(after.norm - said) > MISSED * said
+        by_growth = self.settings.lr is None and len(self.step_sizes) == self.settings.steps
+        wanted = self._limit(before.norm) if by_growth else said
+        off = max(abs(after.norm - norm) / norm for norm in (said, wanted))
+        return after, frozen and off > MISSED
 
     def _ascend_unfrozen(self) -> str:
         """Walk again from the start, on a walk that runs the model wherever it looks."""

@@ -27,7 +27,7 @@ from torch.utils import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from teleport.coverage import Block, Site, Use
-from teleport.errors import ClosureError, NonFiniteLossError
+from teleport.errors import ClosureError, NonFiniteInputError, NonFiniteLossError
 from teleport.layers import Part, Pieces
 from teleport.precision import as_computed, at_least_single, coarsest, uncached_casts
 from teleport.subspace import Space
@@ -330,11 +330,7 @@ def watch(
             z = use.part.compute(x)
             if x.numel():
                 if not bool(x.isfinite().all()):
-                    raise ClosureError(
-                        f"the input of layer {use.block.name!r} is NaN or infinite: the space of "
-                        "such inputs is not known. Check the data, and the weights of the layers "
-                        "before"
-                    )
+                    raise NonFiniteInputError(use.block.name)
                 see(use, as_computed(x.detach(), z))
         return z
 

@@ -1,6 +1,7 @@
 """Which layers of a model teleportation covers, and why it leaves the others alone."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from teleport.errors import UnsupportedModelError
+from teleport.errors import NonFiniteInputError, UnsupportedModelError
 from teleport.layers import RULES, LayerRule, Part, Slot, rule_for
 from teleport.subspace import Projector, Space
 from teleport.tied import TiedSpace
@@ -63,8 +64,17 @@ class Block:
         for part, side in sides:
             if side.count == 0:
                 part.collect_none(side)
-        basis: Projector = space.basis(tau)
+        with self.named_in_errors():
+            basis: Projector = space.basis(tau)
         return basis
+
+    @contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Where inputs turn out not to be finite, say whose."""
+        try:
+            yield
+        except NonFiniteInputError:
+            raise NonFiniteInputError(self.name) from None
 
 
 @dataclass(eq=False, frozen=True)

@@ -13,6 +13,16 @@ class NonFiniteLossError(ClosureError):
     """The closure returned NaN or an infinite loss."""
 
 
+class NonFiniteInputError(ClosureError):
+    """The inputs of a layer are NaN or infinite, so that they span no known space."""
+
+    def __init__(self, layer: str = "") -> None:
+        super().__init__(
+            f"the input of layer {layer!r} is NaN or infinite: the space of such inputs is not "
+            "known. Check the data, and the weights of the layers before"
+        )
+
+
 class UnsupportedModelError(TeleportError):
     """The model has no layer that teleportation could move, or one that no bound is known for."""
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from teleport.errors import NonFiniteInputError
 from teleport.precision import coarsest, sum_rounding
 
 
@@ -213,6 +214,7 @@ class RowSpace(Space):
 
         Raises:
             ValueError: if ``tau`` is outside (0, 1], or no rows were added.
+            NonFiniteInputError: if a row is NaN or infinite.
         """
         if not 0.0 < tau <= 1.0:
             raise ValueError(f"tau must be in (0, 1], got {tau}; 1 keeps the whole input space")
@@ -332,6 +334,8 @@ class RowSpace(Space):
             self._reduce()
         if self._exact():
             rows = torch.cat(self._pending, dim=-2) if self._reduced is None else self._reduced
+            if not bool(rows.isfinite().all()):
+                raise NonFiniteInputError
             _, values, transposed = torch.linalg.svd(rows, full_matrices=False)
             return values, transposed.mT
         if self._reduced is not None:
@@ -402,6 +406,8 @@ def _triangle(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*group
 
 
 def _singular_from_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
+    if not bool(gram.diagonal(dim1=-2, dim2=-1).isfinite().all()):
+        raise NonFiniteInputError
     values, vectors = torch.linalg.eigh(gram)
     return values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
 

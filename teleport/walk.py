@@ -292,11 +292,12 @@ class FrozenWalk(Walk):
             same_rows.setdefault(tape.rows_key(block), []).append(block)
 
         def basis(block: Block) -> Projector:
-            if tau == 1.0 and block.other is None:
-                return self._basis(block)
-            space = block.space()
-            tape.collect(block, space)
-            return block.basis(space, tau)
+            with block.named_in_errors():
+                if tau == 1.0 and block.other is None:
+                    return self._basis(block)
+                space = block.space()
+                tape.collect(block, space)
+                return block.basis(space, tau)
 
         first = [sharing[0] for sharing in same_rows.values()]
         if parallel is None:
