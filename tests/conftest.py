@@ -1,6 +1,7 @@
 """Hypothesis profiles, a torch that uses one thread and known seeds, and the theorem ledger."""
 
 import functools
+import importlib
 import os
 import random
 from collections import Counter
@@ -9,7 +10,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from beartype import beartype
 from hypothesis import HealthCheck, settings
 
 COMMON = {
@@ -22,14 +22,9 @@ settings.register_profile("local", **COMMON)
 settings.register_profile("ci", derandomize=True, **COMMON)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
 
-# beartype draws the item of a list that it checks: from a generator that no test looks at.
+# beartype draws which item of a list it checks: from a generator that no test looks at.
 _shared, random.getrandbits = random.getrandbits, random.Random(0).getrandbits
-
-
-@beartype
-def _bound_now(items: list[int]) -> None: ...
-
-
+importlib.import_module("beartype.door")
 random.getrandbits = _shared
 
 torch.set_num_threads(1)

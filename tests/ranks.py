@@ -21,12 +21,13 @@ from teleport import Teleporter, TeleportReport, null_space, supported, teleport
 from teleport.subspace import Basis, RowSpace
 from teleport.transaction import Transaction
 from tests.fingerprint import all_but_weights, fingerprint
+from tests.waiting import HANG
 
 Closure = Callable[[], Tensor]
 Found = dict[str, Any]
 
 SIZE = 2
-RANKS_WAIT = timedelta(seconds=60)
+RANKS_WAIT = timedelta(seconds=HANG)
 
 
 class Sequences(nn.Module):

@@ -19,8 +19,9 @@ from torch import nn
 import teleport
 from teleport import check
 from teleport.baselines import Bend, group_action
+from teleport.check import engine
 from teleport.check.answers import alike
-from teleport.check.engine import CASES, _attempt, _diagnosis, _search
+from teleport.check.engine import BUDGET, CASES, _attempt, _diagnosis, _search
 from teleport.check.grading import grade
 from teleport.check.guard import LONGEST, Bounded, TimeUp, Watch, run_within
 from teleport.check.literal import literal
@@ -33,11 +34,18 @@ from teleport.layers import rule_for
 from teleport.objective import ascent_double_backward
 from teleport.subspace import Basis, RowSpace, energy_rank, numerical_rank
 from tests.submissions import WRONG, functions_of
+from tests.waiting import HANG
 
 # beartype checks lists at random places; that is no part of any case.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
 
 CHAPTERS = Path(__file__).parents[1] / "chapters"
+
+
+@pytest.fixture(autouse=True)
+def _unhurried(monkeypatch):
+    """How many cases are tried is not to depend on what else the machine does."""
+    monkeypatch.setattr(engine, "BUDGET", HANG)
 
 
 # The library against the same checks.
@@ -183,9 +191,9 @@ def test_the_library_passes_the_checks_of_the_learners(name, fn):
 @pytest.mark.parametrize("name", check.CHECKS)
 def test_right_answers_pass_in_time(name):
     one = check.CHECKS[name]
-    start = time.monotonic()
+    start = time.process_time()
     verdict = one(one.answer, quiet=True)
-    assert time.monotonic() - start < 5.0
+    assert time.process_time() - start < BUDGET
     assert verdict.passed, str(verdict)
     assert (verdict.cases == CASES) or name in ("causal_tokens", "polynomial_degree")
     assert verdict.theorem.startswith(("thm-", "eq-"))
@@ -325,9 +333,8 @@ def test_whatever_a_function_does_the_answer_is_kind(case):
 
 
 def test_an_endless_loop_is_ended_even_if_it_catches_everything():
-    start = time.process_time()
     verdict = check.projection(forever, quiet=True)
-    assert time.process_time() - start < 5.0
+    assert verdict.cases == 1
     assert verdict.got == "no answer after 3 s"
     assert "loop" in verdict.hint
     assert "gradient = torch.tensor" in verdict.counterexample
@@ -372,20 +379,21 @@ def test_on_a_busy_machine_a_slow_call_is_no_loop(monkeypatch):
 
 
 def test_outside_the_main_thread_a_loop_is_left_behind():
-    seen = []
+    seen, forever = [], threading.Event()
 
     def work():
         try:
-            run_within(0.1, lambda: time.sleep(3))
+            run_within(0.1, forever.wait)
         except TimeUp:
             seen.append("time up")
-        seen.append(run_within(1.0, lambda: 7))
+        seen.append(run_within(HANG, lambda: 7))
         with pytest.raises(ZeroDivisionError):
-            run_within(1.0, lambda: 1 / 0)
+            run_within(HANG, lambda: 1 / 0)
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join(2.0)
+    thread.join(HANG)
+    forever.set()
     assert seen == ["time up", 7]
 
 
@@ -530,7 +538,7 @@ def weight_gradient(delta, rows):
 def test_every_exercise_of_an_unruly_file_is_graded_on_its_own(tmp_path):
     path = tmp_path / "unruly.py"
     path.write_text(UNRULY)
-    grades = grade(path, time_limit=4.0)
+    grades = grade(path)
     found = {exercise.name: exercise for exercise in grades.exercises}
     assert (grades.points, grades.possible, grades.passed) == (1.0, 7.0, False)
     assert found["weight_gradient"].passed
@@ -542,7 +550,7 @@ def test_every_exercise_of_an_unruly_file_is_graded_on_its_own(tmp_path):
     assert "line 3: ModuleNotFoundError" in found["rank"].reason
     assert "FileNotFoundError" in found["basis"].verdicts[0].got
     assert found["held_out_drift"].reason == "it ended the process (exit code 3)"
-    assert found["drift_bound"].reason == "no end after 4 seconds"
+    assert found["drift_bound"].reason == "no end after 10 seconds"
     assert [path.name for path in tmp_path.iterdir()] == ["unruly.py"]
 
 

@@ -1,7 +1,6 @@
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -27,6 +26,7 @@ from teleport.registry import EXPERIMENTS
 from teleport.run import Cell, run_arms
 from teleport.schedule import Schedule
 from teleport.training import Training
+from tests.waiting import HANG, wait_for
 
 EARLY = TeleportSettings(schedule=Schedule(warmup_steps=20), batch_size=100, held_out_size=100)
 TINY = Settings(preset="tiny", teleport=EARLY)
@@ -209,6 +209,12 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
         new_folder("x", tmp_path / "file" / "below")
 
 
+def evaluations(folder: Path) -> int:
+    """Of the run that has come furthest."""
+    records = [path.read_text() for path in folder.glob("*.jsonl")]
+    return max((text.count("evaluation") for text in records), default=0)
+
+
 def test_ctrl_c_leaves_complete_records_and_exit_code_130(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "teleport", "run", "--epochs", "50", "--out", str(out)]
@@ -220,24 +226,15 @@ def test_ctrl_c_leaves_complete_records_and_exit_code_130(tmp_path: Path) -> Non
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        wait_for(lambda: any(p.read_text().count("evaluation") > 1 for p in out.glob("*.jsonl")))
+        wait_for(lambda: process.poll() is not None or evaluations(out) > 1)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=HANG)
     finally:
         process.kill()
     assert process.returncode == 130, stderr.decode()
     assert b"complete" in stderr
     (run,) = read_runs(out)
     assert run.status == "interrupted"
-
-
-def wait_for(condition: object, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():  # type: ignore[operator]
-            return
-        time.sleep(0.05)
-    raise TimeoutError("the run wrote no evaluation")
 
 
 @given(

@@ -27,6 +27,7 @@ from teleport.records import read_run, read_runs
 from teleport.run import Cell, run_arms, run_cell
 from teleport.schedule import Schedule
 from tests.disk import full_disk
+from tests.waiting import HANG, wait_for
 
 TWICE = TeleportSettings(Schedule(epochs=2, batches=2, warmup_steps=3), batch_size=64)
 TINY = Settings("sample-rows", "tiny", "adam", epochs=2, teleport=replace(TWICE, held_out_size=64))
@@ -177,6 +178,11 @@ def test_a_control_on_the_optimizer_goes_on_bit_for_bit(
     assert began == ([29] if control == "optimizer reset" else [10])
 
 
+def written(folder: Path) -> int:
+    """Bytes of all records."""
+    return sum(path.stat().st_size for path in folder.glob("*.jsonl"))
+
+
 def test_kill_9_at_any_moment(tmp_path: Path) -> None:
     """The real thing, by the command line: two arms, killed again and again."""
     options = ["run", "sample-rows", "--preset", "tiny", "--lr", "0.1"]
@@ -190,15 +196,11 @@ def test_kill_9_at_any_moment(tmp_path: Path) -> None:
             [*command, "--out", str(broken)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         if number < 2:
-            deadline = time.monotonic() + 60
-            before = sum(p.stat().st_size for p in broken.glob("*.jsonl"))
-            while process.poll() is None and time.monotonic() < deadline:
-                if sum(p.stat().st_size for p in broken.glob("*.jsonl")) > before:
-                    break
-                time.sleep(0.01)
+            before = written(broken)
+            wait_for(lambda p=process, b=before: p.poll() is not None or written(broken) > b)
             time.sleep(draw.uniform(0.0, 0.3))
             process.send_signal(signal.SIGKILL)
-        ends.append(process.wait(timeout=120))
+        ends.append(process.wait(timeout=HANG))
         if ends[-1] == 0:
             break
     assert ends[-1] == 0

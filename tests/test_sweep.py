@@ -7,8 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from teleport.matrix import blocks, markdown
 from teleport.pool import run_local
 from teleport.records import read_run, read_runs, summarise
 from teleport.sweep import Plan, run_job, total_steps
+from tests.waiting import HANG
 
 TABLE = """
 [small]
@@ -287,19 +287,10 @@ def socket_free() -> Iterator[int]:
     yield port
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return
-        time.sleep(0.05)
-    raise TimeoutError
-
-
 def wait_for_workers(address: str, count: int) -> None:
     distributed = pytest.importorskip("distributed")
-    with distributed.Client(address, timeout=60) as client:
-        client.wait_for_workers(count, timeout=60)
+    with distributed.Client(address, timeout=HANG) as client:
+        client.wait_for_workers(count, timeout=HANG)
 
 
 def test_a_cluster_does_what_one_process_does_though_a_worker_is_killed(

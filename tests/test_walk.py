@@ -2,7 +2,6 @@
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from teleport.teleporter import METHODS
 from teleport.walk import FrozenWalk, StreamedWalk, Walk, _multiplications
 from tests.networks import GRAPHS, Task, task, without_dropout
 from tests.strategies import gradient_norm, seeds
+from tests.waiting import HANG
 
 few = settings(max_examples=6)
 methods = pytest.mark.parametrize("method", METHODS)
@@ -236,10 +236,11 @@ def test_layers_in_parallel_are_layers_in_turn() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        seen = set()
+        seen, meeting = set(), threading.Barrier(3)
 
         def work(n: int) -> tuple[int, int]:
-            time.sleep(0.01)
+            if n < 3 and threading.current_thread() is not threading.main_thread():
+                meeting.wait(HANG)  # for three at once
             seen.add(threading.get_ident())
             return n * n, torch.get_num_threads()
 
