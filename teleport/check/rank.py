@@ -54,13 +54,15 @@ def _cumulated(matrix: Tensor) -> int:
 def _rank_case(draw: Draw) -> Case:
     """No value is between the cut of the rule and what double precision resolves."""
     dtype = draw.choice(torch.float32, torch.float64)
-    rows, columns = draw.choice((2, 2), (3, 3), (2, 4), (4, 4), (32, 2))
+    rows, columns = draw.choice((32, 2), (3, 3), (4, 4), (32, 3), (2, 4))
     eps = torch.finfo(dtype).eps
-    fine = 2.5 if dtype == torch.float32 else 20.0
+    single = dtype == torch.float32
+    near, fine = (2.0, 2.5) if single else (20.0, 20.0)
     matrix = torch.zeros(rows, columns, dtype=dtype)
-    matrix[0, 0] = largest = draw.choice(1.0, 1024.0, 0.0)
+    matrix[0, 0] = largest = draw.choice(1.0, 1024.0, 4.0, 0.0)
     for place in range(1, min(rows, columns)):
-        share = draw.choice(0.0, 1.0, 1.25 * eps, fine * eps, 20.0 * eps, 2.0**-30, 2.0**-60)
+        others = (1.25 * eps, 2.0**-30, 0.0) if place > 1 or columns == 2 else ()
+        share = draw.choice(1.0, near * eps, fine * eps, 20.0 * eps, *others)
         matrix[place, place] = largest * share
     return {"matrix": matrix}
 

@@ -58,7 +58,8 @@ def basis(rows, tau):
 def rows(inputs):
     """- inputs.clone()"""
     inputs *= 2
-    return inputs / 2
+    flat = (inputs / 2).reshape(-1, inputs.shape[-1])
+    return torch.cat([flat, torch.ones_like(flat[:, :1])], dim=1)
 
 
 def weight_gradient(delta, rows):
