@@ -243,17 +243,21 @@ def null_space(
         model: the model.
         closures: each runs the model on some of the data; what it returns does not matter. They
             are taken one at a time, so a generator over a data loader needs the memory of one
-            batch and of one ``d_in x d_in`` matrix per layer. For a model in
-            ``DistributedDataParallel`` every rank gives its own, any number of them.
+            batch and of one ``d_in x d_in`` matrix per layer. One is run again, and must then take
+            the same data, if a module draws random numbers in train mode or if the forward pass
+            needs gradients. For a model in ``DistributedDataParallel`` every rank gives its own,
+            any number of them.
         tau: share of each layer's input energy to keep, in (0, 1].
 
     Returns:
-        The space. Layers the data never reach are free in all directions.
+        The space. Layers the data never reach are free in all directions; those whose weights
+        take part in another way than by their layer are left out, see `NullSpace.frozen`.
 
     Raises:
         ValueError: if ``tau`` is outside (0, 1].
         UnsupportedModelError: if the model has no covered layer.
-        ClosureError: if no closure calls a covered layer.
+            ClosureError: if no closure calls a covered layer, if an input is NaN or infinite, or if
+            what a module computes is random in evaluation mode, too.
     """
     with torch.inference_mode(False):
         survey = _Survey(model)

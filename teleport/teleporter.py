@@ -134,7 +134,8 @@ class Teleporter:
 
         Args:
             closure: returns the scalar loss of the teleport batch; must be deterministic and must
-                not call ``backward``. A list of closures is one large batch in equal parts: its
+                not call ``backward``. Modules that draw random numbers in train mode are in
+                evaluation mode meanwhile. A list of closures is one large batch in equal parts: its
                 loss is their mean, its input spaces are joined.
             held_out: returns the loss of data the teleport does not see, for the report only.
 
