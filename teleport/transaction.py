@@ -196,11 +196,14 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape hold the same bits: NaN equals itself, -0 is not 0."""
-    dense = (
-        t.clone(memory_format=torch.contiguous_format) if 0 in t.stride() else t for t in (a, b)
-    )
-    a, b = (t.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8) for t in dense)
-    return torch.equal(a, b)
+
+    def bits(tensor: Tensor) -> Tensor:
+        flat = tensor.resolve_conj().resolve_neg().reshape(-1)
+        if flat.stride(0) != 1:
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        return flat.view(torch.uint8)
+
+    return torch.equal(bits(a), bits(b))
 
 
 def _present(table: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from teleport import ClosureError, Teleporter, TeleportReport
+from teleport import transaction as transaction_module
 from teleport.transaction import Transaction
 from tests.fingerprint import all_but_weights, fingerprint, weights
 from tests.networks import GRAPHS, Task, task
@@ -416,3 +417,86 @@ def test_out_of_memory_at_a_copy_leaves_everything_as_before(
     assert fingerprint(problem.model) == before
     assert torch.backends.mha.get_fastpath_enabled() == fast
     assert "no memory left" in str(caught.value)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda t: t,
+    "view": lambda t: t.view(3, 2),
+    "t": lambda t: t.t(),
+    "[None]": lambda t: t[None],
+    "expand": lambda t: t[:, :1].expand(2, 3),
+    "slice": lambda t: t[:, ::2],
+    "unbind": lambda t: t.unbind()[1],
+    "diagonal": lambda t: t.diagonal(),
+    "unfold": lambda t: t.unfold(1, 2, 1),
+    "as_strided": lambda t: t.as_strided((2, 2), (1, 2), 1),
+}
+
+CHANGES: dict[str, Callable[[nn.Module], None]] = {
+    "nothing": lambda m: None,
+    "in place": lambda m: m.kept.data.zero_() if 0 not in m.kept.stride() else None,
+    "at its base": lambda m: m.base.data.fill_(1),
+    "replaced": lambda m: setattr(m, "kept", m.kept + 1),
+    "resized": lambda m: m.kept.data.resize_(7),
+    "gone": lambda m: m._buffers.pop("kept"),
+    "none": lambda m: setattr(m, "kept", None),
+    "in the graph": lambda m: setattr(m, "kept", m.kept * m.weight.sum()),
+}
+
+
+@given(
+    view=st.sampled_from(sorted(VIEWS)),
+    change=st.sampled_from(sorted(CHANGES)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.cfloat]),
+    inference=st.booleans(),
+    commit=st.booleans(),
+)
+def test_a_buffer_of_any_form_comes_back(
+    view: str, change: str, dtype: torch.dtype, inference: bool, commit: bool
+) -> None:
+    """The same object, looking at the same memory with the same bits; nothing is raised."""
+    module = nn.Linear(2, 2)
+    with torch.inference_mode(inference):
+        module.base = torch.arange(6).reshape(2, 3).to(dtype)
+        module.register_buffer("kept", VIEWS[view](module.base))
+    kept, base = module.kept, module.base.clone()
+    values, place = kept.clone(), (kept.shape, kept.stride(), kept.storage_offset())
+    with Transaction(module) as transaction:
+        with torch.inference_mode(inference):
+            CHANGES[change](module)
+        if commit:
+            transaction.commit()
+    assert module.kept is kept
+    assert torch.equal(kept, values)
+    assert (kept.shape, kept.stride(), kept.storage_offset()) == place
+    assert kept.untyped_storage().data_ptr() == module.base.untyped_storage().data_ptr()
+    if change != "at its base" or view == "itself":
+        assert torch.equal(module.base, base)
+
+
+def test_what_cannot_be_put_back_keeps_nothing_else_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error is raised once everything else is as before; the move is not kept."""
+    problem = used("zoo")
+    before, calls = fingerprint(problem.model), count()
+    same = transaction_module._same_bits
+
+    def refuse_first(a: Tensor, b: Tensor) -> bool:
+        if next(calls) == 0:
+            raise InterruptionError
+        return same(a, b)
+
+    def commit_all() -> None:
+        with Transaction(problem.model) as transaction:
+            with torch.no_grad():
+                [p.mul_(2) for p in problem.model.parameters()]
+            problem.model.eval()
+            torch.rand(3)
+            transaction.commit()
+
+    monkeypatch.setattr(transaction_module, "_same_bits", refuse_first)
+    with pytest.raises(InterruptionError):
+        commit_all()
+    assert next(calls) > 1
+    assert fingerprint(problem.model) == before
