@@ -286,7 +286,11 @@ def test_the_figure_shows_every_arm_on_both_axes(runs: list[Run]) -> None:
 def test_the_loss_has_a_unit_where_the_data_set_is_known(runs: list[Run]) -> None:
     def label(*names: str) -> str:
         shown = [
-            replace(run, config={**run.config, "data": {"name": name}}, path=Path(name))
+            replace(
+                run,
+                config={**run.config, "data": {"name": name}, "arm": f"{run.arm} on {name}"},
+                path=Path(name),
+            )
             for run in runs
             for name in names
         ]
@@ -364,13 +368,13 @@ def test_a_figure_with_a_loss_of_exactly_zero_is_drawn(losses: list[list[float]]
 def test_a_curve_that_ends_because_a_seed_diverged_says_so() -> None:
     axes = Figure().subplots()
     whole = _run_of("a", [2.0, 1.0, 0.5])
-    gone = replace(_run_of("a", [2.0, 1e6]), status="diverged")
+    gone = replace(_run_of("a", [2.0, 1e6], seed=1), status="diverged")
     draw_losses(axes, by_arm([whole, gone, _run_of("b", [2.0, 1.0])]), "train_loss", "step")
     assert [line.get_label() for line in axes.get_lines()] == ["a (diverged)", "b"]
     assert [len(line.get_xdata()) for line in axes.get_lines()] == [2, 2]
 
 
-def _run_of(arm: str, losses: list[float]) -> Run:
+def _run_of(arm: str, losses: list[float], seed: int = 0) -> Run:
     rows = [
         {
             "step": i,
@@ -381,7 +385,8 @@ def _run_of(arm: str, losses: list[float]) -> Run:
         }
         for i, loss in enumerate(losses)
     ]
-    return Run(Path(), {"arm": arm, "seed": 0, "training": {"teleport": False}}, rows, [], "end")
+    config = {"arm": arm, "seed": seed, "training": {"teleport": False}}
+    return Run(Path(f"{arm}-{seed}"), config, rows, [], "end")
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 100])
@@ -408,4 +413,5 @@ def test_what_has_no_evaluation_yet_is_not_drawn(runs: list[Run]) -> None:
     assert not loss_figure(begun).axes[0].lines
     assert not loss_figure(begun).legends
     arms = {run.arm for run in runs}
-    assert len(loss_figure([*begun[:1], *runs]).axes[0].lines) == len(arms)
+    other = replace(begun[0], config={**begun[0].config, "seed": 99})
+    assert len(loss_figure([other, *runs]).axes[0].lines) == len(arms)

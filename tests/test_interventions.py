@@ -177,7 +177,7 @@ def many(tmp_path: Path) -> Path:
                     training={"lr": float(arm.split()[1]), "teleport": "way" in arm},
                 )  # fmt: skip
                 for step in (0, 50, 100):
-                    loss = 2.0 * math.exp(-step / 50 - order / 100 - seed / 1000 * order)
+                    loss = 2.0 * math.exp(-step / 50 - order / 100 - seed / 1000 * (order + 1))
                     writer.write(
                         "evaluation", step=step, epoch=0.0, train_seconds=float(step),
                         teleport_seconds=0.0, train_loss=loss, test_loss=loss, test_accuracy=0.5,

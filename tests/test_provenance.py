@@ -17,6 +17,7 @@ from teleport.checkpoint import locked
 from teleport.continual import Course, Strategy, run_strategies
 from teleport.errors import RunError
 from teleport.experiment import Arm, Settings
+from teleport.folders import open_folder
 from teleport.provenance import ADDED, SHARED, check_alike, check_folder, is_complete
 from teleport.records import first_row, read_runs
 from teleport.registry import _read_once
@@ -292,7 +293,7 @@ def test_force_removes_nothing_of_a_sweep_that_is_at_work(
         assert cli.main(["run", *OPTIONS, "--force", "--out", str(tmp_path)]) == 1
         assert f"{record} is in use by another process" in capsys.readouterr().err
         assert state(tmp_path) == before
-    cli.open_folder("run", tmp_path, force=True)
+    open_folder("run", tmp_path, force=True)
     assert state(tmp_path) == {}
 
 
@@ -300,7 +301,7 @@ def test_force_keeps_a_table_and_a_figure_where_no_run_was(tmp_path: Path) -> No
     mine = {"table.txt": b"mine", "figure.png": b"mine", "weights.checkpoint": b"mine"}
     for name, content in mine.items():
         (tmp_path / name).write_bytes(content)
-    cli.open_folder("run", tmp_path, force=True)
+    open_folder("run", tmp_path, force=True)
     assert state(tmp_path) == mine
 
 
@@ -308,5 +309,5 @@ def test_force_removes_what_a_killed_run_left(tmp_path: Path) -> None:
     for name in ("00-lr-0.1-seed0.jsonl", "01-b-seed0.checkpoint", "01-b-seed0.checkpoint.new"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "figure.png").write_bytes(b"")
-    cli.open_folder("run", tmp_path, force=True)
+    open_folder("run", tmp_path, force=True)
     assert state(tmp_path) == {}

@@ -1,6 +1,7 @@
 """The paper's Figure 6: input spectra, and what the threshold trades along a teleport."""
 
 import json
+import shlex
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -167,7 +168,7 @@ def test_the_spectrum_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         0: spectra((start := moment("mnist-sample", "tiny", 0)).model, start.closure),
         1: spectra(at.model, at.closure),
     }
-    assert found[0].config["command"] == cli.shlex.join(["teleport", "spectrum", *names, *chosen])
+    assert found[0].config["command"] == shlex.join(["teleport", "spectrum", *names, *chosen])
     assert found[0].config["versions"]["torch"] == torch.__version__
     figures = [out / f"figure-{steps}-steps.png" for steps in (0, 1)]
     for drawn in figures:

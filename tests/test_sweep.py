@@ -17,6 +17,7 @@ import torch
 
 from teleport import cli, sweep
 from teleport import cluster as cluster_of
+from teleport.checkpoint import locked
 from teleport.cluster import run_on_cluster
 from teleport.errors import RunError
 from teleport.experiment import control_arms, default_arms
@@ -186,7 +187,7 @@ def test_a_diverging_cell_is_said(
 def test_two_sweeps_never_share_a_folder(
     small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with cli.locked(tmp_path / ".lock", str(tmp_path)):
+    with locked(tmp_path / ".lock", str(tmp_path)):
         assert cli.main(["sweep", small, "--preset", "tiny", "--out", str(tmp_path)]) == 1
     assert "in use by another process" in capsys.readouterr().err
 

@@ -400,7 +400,7 @@ def test_a_report_is_the_same_to_the_last_bit_wherever_its_layers_lie_in_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Far above what is cut off here, so that the sum over the layers is all of the tolerance.
-    monkeypatch.setattr(Basis, "rounding", lambda basis, rows, eps: 1e-6)
+    monkeypatch.setattr(Basis, "cut_off", property(lambda basis: 1e-6))
     alive = []
 
     def report() -> dict[str, Any]:
