@@ -51,7 +51,13 @@ class Transaction:
         parameters = list(self.model.parameters())
         self._parameters = [_Kept(p) for p in parameters]
         grads = [(p, None if p.grad is None else _Kept(p.grad)) for p in parameters]
-        buffers = {b: _Kept(b) for module in modules for b in _present(module._buffers).values()}
+        moving = {_memory(p) for p in parameters}  # a buffer in there moves with the parameter
+        buffers = {
+            buffer: _Kept(buffer)
+            for module in modules
+            for buffer in _present(module._buffers).values()
+            if _memory(buffer) not in moving
+        }
         tables: list[tuple[dict[str, Any], dict[str, Tensor]]] = [
             (table, _present(table))
             for module in modules
@@ -178,6 +184,12 @@ class _Kept:
             if tensor.is_leaf:
                 return tensor.requires_grad_(self.requires_grad)
             return self.alias if tensor._is_view() else tensor.detach_()
+
+
+def _memory(tensor: Tensor) -> int | Tensor:
+    """The same for two tensors in the same memory."""
+    strided = tensor.layout == torch.strided and tensor.numel() > 0 and not tensor.is_meta
+    return tensor.untyped_storage().data_ptr() if strided else tensor
 
 
 def _once(tensor: Tensor) -> Tensor:
