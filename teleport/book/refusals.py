@@ -113,4 +113,4 @@ def _source(case: Case) -> str:
 
 
 def _code(title: str, source: str) -> str:
-    return f":::{{dropdown}} {title}\n```python\n{source.strip()}\n```\n:::\n"
+    return f":::{{admonition}} {title}\n:class: dropdown\n\n```python\n{source.strip()}\n```\n:::\n"
