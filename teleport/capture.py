@@ -324,8 +324,9 @@ def watch(
     uses = WeightUses([block for site in sites for block in site.blocks])
 
     def product(use: Use, x: Tensor) -> Tensor:
-        if use.part.bypassed():
+        if _passed_by(use, x):
             return use.part.compute(x)
+        uses.look_at(x)  # another layer's weight, as in ``project(embedding.weight)``
         with uses.expected():
             z = use.part.compute(x)
             if x.numel():
@@ -385,7 +386,7 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
     passed_by: dict[Block, str] = {}
 
     def product(use: Use, x: Tensor) -> Tensor:
-        if why := use.part.bypassed():
+        if why := _passed_by(use, x):
             passed_by[use.block] = f"frozen: {why}"
             return use.part.compute(x)
         if _in_checkpoint():
@@ -424,6 +425,14 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
     tape = Tape(loss, calls, list(sites), others, anchor, left_out=passed_by)
     tapes.append(weakref.ref(tape))
     return tape
+
+
+def _passed_by(use: Use, x: Tensor) -> str:
+    """Why a call is not recorded; empty if it is. Tangents in here are the closure's own."""
+    if why := use.part.bypassed():
+        return why
+    dual = forward_ad.unpack_dual(x).tangent is not None
+    return "called with forward-mode tangents" if dual else ""
 
 
 def _empty_batch(shapes: Mapping[str, torch.Size]) -> ClosureError:

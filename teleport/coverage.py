@@ -157,11 +157,14 @@ def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
     found, frozen = _find(model)
     conflicts, ties = _shared(model, found)
     uses: dict[Any, Use] = {}
+    in_one_memory = _in_one_memory(model)
     for entry in found:
         for part in entry.parts.values():
             full = _join(entry.name, part.name)
             if part.key in conflicts:
                 frozen[full] = "shares a parameter with another layer in part"
+            elif not in_one_memory.isdisjoint(slot.parameter for slot in part.slots):
+                frozen[full] = "it shares its memory with another parameter"
             elif why := _why_weights_stay(part):
                 frozen[full] = why
             elif part.key not in uses:
@@ -170,6 +173,31 @@ def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
     if at_least_one and not blocks:
         raise UnsupportedModelError(_no_layer(model, frozen))
     return Coverage([_site(entry, uses) for entry in found], list(blocks), frozen)
+
+
+def _in_one_memory(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that are different objects and have memory in common."""
+    extents = sorted(
+        (extent(p), n, p)
+        for n, p in enumerate(model.parameters())
+        if p.layout == torch.strided and not p.is_meta and p.numel()
+    )
+    found: set[nn.Parameter] = set()
+    end, last = 0, None
+    for (start, stop), _, parameter in extents:
+        if last is not None and start < end:
+            found |= {last, parameter}
+        if stop > end:
+            end, last = stop, parameter
+    return found
+
+
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor's memory and the one after the last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
 
 
 def _find(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:

@@ -23,7 +23,7 @@ from teleport.coverage import NO_GRADIENT, Block, Use, cover
 from teleport.distributed import Ranks, ranks_of, silenced
 from teleport.errors import ClosureError, NullSpaceError
 from teleport.precision import Autocast
-from teleport.randomness import RandomState, drawing_modules, names_of_drawing, quieten
+from teleport.randomness import Quiet, RandomState, drawing_modules, names_of_drawing
 from teleport.subspace import Basis, Projector
 from teleport.tied import TiedBasis
 from teleport.transaction import Transaction
@@ -262,10 +262,10 @@ def null_space(
     with torch.inference_mode(False):
         survey = _Survey(model)
         autocast, ranks = Autocast(), ranks_of(model)
-        with autocast.off(), ranks.together(), silenced(model), Transaction(model):
+        with autocast.off(), ranks.together(), silenced(model), Transaction(model) as kept:
             with ranks.together():
                 for closure in closures:
-                    survey.add(closure, autocast)
+                    survey.add(closure, autocast, kept.quiet)
             return survey.space(tau, ranks)
 
 
@@ -278,7 +278,7 @@ class _Survey:
         self.used: dict[Block, str] = {}
         self._forget()
 
-    def add(self, closure: Callable[[], Any], autocast: Autocast) -> None:
+    def add(self, closure: Callable[[], Any], autocast: Autocast, quiet: Quiet) -> None:
         """Take in the inputs that one closure shows.
 
         The closure is run again if a module draws random numbers: then it was not in evaluation
@@ -288,8 +288,9 @@ class _Survey:
         state = RandomState(self.model)
         while True:
             is_first = not self.seen
+            quiet.enforce()
             drawing = drawing_modules(self.model, lambda: self._watch(closure, autocast))
-            if not quieten(drawing):
+            if not quiet.add(drawing):
                 break
             state.restore()
             if is_first:

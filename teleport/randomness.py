@@ -5,7 +5,7 @@ What draws shows in the generators, whatever it is called.
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from teleport.coverage import named_modules
+from teleport.errors import ClosureError
 
 
 class RandomState:
@@ -78,12 +79,38 @@ def drawing_modules(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module,
     return found
 
 
-def quieten(drawing: Mapping[nn.Module, set[str]]) -> bool:
-    """Put drawing modules into evaluation mode, as dropout is; whether any was not in it."""
-    loud = [module for module in drawing if module.training]
-    for module in loud:
-        module.training = False
-    return bool(loud)
+class Quiet:
+    """The modules that stay in evaluation mode while closures run.
+
+    Args:
+        model: what they are modules of.
+        modules: the first of them.
+    """
+
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+        self._model, self._modules = model, set(modules)
+
+    def enforce(self) -> None:
+        """Before each closure: the one before may have ended with ``model.train()``."""
+        for module in self._modules:
+            module.training = False
+
+    def add(self, drawing: Mapping[nn.Module, set[str]]) -> bool:
+        """Let modules that draw be quiet, too; whether any was not in evaluation mode.
+
+        Raises:
+            ClosureError: if the closure itself has put one of ours into training mode.
+        """
+        loud = {module for module in drawing if module.training}
+        if again := loud & self._modules:
+            names = [name or "(model)" for name, m in named_modules(self._model) if m in again]
+            raise ClosureError(
+                f"the closure puts {', '.join(names)} into training mode, where it draws random "
+                "numbers. Call train() and eval() outside of the closure"
+            )
+        self._modules |= loud
+        self.enforce()
+        return bool(loud)
 
 
 def names_of_drawing(model: nn.Module, drawing: Mapping[nn.Module, set[str]]) -> list[str]:

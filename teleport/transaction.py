@@ -17,10 +17,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from teleport.randomness import (
     DrewError,
+    Quiet,
     RandomState,
     drawing_modules,
     names_of_drawing,
-    quieten,
 )
 
 Result = TypeVar("Result")
@@ -77,9 +77,8 @@ class Transaction:
             self._stack.callback(_restore_grad, parameter, grad)
             self._stack.callback(_restore_flag, parameter, parameter.requires_grad)
         self._stack.enter_context(_unfused())
-        for module in modules:
-            if isinstance(module, _WITH_DROPOUT):
-                module.training = False
+        self.quiet = Quiet(self.model, (m for m in modules if isinstance(m, _WITH_DROPOUT)))
+        self.quiet.enforce()
         return self
 
     def commit(self) -> None:
@@ -103,11 +102,12 @@ class Transaction:
         def call() -> Result:
             nonlocal heard
             self.rewind_random()
+            self.quiet.enforce()
             if heard:
                 return closure()
             results: list[Result] = []
             drawing = drawing_modules(self.model, lambda: results.append(closure()))
-            if quieten(drawing):
+            if self.quiet.add(drawing):
                 raise DrewError("modules of the model drew random numbers")
             heard = True
             self._noisy |= dict.fromkeys(names_of_drawing(self.model, drawing))
@@ -153,7 +153,8 @@ class _Kept:
         self.tensor = tensor
         self.alias = tensor.detach()
         self.requires_grad = tensor.requires_grad
-        self.strided = tensor.layout == torch.strided and not tensor.is_meta
+        plain = not tensor.is_meta and not tensor.is_quantized
+        self.strided = tensor.layout == torch.strided and plain
         if self.strided:
             self.values = _once(self.alias).clone()
             self.size = self.alias.untyped_storage().nbytes()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from teleport.coverage import Block
+from teleport.coverage import Block, extent
 
 
 class WeightUses(TorchDispatchMode):
@@ -33,7 +33,7 @@ class WeightUses(TorchDispatchMode):
         self.found: dict[Block, None] = {}
         self._expected = False
         memory = {
-            _extent(slot.of(slot.parameter)): block for block in blocks for slot in block.part.slots
+            extent(slot.of(slot.parameter)): block for block in blocks for slot in block.part.slots
         }
         self._extents = sorted(memory)  # weights do not overlap
         self._blocks = [memory[extent] for extent in self._extents]
@@ -54,22 +54,15 @@ class WeightUses(TorchDispatchMode):
         if not (self._expected or func.is_view):  # what a view is used for will be seen
             for leaf in pytree.tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor):
-                    self._look_at(leaf)
+                    self.look_at(leaf)
         return func(*args, **kwargs)
 
-    def _look_at(self, tensor: Tensor) -> None:
+    def look_at(self, tensor: Tensor) -> None:
+        """Note whose weight this is, or a view of, if anyone's."""
         if tensor.layout != torch.strided or tensor.numel() == 0:
             return
-        start, end = _extent(tensor)
+        start, end = extent(tensor)
         place = bisect_left(self._extents, (end, 0))
         while place and start < self._extents[place - 1][1]:
             place -= 1
             self.found[self._blocks[place]] = None
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The first byte of a tensor's memory and the one after the last."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * stride for size, stride in steps)
-    start = tensor.data_ptr()
-    return start, start + (last + 1) * tensor.element_size()
