@@ -109,18 +109,16 @@ class Attempt:
         self.ranks, self.metric = ranks, metric
         self.closures = closures
         self.held_out = held_out
-        self.bases: dict[Block, Projector] = {}
-        self.step_sizes: list[float] = []
         self.held_out_seconds = 0.0
-        self.fallback = ""
-        self.unfrozen = False
 
     def run(self) -> TeleportReport:
         """Walk, check and tell; a report with steps and without ``rolled_back`` is to be kept.
 
         It can be run again: each run begins at the model as it is.
         """
-        self.bases, self.step_sizes, self.fallback, self.unfrozen = {}, [], "", False
+        self.bases: dict[Block, Projector] = {}
+        self.step_sizes: list[float] = []
+        self.fallback, self.unfrozen = "", False
         self.walk = self._start_walk()
         before = self._measure_start()
         self.bases = self._make_bases()

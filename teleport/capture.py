@@ -27,7 +27,7 @@ from torch.utils import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from teleport.coverage import Block, Site, Use
-from teleport.errors import ClosureError, NonFiniteInputError, NonFiniteLossError
+from teleport.errors import ClosureError, NonFiniteLossError
 from teleport.layers import Part, Pieces
 from teleport.precision import as_computed, at_least_single, coarsest, uncached_casts
 from teleport.subspace import Space
@@ -317,9 +317,6 @@ def watch(
     Returns:
         The blocks whose weights were also used in another way than by these products, and how:
         `see` has not been shown all that their weights act on.
-
-    Raises:
-        ClosureError: if an input is NaN or infinite.
     """
     uses = WeightUses([block for site in sites for block in site.blocks])
 
@@ -330,8 +327,6 @@ def watch(
         with uses.expected():
             z = use.part.compute(x)
             if x.numel():
-                if not bool(x.isfinite().all()):
-                    raise NonFiniteInputError(use.block.name)
                 see(use, as_computed(x.detach(), z))
         return z
 

@@ -239,6 +239,10 @@ def null_space(
 ) -> NullSpace:
     """The null space of a model's layer inputs over any amount of data.
 
+    It is of weights. Buffers that training updates, as the statistics of BatchNorm and the vectors
+    of spectral normalisation, change the old outputs all the same: train with these modules in
+    evaluation mode.
+
     Args:
         model: the model.
         closures: each runs the model on some of the data; what it returns does not matter. They

@@ -154,12 +154,6 @@ def fresh(x: Tensor) -> Tensor:
     return torch.randn_like(x) if x.is_floating_point() or x.is_complex() else (x + 25) % 50
 
 
-def test_what_the_page_says_is_said() -> None:
-    """Each word of a message is there for a case that fails without it."""
-    assert {case.step for case in CASES.values()} == {"moves", "stays", "refused"}
-    assert {case.keep for case in CASES.values()} == {"kept", "refused"}
-
-
 FAULTS = sorted((TOP.parent / "shared" / "faults").glob("*.py"))
 
 
