@@ -2,8 +2,9 @@
 
 An experiment is a data set and a network; an arm is one way to train it. All arms of a seed share
 the initial random state and the order of the data, so they differ in nothing but what their name
-says. The default arms put beside each teleport its own baseline (the same learning rate) and two it
-has to beat to be of use: the tuned learning rate, and the tuned learning rate and initial gain.
+says. The default arms put beside each teleport its own baseline (the same learning rate and initial
+gain): at a low learning rate, at the tuned one, and at the tuned rate and initial gain together,
+which is what a teleport has to beat to be of use.
 """
 
 from collections.abc import Sequence
@@ -147,20 +148,30 @@ class Arm:
         return replace(self, teleport=False, rival="")
 
 
-def default_arms(experiment: str, optimizer: str) -> list[Arm]:
-    """Low and tuned learning rate with and without teleport, and the tuned initial gain."""
-    best = tuning(experiment, optimizer)
-    pairs = [Arm(lr, teleport) for lr in (best.low, best.tuned) for teleport in (False, True)]
-    return list(dict.fromkeys([*pairs, Arm(best.gain_lr, False, best.init, best.head_gain)]))
-
-
 CONTROLS = ("random null direction, same norm", "noise, same norm", "lr raised")
 """The controls of a teleport that act on any network; the tuned initial gain is a baseline."""
 
+GAIN_CONTROLS = ("random null direction, same growth", *CONTROLS, "layers rescaled")
+"""The controls of a teleport from the tuned initial gain."""
+
+MORE_GAIN = (4 / 3, 5 / 3)
+"""Factors on the tuned initial gain of the head: whether more of it does what a teleport does."""
+
+
+def default_arms(experiment: str, optimizer: str) -> list[Arm]:
+    """Low and tuned learning rate and tuned initial gain, each with and without teleport."""
+    return _arms(experiment, optimizer)
+
 
 def control_arms(experiment: str, optimizer: str) -> list[Arm]:
-    """The default arms, and `CONTROLS` at the low and at the tuned learning rate."""
-    return _with(experiment, optimizer, CONTROLS)
+    """The default arms, and what each teleport has to be told from.
+
+    `CONTROLS` at the low and at the tuned learning rate; from the tuned initial gain
+    `GAIN_CONTROLS`, and plain arms with `MORE_GAIN`.
+    """
+    best = _at_tuned_gain(experiment, optimizer)
+    more = [replace(best.baseline, head_gain=best.head_gain * factor) for factor in MORE_GAIN]
+    return [*_arms(experiment, optimizer, CONTROLS), *controlled(best, GAIN_CONTROLS), *more]
 
 
 def rival_arms(experiment: str, optimizer: str) -> list[Arm]:
@@ -170,18 +181,32 @@ def rival_arms(experiment: str, optimizer: str) -> list[Arm]:
     """
     rivals = (*MOVES, *ON_THE_OPTIMIZER)
     names = [n for n in rivals if optimizer != "sgd" or n != "optimizer reset"]
-    return _with(experiment, optimizer, names)
+    return _arms(experiment, optimizer, names)
 
 
 def objective_arms(experiment: str, optimizer: str) -> list[Arm]:
     """The default arms, and every other objective at the low and at the tuned learning rate."""
-    return _with(experiment, optimizer, OBJECTIVES)
+    return _arms(experiment, optimizer, OBJECTIVES)
 
 
-def _with(experiment: str, optimizer: str, names: Sequence[str]) -> list[Arm]:
+def controlled(arm: Arm, names: Sequence[str]) -> list[Arm]:
+    """The arm with each of these rivals in place of its teleport."""
+    return [replace(arm, teleport=True, rival=name) for name in names]
+
+
+def _arms(experiment: str, optimizer: str, rivals: Sequence[str] = ()) -> list[Arm]:
+    """The default arms and some rivals of those at PyTorch's initial gain, each arm once."""
+    best, gained = tuning(experiment, optimizer), _at_tuned_gain(experiment, optimizer)
+    rates = [Arm(best.low), Arm(best.tuned)]
+    pairs = [arm for plain in rates for arm in (plain, replace(plain, teleport=True))]
+    others = [arm for plain in rates for arm in controlled(plain, rivals)]
+    return list(dict.fromkeys([*pairs, gained.baseline, *others, gained]))
+
+
+def _at_tuned_gain(experiment: str, optimizer: str) -> Arm:
+    """The teleport from the best rate and initial gain together."""
     best = tuning(experiment, optimizer)
-    others = [Arm(lr, True, rival=name) for lr in (best.low, best.tuned) for name in names]
-    return list(dict.fromkeys([*default_arms(experiment, optimizer), *others]))
+    return Arm(best.gain_lr, True, best.init, best.head_gain)
 
 
 @dataclass(frozen=True)

@@ -19,26 +19,47 @@ def schedule_name(block: Block) -> str:
 
 
 def teleporting(block: Block) -> list[ArmSummary]:
-    """The arms with a teleport, controls and rivals left out, the lowest learning rate first."""
+    """The arms with a teleport, controls and rivals left out, the lowest learning rate first.
+
+    Of those that begin with PyTorch's initial gain; `gained` has the others.
+    """
+    return _teleporting(block, gained=False)
+
+
+def gained(block: Block) -> list[ArmSummary]:
+    """Those of `teleporting` that begin with another initial gain, the tuned one."""
+    return _teleporting(block, gained=True)
+
+
+def _teleporting(block: Block, gained: bool) -> list[ArmSummary]:
     runs = by_arm(block.runs)
 
     def training(arm: ArmSummary) -> Mapping[str, Any]:
         settings: Mapping[str, Any] = runs[arm.arm][0].config["training"]
         return settings
 
-    arms = [arm for arm in block.summaries if training(arm)["teleport"]]
+    def starts(arm: ArmSummary) -> bool:
+        start = training(arm)
+        return (start.get("init", "default"), start.get("head_gain", 1.0)) != ("default", 1.0)
+
+    arms = [arm for arm in block.summaries if training(arm)["teleport"] and starts(arm) is gained]
     own = [arm for arm in arms if not training(arm).get("rival") and arm.to_own is not None]
     return sorted(own, key=lambda arm: float(training(arm)["lr"]))
 
 
 def low_and_tuned(found: Sequence[Block]) -> dict[str, list[Place]]:
-    """The arms with a teleport at the lowest rate of their block, and at the highest, the tuned."""
-    places: dict[str, list[Place]] = {"low rate": [], "tuned rate": []}
+    """The arms with a teleport by how well their training was tuned before.
+
+    At the lowest rate of their block, at the highest, the tuned, and at the tuned rate and initial
+    gain together.
+    """
+    places: dict[str, list[Place]] = {"low rate": [], "tuned rate": [], "tuned rate and gain": []}
     for block in found:
         arms = teleporting(block)
         if len(arms) > 1:
             places["low rate"].append((block, arms[0]))
         places["tuned rate"] += [(block, arm) for arm in arms[-1:]]
+        places["tuned rate and gain"] += [(block, arm) for arm in gained(block)]
     return places
 
 
@@ -95,7 +116,7 @@ def holm(comparisons: Sequence[Comparison | None], level: float = 0.05) -> list[
 
 
 def tally(found: Sequence[Block]) -> str:
-    """Low and tuned rate, each against the same rate and the best baseline; and who was faster."""
+    """The places of `low_and_tuned` against their baselines; and who was faster."""
     lines = []
     for name, places in low_and_tuned(found).items():
         arms = [arm for _, arm in places]
@@ -130,7 +151,8 @@ def outcome_rows(found: Sequence[Block]) -> list[list[str]]:
     """A row for every arm with a teleport, the head first: losses, ratios, log losses."""
     head = ["experiment", "optimizer", "schedule", "rate", "seeds", "train loss", "test loss"]
     head += ["steps", "seconds", "log loss, same rate", "log loss, best baseline"]
-    return [head, *(_outcome(block, arm) for block in found for arm in teleporting(block))]
+    places = ((block, arm) for block in found for arm in (*teleporting(block), *gained(block)))
+    return [head, *(_outcome(block, arm) for block, arm in places)]
 
 
 def _outcome(block: Block, arm: ArmSummary) -> list[str]:
@@ -152,7 +174,7 @@ def control_rows(found: Sequence[Block], names: Sequence[str] = CONTROLS) -> lis
     head = ["experiment", "optimizer", "schedule", "rate", "seeds", "teleport", *names]
     rows = [[*head, *(f"teleport against {name}" for name in names)]]
     for block in found:
-        for arm in teleporting(block):
+        for arm in (*teleporting(block), *gained(block)):
             tried = controls(block, arm)
             if set(names) <= set(tried):
                 place = [block.experiment, block.optimizer, schedule_name(block), arm.baseline]

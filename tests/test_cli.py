@@ -110,7 +110,7 @@ def test_the_main_job_prints_a_table_and_leaves_records_and_figure(
         str(out),
     ):
         assert word in " ".join(text.split()) or word in text.replace("\n", "")
-    assert len(read_runs(out)) == 5
+    assert len(read_runs(out)) == 6
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert "gradient-norm growth" in (out / "table.txt").read_text()
 
@@ -217,6 +217,8 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
         (["spectrum", "no-such.toml"], "cannot read"),
         (["run", "--objectives", "--rivals"], "got --rivals"),
         (["run", "--objectives", "--lr", "0.1"], "got --lr [0.1]"),
+        (["run", "--objectives", "--controls"], "got --controls"),
+        (["run", "--first-seed", "-1"], "x>=0"),
         (
             ["sweep", "mnist-sample", "--scheduler", "nonsense"],
             "dask scheduler" if find_spec("distributed") else "pip install",

@@ -11,7 +11,16 @@ from torch import nn
 
 from teleport import data
 from teleport.errors import RunError
-from teleport.experiment import Settings, control_arms, lent_tuning, rival_arms, tuning
+from teleport.experiment import (
+    GAIN_CONTROLS,
+    MORE_GAIN,
+    Arm,
+    Settings,
+    control_arms,
+    lent_tuning,
+    rival_arms,
+    tuning,
+)
 from teleport.models import initialise
 from teleport.optimizers import OPTIMIZERS, find_optimizer
 from teleport.registry import EXPERIMENTS, find_experiment, read_experiments
@@ -207,11 +216,23 @@ def test_without_the_extra_package_its_names_are_unknown_and_how_to_get_it_is_sa
 
 
 def test_controls_stand_beside_the_teleports_they_are_for() -> None:
+    best = tuning("mnist-sample", "adam")
+    gained = Arm(best.gain_lr, True, best.init, best.head_gain)
     for arms in (control_arms("mnist-sample", "adam"), rival_arms("mnist-sample", "adam")):
         assert {arm.baseline for arm in arms} <= set(arms)
         assert len({arm.name for arm in arms}) == len(arms)
-        rates = {arm.lr for arm in arms if arm.rival}
-        assert rates == {tuning("mnist-sample", "adam").low, tuning("mnist-sample", "adam").tuned}
+        assert gained in arms
+        rates = {arm.lr for arm in arms if arm.rival and arm.init == "default"}
+        assert rates == {best.low, best.tuned}
+
+
+def test_the_teleport_from_the_tuned_gain_has_its_controls_and_more_gain_beside_it() -> None:
+    best = tuning("mnist-sample", "sgd")
+    arms = [arm for arm in control_arms("mnist-sample", "sgd") if arm.init == best.init]
+    assert {arm.lr for arm in arms} == {best.gain_lr}
+    plain = [arm.head_gain for arm in arms if not arm.teleport]
+    assert plain == [best.head_gain, *(pytest.approx(best.head_gain * f) for f in MORE_GAIN)]
+    assert [arm.rival for arm in arms if arm.teleport] == ["", *GAIN_CONTROLS]
 
 
 SCALARS = (

@@ -1,6 +1,7 @@
 """``teleport list``, ``run``, ``sweep``, ``report`` and ``figure``: experiments."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,7 +60,10 @@ def run(
         bool, typer.Option("--teleport/--no-teleport", help="Run the arms that teleport.")
     ] = True,
     epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
+    first_seed: Annotated[
+        int, typer.Option(min=0, help="The first of them; rates are tuned on others than compared.")
+    ] = 0,
     schedule: Annotated[
         str, typer.Option(help="default: once after 50 steps. paper: first 5 epochs, 32 x 8.")
     ] = "default",
@@ -81,6 +85,9 @@ def run(
     ] = None,
     cap: Annotated[float | None, typer.Option(help="Upper bound on the gradient norm.")] = None,
     tau: Annotated[float, typer.Option(help="Share of input energy kept fixed, in (0, 1].")] = 1.0,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Add the controls that act on any network.")
+    ] = False,
     rivals: Annotated[
         bool, typer.Option("--rivals", help="Add every rival and control as an arm.")
     ] = False,
@@ -116,8 +123,6 @@ def run(
         from teleport.experiment import (
             Settings,
             lent_tuning,
-            objective_arms,
-            rival_arms,
             teleport_settings,
         )
         from teleport.folders import open_folder, slug
@@ -146,23 +151,14 @@ def run(
         name, preset, optimizer, epochs, device=device, activation=activation, teleport=options
     )
     settings.size()  # names are checked before any folder is made
-    if objectives and (lr or rivals):
-        given = "--rivals" if rivals else f"--lr {lr}"
-        raise ValueError(
-            f"--objectives compares fixed arms: leave --lr and --rivals out; got {given}"
-        )
-    if rivals and (lr or activation == "relu"):
-        raise ValueError(
-            "--rivals compares fixed arms, and not all of them act through relu: leave --lr out "
-            f"and give --activation leaky_relu; got --lr {lr} and --activation {activation}"
-        )
     device_of(device)
-    fixed = rival_arms if rivals else objective_arms
-    known = (
-        fixed(name, optimizer)
-        if rivals or objectives
-        else _arms(name, optimizer, lr, init, head_gain)
-    )
+    added = {"controls": controls, "rivals": rivals, "objectives": objectives}
+    known = _arms(name, optimizer, lr, init, head_gain, [n for n, given in added.items() if given])
+    if rivals and activation == "relu":
+        raise ValueError(
+            "not all rivals act through relu: give --rivals with --activation leaky_relu; "
+            f"got --activation {activation}"
+        )
     arms = [a for a in known if teleports or not a.teleport]
     dataset = datasets.load(find_experiment(name).data)
     teleporting = any(arm.teleport for arm in arms)
@@ -179,7 +175,7 @@ def run(
         run_arms(
             settings,
             arms,
-            range(seeds),
+            range(first_seed, first_seed + seeds),
             folder,
             resume=resume,
             checkpoint_seconds=checkpoint,
@@ -348,17 +344,34 @@ def figure(
 
 
 def _arms(
-    experiment: str, optimizer: str, lrs: list[float] | None, init: str, head_gain: float
+    experiment: str,
+    optimizer: str,
+    lrs: list[float] | None,
+    init: str,
+    head_gain: float,
+    added: Sequence[str],
 ) -> "list[teleport.experiment.Arm]":
-    from teleport.experiment import Arm, default_arms
+    """The arms of ``run``: those of --lr, or the fixed ones, with what is added to them."""
+    from teleport import experiment as arms
 
+    if len(added) > 1 or (lrs and added not in ([], ["controls"])):
+        given = f"--lr {lrs}" if lrs else f"--{added[0]}"
+        raise ValueError(
+            f"--{added[-1]} compares fixed arms: leave --lr, --controls, --rivals and --objectives "
+            f"out beside it; got {given}"
+        )
     if not lrs:
         if (init, head_gain) != ("default", 1.0):
             raise ValueError(
                 "--init and --head-gain act on the arms of --lr: give a learning rate with --lr; "
                 f"got --init {init} and --head-gain {head_gain:g} without one"
             )
-        return default_arms(experiment, optimizer)
+        fixed = {
+            "controls": arms.control_arms,
+            "rivals": arms.rival_arms,
+            "objectives": arms.objective_arms,
+        }
+        return (fixed[added[0]] if added else arms.default_arms)(experiment, optimizer)
     for what, values in (("lr", lrs), ("head_gain", [head_gain])):
         for value in values:
             if not 0.0 < value < math.inf:
@@ -366,4 +379,6 @@ def _arms(
     if len({f"{lr:g}" for lr in lrs}) < len(lrs):
         given = " ".join(map(str, lrs))
         raise ValueError(f"every --lr must be another one, by its first six digits; got {given}")
-    return [Arm(lr, teleports, init, head_gain) for lr in lrs for teleports in (False, True)]
+    names = arms.GAIN_CONTROLS if added else ()
+    plain = [arms.Arm(lr, False, init, head_gain) for lr in lrs]
+    return [arm for one in plain for arm in (one, *arms.controlled(one, ("", *names)))]

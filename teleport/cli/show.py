@@ -320,7 +320,8 @@ def _many(summaries: list[ArmSummary]) -> Table:
 
 def _summaries(summaries: list[ArmSummary]) -> Table:
     """One column per arm."""
-    table = Table("", *(s.arm for s in summaries), title="summary", caption=_CAPTION)
+    names = [s.arm for s in summaries]
+    table = Table(Column("", no_wrap=True), *names, title="summary", caption=_CAPTION)
     for name, cell in _SUMMARY.items():
         table.add_row(name, *map(cell, summaries))
     return table
