@@ -15,6 +15,7 @@ from teleport.interventions import MOVES, OBJECTIVES, ON_THE_OPTIMIZER
 from teleport.optimizers import find_optimizer
 from teleport.recipe import Experiment, Preset, Tuning, one_of
 from teleport.registry import find_experiment
+from teleport.rivals import RESCALINGS
 from teleport.schedule import SCHEDULES, Schedule
 from teleport.teleporter import Teleporter
 
@@ -166,11 +167,15 @@ def control_arms(experiment: str, optimizer: str) -> list[Arm]:
 def rival_arms(experiment: str, optimizer: str) -> list[Arm]:
     """The default arms, and every rival and control at the low and at the tuned learning rate.
 
-    A reset of the optimizer is left out for plain SGD, which has no state to forget.
+    A reset of the optimizer is left out for plain SGD, which has no state to forget. The rescalings
+    came later and are last, so that records keep their numbers.
     """
     rivals = (*MOVES, *ON_THE_OPTIMIZER)
-    names = [n for n in rivals if optimizer != "sgd" or n != "optimizer reset"]
-    return _with(experiment, optimizer, names)
+    names = [
+        n for n in rivals if n not in RESCALINGS and (optimizer != "sgd" or n != "optimizer reset")
+    ]
+    last = _with(experiment, optimizer, RESCALINGS)
+    return list(dict.fromkeys([*_with(experiment, optimizer, names), *last]))
 
 
 def objective_arms(experiment: str, optimizer: str) -> list[Arm]:
