@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from teleport.baselines.chain import Stage, chain
@@ -98,8 +97,8 @@ class Couplings:
         alone: for each layer, over what no factor before it reaches: biases, weights on inputs.
     """
 
-    between: Sequence[Float[Tensor, "after before"]]
-    alone: Sequence[Float[Tensor, " after"]]
+    between: Sequence[Tensor]
+    alone: Sequence[Tensor]
 
     def incoming(self, layer: int, y: Sequence[Tensor]) -> Tensor:
         """Sum of what goes into each neuron of a layer, without its own y."""
