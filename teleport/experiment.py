@@ -16,6 +16,7 @@ from teleport.interventions import MOVES, OBJECTIVES, ON_THE_OPTIMIZER
 from teleport.optimizers import find_optimizer
 from teleport.recipe import Experiment, Preset, Tuning, one_of
 from teleport.registry import find_experiment
+from teleport.rivals import RESCALINGS
 from teleport.schedule import SCHEDULES, Schedule
 from teleport.teleporter import Teleporter
 
@@ -177,11 +178,12 @@ def control_arms(experiment: str, optimizer: str) -> list[Arm]:
 def rival_arms(experiment: str, optimizer: str) -> list[Arm]:
     """The default arms, and every rival and control at the low and at the tuned learning rate.
 
-    A reset of the optimizer is left out for plain SGD, which has no state to forget.
+    A reset of the optimizer is left out for plain SGD, which has no state to forget. The rescalings
+    came later and are last, so that records keep their numbers.
     """
     rivals = (*MOVES, *ON_THE_OPTIMIZER)
-    names = [n for n in rivals if optimizer != "sgd" or n != "optimizer reset"]
-    return _arms(experiment, optimizer, names)
+    spared = set(RESCALINGS) | ({"optimizer reset"} if optimizer == "sgd" else set())
+    return _arms(experiment, optimizer, [n for n in rivals if n not in spared], RESCALINGS)
 
 
 def objective_arms(experiment: str, optimizer: str) -> list[Arm]:
@@ -194,12 +196,12 @@ def controlled(arm: Arm, names: Sequence[str]) -> list[Arm]:
     return [replace(arm, teleport=True, rival=name) for name in names]
 
 
-def _arms(experiment: str, optimizer: str, rivals: Sequence[str] = ()) -> list[Arm]:
-    """The default arms and some rivals of those at PyTorch's initial gain, each arm once."""
+def _arms(experiment: str, optimizer: str, *rivals: Sequence[str]) -> list[Arm]:
+    """The default arms and groups of rivals of those at PyTorch's initial gain, each arm once."""
     best, gained = tuning(experiment, optimizer), _at_tuned_gain(experiment, optimizer)
     rates = [Arm(best.low), Arm(best.tuned)]
     pairs = [arm for plain in rates for arm in (plain, replace(plain, teleport=True))]
-    others = [arm for plain in rates for arm in controlled(plain, rivals)]
+    others = [arm for group in rivals for plain in rates for arm in controlled(plain, group)]
     return list(dict.fromkeys([*pairs, gained.baseline, *others, gained]))
 
 

@@ -24,7 +24,7 @@ from teleport.baselines.objectives import Slope
 from teleport.capture import Closure
 from teleport.objective import grad_norm, trainable
 from teleport.report import TeleportReport
-from teleport.rivals import ways
+from teleport.rivals import RESCALINGS, ways
 from teleport.teleporter import DEFAULT_GROWTH, Teleporter
 
 LONGEST_TRIAL = 40
@@ -38,6 +38,7 @@ MOVES = (
     "random null direction, same norm",
     "noise, same norm",
     "layers rescaled",
+    *RESCALINGS,
 )
 """The ways of `teleport.rivals` that an experiment has as arms."""
 

@@ -20,8 +20,10 @@ from torch.nn.functional import cross_entropy
 
 from teleport.baselines import (
     ChangeOfBasisTeleporter,
+    EquiNormalization,
     LevelSetTeleporter,
     NoiseTeleporter,
+    PathConditioning,
     RandomNullDirection,
     Rehearsal,
     RescaleLayers,
@@ -54,6 +56,9 @@ STEPS = 8
 BUDGET = 30.0
 """Gradients whose time a way may spend in `same_budget_table`."""
 
+RESCALINGS = ("equi-normalisation", "path conditioning")
+"""The ways with an optimum of their own: no growth can be asked for, a second step does nothing."""
+
 HELD_OUT = 1000
 """Images outside the batch whose loss is compared."""
 
@@ -85,6 +90,8 @@ def ways(growth: float, seed: int = 0) -> dict[str, Way]:
         ),
         "noise, same norm": lambda m, r: NoiseTeleporter(m, r.report, seed=seed),
         "layers rescaled": lambda m, r: RescaleLayers(m, r.norms),
+        "equi-normalisation": lambda m, _: EquiNormalization(m),
+        "path conditioning": lambda m, _: PathConditioning(m),
     }
 
 
@@ -198,9 +205,12 @@ def _row(name: str, report: TeleportReport, timing: Timing) -> Row:
 
 
 def repeated_ways(growth: float, seed: int = 0) -> dict[str, Way]:
-    """The ways whose step takes one direction, to be repeated; and symmetry in its 2023 form."""
+    """The ways whose step takes one direction, to be repeated; and symmetry in its 2023 form.
+
+    Without the two rescalings that are at their optimum after one step.
+    """
     every = ways(growth, seed)
-    several = (f"{STEPS} steps", "double backward", "first-order inverse")
+    several = (f"{STEPS} steps", "double backward", "first-order inverse", *RESCALINGS)
     found = {name: way for name, way in every.items() if not name.endswith(several)}
     found["null space, double backward"] = lambda m, _: Teleporter(
         m, growth=growth, method="double_backward"

@@ -14,6 +14,7 @@ from teleport.baselines.controls import (
     layer_norms,
     rehearse,
 )
+from teleport.baselines.equi_normalization import EquiNormalization
 from teleport.baselines.gpm import gpm_rank, kept_energy
 from teleport.baselines.group import Bend, group_action
 from teleport.baselines.level_set import LevelSetTeleporter
@@ -30,6 +31,7 @@ from teleport.baselines.optimizer import (
     growth_duration,
     reset_optimizer,
 )
+from teleport.baselines.path_conditioning import PathConditioning
 from teleport.baselines.planar import BOOTH, ROSENBROCK, PlanarFunction, so2_teleport
 from teleport.baselines.preactivation import preactivation_action
 from teleport.baselines.symmetry import SymmetryTeleporter
@@ -39,9 +41,11 @@ __all__ = [
     "ROSENBROCK",
     "Bend",
     "ChangeOfBasisTeleporter",
+    "EquiNormalization",
     "LevelSetTeleporter",
     "NoiseTeleporter",
     "ObjectiveStep",
+    "PathConditioning",
     "PlanarFunction",
     "RaisedLearningRate",
     "RandomNullDirection",
