@@ -64,10 +64,11 @@ _FIXED = (
     "parameters, or only within their own span"
 )
 
-_UNFROZEN = (
+UNFROZEN = (
     " (searched on the model itself: its gradient grows otherwise than with frozen activations. "
     "The move is so large that rounding counts, or a weight takes part past its layer)"
 )
+"""Added to the reason of a report if the walk had to be made again on the model itself."""
 
 _OVERFLOW = (
     "the gradient or its derivative is not finite: it leaves the range of the dtype. Scale the "
@@ -304,7 +305,7 @@ class Attempt:
 
     def _notes(self) -> str:
         note = f" (directions by double backward: {self.fallback})" if self.fallback else ""
-        return note + _UNFROZEN * self.unfrozen
+        return note + UNFROZEN * self.unfrozen
 
     def _limit(self, start: float) -> float:
         """The gradient norm the walk must not exceed."""
