@@ -215,7 +215,7 @@ def searched(name: str, training: bool, dtype: torch.dtype, examples: int) -> Te
 
 @pytest.mark.parametrize("name", NAMES)
 def test_single_precision_reaches_the_growth_with_frozen_activations(name: str) -> None:
-    """Under a rank rule that frees more the more rows there are, half of them needed a search."""
+    """Where the step is searched on the model itself, a teleport takes several times as long."""
     report = searched(name, True, torch.float32, 16)
     assert not report.rolled_back, report.reason
     assert report.growth == pytest.approx(1.5, rel=0.01)
