@@ -71,6 +71,7 @@ def _is_layer(value: Any) -> bool:
         and isinstance(value.get("name"), str)
         and isinstance(value.get("status"), str)
         and _is_number(value.get("move_norm"))
+        and _is_count(value.get("groups"))
         and all(key in value and (value[key] is None or _is_count(value[key])) for key in numbers)
     )
 

@@ -276,6 +276,7 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
                     "teleport continual",
                     "teleport spectrum",
                     "teleport tau",
+                    "teleport moves",
                     "teleport product",
                 )
             ), run.path

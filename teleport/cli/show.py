@@ -17,7 +17,8 @@ from teleport.errors import RunError
 from teleport.folders import slug
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
 from teleport.matrix import Block, how, length, smaller, without_controls
-from teleport.moves import MOVE_COLUMNS, Moves, move_cells, read_moves, room
+from teleport.moves import Moves, read_moves
+from teleport.moves_report import MOVE_COLUMNS, move_cells, room
 from teleport.plots import (
     gap_figure,
     loss_figure,
