@@ -67,9 +67,10 @@ def narrow(count: int) -> tuple[nn.Module, Any]:
 def test_the_outcome_is_read_off_the_row() -> None:
     assert outcome(row_of(*narrow(3), 1.0, 1.5), 1.5) == "reached"
     assert "no null space (thm-fixed)" in outcome(row_of(*narrow(50), 1.0, 1.5), 1.5)
-    one = nn.Sequential(nn.Linear(9, 3)).double()
-    x, y = torch.randn(3, 9, dtype=torch.float64), torch.arange(3)
-    fixed = outcome(row_of(one, lambda: cross_entropy(one(x), y), 1.0, 1.5), 1.5)
+    model, closure = narrow(50)
+    model[1] = nn.ReLU()
+    nn.init.constant_(model[0].bias[:1], -100.0)  # a dead unit: free for what reads it, and fixed
+    fixed = outcome(row_of(model, closure, 1.0, 1.5), 1.5)
     assert "does not change (thm-fixed)" in fixed
     row = row_of(*narrow(3), 1.0, 1.5)
     assert outcome(row | {"reason": "it rained"}, 2.0) == "it rained"
