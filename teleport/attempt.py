@@ -52,22 +52,25 @@ class Settings:
     max_drift: float | None
 
 
-_NO_ROOM = (
+NO_ROOM = (
     "nothing can move: no layer has a null space on this batch. Use a smaller batch, tau < 1 or "
     "wider layers"
 )
+"""Reason of a report if all layers have full rank."""
 _NO_LAYER = (
     "nothing can move: no layer can be recorded in this closure; the report's layers say why"
 )
-_FIXED = (
+FIXED = (
     "nothing can move: in every layer with a null space the inputs do not change with the "
     "parameters, or only within their own span"
 )
+"""Reason of a report if nothing moves by ``thm-fixed``, though there is room."""
 
-_UNFROZEN = (
+UNFROZEN = (
     " (searched on the model itself: its gradient grows otherwise than with frozen activations. "
     "The move is so large that rounding counts, or a weight takes part past its layer)"
 )
+"""Added to the reason of a report if the walk had to be made again on the model itself."""
 
 _OVERFLOW = (
     "the gradient or its derivative is not finite: it leaves the range of the dtype. Scale the "
@@ -250,11 +253,11 @@ class Attempt:
         if not self.walk.blocks:
             return _NO_LAYER
         if not room:
-            return _NO_ROOM
+            return NO_ROOM
         if self.settings.tau == 1.0:  # their direction is zero, but for rounding (``thm-fixed``)
             room = {b: basis for b, basis in room.items() if b not in self.walk.fixed}
             if not room:
-                return _FIXED
+                return FIXED
         if start == 0.0:
             return "the gradient is zero: there is nothing to enlarge"
         limit = self._limit(start)
@@ -267,7 +270,7 @@ class Attempt:
             if not math.isfinite(slope):
                 return _OVERFLOW
             if slope == 0.0:
-                return _FIXED if not self.step_sizes else "a stationary point was reached"
+                return FIXED if not self.step_sizes else "a stationary point was reached"
             share = number / self.settings.steps if self.settings.lr is None else 1.0
             step = self._step_size(along, slope, start * (limit / start) ** share)
             if step is None:
@@ -304,7 +307,7 @@ class Attempt:
 
     def _notes(self) -> str:
         note = f" (directions by double backward: {self.fallback})" if self.fallback else ""
-        return note + _UNFROZEN * self.unfrozen
+        return note + UNFROZEN * self.unfrozen
 
     def _limit(self, start: float) -> float:
         """The gradient norm the walk must not exceed."""

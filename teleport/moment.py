@@ -5,7 +5,7 @@ data and the teleport batch are those that `teleport run` has with the same seed
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,20 +48,25 @@ def rate_of(recipe: Experiment) -> tuple[str, float]:
     return UNTUNED
 
 
-def check_moment(experiment: str, preset: str) -> None:
+def check_moment(experiment: str, preset: str, n: int | None = None) -> None:
     """Refuse, before anything is written, what `moment` would refuse; errors as there."""
-    _checked(experiment, preset)
+    _checked(experiment, preset, n)
 
 
-def _checked(experiment: str, preset: str) -> tuple[Settings, Dataset]:
-    settings = Settings(experiment, preset, teleport=teleport_settings(experiment))
+def _checked(experiment: str, preset: str, n: int | None) -> tuple[Settings, Dataset]:
+    options = teleport_settings(experiment)
+    if n is not None:
+        options = replace(options, batch_size=n)
+    settings = Settings(experiment, preset, teleport=options)
     settings.size()
     dataset = load(settings.recipe().data)
     check_fits(settings, dataset)
     return settings, dataset
 
 
-def moment(experiment: str, preset: str = "cpu", steps: int = 0, seed: int = 0) -> Moment:
+def moment(
+    experiment: str, preset: str = "cpu", steps: int = 0, seed: int = 0, n: int | None = None
+) -> Moment:
     """A named experiment after some training steps.
 
     Args:
@@ -69,6 +74,7 @@ def moment(experiment: str, preset: str = "cpu", steps: int = 0, seed: int = 0) 
         preset: its size.
         steps: training steps, >= 0, with the optimizer of `rate_of`.
         seed: of the initial values, the order of the data and the batch.
+        n: examples of the teleport batch, >= 1; default the experiment's.
 
     Raises:
         ValueError: for an unknown name, or ``steps`` out of range.
@@ -77,10 +83,10 @@ def moment(experiment: str, preset: str = "cpu", steps: int = 0, seed: int = 0) 
     """
     if steps < 0:
         raise ValueError(f"steps must be an integer >= 0, got {steps}")
-    settings, dataset = _checked(experiment, preset)
+    settings, dataset = _checked(experiment, preset, n)
     recipe, size = settings.recipe(), settings.size()
     count = train_size(size, dataset)
-    n, held = recipe.teleport.n, recipe.teleport.held_out
+    n, held = settings.teleport.batch_size, settings.teleport.held_out_size
     inputs, targets = dataset.train_inputs[:count], dataset.train_targets[:count]
     torch.manual_seed(seed)
     model = recipe.build(dataset, size)

@@ -64,6 +64,18 @@ def _are_ranks(value: Any) -> bool:
         return False
 
 
+def _is_layer(value: Any) -> bool:
+    numbers = ("d_in", "rank", "null_dim")
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and isinstance(value.get("status"), str)
+        and _is_number(value.get("move_norm"))
+        and _is_count(value.get("groups"))
+        and all(key in value and (value[key] is None or _is_count(value[key])) for key in numbers)
+    )
+
+
 def or_null(kind: Kind) -> Kind:
     """The same, or null: a number that was not finite, or a setting that was not given."""
     return Kind(f"{kind.what} or null", lambda value: value is None or kind.holds(value))
@@ -84,6 +96,7 @@ TIME = Kind("a number > 0", _is_time)
 TIMES = Kind("a list of numbers > 0", lambda value: _are(value, _is_time))
 MATRIX = Kind("a matrix of numbers", _is_matrix)
 RANKS = Kind("an object of integers >= 0 by numbers", _are_ranks)
+LAYERS = Kind("a list of layers", lambda value: _are(value, _is_layer))
 STATUS = Kind(
     "finished, diverged or interrupted",
     lambda value: value in ("finished", "diverged", "interrupted"),
@@ -172,6 +185,30 @@ ROWS: dict[str, dict[str, Fields]] = {
             "number": COUNT,
             **dict.fromkeys(("tau", "loss", "grad_norm"), NUMBER),
             "held_out": NUMBER_OR_NULL,
+        },
+        "end": _END,
+    },
+    "moves": {
+        "config": {
+            **_MOMENT,
+            "trained": COUNT,
+            "growth": NUMBER,
+            "evaluating": FLAG,
+            "teleport_batch": COUNT,
+        },
+        "move": {
+            "tau": NUMBER,
+            "steps": COUNT,
+            "searched": FLAG,
+            "rolled_back": FLAG,
+            "reason": TEXT,
+            "undone": TEXT,
+            "tolerance": NUMBER,
+            **dict.fromkeys(("seconds", "gradient_seconds"), TIME),
+            **dict.fromkeys(("loss_before", "grad_norm_before"), NUMBER),
+            **dict.fromkeys(("loss_after", "grad_norm_after"), NUMBER_OR_NULL),
+            **dict.fromkeys(("held_out_before", "held_out_after"), NUMBER_OR_NULL),
+            "layers": LAYERS,
         },
         "end": _END,
     },

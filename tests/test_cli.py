@@ -300,7 +300,7 @@ network.hidden.ours = [4]
         ("", "give one of them: t.toml:small or"),
     ],
 )
-@pytest.mark.parametrize("command", ["run", "sweep", "spectrum", "tau", "product"])
+@pytest.mark.parametrize("command", ["run", "sweep", "spectrum", "tau", "moves", "product"])
 def test_a_table_whose_sizes_do_not_fit_is_refused_before_a_folder_is_made(
     command: str,
     name: str,

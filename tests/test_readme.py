@@ -99,17 +99,19 @@ def rival_lines() -> list[str]:
     measured = read_benchmarks(RESULTS / "bench" / "rivals")["rivals"].rows
     arms = {s.arm: s.to_own for s in summarise(read_runs(RESULTS / "rivals"))}
     low, tuned = [arm for arm, against in arms.items() if against is None][:2]
+    titles = [f"{what}, {rate}" for rate in (low, tuned) for what in ("log loss", "seconds")]
     lines = [
-        f"| way | growth | drift | held out | gradients | log loss, {low} | log loss, {tuned} |",
-        "|---|---|---|---|---|---|---|",
+        f"| way | growth | drift | held out | gradients | {' | '.join(titles)} |",
+        "|---" * 9 + "|",
     ]
     for row in measured:
         arm = "teleport" if row["way"] == "null space" else row["way"]
         if row["part"] == "same batch" and f"{low} + {arm}" in arms:
             drifts = f"{row['drift']:.0e} | {row['held_out_drift']:.0e}"
-            gaps = " | ".join(log_loss(arms[f"{rate} + {arm}"]) for rate in (low, tuned))
+            found = [arms[f"{rate} + {arm}"] for rate in (low, tuned)]
+            gains = " | ".join(f"{log_loss(one)} | {in_seconds(one)}" for one in found)
             cost = f"{timing(row).ratio.median:.1f}"
-            lines.append(f"| {row['way']} | {row['growth']:.2f} | {drifts} | {cost} | {gaps} |")
+            lines.append(f"| {row['way']} | {row['growth']:.2f} | {drifts} | {cost} | {gains} |")
     return [*lines, *speed_lines(measured)]
 
 
@@ -145,6 +147,11 @@ def matrix_lines() -> list[str]:
 def log_loss(found: Comparison | None) -> str:
     assert found is not None
     return f"{found.log_loss:+.3f} ± {found.log_loss_spread:.3f}"
+
+
+def in_seconds(found: Comparison | None) -> str:
+    assert found is not None
+    return "-" if isnan(found.seconds) else f"× {found.seconds:.2f}"
 
 
 def speed_lines(measured: list[dict[str, Any]]) -> list[str]:
@@ -269,6 +276,7 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
                     "teleport continual",
                     "teleport spectrum",
                     "teleport tau",
+                    "teleport moves",
                     "teleport product",
                 )
             ), run.path

@@ -1,9 +1,11 @@
 """Real architectures, small and untrained: from the transformers package, and our own.
 
-``python tests/test_real_models.py`` prints the table of what moves in each of them.
+``python tests/test_real_models.py`` prints the table of what moves in each of them;
+``python tests/test_real_models.py searches`` in how many the step is searched on the model itself.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -65,49 +67,62 @@ WITH_BATCH_NORM = ("ResNet", "U-Net, BatchNorm", "depthwise separable")
 Run = Callable[[int], tuple[Tensor, Tensor]]
 
 
-def build(name: str) -> tuple[nn.Module, Run]:
-    """A model in float64; its logits and its loss on the batch of a seed."""
+def build(
+    name: str, dtype: torch.dtype = torch.float64, examples: int = 2
+) -> tuple[nn.Module, Run]:
+    """A model; its logits and its loss on the batch of a seed."""
     torch.manual_seed(0)
     if name in MODELS:
         kind, config, settings = MODELS[name]
-        model = getattr(transformers, kind)(getattr(transformers, config)(**settings)).double()
-        return model, partial(run_transformer, model, name in ("ViT", "ResNet"))
+        model = getattr(transformers, kind)(getattr(transformers, config)(**settings)).to(dtype)
+        if name in ("ViT", "ResNet"):
+            return model, partial(run_vision, model, examples)
+        return model, partial(run_language, model, examples)
     if name in own_models.TOKENS:
-        model = own_models.TOKENS[name]().double()
-        return model, partial(run_tokens, model)
-    model = own_models.IMAGES[name]().double()
-    return model, partial(run_images, model)
+        model = own_models.TOKENS[name]().to(dtype)
+        return model, partial(run_tokens, model, examples)
+    model = own_models.IMAGES[name]().to(dtype)
+    return model, partial(run_images, model, examples)
 
 
-def images_of(seed: int) -> Tensor:
+def images_of(model: nn.Module, examples: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(2, 3, 16, 16, generator=generator, dtype=torch.float64)
+    dtype = next(model.parameters()).dtype
+    return torch.rand(examples, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def tokens_of(seed: int) -> Tensor:
-    return torch.randint(5, 90, (2, 6), generator=torch.Generator().manual_seed(seed))
+def tokens_of(examples: int, seed: int) -> Tensor:
+    return torch.randint(5, 90, (examples, 6), generator=torch.Generator().manual_seed(seed))
 
 
-def run_transformer(model: Any, images: bool, seed: int) -> tuple[Tensor, Tensor]:
-    if images:
-        found = model(pixel_values=images_of(seed), labels=torch.tensor([0, 3]))
-    else:
-        found = model(input_ids=tokens_of(seed), labels=tokens_of(seed))
+def classes_of(examples: int) -> Tensor:
+    return 3 * torch.arange(examples) % own_models.CLASSES
+
+
+def run_vision(model: Any, examples: int, seed: int) -> tuple[Tensor, Tensor]:
+    found = model(pixel_values=images_of(model, examples, seed), labels=classes_of(examples))
     return found.logits, found.loss
 
 
-def run_tokens(model: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
+def run_language(model: Any, examples: int, seed: int) -> tuple[Tensor, Tensor]:
+    tokens = tokens_of(examples, seed)
+    found = model(input_ids=tokens, labels=tokens)
+    return found.logits, found.loss
+
+
+def run_tokens(model: nn.Module, examples: int, seed: int) -> tuple[Tensor, Tensor]:
     """Every token but the first is to be predicted from those before it."""
-    tokens = tokens_of(seed)
+    tokens = tokens_of(examples, seed)
     logits = model(tokens)
     return logits, functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def run_images(model: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
+def run_images(model: nn.Module, examples: int, seed: int) -> tuple[Tensor, Tensor]:
     """A class for each image, or for each of its pixels: of how bright it is."""
-    logits, images = model(images_of(seed)), images_of(seed)
+    images = images_of(model, examples, seed)
+    logits = model(images)
     classes = (own_models.CLASSES * images.mean(1)).long()
-    target = classes if logits.dim() == 4 else torch.tensor([0, 3])
+    target = classes if logits.dim() == 4 else classes_of(examples)
     return logits, functional.cross_entropy(logits, target)
 
 
@@ -192,5 +207,39 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def searched(name: str, training: bool, dtype: torch.dtype, examples: int) -> TeleportReport:
+    """A default teleport, whose reason says whether the step was searched on the model itself."""
+    model, run = build(name, dtype, examples)
+    return Teleporter(model.train(training)).step(lambda: run(1)[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_single_precision_reaches_the_growth_with_frozen_activations(name: str) -> None:
+    """Where the step is searched on the model itself, a teleport takes several times as long."""
+    report = searched(name, True, torch.float32, 16)
+    assert not report.rolled_back, report.reason
+    assert report.growth == pytest.approx(1.5, rel=0.01)
+    assert "model itself" not in report.reason
+
+
+def searches() -> str:
+    """In which models, and how often, the step is searched on the model itself."""
+    lines = ["| dtype | examples | teleports | searched on the model itself | undone | which |"]
+    lines.append("|---|---|---|---|---|---|")
+    for dtype, examples in ((torch.float64, 2), (torch.float32, 2), (torch.float32, 64)):
+        runs = {
+            name + ", training" * training: searched(name, training, dtype, examples)
+            for name in NAMES
+            for training in (False, True)
+        }
+        which = [name for name, report in runs.items() if "model itself" in report.reason]
+        undone = sum(report.rolled_back for report in runs.values())
+        lines.append(
+            f"| {str(dtype).removeprefix('torch.')} | {examples} | {len(runs)} | {len(which)} "
+            f"| {undone} | {', '.join(which) or '-'} |"
+        )
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())  # noqa: T201
+    print(searches() if "searches" in sys.argv else table())  # noqa: T201

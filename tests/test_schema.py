@@ -17,6 +17,7 @@ from teleport.cli import show
 from teleport.errors import RunError
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
 from teleport.matrix import blocks, markdown
+from teleport.moves import read_moves
 from teleport.plots import product_figure, spectrum_figure, threshold_figure
 from teleport.product import read_product
 from teleport.records import read_rows, read_runs
@@ -60,6 +61,13 @@ def show_product(folder: Path) -> None:
     product_figure(found, f"{config['title']} after {config['trained']}")
 
 
+def show_moves(folder: Path) -> None:
+    read_runs(folder)
+    for moves in read_moves(folder):
+        show._moves_table(moves)
+        show._room_table(moves)
+
+
 def show_benchmarks(folder: Path) -> None:
     for benchmark in read_benchmarks(folder).values():
         sheets(benchmark)
@@ -81,6 +89,10 @@ SHOWN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     ),
     "spectra": (show_spectra, ["spectrum/00-mnist-mlp.jsonl", "spectrum/01-fashion-mlp.jsonl"]),
     "trajectories": (show_trajectories, ["tau/mnist-mlp/00-mnist-mlp.jsonl"]),
+    "moves": (
+        show_moves,
+        [f"moves/transformers/00-etth1-seed{seed}.jsonl" for seed in (0, 1)],
+    ),
     "product": (show_product, ["product/cifar10-jpeg-cnn/00-0.jsonl"]),
     "rivals": (show_benchmarks, ["bench/rivals-budget/rivals.jsonl"]),
     **{

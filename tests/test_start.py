@@ -19,8 +19,8 @@ from teleport.remembering import METHODS
 from teleport.tasks import SEQUENCES
 
 COMMANDS = [
-    *("list", "run", "continual", "bench", "sweep", "spectrum", "tau", "product", "report"),
-    *("figure", "check", "data", "data list", "data fetch", "data verify"),
+    *("list", "run", "continual", "bench", "sweep", "spectrum", "tau", "moves", "product"),
+    *("report", "figure", "check", "data", "data list", "data fetch", "data verify"),
     *("book", "book build", "book serve", "book check"),
 ]
 WRONG = ["run --nope", "run nope", "run --preset x", "run --schedule x", "sweep nope", "tau nope"]

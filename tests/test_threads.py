@@ -94,6 +94,7 @@ def recorded(path: Path) -> list[int]:
         ["continual", "--methods", "plain", "--seeds", "1"],
         ["spectrum", "mnist-sample", "--trained", "0"],
         ["tau", "mnist-sample", "--trained", "1", "--steps", "1"],
+        ["moves", "narrow-mlp", "--trained", "1", "--seeds", "1"],
         ["product", "mnist-sample", "--trained", "1"],
     ],
     ids=lambda command: command[0],

@@ -43,6 +43,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sweep": experiments.sweep,
     "spectrum": paper.spectrum,
     "tau": paper.tau,
+    "moves": paper.moves,
     "product": paper.product,
     "report": experiments.report,
     "figure": experiments.figure,

@@ -1,4 +1,4 @@
-"""``teleport spectrum``, ``tau`` and ``product``: the figures of one moment of a training."""
+"""``teleport spectrum``, ``tau``, ``moves``, ``product``: looks at one moment of a training."""
 
 import math
 from pathlib import Path
@@ -93,6 +93,58 @@ def tau(
             lr=lr,
             teleport_steps=steps,
             seed=seed,
+            resume=resume,
+            command=COMMAND_LINE.get(),
+            progress=say,
+        )
+    show(folder)
+
+
+def moves(
+    names: Annotated[list[str], typer.Argument(help="Experiments; see `teleport list`.")],
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    trained: Annotated[int, typer.Option(min=0, help="Training steps before.")] = 50,
+    growth: Annotated[float, typer.Option(help="Of the gradient norm, asked for.")] = 1.5,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Examples of the teleport batch; default theirs.")
+    ] = None,
+    evaluating: Annotated[
+        bool, typer.Option("--evaluating", help="In evaluation mode, which BatchNorm notices.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="New folder; default runs/<date>-moves.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the folder of --out; complete records stay.")
+    ] = False,
+    threads: Threads = None,
+) -> None:
+    """Show which layers one teleport moves, and with which drift, for every tau."""
+    check_names(names, preset)
+    with loading():
+        from teleport.cli.show import show
+        from teleport.folders import resumed_folder
+        from teleport.moment import check_moment
+        from teleport.moves import write_moves
+        from teleport.parallel import threads_for, using_threads
+        from teleport.tangent import load_search
+
+        load_search()
+
+    if not 1.0 < growth < math.inf:
+        raise ValueError(f"growth must be > 1 and finite, got {growth}")
+    for name in names:
+        check_moment(name, preset, batch)  # before any folder is made
+    folder = resumed_folder("moves", out, resume)
+    with using_threads(threads_for(threads)):
+        write_moves(
+            list(dict.fromkeys(names)),
+            folder,
+            preset=preset,
+            trained=trained,
+            growth=growth,
+            n=batch,
+            evaluating=evaluating,
+            seeds=seeds,
             resume=resume,
             command=COMMAND_LINE.get(),
             progress=say,

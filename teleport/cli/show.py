@@ -17,6 +17,8 @@ from teleport.errors import RunError
 from teleport.folders import slug
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
 from teleport.matrix import Block, how, length, smaller, without_controls
+from teleport.moves import Moves, read_moves
+from teleport.moves_report import MOVE_COLUMNS, move_cells, room
 from teleport.plots import (
     gap_figure,
     loss_figure,
@@ -43,7 +45,12 @@ def show(folder: Path) -> None:
     if holds_benchmarks(folder):
         _show_benchmarks(folder)
         return
-    kinds = {"spectrum": _show_spectra, "tau": _show_trajectories, "product": _show_product}
+    kinds = {
+        "spectrum": _show_spectra,
+        "tau": _show_trajectories,
+        "moves": _show_moves,
+        "product": _show_product,
+    }
     kind = str(read_runs(folder)[0].config.get("figure", ""))
     kinds.get(kind, _show_runs)(folder)
 
@@ -58,6 +65,12 @@ def _show_spectra(folder: Path) -> None:
 def _show_trajectories(folder: Path) -> None:
     found = read_trajectories(folder)
     _keep(folder, [_threshold_table(found)], {"figure.png": threshold_figure(found)})
+
+
+def _show_moves(folder: Path) -> None:
+    found = read_moves(folder)
+    tables = [table for moves in found for table in (_moves_table(moves), _room_table(moves))]
+    _keep(folder, tables, {})
 
 
 def _show_product(folder: Path) -> None:
@@ -128,6 +141,37 @@ def _threshold_table(found: Trajectories) -> Table:
         ]
         cells = ("-" if p is None else f"{p.grad_norm:.4g} / {p.loss:.4f}" for p in points)
         table.add_row(str(number), *cells)
+    return table
+
+
+def _moves_table(moves: Moves) -> Table:
+    """What became of a teleport, a row for every threshold; of all seeds the mean or the most."""
+    config = moves.config
+    table = Table(
+        *(Column(name, justify="left" if name == "outcome" else "right") for name in MOVE_COLUMNS),
+        title=f"{config['title']}: growth {config['growth']:g} asked for, batch of "
+        f"{config['teleport_batch']}{', evaluation mode' * config['evaluating']}",
+        caption=f"after {config['trained']} training steps; drifts are shares of the loss, the "
+        "largest of all seeds; a move that the guard undid is shown as it was",
+    )
+    for tau in moves.by_tau:
+        table.add_row(*move_cells(moves, tau))
+    return table
+
+
+def _room_table(moves: Moves) -> Table:
+    """Input directions that are free, layer by layer, and whether the layer moves at tau = 1."""
+    right = [Column(f"tau {tau:g}", justify="right") for tau in moves.by_tau]
+    table = Table(
+        "layer",
+        Column("inputs", justify="right"),
+        *right,
+        f"at tau {next(iter(moves.by_tau)):g}",
+        title=f"free input directions, seed {moves.config['seed']}",
+        caption="'-': not looked at, as the inputs depend on no parameter",
+    )
+    for row in room(moves):
+        table.add_row(*row)
     return table
 
 
