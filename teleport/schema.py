@@ -94,6 +94,7 @@ _MOMENT: Fields = {"order": COUNT, "seed": COUNT, "title": TEXT}
 _BASE: Fields = dict.fromkeys("tdnlb", WIDTH)
 _TIMED: Fields = {"network": TEXT, "shape": TEXT, "seconds": TIMES, "gradient_seconds": TIMES}
 _MOVED: Fields = dict.fromkeys(("growth", "drift", "held_out_drift"), NUMBER)
+_FACTORS = ("growth", "step", "open", "lr")
 
 ROWS: dict[str, dict[str, Fields]] = {
     "run": {
@@ -182,6 +183,36 @@ ROWS: dict[str, dict[str, Fields]] = {
             "count": COUNT,
             "bias": FLAG,
             **dict.fromkeys(("rows", "weight", "outputs", "deltas", "gradient"), MATRIX),
+        },
+        "end": _END,
+    },
+    "connectivity": {
+        "config": {
+            **_MOMENT,
+            "experiment": TEXT,
+            "trained": COUNT,
+            "optimizer": TEXT,
+            "lr": NUMBER,
+        },
+        "teleport": {"to": TEXT, "grad_norm_before": TIME, "grad_norm_after": NUMBER},
+        "point": {"to": TEXT, **dict.fromkeys(("share", "train_loss", "test_loss"), NUMBER)},
+        "end": _END,
+    },
+    "sensitivity": {
+        "config": {
+            **_MOMENT,
+            "experiment": TEXT,
+            "optimizer": TEXT,
+            "points": WIDTH,
+            "place": NUMBERS,
+            "values": {"n": WIDTH, "after": COUNT, **dict.fromkeys(_FACTORS, NUMBER)},
+        },
+        "outcome": {
+            "design": TEXT,
+            "log_loss": NUMBER_OR_NULL,
+            "growth": NUMBER,
+            "rolled_back": FLAG,
+            "status": STATUS,
         },
         "end": _END,
     },

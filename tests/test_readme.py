@@ -270,6 +270,8 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
                     "teleport spectrum",
                     "teleport tau",
                     "teleport product",
+                    "teleport connectivity",
+                    "teleport sensitivity",
                 )
             ), run.path
 

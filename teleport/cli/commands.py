@@ -44,6 +44,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "spectrum": paper.spectrum,
     "tau": paper.tau,
     "product": paper.product,
+    "connectivity": paper.connectivity,
+    "sensitivity": paper.sensitivity,
     "report": experiments.report,
     "figure": experiments.figure,
     "check": check.check,
