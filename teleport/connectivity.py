@@ -25,10 +25,18 @@ from teleport.errors import RunError
 from teleport.experiment import Arm, Settings, teleport_settings, tuning
 from teleport.folders import slug
 from teleport.provenance import check_folder, is_complete
-from teleport.records import FloatArray, RecordWriter, Split, environment, has_begun, read_rows
+from teleport.records import (
+    FloatArray,
+    RecordWriter,
+    Split,
+    environment,
+    has_begun,
+    read_rows,
+    twice,
+)
 from teleport.training import Training, check_fits, look
 
-GROWTHS = (1.5, 2.0)
+GROWTHS = (1.5,)
 """Factors on the gradient norm, a teleported training for each."""
 
 OTHER_BATCHES = "other batches"
@@ -124,15 +132,18 @@ def forked(
         progress(1)
 
     yield "plain", plain, _trained(plain, keep)
-    ways = {f"growth {growth:g}": growth for growth in growths}
-    for name, growth in ways.items():
+    for growth in growths:
         grown = replace(settings, teleport=replace(settings.teleport, growth=growth))
         training = Training(grown, Arm(lr, True), seed, dataset)
-        training.restore(moment, Path(name))
-        yield name, training, _trained(training, lambda: progress(1))
+        if at:
+            training.restore(moment, Path("moment"))
+        yield f"growth {growth:g}", training, _trained(training, lambda: progress(1))
     training = Training(settings, Arm(lr), seed, dataset)
     others = torch.Generator().manual_seed(seed + 3_000_003)  # orders the rest of the epoch
-    training.restore({**moment, "epoch_start": others.get_state()}, Path(OTHER_BATCHES))
+    if at:
+        training.restore({**moment, "epoch_start": others.get_state()}, Path("moment"))
+    else:
+        training.order.set_state(others.get_state())
     yield OTHER_BATCHES, training, _trained(training, lambda: progress(1))
 
 
@@ -159,18 +170,21 @@ def points_on_line(to: str, first: Training, second: Training, count: int) -> It
         yield LinePoint(to, share, train, test)
 
 
-def settings_of(name: str, preset: str = "cpu") -> tuple[Settings, float]:
-    """How an experiment is trained here: with SGD at its tuned rate.
+def settings_of(
+    name: str, preset: str = "cpu", epochs: int | None = None
+) -> tuple[Settings, float]:
+    """How an experiment is trained here: with SGD at its tuned rate, which is returned as well.
 
     Raises:
-        ValueError: for an unknown name or preset, or an experiment whose rate is not known.
+        ValueError: for an unknown name or preset, a count < 1, or an experiment whose rate is not
+            known.
     """
-    settings = Settings(name, preset, "sgd", teleport=teleport_settings(name))
+    settings = Settings(name, preset, "sgd", epochs, teleport=teleport_settings(name))
     settings.size()
     return settings, tuning(name, "sgd").tuned
 
 
-def check_connectivity(name: str, preset: str = "cpu") -> int:
+def check_connectivity(name: str, preset: str = "cpu", epochs: int | None = None) -> int:
     """Refuse, before anything is written, what would be refused later.
 
     Returns:
@@ -181,7 +195,7 @@ def check_connectivity(name: str, preset: str = "cpu") -> int:
         RunError: as `check_fits` and `between`, or if the training is too short.
         DataError: if the data cannot be had.
     """
-    settings, lr = settings_of(name, preset)
+    settings, lr = settings_of(name, preset, epochs)
     dataset = load(settings.recipe().data)
     check_fits(settings, dataset)
     model = settings.recipe().build(dataset, settings.size())
@@ -190,7 +204,7 @@ def check_connectivity(name: str, preset: str = "cpu") -> int:
     if training.steps <= at:
         raise RunError(
             f"{name} trains for {training.steps} steps with the preset {preset}, and the teleport "
-            f"is due after {at}; take a larger preset"
+            f"is due after {at}; take a larger preset or more --epochs"
         )
     return training.steps + (1 + len(GROWTHS)) * (training.steps - at)
 
@@ -200,6 +214,7 @@ def write_lines(
     folder: Path,
     *,
     preset: str = "cpu",
+    epochs: int | None = None,
     seeds: int = 5,
     points: int = 11,
     resume: bool = False,
@@ -212,6 +227,7 @@ def write_lines(
         names: of the experiments.
         folder: an existing one, for the records.
         preset: their size.
+        epochs: instead of the preset's.
         seeds: how many, counted from 0.
         points: on every line, ends included, >= 3.
         resume: leave complete records, and make those again that were broken off.
@@ -223,7 +239,7 @@ def write_lines(
         RunError: if the folder is in use or holds other records, a record exists already or cannot
             be written, or a training diverges.
     """
-    asked = {"preset": preset, "points": points, "growths": list(GROWTHS)}
+    asked = {"preset": preset, "epochs": epochs, "points": points, "growths": list(GROWTHS)}
     with locked(folder / ".lock", str(folder)):
         check_folder(folder, "connectivity", asked)
         for seed in range(seeds):
@@ -232,7 +248,7 @@ def write_lines(
                 told = partial(progress, f"{name} (seed {seed})")
                 if resume:
                     if is_complete(path, {"experiment": name, "seed": seed}):
-                        told(check_connectivity(name, preset))
+                        told(check_connectivity(name, preset, epochs))
                         continue
                     path.unlink(missing_ok=True)
                 shared = {"command": command, "order": order, "figure": "connectivity", **asked}
@@ -247,7 +263,7 @@ def _write(
     shared: dict[str, Any],
     progress: Callable[[int], None],
 ) -> None:
-    settings, lr = settings_of(name, shared["preset"])
+    settings, lr = settings_of(name, shared["preset"], shared["epochs"])
     dataset = load(settings.recipe().data)
     trained = settings.teleport.schedule.warmup_steps
     writer.write(
@@ -307,37 +323,63 @@ def read_lines(folder: Path) -> list[Lines]:
     Raises:
         RunError: if there are none, or a record is damaged, broken off or of something else.
     """
-    found: dict[tuple[int, str], list[list[dict[str, Any]]]] = {}
+    found: dict[tuple[int, str], list[Record]] = {}
     for path in filter(has_begun, sorted(folder.glob("*.jsonl"))):
         rows = read_rows(path)
         if rows[0].get("figure") != "connectivity":
             raise RunError(f"{path} is not a record of `teleport connectivity`")
         if rows[-1]["type"] == "end":  # else it was broken off; --resume makes it again
-            found.setdefault((rows[0]["order"], rows[0]["experiment"]), []).append(rows)
+            found.setdefault((rows[0]["order"], rows[0]["experiment"]), []).append((path, rows))
     if not found:
         raise RunError(
             f"{folder} holds no complete record of `teleport connectivity`; give a folder that it "
             "has written"
         )
-    return [_of_seeds(seeds) for _, seeds in sorted(found.items(), key=lambda item: item[0])]
+    return [_of_seeds(records) for _, records in sorted(found.items(), key=lambda item: item[0])]
 
 
-def _of_seeds(seeds: list[list[dict[str, Any]]]) -> Lines:
-    names = [field.name for field in fields(LinePoint)]
-    lines = [
-        [LinePoint(*(row[name] for name in names)) for row in rows if row["type"] == "point"]
-        for rows in seeds
-    ]
-    others = dict.fromkeys(point.to for point in lines[0])
+Record = tuple[Path, list[dict[str, Any]]]
+
+
+def _of_seeds(records: list[Record]) -> Lines:
+    seeds: dict[int, Path] = {}
+    for path, (config, *_) in records:
+        if seeds.setdefault(config["seed"], path) != path:
+            what = f"{config['experiment']} (seed {config['seed']})"
+            raise RunError(twice(seeds[config["seed"]], path, what))
+    by_seed = [_points(*record) for record in records]
+    others = by_seed[0]
+    shares = [point.share for point in next(iter(others.values()))]
+    for (path, _), lines in zip(records, by_seed, strict=True):
+        found = {to: [point.share for point in line] for to, line in lines.items()}
+        if found != dict.fromkeys(others, shares):
+            raise RunError(
+                f"{path} has lines to {', '.join(found)} with {list(map(len, found.values()))} "
+                f"points, and others than {records[0][0]}; make its record again"
+            )
     losses: dict[tuple[str, Split], FloatArray] = {}
     for to in others:
-        of = [[point for point in points if point.to == to] for points in lines]
-        losses[to, "train"] = np.array([[point.train_loss for point in line] for line in of])
-        losses[to, "test"] = np.array([[point.test_loss for point in line] for line in of])
+        lines_to = [lines[to] for lines in by_seed]
+        losses[to, "train"] = np.array([[p.train_loss for p in line] for line in lines_to])
+        losses[to, "test"] = np.array([[p.test_loss for p in line] for line in lines_to])
     growths: dict[str, list[float]] = {}
-    for row in (row for rows in seeds for row in rows if row["type"] == "teleport"):
+    for row in (row for _, rows in records for row in rows if row["type"] == "teleport"):
         grown = row["grad_norm_after"] / row["grad_norm_before"]
         growths.setdefault(row["to"], []).append(grown)
-    shares = np.array([point.share for point in lines[0] if point.to == lines[0][0].to])
     reached = {to: np.array(values) for to, values in growths.items()}
-    return Lines(seeds[0][0], shares, losses, reached)
+    return Lines(records[0][1][0], np.array(shares), losses, reached)
+
+
+def _points(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[LinePoint]]:
+    """The points of every line of one record, which go from one end to the other evenly."""
+    names = [field.name for field in fields(LinePoint)]
+    lines: dict[str, list[LinePoint]] = {}
+    for row in (row for row in rows if row["type"] == "point"):
+        lines.setdefault(row["to"], []).append(LinePoint(*(row[name] for name in names)))
+    even = np.linspace(0.0, 1.0, rows[0]["points"]).tolist()
+    if not lines or any([point.share for point in line] != even for line in lines.values()):
+        raise RunError(
+            f"{path} does not have {len(even)} evenly placed points on every line; make its record "
+            "again"
+        )
+    return lines

@@ -75,6 +75,7 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 COUNT = Kind("an integer >= 0", _is_count)
 WIDTH = Kind("an integer >= 1", lambda value: _is_count(value) and value > 0)
 TASKS = Kind("an integer from 2 to 1000", lambda value: _is_count(value) and 2 <= value <= 1000)
+POINTS = Kind("an integer from 3 to 10000", lambda value: _is_count(value) and 3 <= value <= 10**4)
 NUMBER = Kind("a number", _is_number)
 NUMBER_OR_NULL = or_null(NUMBER)
 LOSS_OR_NULL = or_null(Kind("a number >= 0", lambda value: _is_number(value) and value >= 0))
@@ -190,6 +191,7 @@ ROWS: dict[str, dict[str, Fields]] = {
         "config": {
             **_MOMENT,
             "experiment": TEXT,
+            "points": POINTS,
             "trained": COUNT,
             "optimizer": TEXT,
             "lr": NUMBER,

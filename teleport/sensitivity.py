@@ -32,6 +32,7 @@ from teleport.records import (
     has_begun,
     read_rows,
     read_run,
+    twice,
 )
 from teleport.report import growth
 from teleport.run import Cell, run_cell, steps_per_run
@@ -44,7 +45,7 @@ STEPS = (0.02, 0.5)
 """Fixed teleport step sizes, the paper's η, on a logarithmic scale."""
 OPEN = (1e-4, 0.1)
 """Shares 1 - τ of the input energy, on a logarithmic scale; τ = 1 has no place on it."""
-BATCHES = (32, 512)
+BATCHES = (32.0, 512.0)
 """Examples of a teleport batch, on a logarithmic scale."""
 LRS = (0.05, 0.4)
 """Learning rates of SGD, on a logarithmic scale."""
@@ -348,32 +349,45 @@ def read_outcomes(folder: Path) -> list[Outcomes]:
     Raises:
         RunError: if it holds no records of ours, not all points, or a damaged record.
     """
-    points: list[list[dict[str, Any]]] = []
+    points: dict[int, Path] = {}
+    rows: list[list[dict[str, Any]]] = []
     for path in filter(has_begun, sorted(folder.glob("*.jsonl"))):
-        rows = read_rows(path)
-        if rows[0].get("figure") != "sensitivity":
+        config, *others = read_rows(path)
+        if config.get("figure") != "sensitivity":
             raise RunError(f"{path} is not a record of `teleport sensitivity`")
-        if rows[-1]["type"] == "end":
-            points.append(rows)
-    wanted = points[0][0]["points"] if points else "all"
-    if len({rows[0]["order"] for rows in points}) != wanted or len(points) != wanted:
+        if others and others[-1]["type"] == "end":
+            if points.setdefault(config["order"], path) != path:
+                raise RunError(twice(points[config["order"]], path, f"point {config['order']}"))
+            rows.append(_checked(path, config, others))
+    wanted = rows[0][0]["points"] if rows else "all"
+    if len(rows) != wanted:
         raise RunError(
-            f"{folder} holds {len(points)} of {wanted} points of a design; "
+            f"{folder} holds {len(rows)} of {wanted} points of a design; "
             "`teleport sensitivity` with --resume makes the others"
         )
-    return [_outcomes(design, points) for design in SIZES]
+    return [_outcomes(design, rows) for design in SIZES]
+
+
+def _checked(
+    path: Path, config: dict[str, Any], others: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of one point: its configuration, then one outcome for every design."""
+    found = {row.get("design"): row for row in others if row["type"] == "outcome"}
+    if set(found) != set(SIZES) or len(config["place"]) != len(NAMES):
+        raise RunError(
+            f"{path} does not have an outcome for {' and '.join(SIZES)} at a place of {len(NAMES)} "
+            "factors; make its record again"
+        )
+    return [config, *(found[design] for design in SIZES)]
 
 
 def _outcomes(design: str, points: list[list[dict[str, Any]]]) -> Outcomes:
-    rows = [
-        next(row for row in rows if row["type"] == "outcome" and row["design"] == design)
-        for rows in points
-    ]
+    rows = [next(row for row in rest if row["design"] == design) for _, *rest in points]
     losses = [np.nan if row["log_loss"] is None else row["log_loss"] for row in rows]
     return Outcomes(
         points[0][0],
         design,
-        np.array([rows[0]["place"] for rows in points]),
+        np.array([config["place"] for config, *_ in points]),
         np.array(losses, dtype=np.float64),
         np.array([row["growth"] for row in rows]),
         sum(row["rolled_back"] for row in rows),

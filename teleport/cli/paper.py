@@ -134,6 +134,7 @@ def product(
 def connectivity(
     names: Annotated[list[str], typer.Argument(help="Experiments; see `teleport list`.")],
     preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 5,
     points: Annotated[int, typer.Option(min=3, help="On every line, its ends included.")] = 11,
     out: Annotated[
@@ -156,13 +157,14 @@ def connectivity(
         load_search()
 
     names = list(dict.fromkeys(names))
-    total = seeds * sum(check_connectivity(name, preset) for name in names)
+    total = seeds * sum(check_connectivity(name, preset, epochs) for name in names)
     folder = resumed_folder("connectivity", out, resume)
     with step_progress(total, folder) as progress, using_threads(threads_for(threads)):
         write_lines(
             names,
             folder,
             preset=preset,
+            epochs=epochs,
             seeds=seeds,
             points=points,
             resume=resume,
