@@ -358,7 +358,7 @@ def connectivity_figure(found: Sequence[Lines]) -> Figure:
                 above = excess(lines.losses[to, split])
                 draw_band(axes, lines.shares, above, label, number, dashed=split == "test")
         axes.axhline(0.0, color="0.6", linewidth=0.8)
-        axes.set_title(lines.config["title"], fontsize=9)
+        axes.set_title(lines.config["experiment"], fontsize=10)
         axes.set_xlabel("from plain (0) to the other network (1)", fontsize=9)
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("loss above the straight line")

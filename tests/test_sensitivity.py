@@ -36,7 +36,7 @@ shares = st.floats(0.0, 1.0)
 
 
 @given(st.integers(10, 80), st.integers(0, 2**31))
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_a_latin_hypercube_has_one_point_in_every_stratum(count: int, seed: int) -> None:
     at = places(count, seed)
     assert at.shape == (count, len(NAMES))
@@ -80,7 +80,7 @@ def known(at: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 @given(coefficients, st.integers(12, 60), st.integers(0, 1000), st.sampled_from(list(SIZES)))
-@settings(max_examples=20)
+@settings(max_examples=8)
 def test_effects_of_a_known_response_are_found(
     weights: list[float], count: int, seed: int, design: str
 ) -> None:
