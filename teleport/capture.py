@@ -375,6 +375,7 @@ def evaluate(closure: Closure) -> Float[Tensor, ""]:
 
 def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
     calls: list[Call] = []
+    called: set[Block] = set()
     tapes: list[weakref.ref[Tape]] = []  # for the relays: the tape is made once the loss is known
     anchor = torch.zeros((), requires_grad=True)
     empty: dict[str, torch.Size] = {}
@@ -394,7 +395,8 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
         x = as_computed(x, z)
         call = Call(use, x, z.detach(), constant=not torch.is_grad_enabled())
         calls.append(call)
-        output: Tensor = _Relay.apply(x, anchor, calls, call, [z], tapes, *use.block.parameters)
+        called.add(use.block)
+        output: Tensor = _Relay.apply(x, anchor, called, call, [z], tapes, *use.block.parameters)
         return output
 
     with torch.enable_grad(), _backward_forbidden(model), _replaced_forwards(sites, product):
@@ -469,6 +471,9 @@ class _Relay(torch.autograd.Function):
     ``anchor`` is a leaf that needs a gradient, so that autograd reaches every relay even where no
     parameter lies behind it. The block's parameters are inputs, too, so that a closure that itself
     differentiates by them arrives here; the tape takes no gradient from them.
+
+    A relay must hold no later call: that one's input leads back to the relay, and the garbage
+    collector does not see a cycle that goes through the graph.
     """
 
     @staticmethod
@@ -476,13 +481,13 @@ class _Relay(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         anchor: Tensor,
-        calls: list[Call],
+        called: set[Block],
         call: Call,
         z: list[Tensor],
         tapes: list,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.calls, ctx.call, ctx.tapes, ctx.anchor = calls, call, tapes, anchor
+        ctx.called, ctx.call, ctx.tapes, ctx.anchor = called, call, tapes, anchor
         ctx.parameters = len(parameters)
         return z.pop()
 
@@ -490,7 +495,7 @@ class _Relay(torch.autograd.Function):
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         call = ctx.call
         if not ctx.tapes:
-            raise _DifferentiatedError({call.block for call in ctx.calls})
+            raise _DifferentiatedError(ctx.called)
         call.delta = delta
         grad = None
         if ctx.needs_input_grad[0]:

@@ -1,5 +1,7 @@
 """Capture: the tape of a closure holds its layers' inputs, cotangents and tangents."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -187,6 +189,18 @@ def test_recording_leaves_the_model_as_it_was(name: str) -> None:
     before = fingerprint(problem.model)
     tape_of(problem)
     assert fingerprint(problem.model) == before
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_tape_that_nobody_holds_leaves_no_memory(name: str) -> None:
+    """A cycle through the graph is one that Python's collector does not see."""
+    tape = tape_of(task(name))
+    tape.backward()
+    left = [weakref.ref(call) for call in tape.calls]
+    assert len(left) >= 2
+    del tape
+    gc.collect()
+    assert [call() for call in left if call() is not None] == []
 
 
 def test_a_layer_without_effect_on_the_loss_has_no_gradient() -> None:
