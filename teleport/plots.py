@@ -7,10 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from teleport.connectivity import Lines, excess
 from teleport.data import SOURCES
 from teleport.measure import Curve
 from teleport.product import Product
 from teleport.records import ArmSummary, FloatArray, Run, by_arm, log
+from teleport.sensitivity import Effects
 from teleport.spectrum import Measured, Spectrum
 from teleport.threshold import Trajectories
 
@@ -338,6 +340,48 @@ def threshold_figure(found: Trajectories) -> Figure:
         f"{config['title']}, after {config['trained']} steps, step size {config['teleport_lr']:g}",
         fontsize=11,
     )
+    return figure
+
+
+def connectivity_figure(found: Sequence[Lines]) -> Figure:
+    """Loss above the straight line between two trained networks, a panel for each experiment.
+
+    A curve for each other network, train loss solid and test loss dashed: mean over the seeds with
+    a band of one standard deviation.
+    """
+    figure = Figure(figsize=(0.5 + 3.6 * len(found), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, lines in zip(panels, found, strict=True):
+        for number, to in enumerate(lines.others):
+            for split in ("train", "test"):
+                label = to if split == "train" else ""
+                above = excess(lines.losses[to, split])
+                draw_band(axes, lines.shares, above, label, number, dashed=split == "test")
+        axes.axhline(0.0, color="0.6", linewidth=0.8)
+        axes.set_title(lines.config["experiment"], fontsize=10)
+        axes.set_xlabel("from plain (0) to the other network (1)", fontsize=9)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("loss above the straight line")
+    _legend_below(figure, panels[0])
+    return figure
+
+
+def effects_figure(found: Sequence[Effects], title: str = "") -> Figure:
+    """Effects of the factors of a design on the log loss with 95 % intervals, a panel for each."""
+    figure = Figure(figsize=(0.5 + 4.6 * len(found), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for axes, effects in zip(panels, found, strict=True):
+        axes.axvline(0.0, color="0.6", linewidth=0.8)
+        places = range(len(effects.names))
+        bars = {"fmt": "o", "color": "black", "markersize": 4, "capsize": 3}
+        axes.errorbar(effects.values, places, xerr=effects.half_widths, **bars)
+        axes.set_yticks(places, effects.names)
+        axes.invert_yaxis()
+        axes.set_title(f"{effects.design}, {effects.points} points", fontsize=10)
+        axes.set_xlabel("effect on the log loss")
+        axes.grid(alpha=0.25, axis="x")
+    if title:
+        figure.suptitle(title, fontsize=11)
     return figure
 
 

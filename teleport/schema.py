@@ -87,6 +87,7 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 COUNT = Kind("an integer >= 0", _is_count)
 WIDTH = Kind("an integer >= 1", lambda value: _is_count(value) and value > 0)
 TASKS = Kind("an integer from 2 to 1000", lambda value: _is_count(value) and 2 <= value <= 1000)
+POINTS = Kind("an integer from 3 to 10000", lambda value: _is_count(value) and 3 <= value <= 10**4)
 NUMBER = Kind("a number", _is_number)
 NUMBER_OR_NULL = or_null(NUMBER)
 LOSS_OR_NULL = or_null(Kind("a number >= 0", lambda value: _is_number(value) and value >= 0))
@@ -107,6 +108,7 @@ _MOMENT: Fields = {"order": COUNT, "seed": COUNT, "title": TEXT}
 _BASE: Fields = dict.fromkeys("tdnlb", WIDTH)
 _TIMED: Fields = {"network": TEXT, "shape": TEXT, "seconds": TIMES, "gradient_seconds": TIMES}
 _MOVED: Fields = dict.fromkeys(("growth", "drift", "held_out_drift"), NUMBER)
+_FACTORS = ("growth", "step", "open", "lr")
 
 ROWS: dict[str, dict[str, Fields]] = {
     "run": {
@@ -219,6 +221,37 @@ ROWS: dict[str, dict[str, Fields]] = {
             "count": COUNT,
             "bias": FLAG,
             **dict.fromkeys(("rows", "weight", "outputs", "deltas", "gradient"), MATRIX),
+        },
+        "end": _END,
+    },
+    "connectivity": {
+        "config": {
+            **_MOMENT,
+            "experiment": TEXT,
+            "points": POINTS,
+            "trained": COUNT,
+            "optimizer": TEXT,
+            "lr": NUMBER,
+        },
+        "teleport": {"to": TEXT, "grad_norm_before": TIME, "grad_norm_after": NUMBER},
+        "point": {"to": TEXT, **dict.fromkeys(("share", "train_loss", "test_loss"), NUMBER)},
+        "end": _END,
+    },
+    "sensitivity": {
+        "config": {
+            **_MOMENT,
+            "experiment": TEXT,
+            "optimizer": TEXT,
+            "points": WIDTH,
+            "place": NUMBERS,
+            "values": {"n": WIDTH, "after": COUNT, **dict.fromkeys(_FACTORS, NUMBER)},
+        },
+        "outcome": {
+            "design": TEXT,
+            "log_loss": NUMBER_OR_NULL,
+            "growth": NUMBER,
+            "rolled_back": FLAG,
+            "status": STATUS,
         },
         "end": _END,
     },

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from teleport.checkpoint import foreign, is_plain, load_checkpoint
 from teleport.clock import now
@@ -85,6 +85,21 @@ def late_teleport(settings: Settings, dataset: Dataset) -> str:
         f"{settings.experiment} never teleports: the first is due after {min(due)} "
         f"training steps, and a run has {steps}; give more --epochs, or --schedule paper"
     )
+
+
+def look(
+    model: nn.Module, dataset: Dataset, inputs: Tensor, targets: Tensor, size: int
+) -> tuple[float, float]:
+    """Mean loss and accuracy of a network, NaN for a regression, on ``size`` examples at a time."""
+    losses, hits = 0.0, 0.0
+    with torch.no_grad():
+        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+            outputs = model(dataset.prepare(x))
+            losses += float(dataset.loss(outputs, y)) * len(x)
+            if dataset.loss_kind == "cross_entropy":
+                hits += float((outputs.argmax(-1) == y).double().mean()) * len(x)
+    accuracy = hits / len(inputs) if dataset.classes else math.nan
+    return losses / len(inputs), accuracy
 
 
 STATE = (
@@ -310,18 +325,8 @@ class Training:
         )
 
     def _look(self, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
-        """Mean loss and accuracy, NaN for a regression; at a time what a teleport batch holds."""
-        losses, hits = 0.0, 0.0
         size = self.settings.teleport.batch_size
-        pairs = zip(inputs.split(size), targets.split(size), strict=True)
-        with torch.no_grad():
-            for x, y in pairs:
-                outputs = self.model(self.dataset.prepare(x))
-                losses += float(self.dataset.loss(outputs, y)) * len(x)
-                if self.dataset.loss_kind == "cross_entropy":
-                    hits += float((outputs.argmax(-1) == y).double().mean()) * len(x)
-        accuracy = hits / len(inputs) if self.dataset.classes else math.nan
-        return losses / len(inputs), accuracy
+        return look(self.model, self.dataset, inputs, targets, size)
 
     def _teleport(self) -> None:
         options = self.settings.teleport

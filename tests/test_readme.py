@@ -278,6 +278,8 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
                     "teleport tau",
                     "teleport moves",
                     "teleport product",
+                    "teleport connectivity",
+                    "teleport sensitivity",
                 )
             ), run.path
 

@@ -1,5 +1,6 @@
 """Equi-normalisation and path conditioning: where each ends, by slow and literal means."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -91,7 +92,7 @@ def test_incoming_and_outgoing_weights_have_one_norm_and_the_sum_is_least(
     EquiNormalization(model, p, tolerance=1e-10).step(loss_of(model, x, y))
     least = total()
     assert least <= start * (1 + 1e-12)
-    for layer, after in zip(layers, layers[1:], strict=False):
+    for layer, after in itertools.pairwise(layers):
         into = layer.weight.detach().norm(p, dim=1)
         torch.testing.assert_close(into, after.weight.detach().norm(p, dim=0), rtol=1e-6, atol=0)
     for seed in range(3):
@@ -114,7 +115,6 @@ def test_all_channels_of_a_convolution_are_balanced_too() -> None:
 
 def paths(matrices: list[np.ndarray], biases: list[np.ndarray]) -> list[dict[tuple, float]]:
     """Every path of a perceptron, as the parameters on it with their values, one by one."""
-    found: list[dict[tuple, float]] = []
     ends: list[tuple[int, dict[tuple, float]]] = [(i, {}) for i in range(matrices[0].shape[1])]
     for layer, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
         ends = [
@@ -123,8 +123,7 @@ def paths(matrices: list[np.ndarray], biases: list[np.ndarray]) -> list[dict[tup
             for row in range(len(matrix))
         ]
         ends += [(row, {("bias", layer, row): bias[row]}) for row in range(len(bias))]
-    found = [path for _, path in ends]
-    return found
+    return [path for _, path in ends]
 
 
 def divergence(matrices: list[np.ndarray], biases: list[np.ndarray]) -> float:
@@ -241,7 +240,7 @@ def test_what_is_not_homogeneous_is_refused_by_name(
 
 
 def test_arguments_out_of_range_are_refused() -> None:
-    model, x, _ = Case((2, 3, 1)).build()
+    model, _x, _ = Case((2, 3, 1)).build()
     for method in (EquiNormalization, PathConditioning):
         for wrong in ({"tolerance": 0.0}, {"tolerance": math.nan}, {"sweeps": 0}):
             with pytest.raises(ValueError, match=next(iter(wrong))):

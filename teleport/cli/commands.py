@@ -45,6 +45,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "tau": paper.tau,
     "moves": paper.moves,
     "product": paper.product,
+    "connectivity": paper.connectivity,
+    "sensitivity": paper.sensitivity,
     "report": experiments.report,
     "figure": experiments.figure,
     "check": check.check,

@@ -331,7 +331,7 @@ def figure(
     folders: Annotated[
         list[Path],
         typer.Argument(
-            help="Folders written by `teleport run`, bench, continual, spectrum, tau or product."
+            help="Folders of records: of `teleport run`, continual, bench and the other studies."
         ),
     ],
 ) -> None:

@@ -1,4 +1,4 @@
-"""``teleport spectrum``, ``tau``, ``moves``, ``product``: looks at one moment of a training."""
+"""``teleport spectrum``, ``tau``, ``moves``, ``product``, ``connectivity``, ``sensitivity``."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,7 @@ import typer
 
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, Threads, check_names
-from teleport.cli.output import say
+from teleport.cli.output import say, step_progress
 
 
 def spectrum(
@@ -180,4 +180,87 @@ def product(
         )
     folder = new_folder("product", out)
     write_product(folder, {"command": COMMAND_LINE.get(), **config}, found)
+    show(folder)
+
+
+def connectivity(
+    names: Annotated[list[str], typer.Argument(help="Experiments; see `teleport list`.")],
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 5,
+    points: Annotated[int, typer.Option(min=3, help="On every line, its ends included.")] = 11,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-connectivity.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the folder of --out; complete records stay.")
+    ] = False,
+    threads: Threads = None,
+) -> None:
+    """Follow the loss on the line between networks trained with and without a teleport."""
+    check_names(names, preset)
+    with loading():
+        from teleport.cli.show import show
+        from teleport.connectivity import check_connectivity, write_lines
+        from teleport.folders import resumed_folder
+        from teleport.parallel import threads_for, using_threads
+        from teleport.tangent import load_search
+
+        load_search()
+
+    names = list(dict.fromkeys(names))
+    total = seeds * sum(check_connectivity(name, preset, epochs) for name in names)
+    folder = resumed_folder("connectivity", out, resume)
+    with step_progress(total, folder) as progress, using_threads(threads_for(threads)):
+        write_lines(
+            names,
+            folder,
+            preset=preset,
+            epochs=epochs,
+            seeds=seeds,
+            points=points,
+            resume=resume,
+            command=COMMAND_LINE.get(),
+            progress=progress,
+        )
+    show(folder)
+
+
+def sensitivity(
+    name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")],
+    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
+    points: Annotated[int, typer.Option(help="Of the design, three runs each.")] = 48,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-sensitivity.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on in the folder of --out; complete records stay.")
+    ] = False,
+    threads: Threads = None,
+) -> None:
+    """Change all settings of a teleport at once; print the effect of each on the loss."""
+    check_names([name], preset)
+    with loading():
+        from teleport.cli.show import show
+        from teleport.folders import resumed_folder
+        from teleport.parallel import threads_for, using_threads
+        from teleport.sensitivity import SIZES, check_sensitivity, places, write_design
+        from teleport.tangent import load_search
+
+        load_search()
+
+    total = len(places(points)) * (1 + len(SIZES)) * check_sensitivity(name, preset, epochs)
+    folder = resumed_folder("sensitivity", out, resume)
+    with step_progress(total, folder) as progress, using_threads(threads_for(threads)):
+        write_design(
+            name,
+            folder,
+            preset=preset,
+            epochs=epochs,
+            points=points,
+            resume=resume,
+            command=COMMAND_LINE.get(),
+            progress=progress,
+        )
     show(folder)

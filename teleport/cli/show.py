@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from teleport.bench_tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
 from teleport.check.grading import Grades
 from teleport.cli.output import console, count_of, say
+from teleport.connectivity import Lines, interval, read_lines
 from teleport.errors import RunError
 from teleport.folders import slug
 from teleport.forgetting_report import forgetting_figure, forgetting_tables
@@ -20,6 +21,8 @@ from teleport.matrix import Block, how, length, smaller, without_controls
 from teleport.moves import Moves, read_moves
 from teleport.moves_report import MOVE_COLUMNS, move_cells, room
 from teleport.plots import (
+    connectivity_figure,
+    effects_figure,
     gap_figure,
     loss_figure,
     matrix_figure,
@@ -30,10 +33,22 @@ from teleport.plots import (
 )
 from teleport.product import read_product
 from teleport.provenance import check_alike
-from teleport.records import ArmSummary, Comparison, Run, by_arm, read_runs, summarise
+from teleport.records import (
+    ArmSummary,
+    Comparison,
+    FloatArray,
+    Run,
+    Split,
+    by_arm,
+    read_runs,
+    summarise,
+)
 from teleport.registry import EXPERIMENTS
+from teleport.sensitivity import Outcomes, read_outcomes
 from teleport.spectrum import Measured, read_spectra
 from teleport.threshold import Trajectories, read_trajectories
+
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 def show(folder: Path) -> None:
@@ -50,6 +65,8 @@ def show(folder: Path) -> None:
         "tau": _show_trajectories,
         "moves": _show_moves,
         "product": _show_product,
+        "connectivity": _show_lines,
+        "sensitivity": _show_outcomes,
     }
     kind = str(read_runs(folder)[0].config.get("figure", ""))
     kinds.get(kind, _show_runs)(folder)
@@ -84,6 +101,69 @@ def _show_product(folder: Path) -> None:
     table.add_row("D", f"{d_out} x {found.count}", "derivative of the loss by the outputs")
     table.add_row("g = D X", f"{d_out} x {d_in}", "gradient")
     _keep(folder, [table], {"figure.png": product_figure(found, title)})
+
+
+def _show_lines(folder: Path) -> None:
+    found = read_lines(folder)
+    figure = connectivity_figure(found)
+    _keep(folder, [_barrier_table(found)], {"figure.png": figure})
+
+
+def _barrier_table(found: list[Lines]) -> Table:
+    """The highest loss above the straight line, split by split."""
+    table = Table(
+        "experiment",
+        "lr",
+        Column("seeds", justify="right"),
+        "line to",
+        "growth",
+        *(f"barrier, {split} loss" for split in SPLITS),
+        title="loss on the line from the plain network to another one",
+        caption="Barrier: how far the loss rises above the straight line between the losses of the "
+        "ends; mean over seeds with the half width of its 95 % interval.",
+    )
+    for lines in found:
+        for to in lines.others:
+            grown = lines.growths.get(to)
+            reached = "-" if grown is None else f"{grown.mean():.2f}"
+            cells = (_with_interval(lines.barriers(to, split)) for split in SPLITS)
+            seeds, config = str(len(lines.losses[to, "train"])), lines.config
+            table.add_row(config["experiment"], f"{config['lr']:g}", seeds, to, reached, *cells)
+        table.add_section()
+    return table
+
+
+def _with_interval(values: FloatArray) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.4f}"
+    middle, half = interval(values)
+    return f"{middle:.4f} ± {half:.4f}"
+
+
+def _show_outcomes(folder: Path) -> None:
+    found = read_outcomes(folder)
+    title = str(found[0].config["title"])
+    figure = effects_figure([outcomes.effects for outcomes in found], title)
+    _keep(folder, [_effect_table(outcomes) for outcomes in found], {"figure.png": figure})
+
+
+def _effect_table(outcomes: Outcomes) -> Table:
+    """The effect of every factor on the log loss of a teleport against none."""
+    found, total = outcomes.effects, len(outcomes.places)
+    table = Table(
+        "term",
+        Column("effect on the log loss", justify="right"),
+        "",
+        title=f"{outcomes.config['title']}: {outcomes.design}, {total} points",
+        caption=f"Change from the low to the high end of a factor's range, ± the half width of its "
+        f"95 % interval; *: it leaves 0 out. {found.explained:.0%} of the variance explained; "
+        f"{outcomes.rolled_back} teleports rolled back, {outcomes.diverged} trainings diverged.",
+    )
+    for name, value, half, resolved in zip(
+        found.names, found.values, found.half_widths, found.resolved, strict=True
+    ):
+        table.add_row(name, f"{value:+.4f} ± {half:.4f}", "*" * resolved)
+    return table
 
 
 def _keep(folder: Path, tables: list[Table], figures: dict[str, Figure]) -> None:
