@@ -139,4 +139,6 @@ def is_complete(path: Path, wanted: dict[str, Any], added: Collection[str] = ())
         return False
     config, *rows = read_rows(path)
     check_same(path, config, wanted, added)
-    return bool(rows) and rows[-1].get("status") in ("finished", "diverged")
+    if not rows or rows[-1]["type"] != "end":  # other rows may have a status, too
+        return False
+    return rows[-1]["status"] in ("finished", "diverged")
