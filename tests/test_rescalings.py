@@ -192,6 +192,7 @@ def test_both_solve_deep_networks_in_a_few_sweeps() -> None:
 @methods
 def test_neurons_that_lead_nowhere_do_no_harm(method: str) -> None:
     model, x, y = Case((3, 4, 3, 2)).build()
+    model.eval()
     first, second, third = (layer for layer in model if isinstance(layer, nn.Linear))
     with torch.no_grad():
         first.weight[0] = 0.0

@@ -135,7 +135,9 @@ TABLE = SMALL + (
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> list[str]:
     """A command whose runs of 20 steps take no time, with its folder "design"."""
     monkeypatch.chdir(tmp_path)
     Path("t.toml").write_text(TABLE)

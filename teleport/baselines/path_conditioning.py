@@ -14,13 +14,13 @@ weights on inputs that are all 1. So one backward pass gives all of them. Rescal
 divides g by c² on what enters it, and multiplies it by c² on what leaves it.
 
 Source: Lebeurrier, Vayer and Gribonval 2026, "Path-conditioned training: a principled way to
-rescale ReLU neural networks" (arXiv 2602.19799), read in its abstract, and the public program of
-the authors for the objective and for g. Theirs: path lifting, divergence, diagonal, a quadratic per
-neuron. Ours: how it is solved (`teleport.baselines.balance`), to convergence rather than in ten
-rounds; the minimum is the same, as the objective is convex. A parameter on no path (g_i = 0), where
-the divergence would be infinite, is left out of the sum. Pooling is run as it is, as in their
-program: of a maximum one path of each window counts, and of an average the weight of each path
-rather than its square.
+rescale ReLU neural networks" (arXiv 2602.19799), of which we had the abstract, and a public program
+that names it (Artim436/pathcond) for the objective and for g. From there: path lifting, divergence,
+diagonal, a quadratic per neuron. Ours: how it is solved (`teleport.baselines.balance`), to
+convergence rather than in ten rounds; the minimum is the same, as the objective is convex. A
+parameter on no path (g_i = 0), where the divergence would be infinite, is left out of the sum.
+Pooling is run as it is, as in that program: of a maximum one path of each window counts, and of an
+average the weight of each path rather than its square.
 """
 
 from collections.abc import Iterable, Sequence
