@@ -268,17 +268,17 @@ def write_design(
         check_folder(folder, "sensitivity", asked)
         for order, place in enumerate(places(points).tolist()):
             path = folder / f"{order:0{digits}d}-{slug(name)}-seed{order}.jsonl"
-            point = {"order": order, "seed": order, "place": place}
+            at = values_at(place, steps)
+            point = {"order": order, "seed": order, "place": place, "values": asdict(at)}
             told = partial(progress, f"point {order + 1} of {points}")
             if resume:
                 if is_complete(path, point):
                     told(steps * (1 + len(SIZES)))
                     continue
                 path.unlink(missing_ok=True)
-            at = values_at(place, steps)
             config = {"command": command, "figure": "sensitivity", **asked, **point}
             with RecordWriter(path) as writer:
-                writer.write("config", **config, values=asdict(at), **environment())
+                writer.write("config", **config, **environment())
                 _measure(writer, settings, at, order, dataset, told)
                 writer.write("end", status="finished")
 
