@@ -10,7 +10,7 @@ from torch import nn
 
 from teleport.capture import Closure
 from teleport.clock import now
-from teleport.coverage import Block, Coverage, holder_names
+from teleport.coverage import Block, Coverage
 from teleport.distributed import Ranks
 from teleport.errors import NonFiniteLossError
 from teleport.objective import (
@@ -27,6 +27,7 @@ from teleport.report import LayerReport, TeleportReport
 from teleport.subspace import Projector
 from teleport.tangent import Direction, step_to_norm
 from teleport.walk import FrozenWalk, StreamedWalk, Walk
+from teleport.wrappers import holder_names
 
 DEFAULT_MAX_DRIFT = 0.01
 """Relative loss change allowed at tau < 1, where the level set is left by design, and at most at

@@ -5,12 +5,14 @@ tokens span their axes; the null space is the axes of tokens never seen. A vocab
 would need a Gram matrix of 20 gigabytes; the mask needs a byte per token.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from teleport.distributed import Ranks
 from teleport.subspace import Projector, Space
 
 
@@ -57,6 +59,11 @@ class AxisBasis(Projector):
         counts = self.counts * self.kept + other.counts * other.kept
         return AxisBasis(self.kept | other.kept, counts)
 
+    def _of_first(self, ranks: Ranks) -> "AxisBasis":
+        kept, counts = self.kept.clone(), self.counts.clone()
+        ranks.of_first_([kept, counts])
+        return AxisBasis(kept, counts)
+
 
 class AxisSpace(Space):
     """Counts how often each of ``size`` tokens is the input."""
@@ -83,6 +90,12 @@ class AxisSpace(Space):
         space = cls(len(counts))
         space.count, space._counts = int(counts.sum()), counts
         return space
+
+    def _joined(self, ranks: Ranks, shape: Sequence[int]) -> "AxisSpace":
+        counts = torch.zeros(shape[-1], dtype=torch.float64, device=ranks.device)
+        counts = counts if self.counts is None else self.counts.clone()
+        ranks.sum_(counts)
+        return AxisSpace.of_counts(counts)
 
     def basis(self, tau: float = 1.0) -> AxisBasis:
         if not 0.0 < tau <= 1.0:

@@ -22,18 +22,15 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from teleport.axes import AxisBasis, AxisSpace
-from teleport.coverage import Block, parallel_part
 from teleport.errors import (
     ClosureError,
     NonFiniteLossError,
     TeleportError,
     UnsupportedModelError,
 )
-from teleport.precision import PRECISIONS, at_least_single
+from teleport.precision import at_least_single
 from teleport.randomness import DrewError
-from teleport.subspace import Basis, Projector, RowSpace, Space
-from teleport.tied import TiedBasis, TiedSpace
+from teleport.wrappers import parallel_part
 
 
 class Ranks:
@@ -43,6 +40,8 @@ class Ranks:
     """
 
     size = 1
+    device = torch.device("cpu")
+    """On which tensors travel."""
 
     def together(self) -> AbstractContextManager[None]:
         """Around work that may raise: if it raises on one rank, all raise."""
@@ -69,13 +68,12 @@ class Ranks:
     def of_first_(self, tensors: Sequence[Tensor]) -> None:
         """Put the first rank's values into tensors of the same shapes on all, in place."""
 
-    def basis_of_first(self, basis: Projector) -> Projector:
-        """The first rank's basis."""
-        return basis
+    def sum_(self, tensor: Tensor) -> None:
+        """Put the sum over the ranks into a tensor of the same shape on all, in place."""
 
-    def joined(self, space: Space, block: Block) -> Space:
-        """The space of a block's inputs on all ranks."""
-        return space
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, which have the same shape."""
+        return [tensor]
 
 
 ALONE = Ranks()
@@ -103,7 +101,7 @@ class Group(Ranks):
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self.size = distributed.get_world_size(group)
-        self._group, self._device = group, device
+        self._group, self.device = group, device
         self._first = distributed.get_global_rank(group, 0)
         self._raised: BaseException | None = None
 
@@ -128,7 +126,7 @@ class Group(Ranks):
 
     def mean(self, value: float) -> float:  # noqa: D102
         self._compare(None)
-        total = torch.tensor(value, dtype=torch.float64, device=self._device)
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
         distributed.all_reduce(total, group=self._group)
         return float(total) / self.size
 
@@ -141,12 +139,12 @@ class Group(Ranks):
 
     def most(self, values: Sequence[int]) -> list[int]:  # noqa: D102
         self._compare(None)
-        largest = torch.tensor(values, dtype=torch.int64, device=self._device)
+        largest = torch.tensor(values, dtype=torch.int64, device=self.device)
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._group)
         return cast("list[int]", largest.tolist())
 
     def of_first(self, value: float) -> float:  # noqa: D102
-        held = torch.tensor([value], dtype=torch.float64, device=self._device)
+        held = torch.tensor([value], dtype=torch.float64, device=self.device)
         self.of_first_([held])
         return float(held)
 
@@ -157,62 +155,11 @@ class Group(Ranks):
             distributed.broadcast(flat, self._first, group=self._group)
             _unpack_(same, flat)
 
-    def basis_of_first(self, basis: Projector) -> Projector:  # noqa: D102
-        if isinstance(basis, TiedBasis):
-            return TiedBasis(self.basis_of_first(basis.own), self.basis_of_first(basis.other))
-        if isinstance(basis, AxisBasis):
-            kept, counts = basis.kept.clone(), basis.counts.clone()
-            self.of_first_([kept, counts])
-            return AxisBasis(kept, counts)
-        assert isinstance(basis, Basis)
-        width = int(self.of_first(basis.vectors.shape[-1]))
-        vectors = basis.vectors.new_zeros(*basis.vectors.shape[:-1], width)
-        common = min(width, basis.vectors.shape[-1])
-        vectors[..., :common] = basis.vectors[..., :common]
-        values, ranks = basis.singular_values.clone(), basis.ranks.clone()
-        self.of_first_([vectors, values, ranks])
-        return Basis(vectors, values, ranks, basis.dtype)
+    def sum_(self, tensor: Tensor) -> None:  # noqa: D102
+        self._compare(None)
+        distributed.all_reduce(tensor, group=self._group)
 
-    def joined(self, space: Space, block: Block) -> Space:  # noqa: D102
-        return self._joined(space, block.part.matrix().shape)
-
-    def _joined(self, space: Space, shape: Sequence[int]) -> Space:
-        """``shape`` is ``[*groups, d_out, d_in]``."""
-        if isinstance(space, TiedSpace):
-            other = self._joined(space.other, (shape[-1], shape[-2]))
-            return TiedSpace(self._joined(space.own, shape), other)
-        if isinstance(space, AxisSpace):
-            counts = torch.zeros(shape[-1], dtype=torch.float64, device=self._device)
-            counts = counts if space.counts is None else space.counts.clone()
-            self._compare(None)
-            distributed.all_reduce(counts, group=self._group)
-            return AxisSpace.of_counts(counts)
-        assert isinstance(space, RowSpace)
-        return self._joined_rows(space, shape)
-
-    def _joined_rows(self, space: RowSpace, shape: Sequence[int]) -> RowSpace:
-        code = PRECISIONS.index(space.dtype) if space.count else 0
-        here = torch.tensor([space.count, code], dtype=torch.int64, device=self._device)
-        counts, codes = torch.stack(self._gather(here)).T.tolist()
-        total, dtype, (*groups, _, d_in) = sum(counts), PRECISIONS[max(codes)], shape
-        if total == 0:
-            return space
-        empty = torch.zeros(*groups, 0, d_in, dtype=torch.float64, device=self._device)
-        if total > d_in and dtype != torch.float64:
-            gram = (space.gram() if space.count else empty.mT @ empty).contiguous()
-            self._compare(None)
-            distributed.all_reduce(gram, group=self._group)
-            return RowSpace.of_gram(gram, total, dtype)
-        rows = space.factor() if space.count else empty
-        padding = min(max(counts), d_in) - rows.shape[-2]
-        rows = torch.cat([rows, rows.new_zeros(*groups, padding, d_in)], dim=-2)
-        pieces = [
-            piece[..., : min(count, d_in), :]
-            for piece, count in zip(self._gather(rows.contiguous()), counts, strict=True)
-        ]
-        return RowSpace.of_factor(torch.cat(pieces, dim=-2), total, dtype)
-
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
+    def gather(self, tensor: Tensor) -> list[Tensor]:  # noqa: D102
         self._compare(None)
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         distributed.all_gather(gathered, tensor, group=self._group)
@@ -221,13 +168,13 @@ class Group(Ranks):
     def _compare(self, error: BaseException | None) -> None:
         """Tell the others how this rank is; raise the worst of all errors, if there is one."""
         code = _FINE if error is None else _code(error)
-        worst = torch.tensor([code], dtype=torch.int64, device=self._device)
+        worst = torch.tensor([code], dtype=torch.int64, device=self.device)
         distributed.all_reduce(worst, distributed.ReduceOp.MAX, group=self._group)
         if int(worst) == _FINE:
             return
         text = f"{type(error).__name__}: {error}" if int(worst) == _UNKNOWN else str(error)
         message = text.encode()[:_MESSAGE].ljust(_MESSAGE)
-        mine = torch.tensor([code, *message], dtype=torch.int64, device=self._device)
+        mine = torch.tensor([code, *message], dtype=torch.int64, device=self.device)
         told = [torch.empty_like(mine) for _ in range(self.size)]
         distributed.all_gather(told, mine, group=self._group)
         if error is not None and code == int(worst):

@@ -315,14 +315,14 @@ class _Survey:
             if flag
         }
         free = [block for block in self.coverage.blocks if block.name not in used]
-        spaces = {block: ranks.joined(self.spaces[block], block) for block in free}
+        spaces = {b: self.spaces[b].joined(ranks, b.part.matrix().shape) for b in free}
         if not any(space.count for space in spaces.values()):
             why = "; ".join(f"{name}: {reason}" for name, reason in used.items())
             raise ClosureError(
                 "no closure called a covered layer of this model in a way that can be kept; do "
                 f"they call it? {why}".rstrip()
             )
-        bases = {b.name: ranks.basis_of_first(b.basis(space, tau)) for b, space in spaces.items()}
+        bases = {b.name: b.basis(space, tau).of_first(ranks) for b, space in spaces.items()}
         return NullSpace(bases, {**self.coverage.frozen, **used})
 
     def _forget(self) -> None:

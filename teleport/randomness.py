@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from teleport.coverage import named_modules
 from teleport.errors import ClosureError
+from teleport.wrappers import named_modules
 
 
 class RandomState:

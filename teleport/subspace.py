@@ -6,14 +6,16 @@ of that batch (theorem ``thm-invariance``). The rows span a space; `RowSpace` co
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from teleport.distributed import Ranks
 from teleport.errors import NonFiniteInputError
-from teleport.precision import coarsest, sum_rounding
+from teleport.precision import PRECISIONS, coarsest, sum_rounding
 
 
 class Projector(ABC):
@@ -61,6 +63,14 @@ class Projector(ABC):
     def merge(self, other: "Projector") -> "Projector":
         """Keeps what either keeps."""
 
+    def of_first(self, ranks: Ranks) -> "Projector":
+        """The first rank's, so that what it projects is bit for bit the same on all."""
+        return self if ranks.size == 1 else self._of_first(ranks)
+
+    @abstractmethod
+    def _of_first(self, ranks: Ranks) -> "Projector":
+        """`of_first` of several ranks."""
+
 
 class Space(ABC):
     """Collects the inputs of one layer, in any number of pieces.
@@ -78,6 +88,14 @@ class Space(ABC):
         Raises:
             ValueError: if ``tau`` is out of range, or nothing was collected.
         """
+
+    def joined(self, ranks: Ranks, shape: Sequence[int]) -> "Space":
+        """The space of the inputs on all ranks, of a matrix ``[*groups, d_out, d_in]``."""
+        return self if ranks.size == 1 else self._joined(ranks, shape)
+
+    @abstractmethod
+    def _joined(self, ranks: Ranks, shape: Sequence[int]) -> "Space":
+        """`joined` of several ranks."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +159,15 @@ class Basis(Projector):
         left_out = torch.stack([self._residuals(), other._residuals()], dim=-1)
         values = torch.cat([basis.singular_values, left_out], dim=-1)
         return replace(basis, singular_values=values)
+
+    def _of_first(self, ranks: Ranks) -> "Basis":
+        width = int(ranks.of_first(self.vectors.shape[-1]))
+        vectors = self.vectors.new_zeros(*self.vectors.shape[:-1], width)
+        common = min(width, self.vectors.shape[-1])
+        vectors[..., :common] = self.vectors[..., :common]
+        values, ranks_kept = self.singular_values.clone(), self.ranks.clone()
+        ranks.of_first_([vectors, values, ranks_kept])
+        return Basis(vectors, values, ranks_kept, self.dtype)
 
     def drift_bound(self, move: Float[Tensor, "*groups d_out d_in"]) -> float:
         """Bound on the change of the layer's outputs on these inputs, ``‖ΔW R‖_F`` (``thm-drift``).
@@ -273,6 +300,27 @@ class RowSpace(Space):
         bound = total.sqrt()[..., None].expand(*gram.shape[:-1])
         ranks = torch.full(gram.shape[:-2], gram.shape[-1], device=gram.device)
         return Basis(vectors, bound, ranks, self._dtype)
+
+    def _joined(self, ranks: Ranks, shape: Sequence[int]) -> "RowSpace":
+        code = PRECISIONS.index(self.dtype) if self.count else 0
+        here = torch.tensor([self.count, code], dtype=torch.int64, device=ranks.device)
+        counts, codes = torch.stack(ranks.gather(here)).T.tolist()
+        total, dtype, (*groups, _, d_in) = sum(counts), PRECISIONS[max(codes)], shape
+        if total == 0:
+            return self
+        empty = torch.zeros(*groups, 0, d_in, dtype=torch.float64, device=ranks.device)
+        if total > d_in and dtype != torch.float64:
+            gram = (self.gram() if self.count else empty.mT @ empty).contiguous()
+            ranks.sum_(gram)
+            return RowSpace.of_gram(gram, total, dtype)
+        rows = self.factor() if self.count else empty
+        padding = min(max(counts), d_in) - rows.shape[-2]
+        rows = torch.cat([rows, rows.new_zeros(*groups, padding, d_in)], dim=-2)
+        pieces = [
+            piece[..., : min(count, d_in), :]
+            for piece, count in zip(ranks.gather(rows.contiguous()), counts, strict=True)
+        ]
+        return RowSpace.of_factor(torch.cat(pieces, dim=-2), total, dtype)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,12 +8,14 @@ change of its bias alone would change the outputs.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from teleport.distributed import Ranks
 from teleport.subspace import Projector, Space
 
 
@@ -62,6 +64,9 @@ class TiedBasis(Projector):
             raise TypeError(f"a tied basis merges with a tied basis, got {type(other).__name__}")
         return TiedBasis(self.own.merge(other.own), self.other.merge(other.other))
 
+    def _of_first(self, ranks: Ranks) -> "TiedBasis":
+        return TiedBasis(self.own.of_first(ranks), self.other.of_first(ranks))
+
 
 class TiedSpace(Space):
     """Collects the inputs of both uses, each in its own space."""
@@ -73,6 +78,10 @@ class TiedSpace(Space):
     def count(self) -> int:  # type: ignore[override]
         """Inputs of both uses."""
         return self.own.count + self.other.count
+
+    def _joined(self, ranks: Ranks, shape: Sequence[int]) -> "TiedSpace":
+        other = self.other.joined(ranks, (shape[-1], shape[-2]))
+        return TiedSpace(self.own.joined(ranks, shape), other)
 
     def basis(self, tau: float = 1.0) -> TiedBasis:
         return TiedBasis(self.own.basis(tau), self.other.basis(tau))

@@ -401,7 +401,7 @@ class StreamedWalk(Walk):
             counts = (self._spaces[block].count for block in blocks)
             parallel = worth_threads(map(_multiplications, blocks, counts))
         found = in_parallel(lambda b: b.basis(self._spaces[b], tau), blocks, parallel)
-        return {b: self.ranks.basis_of_first(own) for b, own in zip(blocks, found, strict=True)}
+        return {b: own.of_first(self.ranks) for b, own in zip(blocks, found, strict=True)}
 
     def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
         self.write()
@@ -501,7 +501,7 @@ class StreamedWalk(Walk):
         self._computed_in = dict(zip(blocks, each, strict=True))
         self._depends = {block: bool(depends[block]) for block in blocks}
         spaces = {block: self._spaces.get(block, block.space()) for block in blocks}
-        self._spaces = {b: self.ranks.joined(space, b) for b, space in spaces.items()}
+        self._spaces = {b: s.joined(self.ranks, b.part.matrix().shape) for b, s in spaces.items()}
         self._share_gradient()
         return {}
 
