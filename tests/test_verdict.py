@@ -16,6 +16,7 @@ from teleport.verdict import (
     control_rows,
     controls,
     count,
+    gained,
     holm,
     low_and_tuned,
     outcome_rows,
@@ -70,7 +71,9 @@ factors = st.floats(0.3, 0.9) | st.floats(1.1, 3.0)
 def test_low_and_tuned_are_counted_apart(low: float, tuned: float) -> None:
     block = make_block([(0.3, 0.5, None), (0.3, 0.5 * tuned, ""), (0.1, 1, None), (0.1, low, "")])
     places = low_and_tuned([block, block])
-    for (name, found), factor in zip(places.items(), (low, tuned), strict=True):
+    assert places["tuned rate and gain"] == []
+    for name, factor in (("low rate", low), ("tuned rate", tuned)):
+        found = places[name]
         assert len(found) == 2, name
         gaps = [arm.to_own.log_loss for _, arm in found if arm.to_own is not None]
         assert gaps == [pytest.approx(math.log(factor), abs=2e-3)] * 2
@@ -141,7 +144,21 @@ def test_a_teleport_against_its_control_is_the_ratio_of_their_losses(
 
 def test_a_single_rate_counts_as_tuned() -> None:
     places = low_and_tuned([make_block([(0.1, 1, None), (0.1, 0.5, "")])])
-    assert [len(found) for found in places.values()] == [0, 1]
+    assert [len(found) for found in places.values()] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("start", [{"init": "he"}, {"head_gain": 3.0}])
+def test_teleports_from_another_initial_gain_are_counted_apart(start: dict[str, Any]) -> None:
+    low, tuned = [(0.1, 1.0, None), (0.1, 0.8, "")], [(0.3, 0.5, None), (0.3, 0.6, "")]
+    block = make_block([*low, *tuned])
+    for run in block.runs:
+        if run.config["training"]["lr"] == 0.3:
+            run.config["training"] |= start
+    assert [arm.arm for arm in teleporting(block)] == ["lr 0.1 + teleport"]
+    assert [arm.arm for arm in gained(block)] == ["lr 0.3 + teleport"]
+    places = low_and_tuned([block])
+    assert [len(found) for found in places.values()] == [0, 1, 1]
+    assert [row[3] for row in outcome_rows([block])[1:]] == ["lr 0.1", "lr 0.3"]
 
 
 def test_tables_have_a_row_for_every_teleport_and_only_those_with_all_controls() -> None:
