@@ -253,8 +253,8 @@ class Attempt:
         room = {block: basis for block, basis in self.bases.items() if basis.null_dim > 0}
         if not self.walk.blocks:
             return _NO_LAYER
-        if not room:
-            return NO_ROOM
+        if not room:  # layers that are fixed points have no basis: nobody looked for their room
+            return NO_ROOM if self.bases else FIXED
         if self.settings.tau == 1.0:  # their direction is zero, but for rounding (``thm-fixed``)
             room = {b: basis for b, basis in room.items() if b not in self.walk.fixed}
             if not room:

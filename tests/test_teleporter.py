@@ -315,7 +315,7 @@ def test_a_network_without_null_space_stays_and_says_so(
     problem = FULL_RANK.build()
     before = weights(problem.model)
     report = Teleporter(problem.model, method=method, **setting).step(problem.closure)
-    assert "nothing can move" in report.reason
+    assert "nothing can move: no layer has a null space" in report.reason
     assert (report.steps, report.rolled_back, report.growth) == (0, False, 1.0)
     assert unchanged(problem.model, before)
 
@@ -325,6 +325,7 @@ def test_a_single_layer_has_nothing_to_move() -> None:
     problem = Case((6, 3), (True,), loss="cross_entropy", samples=2, rank=2).build()
     report = Teleporter(problem.model).step(problem.closure)
     assert "nothing can move" in report.reason
+    assert "do not change with the parameters" in report.reason  # it has room, which is no use
 
 
 def test_a_zero_gradient_cannot_grow() -> None:
