@@ -20,6 +20,7 @@ from teleport.tasks import SEQUENCES
 
 COMMANDS = [
     *("list", "run", "continual", "bench", "sweep", "spectrum", "tau", "moves", "product"),
+    *("connectivity", "sensitivity"),
     *("report", "figure", "check", "data", "data list", "data fetch", "data verify"),
     *("book", "book build", "book serve", "book check"),
 ]
