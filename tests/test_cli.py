@@ -218,7 +218,6 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
         (["run", "--objectives", "--rivals"], "got --rivals"),
         (["run", "--objectives", "--lr", "0.1"], "got --lr [0.1]"),
         (["run", "--objectives", "--controls"], "got --controls"),
-        (["run", "--first-seed", "-1"], "x>=0"),
         (
             ["sweep", "mnist-sample", "--scheduler", "nonsense"],
             "dask scheduler" if find_spec("distributed") else "pip install",
