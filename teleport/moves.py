@@ -157,6 +157,8 @@ def read_moves(folder: Path) -> list[Moves]:
         one = first.setdefault((config["title"], config["seed"]), path)
         if one != path:
             raise RunError(twice(one, path, f"{config['title']} (seed {config['seed']})"))
+        if not rows or rows[-1]["type"] != "end":
+            continue  # broken off; --resume makes it again
         moves = found.setdefault(config["title"], Moves(config, {}))
         for row in (row for row in rows if row["type"] == "move"):
             moves.by_tau.setdefault(row["tau"], []).append(row)

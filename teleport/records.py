@@ -381,8 +381,13 @@ class Comparison:
         That is, whether its 95 % interval, by Student's t, leaves 0 out. One seed resolves nothing,
         and of many comparisons without a difference one in twenty is resolved by chance.
         """
-        half_width = stdtrit(self.seeds - 1, 0.975) * self.log_loss_spread / math.sqrt(self.seeds)
-        return bool(abs(self.log_loss) > half_width)
+        return abs(self.log_loss) > self.half_width
+
+    @property
+    def half_width(self) -> float:
+        """Half the 95 % interval of ``log_loss`` by Student's t; NaN for fewer than two seeds."""
+        times = stdtrit(self.seeds - 1, 0.975)  # NaN for no seeds
+        return float(times * self.log_loss_spread / math.sqrt(max(self.seeds, 1)))
 
     @property
     def p_value(self) -> float:

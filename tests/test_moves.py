@@ -118,6 +118,7 @@ def test_the_moves_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     record = out / "01-narrow-mlp-seed1.jsonl"
     whole = record.read_text().splitlines(keepends=True)
     record.write_text("".join(whole[:3]))
+    assert [len(rows) for rows in read_moves(out)[1].by_tau.values()] == [1] * len(TAUS)
     assert cli.main(command) == 1
     assert "--resume" in capsys.readouterr().err
     assert cli.main([*command, "--resume"]) == 0
