@@ -215,11 +215,16 @@ def searched(name: str, training: bool, dtype: torch.dtype, examples: int) -> Te
 
 @pytest.mark.parametrize("name", NAMES)
 def test_single_precision_reaches_the_growth_with_frozen_activations(name: str) -> None:
-    """Where the step is searched on the model itself, a teleport takes several times as long."""
-    report = searched(name, True, torch.float32, 16)
-    assert not report.rolled_back, report.reason
-    assert report.growth == pytest.approx(1.5, rel=0.01)
-    assert "model itself" not in report.reason
+    """Where the step is searched on the model itself, a teleport takes several times as long.
+
+    Sixteen examples fill all inputs of some of these small models; two leave each one room.
+    """
+    for examples in (2, 16):
+        report = searched(name, True, torch.float32, examples)
+        assert not report.rolled_back, report.reason
+        assert "model itself" not in report.reason
+        if examples == 2 or not report.reason.startswith("nothing can move"):
+            assert report.growth == pytest.approx(1.5, rel=0.01)
 
 
 def searches() -> str:
