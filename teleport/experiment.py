@@ -172,7 +172,9 @@ def control_arms(experiment: str, optimizer: str) -> list[Arm]:
     """
     best = _at_tuned_gain(experiment, optimizer)
     more = [replace(best.baseline, head_gain=best.head_gain * factor) for factor in MORE_GAIN]
-    return [*_arms(experiment, optimizer, CONTROLS), *controlled(best, GAIN_CONTROLS), *more]
+    others = [arm for plain in _rates(experiment, optimizer) for arm in controlled(plain, CONTROLS)]
+    # The default arms keep their numbers, so that controls can be added to a folder that has them.
+    return [*default_arms(experiment, optimizer), *others, *controlled(best, GAIN_CONTROLS), *more]
 
 
 def rival_arms(experiment: str, optimizer: str) -> list[Arm]:
@@ -198,11 +200,16 @@ def controlled(arm: Arm, names: Sequence[str]) -> list[Arm]:
 
 def _arms(experiment: str, optimizer: str, *rivals: Sequence[str]) -> list[Arm]:
     """The default arms and groups of rivals of those at PyTorch's initial gain, each arm once."""
-    best, gained = tuning(experiment, optimizer), _at_tuned_gain(experiment, optimizer)
-    rates = [Arm(best.low), Arm(best.tuned)]
+    rates, gained = _rates(experiment, optimizer), _at_tuned_gain(experiment, optimizer)
     pairs = [arm for plain in rates for arm in (plain, replace(plain, teleport=True))]
     others = [arm for group in rivals for plain in rates for arm in controlled(plain, group)]
     return list(dict.fromkeys([*pairs, gained.baseline, *others, gained]))
+
+
+def _rates(experiment: str, optimizer: str) -> list[Arm]:
+    """Plain arms at the low and at the tuned learning rate; one if they are the same."""
+    best = tuning(experiment, optimizer)
+    return list(dict.fromkeys([Arm(best.low), Arm(best.tuned)]))
 
 
 def _at_tuned_gain(experiment: str, optimizer: str) -> Arm:

@@ -17,6 +17,7 @@ from teleport.experiment import (
     Arm,
     Settings,
     control_arms,
+    default_arms,
     lent_tuning,
     rival_arms,
     tuning,
@@ -224,6 +225,12 @@ def test_controls_stand_beside_the_teleports_they_are_for() -> None:
         assert gained in arms
         rates = {arm.lr for arm in arms if arm.rival and arm.init == "default"}
         assert rates == {best.low, best.tuned}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_controls_can_be_added_to_records_of_the_default_arms(optimizer: str) -> None:
+    default = default_arms("mnist-sample", optimizer)
+    assert control_arms("mnist-sample", optimizer)[: len(default)] == default
 
 
 def test_the_teleport_from_the_tuned_gain_has_its_controls_and_more_gain_beside_it() -> None:

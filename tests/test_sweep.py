@@ -101,7 +101,7 @@ def test_processes_do_what_one_process_does_and_done_cells_are_left(
     assert cli.main([*options, "--out", str(tmp_path)]) == 0
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
     assert {path for path in before if before[path] != after[path]} == {broken}
-    assert "5 of 5 cells" in capsys.readouterr().out
+    assert f"{len(mine)} of {len(mine)} cells" in capsys.readouterr().out
     config = json.loads(broken.read_text().splitlines()[0])
     assert config["command"] == shlex.join(["teleport", *options, "--out", str(tmp_path)])
 
@@ -167,7 +167,7 @@ def test_a_file_stands_for_all_its_experiments(
     names = [str(table), f"{table}:small"]
     options = ["--preset", "tiny", "--epochs", "1", "--seeds", "1", "--optimizers", "sgd, sgd"]
     assert cli.main(["sweep", *names, *options, "--out", str(tmp_path / "s")]) == 0
-    assert "10 of 10 cells" in capsys.readouterr().out
+    assert "12 of 12 cells" in capsys.readouterr().out
     assert cli.main(["sweep", small, *options[:-1], "sgd,", "--out", str(tmp_path / "t")]) == 1
     assert "unknown optimizer ''" in capsys.readouterr().err
 
@@ -353,7 +353,7 @@ def test_workers_elsewhere_need_no_table(
     with cluster(1, there) as (address, _):
         wait_for_workers(address, 1)
         assert cli.main([*command, "--scheduler", address]) == 0
-    assert "5 of 5 cells" in capsys.readouterr().out
+    assert "6 of 6 cells" in capsys.readouterr().out
     for record in Path("out").rglob("*.jsonl"):
         config = read_run(record).config
         assert config["experiment"] == "mine.toml:small"
@@ -370,8 +370,8 @@ def test_the_device_is_the_workers(
         wait_for_workers(address, 1)
         assert cli.main([*command, "--scheduler", address, "--device", "cuda"]) == 1
     told = capsys.readouterr()
-    assert "0 of 5 cells" in told.out
-    assert told.err.count("device 'cuda' is not available here") == 5
+    assert "0 of 6 cells" in told.out
+    assert told.err.count("device 'cuda' is not available here") == 6
     assert cli.main([*command, "--scheduler", address, "--device", "gpu"]) == 1
     assert "device 'gpu' is not available" in capsys.readouterr().err
 
