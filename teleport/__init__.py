@@ -10,19 +10,8 @@ from importlib import import_module
 TYPE_CHECKING = False  # as in typing, which takes longer to load than all of this
 
 if TYPE_CHECKING:
-    from teleport import (
-        attention,
-        baselines,
-        check,
-        convolution,
-        data,
-        embedding,
-        layers,
-        recurrent,
-        reference,
-    )
-    from teleport.bound import LayerBound, NetworkBound, network_bound
-    from teleport.coverage import supported
+    from teleport import check, data, layers, reference, rivals
+    from teleport.bounds.network import LayerBound, NetworkBound, network_bound
     from teleport.errors import (
         BookError,
         CheckError,
@@ -36,9 +25,11 @@ if TYPE_CHECKING:
         TeleportError,
         UnsupportedModelError,
     )
-    from teleport.nullspace import NullSpace, null_space
+    from teleport.keeping.null_space import NullSpace, null_space
+    from teleport.lab.experiments.schedule import Schedule
+    from teleport.layers import attention, convolution, embedding, recurrent
+    from teleport.layers.support import supported
     from teleport.report import LayerReport, TeleportReport
-    from teleport.schedule import Schedule
     from teleport.teleporter import Teleporter
 
     __version__: str

@@ -4,7 +4,7 @@ The norm is that of a `Metric`: the Euclidean one for T (paper equation 4), or o
 gradient is divided as an optimizer divides it, for ``D_M = ½ gᵀ M⁻¹ g`` (``thm-geometry``).
 
 `ascent_double_backward` differentiates through the gradient, as the paper does: the reference for
-`teleport.tangent`, and the method of choice where forward-mode differentiation lacks an operation.
+`teleport.direction`, and the method of choice where forward-mode differentiation lacks an operation.
 """
 
 import math
@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from teleport.capture import Closure, evaluate, without_gradients
-from teleport.coverage import Block
-from teleport.distributed import ALONE, Ranks
-from teleport.precision import at_least_single, scaled
+from teleport.layers.support import Block
+from teleport.recording import Closure, evaluate, without_gradients
+from teleport.runtime.precision import at_least_single, scaled
+from teleport.runtime.ranks import ALONE, Ranks
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

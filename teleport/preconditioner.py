@@ -14,7 +14,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from teleport.errors import OptimizerStateError
 from teleport.objective import EUCLIDEAN, Metric, trainable
-from teleport.precision import at_least_single
+from teleport.runtime.precision import at_least_single
 
 Group = Mapping[str, Any]
 State = Mapping[str, Any]

@@ -58,7 +58,7 @@ class TeleportReport:
         rolled_back: whether the model is as before because a check failed.
         reason: why the teleport ended.
         seconds: time spent on all but the held-out losses, which serve only the report; see
-            `teleport.clock.now` for the clock.
+            `teleport.runtime.clock.now` for the clock.
         layers: one entry per layer that holds parameters.
         norm: ``"gradient norm"``, the Euclidean one; or with an optimizer's name the preconditioned
             one, √(gᵀ M⁻¹ g), the root of twice D_M (``thm-geometry``).

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from teleport.distributed import Ranks
 from teleport.errors import NonFiniteInputError
-from teleport.precision import PRECISIONS, coarsest, sum_rounding
+from teleport.runtime.precision import PRECISIONS, coarsest, sum_rounding
+from teleport.runtime.ranks import Ranks
 
 
 class Projector(ABC):

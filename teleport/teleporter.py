@@ -10,18 +10,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from teleport.attempt import Attempt, Settings
-from teleport.capture import Closure
-from teleport.clock import now
-from teleport.coverage import cover, supported
-from teleport.distributed import ranks_of, silenced
+from teleport.ascent import Attempt, Settings
 from teleport.errors import UnsupportedModelError
+from teleport.layers.support import cover, supported
+from teleport.line_search import load_search
 from teleport.objective import EUCLIDEAN
-from teleport.precision import Autocast
 from teleport.preconditioner import check_optimizer, metric_of
+from teleport.recording import Closure
 from teleport.report import TeleportReport
-from teleport.tangent import load_search
-from teleport.transaction import Transaction
+from teleport.runtime.clock import now
+from teleport.runtime.precision import Autocast
+from teleport.runtime.ranks import ranks_of, silenced
+from teleport.runtime.transaction import Transaction
 
 DEFAULT_GROWTH = 1.5
 """Gradient-norm growth where the user sets no bound: null-space ascent itself has none."""

@@ -57,7 +57,7 @@ class Ledger:
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
         """Take the digest of the file as it is now: it may be edited while the tests run."""
-        from teleport import ledger
+        from teleport.book import ledger
 
         if item.get_closest_marker("verifies") and str(item.path) not in self.sources:
             self.sources[str(item.path)] = ledger.digest(item.path)
@@ -100,7 +100,7 @@ class Ledger:
         """Write the ledger if all tests passed."""
         if hasattr(self.config, "workerinput"):
             return
-        from teleport import ledger
+        from teleport.book import ledger
 
         say = self.config.get_terminal_writer().line
         if exitstatus != pytest.ExitCode.OK:

@@ -55,7 +55,7 @@ def run(chapter: Path, telling: Any) -> None:
 def main(file: Path, chapters: list[Path]) -> None:
     """Run the chapters one after the other; a figure that is not drawn costs nothing."""
     os.environ["MPLBACKEND"] = "agg"
-    import teleport.plots  # noqa: F401  once for all chapters: with PyTorch and Matplotlib
+    import teleport.lab.analysis.curves  # noqa: F401  once for all chapters: with PyTorch and Matplotlib
 
     fork, found = multiprocessing.get_context("fork"), {}
     for chapter in chapters:

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from teleport import Teleporter, TeleportReport, null_space, supported, teleporter, walk
+from teleport import Teleporter, TeleportReport, landscape, null_space, supported, teleporter
+from teleport.runtime.transaction import Transaction
 from teleport.subspace import Basis, RowSpace
-from teleport.transaction import Transaction
 from tests.fingerprint import all_but_weights, fingerprint
 from tests.waiting import HANG
 
@@ -321,7 +321,7 @@ def outside_the_closure(rank: int, place: str) -> Found:
 def other_arithmetic(rank: int) -> Found:
     """Rank 1 rounds otherwise: another rank of a basis, another last digit of a direction."""
     model = DistributedDataParallel(build("perceptron"))
-    basis, surviving = RowSpace.basis, walk.without_rounding
+    basis, surviving = RowSpace.basis, landscape.without_rounding
 
     def fewer(*args: Any, **kwargs: Any) -> Basis:
         whole = basis(*args, **kwargs)
@@ -330,10 +330,10 @@ def other_arithmetic(rank: int) -> Found:
     try:
         if rank == 1:
             RowSpace.basis = fewer
-            walk.without_rounding = lambda *args: surviving(*args) * (1 + 1e-12)
+            landscape.without_rounding = lambda *args: surviving(*args) * (1 + 1e-12)
         return told(model, Teleporter(model, growth=2.0).step(loss_of(model, *shards(rank))))
     finally:
-        RowSpace.basis, walk.without_rounding = basis, surviving
+        RowSpace.basis, landscape.without_rounding = basis, surviving
 
 
 def disagreeing(rank: int) -> list[tuple[str, str]]:

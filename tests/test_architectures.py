@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 from teleport import Teleporter, TeleportError
-from teleport.capture import record
-from teleport.coverage import cover
+from teleport.layers.support import cover
+from teleport.recording import record
+from teleport.runtime.transaction import Transaction
 from teleport.subspace import RowSpace
 from teleport.teleporter import METHODS
-from teleport.transaction import Transaction
 from tests.fingerprint import all_but_weights, fingerprint
 from tests.strategies import gradient_norm, seeds
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport import Teleporter, TeleportReport, null_space
-from teleport.capture import record
-from teleport.coverage import cover
-from teleport.precision import unit_scale
+from teleport.layers.support import cover
+from teleport.recording import record
+from teleport.runtime.precision import unit_scale
+from teleport.runtime.transaction import Transaction
 from teleport.teleporter import METHODS
-from teleport.transaction import Transaction
 from tests.fingerprint import all_but_weights, fingerprint
 from tests.strategies import gradient_norm, seeds
 

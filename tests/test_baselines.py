@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport import ClosureError, Teleporter, baselines
-from teleport.baselines import (
+from teleport import ClosureError, Teleporter, rivals
+from teleport.rivals import (
     BOOTH,
     ROSENBROCK,
     NoiseTeleporter,
@@ -24,7 +24,7 @@ from teleport.baselines import (
     rehearse,
     so2_teleport,
 )
-from teleport.baselines.rival import Rival
+from teleport.rivals.rival import Rival
 from teleport.subspace import energy_rank
 from tests.fingerprint import all_but_weights, fingerprint, weights
 from tests.strategies import gradient_norm, seeds
@@ -56,15 +56,15 @@ class Work:
         self.model.eval()
 
 
-def report_of(work: Work) -> baselines.Rehearsal:
+def report_of(work: Work) -> rivals.Rehearsal:
     return rehearse(Teleporter(work.model, growth=1.5), work.closure)
 
 
 RIVALS: dict[str, Callable[[Work], Rival]] = {
-    "symmetry": lambda w: baselines.SymmetryTeleporter(w.model, 2, growth=1.1),
-    "level set": lambda w: baselines.LevelSetTeleporter(w.model, 3, growth=1.02),
-    "basis": lambda w: baselines.ChangeOfBasisTeleporter(w.model, 1),
-    "best basis": lambda w: baselines.ChangeOfBasisTeleporter(w.model, 4, 0.9),
+    "symmetry": lambda w: rivals.SymmetryTeleporter(w.model, 2, growth=1.1),
+    "level set": lambda w: rivals.LevelSetTeleporter(w.model, 3, growth=1.02),
+    "basis": lambda w: rivals.ChangeOfBasisTeleporter(w.model, 1),
+    "best basis": lambda w: rivals.ChangeOfBasisTeleporter(w.model, 4, 0.9),
     "noise": lambda w: NoiseTeleporter(w.model, report_of(w).report),
     "rescale": lambda w: RescaleLayers(w.model, report_of(w).norms),
     "null, same norm": lambda w: RandomNullDirection(w.model, like=report_of(w).report),
@@ -323,7 +323,7 @@ def test_controls_refuse_what_they_cannot_match() -> None:
         RescaleLayers(work.model, {"0": 0.0})
 
 
-STILL: dict[str, Callable[[Work, baselines.Rehearsal], Rival]] = {
+STILL: dict[str, Callable[[Work, rivals.Rehearsal], Rival]] = {
     "noise": lambda w, r: NoiseTeleporter(w.model, r.report),
     "null, same norm": lambda w, r: RandomNullDirection(w.model, like=r.report),
     "rescale": lambda w, r: RescaleLayers(w.model, r.norms),

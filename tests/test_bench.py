@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 import teleport
-from teleport import bench, cli
-from teleport.bench_tables import Benchmark, curves, read_benchmarks, sheets
+from teleport import cli
 from teleport.errors import RunError
-from teleport.models import Transformer, cnn, mlp
-from teleport.rivals import Speed, repeated_ways, speed_ways, ways
-from teleport.transaction import _unfused
-from teleport.walk import FrozenWalk
+from teleport.lab.bench import benchmarks
+from teleport.lab.bench.rivals import Speed, repeated_ways, speed_ways
+from teleport.lab.bench.tables import Benchmark, curves, read_benchmarks, sheets
+from teleport.lab.experiments.models import Transformer, cnn, mlp
+from teleport.landscape import FrozenWalk
+from teleport.rivals.ways import ways
+from teleport.runtime.transaction import _unfused
 
 CPU = torch.device("cpu")
-TINY = bench.PRESETS["tiny"]
-SETTING = bench.Setting(replace(TINY, rounds=1, seconds=0.0), CPU, 1)
+TINY = benchmarks.PRESETS["tiny"]
+SETTING = benchmarks.Setting(replace(TINY, rounds=1, seconds=0.0), CPU, 1)
 NETWORKS = ["MLP", "CNN", "transformer"]
 
 
@@ -123,7 +125,7 @@ def test_curves_hold_one_letter_varied_and_its_exponent(
 
 
 def test_the_base_is_measured_once_and_belongs_to_every_letter() -> None:
-    for preset in bench.PRESETS.values():
+    for preset in benchmarks.PRESETS.values():
         points = [point for _, point in preset.points()]
         assert len(points) == len(set(points))
         assert points[0] == preset.base
@@ -134,19 +136,19 @@ def test_the_base_is_measured_once_and_belongs_to_every_letter() -> None:
 
 
 def test_gram_matrices_are_counted_on_their_smaller_side() -> None:
-    mlp_, cnn_, _ = bench._seeded(bench.networks, True, CPU)
+    mlp_, cnn_, _ = benchmarks._seeded(benchmarks.networks, True, CPU)
     # 20-32-32-4 on 8 rows: the two layers that need a basis have 33 inputs
-    assert bench.gram_bytes(bench.recorded(mlp_)) == 2 * 8 * 8**2
+    assert benchmarks.gram_bytes(benchmarks.recorded(mlp_)) == 2 * 8 * 8**2
     # 3-4-8 on 4 images: the second convolution has 64 rows of 37 inputs, the head 4 of 33
-    assert bench.gram_bytes(bench.recorded(cnn_)) == 8 * 37**2 + 8 * 4**2
+    assert benchmarks.gram_bytes(benchmarks.recorded(cnn_)) == 8 * 37**2 + 8 * 4**2
 
 
 def test_the_floor_is_a_count_of_multiplications() -> None:
     model, x = mlp(3, 2, (8, 5)), torch.randn(4, 3)
-    case = bench.Case("MLP", "", model, ((x, torch.zeros(4, dtype=torch.long)),))
-    walk = bench.recorded(case)
+    case = benchmarks.Case("MLP", "", model, ((x, torch.zeros(4, dtype=torch.long)),))
+    walk = benchmarks.recorded(case)
     _, second, third = walk.blocks
-    bases = bench.sequential_bases(walk, [second, third])
+    bases = benchmarks.sequential_bases(walk, [second, third])
     assert [bases[b].rank for b in (second, third)] == [4, 4]
     # rows 4; inputs with the bias column 4, 9, 6; outputs 8, 5, 2
     one, two, three = 4 * 4 * 8, 4 * 9 * 5, 4 * 6 * 2
@@ -154,48 +156,48 @@ def test_the_floor_is_a_count_of_multiplications() -> None:
     own = 4 * 4 * 8 + 4 * 4 * 5  # the Gram matrix of the rows times the cotangents
     step = (two + three) + (two + own) + (two + three)
     projection = 2 * (4 * 9 * 4) + 2 * (2 * 6 * 4)
-    assert bench.floors(walk._tape, bases) == (step / gradient, (step + projection) / gradient)
+    assert benchmarks.floors(walk._tape, bases) == (step / gradient, (step + projection) / gradient)
     # Where only the head moves, its inputs' tangents still pass through every layer before it.
     head = {third: bases[third]}
     step = (two + three) + (two + own) + three
-    assert bench.floors(walk._tape, head)[0] == step / gradient
+    assert benchmarks.floors(walk._tape, head)[0] == step / gradient
     # Where only the layer after the first moves, nothing later needs a tangent.
     middle = {second: bases[second]}
     step = (two + three) + 4 * 4 * 8 + two
-    assert bench.floors(walk._tape, middle)[0] == step / gradient
+    assert benchmarks.floors(walk._tape, middle)[0] == step / gradient
 
 
 @pytest.mark.parametrize(("rows", "floor"), [(1, 1.0), (64, 5 / 3)])
 def test_floors_of_a_deep_network_are_those_of_the_cost_model(rows: int, floor: float) -> None:
     """1 with few rows, 5/3 with many, up to the ends of the network and the rows' Gram matrix."""
     model = nn.Sequential(*(layer for _ in range(120) for layer in (nn.Linear(24, 24), nn.Tanh())))
-    case = bench.Case(
+    case = benchmarks.Case(
         "", "", model, ((torch.randn(rows, 24), torch.zeros(rows, dtype=torch.long)),)
     )
-    walk = bench.recorded(case)
-    bases = bench.sequential_bases(walk, bench.candidates(walk))
-    assert bench.floors(walk._tape, bases)[0] == pytest.approx(floor, rel=0.03)
+    walk = benchmarks.recorded(case)
+    bases = benchmarks.sequential_bases(walk, benchmarks.candidates(walk))
+    assert benchmarks.floors(walk._tape, bases)[0] == pytest.approx(floor, rel=0.03)
 
 
 @pytest.mark.parametrize("number", range(3), ids=NETWORKS)
 def test_what_is_timed_is_what_a_teleport_does(number: int) -> None:
-    case = bench._seeded(bench.networks, True, CPU)[number]
+    case = benchmarks._seeded(benchmarks.networks, True, CPU)[number]
     case.model.double()
     case = replace(case, batches=tuple((x.double(), y) for x, y in case.batches))
     before = {k: v.clone() for k, v in case.model.state_dict().items()}
     with _unfused():
-        walk = bench.recorded(case)
-        bases = bench.room(bench.sequential_bases(walk, bench.candidates(walk)))
+        walk = benchmarks.recorded(case)
+        bases = benchmarks.room(benchmarks.sequential_bases(walk, benchmarks.candidates(walk)))
         assert bases
-        first = bench.tangent_step(walk, bases)
+        first = benchmarks.tangent_step(walk, bases)
         walk.norm_squared_at(first, 0.1)
-        again = bench.tangent_step(walk, bases)  # a look ahead leaves nothing behind
+        again = benchmarks.tangent_step(walk, bases)  # a look ahead leaves nothing behind
         exact = walk.double_backward_direction(bases)
     for block in bases:
         assert torch.equal(first[block], again[block])
         assert torch.allclose(first[block], exact[block], rtol=1e-8, atol=1e-12)
     assert sum(float(move.norm()) for move in first.values()) > 0
-    task = bench._teleport_task(case, 2, "tangent")
+    task = benchmarks._teleport_task(case, 2, "tangent")
     own, mover = task.prepare()
     task.run((own, mover))
     moved = own.model.state_dict()
@@ -204,21 +206,21 @@ def test_what_is_timed_is_what_a_teleport_does(number: int) -> None:
 
 
 def test_a_teleport_that_did_less_than_asked_is_not_timed() -> None:
-    case = bench._seeded(bench.networks, True, CPU)[0].copy()
+    case = benchmarks._seeded(benchmarks.networks, True, CPU)[0].copy()
     report = teleport.Teleporter(case.model).step(case.closure)
-    bench._as_asked(report, 1)
+    benchmarks._as_asked(report, 1)
     with pytest.raises(RunError, match="1 of 2 steps"):
-        bench._as_asked(report, 2)
+        benchmarks._as_asked(report, 2)
     with pytest.raises(RunError, match="would mean nothing"):
-        bench._as_asked(replace(report, rolled_back=True), 1)
+        benchmarks._as_asked(replace(report, rolled_back=True), 1)
 
 
 def test_numbers_do_not_depend_on_the_random_state_and_leave_it_alone() -> None:
     torch.manual_seed(1)
-    first = bench._seeded(bench.networks, True, CPU)
+    first = benchmarks._seeded(benchmarks.networks, True, CPU)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    second = bench._seeded(bench.networks, True, CPU)
+    second = benchmarks._seeded(benchmarks.networks, True, CPU)
     assert torch.equal(torch.get_rng_state(), state)
     for one, two in zip(first, second, strict=True):
         assert all(map(torch.equal, one.model.parameters(), two.model.parameters()))
@@ -227,7 +229,7 @@ def test_numbers_do_not_depend_on_the_random_state_and_leave_it_alone() -> None:
 
 def test_a_method_that_got_too_slow_is_not_run_at_larger_values_of_the_same_letter() -> None:
     setting = replace(SETTING, preset=replace(SETTING.preset, limit=0.0))
-    jobs = bench.scaling_jobs(setting)
+    jobs = benchmarks.scaling_jobs(setting)
     rows = [row for _, job in jobs for row in job()]
     points = [tuple(row[k] for k in "tdnlb") for row in rows if row["method"] == "tangent"]
     base = TINY.base
@@ -241,7 +243,7 @@ def test_a_method_that_got_too_slow_is_not_run_at_larger_values_of_the_same_lett
 
 
 def test_symmetry_teleportation_is_measured_too() -> None:
-    _, job = bench.scaling_jobs(SETTING)[0]
+    _, job = benchmarks.scaling_jobs(SETTING)[0]
     rows = job()
     assert [row["method"] for row in rows][-1] == "symmetry teleportation"
     exponents, seconds = sheets(_benchmark("scaling", rows, small=True))
@@ -263,7 +265,7 @@ def test_parallel_bases_are_measured_with_every_thread(monkeypatch: pytest.Monke
     monkeypatch.setattr(FrozenWalk, "bases", bases)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     before = torch.get_num_threads()
-    rows = [row for _, job in bench.layers_jobs(SETTING) for row in job()]
+    rows = [row for _, job in benchmarks.layers_jobs(SETTING) for row in job()]
     assert {(1, 1.0, 3, None), *((depth, 1.0, 3, True) for depth in TINY.depths)} == seen
     assert torch.get_num_threads() == before
     assert [row["operation"] for row in rows] == ["sequential", "parallel"] * len(TINY.depths)
@@ -324,12 +326,12 @@ def test_sizes_of_the_rivals_are_those_of_the_base(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench, "same_budget_table", budget)
     monkeypatch.setattr(bench, "same_batch_table", table)
     monkeypatch.setattr(bench, "symmetry_speed_ratio", speed)
-    assert [job() for _, job in bench.rivals_jobs(setting)] == [[]] * 4
+    assert [job() for _, job in benchmarks.rivals_jobs(setting)] == [[]] * 4
     sizes = (24, 6, 3, 2, 1)
     same = ((24, 24), 6, 3, TINY.rival_seconds)
     again = [same[:3]] * 2
     assert asked == [same, *again, (*sizes, nn.LeakyReLU), (*sizes, nn.Tanh)]
-    assert bench.PRESETS["cpu"].base == bench.Point(t=8, d=512, n=128, l=3, b=1)
+    assert benchmarks.PRESETS["cpu"].base == benchmarks.Point(t=8, d=512, n=128, l=3, b=1)
 
 
 def test_the_same_time_is_shown_by_medians_over_the_rounds() -> None:
@@ -358,8 +360,8 @@ def test_the_speed_ratio_is_held_against_its_budget(seconds: float, verdict: str
 
 
 def test_all_leaves_out_what_takes_minutes_more(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.chosen("all", "cpu")[0] == ["step", "basis", "scaling", "memory", "layers"]
-    assert bench.chosen("rivals", "cpu")[0] == ["rivals"]
+    assert benchmarks.chosen("all", "cpu")[0] == ["step", "basis", "scaling", "memory", "layers"]
+    assert benchmarks.chosen("rivals", "cpu")[0] == ["rivals"]
     assert cli.main(["bench", "--help"]) == 0
     assert "all but rivals" in " ".join(capsys.readouterr().out.replace("│", "").split())
 
@@ -390,13 +392,13 @@ def test_bad_arguments_are_named_with_what_is_allowed(
 def test_an_interrupted_benchmark_keeps_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stops() -> list[bench.Row]:
+    def stops() -> list[benchmarks.Row]:
         raise KeyboardInterrupt
 
-    def jobs(setting: bench.Setting) -> list[bench.Job]:
-        return [*bench.memory_jobs(setting)[:1], ("the next one", stops)]
+    def jobs(setting: benchmarks.Setting) -> list[benchmarks.Job]:
+        return [*benchmarks.memory_jobs(setting)[:1], ("the next one", stops)]
 
-    monkeypatch.setitem(bench.BENCHMARKS, "memory", jobs)
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "memory", jobs)
     out = tmp_path / "out"
     assert cli.main(["bench", "memory", "--preset", "tiny", "--out", str(out)]) == 130
     assert str(out) in capsys.readouterr().err.replace("\n", "")
@@ -412,13 +414,13 @@ def test_threads_are_set_for_the_benchmark_only_and_recorded(
     before = torch.get_num_threads()
     seen = []
 
-    def job() -> list[bench.Row]:
+    def job() -> list[benchmarks.Row]:
         seen.append(torch.get_num_threads())
         return []
 
-    monkeypatch.setitem(bench.BENCHMARKS, "memory", lambda setting: [("nothing", job)])
+    monkeypatch.setitem(benchmarks.BENCHMARKS, "memory", lambda setting: [("nothing", job)])
     told: list[str] = []
-    bench.run(["memory"], "tiny", CPU, tmp_path, threads=2, progress=told.append)
+    benchmarks.run(["memory"], "tiny", CPU, tmp_path, threads=2, progress=told.append)
     assert told == ["memory: nothing", ""]
     assert seen == [2]
     assert torch.get_num_threads() == before
@@ -456,7 +458,7 @@ def test_a_transformer_answers_once_or_at_every_position(norm_first: bool, reado
     assert model.blocks[0].linear1.out_features == 32
     swapped = x[:, [1, 0, 2, 3, 4, 5]]
     assert not torch.allclose(model(x), model(swapped), atol=1e-6)  # it knows its positions
-    names = {b.name for b in teleport.coverage.cover(model).blocks}
+    names = {b.name for b in teleport.layers.support.cover(model).blocks}
     assert {"embed", "head", "blocks.1.linear2", "blocks.0.self_attn.q"} <= names
 
 

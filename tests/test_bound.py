@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport import NetworkBound, Teleporter, UnsupportedModelError, data, models, network_bound
-from teleport.lipschitz import GELU_TANH, LINEAR, SILU, convolution_norm, lipschitz
+from teleport import NetworkBound, Teleporter, UnsupportedModelError, data, network_bound
+from teleport.bounds.lipschitz import GELU_TANH, LINEAR, SILU, convolution_norm, lipschitz
+from teleport.lab.experiments import models
 from tests.fingerprint import fingerprint
 from tests.strategies import seeds
 from tests.test_layers import Layer, convolutions, transposed_convolutions

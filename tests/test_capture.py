@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from teleport.capture import Tape, record
-from teleport.coverage import Block, cover
-from teleport.tangent import drive_of
+from teleport.direction import drive_of
+from teleport.layers.support import Block, cover
+from teleport.recording import Tape, record
 from tests.fingerprint import fingerprint
 from tests.networks import GRAPHS, Task, task, without_dropout
 from tests.strategies import (

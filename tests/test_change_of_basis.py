@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport import UnsupportedModelError
-from teleport.baselines import ChangeOfBasisTeleporter
+from teleport.rivals import ChangeOfBasisTeleporter
 from tests.fingerprint import fingerprint, weights
 from tests.strategies import gradient_norm, seeds
 

@@ -18,20 +18,20 @@ from torch import nn
 
 import teleport
 from teleport import check
-from teleport.baselines import Bend, group_action
 from teleport.check import engine
 from teleport.check.answers import alike
+from teleport.check.chapters.ch03_mlp import SquaredError
+from teleport.check.chapters.ch08_rivals import sigma, undo
 from teleport.check.engine import BUDGET, CASES, _attempt, _diagnosis, _search
 from teleport.check.grading import grade
 from teleport.check.guard import LONGEST, Bounded, TimeUp, Watch, run_within
 from teleport.check.literal import literal
-from teleport.check.mlp import SquaredError
 from teleport.check.places import CHAPTER_OF
-from teleport.check.rivals import sigma, undo
 from teleport.cli import main
 from teleport.errors import CheckError
-from teleport.layers import rule_for
+from teleport.layers.rule import rule_for
 from teleport.objective import ascent_double_backward
+from teleport.rivals import Bend, group_action
 from teleport.subspace import Basis, RowSpace, energy_rank, numerical_rank
 from tests.submissions import WRONG, functions_of
 from tests.waiting import HANG
@@ -173,7 +173,7 @@ LIBRARY = [
     ),
     pytest.param(
         "rotation",
-        lambda point, angle: teleport.baselines.BOOTH.rotate(
+        lambda point, angle: teleport.rivals.BOOTH.rotate(
             point, torch.tensor(angle, dtype=torch.float64)
         ),
     ),

@@ -9,10 +9,10 @@ import pytest
 
 import teleport
 from teleport import cli
-from teleport.experiment import teleport_settings
-from teleport.matrix import blocks, how
-from teleport.provenance import as_read
-from teleport.records import read_runs
+from teleport.lab.analysis.outcomes import blocks, how
+from teleport.lab.experiments.arms import teleport_settings
+from teleport.lab.records.runs import read_runs
+from teleport.lab.records.sameness import as_read
 from tests.tables import SMALL
 
 

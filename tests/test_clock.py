@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from teleport.clock import clock_name, now
+from teleport.runtime.clock import clock_name, now
 
 
 def test_waiting_for_others_is_not_counted_with_one_thread() -> None:

@@ -16,7 +16,9 @@ from hypothesis.extra import numpy as arrays
 from torch import nn
 
 from teleport import cli
-from teleport.connectivity import (
+from teleport.data import load
+from teleport.errors import RunError
+from teleport.lab.analysis.connectivity import (
     OTHER_BATCHES,
     barrier,
     between,
@@ -26,14 +28,12 @@ from teleport.connectivity import (
     points_on_line,
     read_lines,
 )
-from teleport.data import load
-from teleport.errors import RunError
-from teleport.experiment import Arm, Settings, TeleportSettings
-from teleport.plots import connectivity_figure
-from teleport.records import read_run
-from teleport.run import Cell, run_cell
-from teleport.schedule import Schedule
-from teleport.training import Training, look
+from teleport.lab.analysis.curves import connectivity_figure
+from teleport.lab.experiments.arms import Arm, Settings, TeleportSettings
+from teleport.lab.experiments.run import Cell, run_cell
+from teleport.lab.experiments.schedule import Schedule
+from teleport.lab.experiments.training import Training, look
+from teleport.lab.records.runs import read_run
 from tests.tables import SMALL
 
 lines = arrays.arrays(np.float64, st.integers(3, 12), elements=st.floats(0.0, 9.0))

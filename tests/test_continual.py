@@ -10,17 +10,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from teleport import cli
-from teleport.continual import (
-    TUNED,
-    TUNING_SEED,
-    Course,
-    Strategy,
-    default_strategies,
-    run_strategies,
-)
 from teleport.data import load
 from teleport.errors import RunError
-from teleport.forgetting import (
+from teleport.lab.experiments.models import mlp
+from teleport.lab.keeping.measures import (
     accuracy_matrix,
     average_accuracy,
     backward_transfer,
@@ -28,12 +21,19 @@ from teleport.forgetting import (
     measures,
     summarise_forgetting,
 )
-from teleport.forgetting_report import forgetting_figure, forgetting_rows, markdown
-from teleport.models import mlp
-from teleport.records import Run, read_runs
-from teleport.remembering import METHODS, Lazy, Plain, random_basis
+from teleport.lab.keeping.methods import METHODS, Lazy, Plain, random_basis
+from teleport.lab.keeping.report import forgetting_figure, forgetting_rows, markdown
+from teleport.lab.keeping.tasks import SEQUENCES, Task
+from teleport.lab.keeping.training import (
+    TUNED,
+    TUNING_SEED,
+    Course,
+    Strategy,
+    default_strategies,
+    run_strategies,
+)
+from teleport.lab.records.runs import Run, read_runs
 from teleport.subspace import RowSpace
-from teleport.tasks import SEQUENCES, Task
 
 TINY = Course("digits", "tiny")
 SEEDS = st.integers(0, 2**31)

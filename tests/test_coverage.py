@@ -12,11 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, prune
 
 from teleport import Teleporter, UnsupportedModelError, supported
-from teleport.capture import record
-from teleport.coverage import cover
+from teleport.direction import direction, grad_norm_squared, project_ascent
+from teleport.layers.support import cover
 from teleport.objective import ascent_double_backward, trainable
+from teleport.recording import record
 from teleport.subspace import RowSpace
-from teleport.tangent import direction, grad_norm_squared, project_ascent
 from tests.fingerprint import fingerprint
 from tests.networks import GRAPHS, task
 from tests.strategies import gradient_norm, seeds

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import teleport
-from teleport.axes import AxisBasis, AxisSpace
-from teleport.coverage import cover, supported
-from teleport.layers import TransposedLinearRule, rule_for
+from teleport.layers.linear import TransposedLinearRule
+from teleport.layers.one_hot import AxisBasis, AxisSpace
+from teleport.layers.rule import rule_for
+from teleport.layers.shared_weight import TiedBasis
+from teleport.layers.support import cover, supported
 from teleport.subspace import RowSpace
-from teleport.tied import TiedBasis
 from tests.fingerprint import fingerprint
 from tests.strategies import gradient, gradient_norm, seeds
 

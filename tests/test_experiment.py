@@ -13,19 +13,20 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from teleport.choices import INITS
 from teleport.errors import NonFiniteLossError, RunError
-from teleport.experiment import Arm, Settings, TeleportSettings, default_arms
-from teleport.folders import new_folder
-from teleport.interventions import INTERVENTIONS
-from teleport.models import mlp
-from teleport.optimizers import OPTIMIZERS, within_range
-from teleport.plots import draw_losses, gap_figure, loss_figure, matrix_figure
-from teleport.records import Run, by_arm, read_runs, summarise
-from teleport.registry import EXPERIMENTS
-from teleport.run import Cell, run_arms
-from teleport.schedule import Schedule
-from teleport.training import Training
+from teleport.lab.analysis.curves import draw_losses, gap_figure, loss_figure, matrix_figure
+from teleport.lab.experiments.arms import Arm, Settings, TeleportSettings, default_arms
+from teleport.lab.experiments.choices import INITS
+from teleport.lab.experiments.interventions import INTERVENTIONS
+from teleport.lab.experiments.models import mlp
+from teleport.lab.experiments.optimizers import OPTIMIZERS, within_range
+from teleport.lab.experiments.run import Cell, run_arms
+from teleport.lab.experiments.schedule import Schedule
+from teleport.lab.experiments.table import EXPERIMENTS
+from teleport.lab.experiments.training import Training
+from teleport.lab.records.compare import summarise
+from teleport.lab.records.folders import new_folder
+from teleport.lab.records.runs import Run, by_arm, read_runs
 from tests.waiting import HANG, wait_for
 
 EARLY = TeleportSettings(schedule=Schedule(warmup_steps=20), batch_size=100, held_out_size=100)

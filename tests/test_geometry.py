@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from teleport import OptimizerStateError, Teleporter, TeleportReport
-from teleport.capture import record
-from teleport.coverage import Block, cover
+from teleport.direction import direction, grad_norm_squared, project_ascent
+from teleport.landscape import FrozenWalk, StreamedWalk
+from teleport.layers.support import Block, cover
 from teleport.objective import Metric, Shares, ascent_double_backward, trainable
 from teleport.preconditioner import metric_of
+from teleport.recording import record
 from teleport.subspace import RowSpace
-from teleport.tangent import direction, grad_norm_squared, project_ascent
 from teleport.teleporter import METHODS
-from teleport.walk import FrozenWalk, StreamedWalk
 from tests.fingerprint import fingerprint
 from tests.networks import GRAPHS, Task, task, without_dropout
 from tests.strategies import (

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from teleport import Teleporter, cli
-from teleport.experiment import Arm, Settings, default_arms, objective_arms, rival_arms
-from teleport.interventions import (
+from teleport.lab.analysis.curves import gap_figure
+from teleport.lab.experiments.arms import Arm, Settings, default_arms, objective_arms, rival_arms
+from teleport.lab.experiments.interventions import (
     INTERVENTIONS,
     LONGEST_TRIAL,
     MOVES,
@@ -21,9 +22,10 @@ from teleport.interventions import (
     intervene,
     lasting,
 )
-from teleport.plots import gap_figure
-from teleport.records import RecordWriter, read_run, read_runs, summarise
-from teleport.run import run_arms
+from teleport.lab.experiments.run import run_arms
+from teleport.lab.records.compare import summarise
+from teleport.lab.records.runs import read_run, read_runs
+from teleport.lab.records.writer import RecordWriter
 from tests.fingerprint import weights
 
 OPTIMIZERS = {

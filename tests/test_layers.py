@@ -10,17 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from teleport.layers import (
-    RULES,
-    LayerRule,
-    LinearPart,
-    LinearRule,
-    Part,
-    Slot,
-    TransposedLinearRule,
-    register,
-    rule_for,
-)
+from teleport.layers.linear import LinearPart, LinearRule, TransposedLinearRule
+from teleport.layers.part import Part, Slot
+from teleport.layers.rule import RULES, LayerRule, register, rule_for
 from tests.strategies import seeds
 
 TOLERANCE = 1e-12

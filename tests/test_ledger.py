@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from teleport import ledger
+from teleport.book import ledger
 
 ROOT = Path(__file__).parents[1]
 
@@ -271,7 +271,7 @@ def test_the_page_shows_every_theorem_with_its_tests(tmp_path: Path) -> None:
 
 
 CONF = """\
-extensions = ["myst_parser", "sphinx_proof", "teleport.ledger_page"]
+extensions = ["myst_parser", "sphinx_proof", "teleport.book.ledger_page"]
 myst_enable_extensions = ["colon_fence"]
 html_theme = "basic"
 """

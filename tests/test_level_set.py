@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport.baselines import LevelSetTeleporter
+from teleport.rivals import LevelSetTeleporter
 from tests.fingerprint import fingerprint
 from tests.networks import task
 from tests.strategies import Case, cases, gradient, gradient_norm

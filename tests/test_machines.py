@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from teleport import notebooks
+from teleport.book import notebook_form
 from tests.machines import printed
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def wanted(machine: str, threads: int) -> list[Path]:
 
 def compared(chapter: Path) -> list[Any]:
     """The code cells whose outputs nbval compares."""
-    code = [cell for cell in notebooks.read(chapter)["cells"] if cell["cell_type"] == "code"]
+    code = [cell for cell in notebook_form.read(chapter)["cells"] if cell["cell_type"] == "code"]
     return [c for c in code if "nbval-ignore-output" not in c["metadata"].get("tags", ())]
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teleport.measure import (
+from teleport.lab.bench.timing import (
     Spread,
     Task,
     Timing,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import teleport
-from teleport.models import READOUTS, Transformer, cnn, initialise, mlp
-from teleport.residual import ResidualNetwork, ResNet18
+from teleport.lab.experiments.models import READOUTS, Transformer, cnn, initialise, mlp
+from teleport.lab.experiments.residual import ResidualNetwork, ResNet18
 
 
 def parameters(model: nn.Module) -> int:

@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 
 from teleport import Teleporter, cli
 from teleport.errors import RunError
-from teleport.moment import moment
-from teleport.moves import TAUS, Moves, read_moves, try_move
-from teleport.moves_report import MOVE_COLUMNS, move_cells, outcome, room
-from teleport.transaction import Transaction
+from teleport.lab.paper.moves import TAUS, Moves, read_moves, try_move
+from teleport.lab.paper.moves_report import MOVE_COLUMNS, move_cells, outcome, room
+from teleport.lab.paper.snapshot import moment
+from teleport.runtime.transaction import Transaction
 from tests.fingerprint import fingerprint
 from tests.networks import task
 

@@ -11,7 +11,7 @@ from sympy import Matrix, Rational, diag, eye
 from torch import Tensor
 from torch.func import hessian
 
-from teleport.baselines import BOOTH, ROSENBROCK, PlanarFunction
+from teleport.rivals import BOOTH, ROSENBROCK, PlanarFunction
 
 entries = st.integers(-4, 4)
 general = st.lists(entries, min_size=3, max_size=3)

@@ -1,6 +1,6 @@
 """The committed notebooks: what readers see is complete, in order, and not of one machine.
 
-`hygiene.faults` reads files only; that the chapters run and print the same again is nbval's part.
+`notebook_rules.faults` reads files only; that the chapters run and print the same again is nbval's part.
 """
 
 import copy
@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teleport import hygiene, notebooks
+from teleport.book import notebook_form, notebook_rules
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
@@ -54,7 +54,7 @@ def saved(folder: Path, *cells: Cell, tidy: bool = True) -> Path:
     whole = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
     path.write_text(json.dumps(whole), encoding="utf-8")
     if tidy:
-        notebooks.tidy(path)
+        notebook_form.tidy(path)
     return path
 
 
@@ -86,7 +86,10 @@ BAD = {
     "path in output": (code("f()", printed("in /tmp/x.py")), "path of one machine (in /tmp/x.py)"),
     "path in text": (prose("It is in `C:\\data`."), "path of one machine"),
     "private module": (code("import teleport._x"), "private module teleport._x"),
-    "private name": (code("from teleport.walk import _x"), "private name _x from teleport.walk"),
+    "private name": (
+        code("from teleport.landscape import _x"),
+        "private name _x from teleport.landscape",
+    ),
     "private attribute": (code("model._modules"), "private name _modules"),
     "absent module": (code("import teleport.nowhere"), "teleport.nowhere, which does not exist"),
     "absent name": (code("from teleport import nothing"), "imports nothing from teleport"),
@@ -110,7 +113,7 @@ BAD = {
 
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 def test_a_chapter_has_no_faults(chapter: Path) -> None:
-    assert hygiene.faults(chapter) == []
+    assert notebook_rules.faults(chapter) == []
     nbformat.validate(nbformat.read(chapter, as_version=4))
 
 
@@ -120,13 +123,13 @@ def test_there_are_chapters() -> None:
 
 @pytest.mark.parametrize("name", GOOD)
 def test_what_is_allowed_is_no_fault(tmp_path: Path, name: str) -> None:
-    assert hygiene.faults(saved(tmp_path, GOOD[name])) == []
+    assert notebook_rules.faults(saved(tmp_path, GOOD[name])) == []
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_every_fault_is_found_alone_and_named_with_its_cell(tmp_path: Path, name: str) -> None:
     cell, message = BAD[name]
-    (fault,) = hygiene.faults(saved(tmp_path, prose("# Title"), cell))
+    (fault,) = notebook_rules.faults(saved(tmp_path, prose("# Title"), cell))
     assert message in fault
     assert fault.startswith("01_x.ipynb, cell 1 (c1): ")
 
@@ -147,8 +150,8 @@ def test_cells_run_out_of_order_are_found(
     notebook = json.loads(path.read_text())
     for at, count in zip((0, 2, 3), (*counts, None), strict=True):
         notebook["cells"][at]["execution_count"] = count
-    path.write_text(notebooks.normal_form(notebook))
-    (fault,) = hygiene.faults(path)
+    path.write_text(notebook_form.normal_form(notebook))
+    (fault,) = notebook_rules.faults(path)
     assert message in fault
 
 
@@ -171,13 +174,13 @@ def test_untidy_files_are_found_and_tidied(tmp_path: Path, name: str) -> None:
     notebook = json.loads(path.read_text())
     UNTIDY[name](notebook)
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-    (fault,) = hygiene.faults(path)
+    (fault,) = notebook_rules.faults(path)
     assert "not in normal form" in fault
-    assert "python -m teleport.notebooks" in fault
-    assert notebooks.main([str(path), "--check"]) == 1
-    assert notebooks.main([str(path)]) == 0
-    assert notebooks.main([str(path), "--check"]) == 0
-    assert hygiene.main([str(path)]) == 0
+    assert "python -m teleport.book.notebook_form" in fault
+    assert notebook_form.main([str(path), "--check"]) == 1
+    assert notebook_form.main([str(path)]) == 0
+    assert notebook_form.main([str(path), "--check"]) == 0
+    assert notebook_rules.main([str(path)]) == 0
     tidied = json.loads(path.read_text())
     assert tidied["cells"][0]["metadata"] == {"mystnb": ALT, "tags": ["nbval-ignore-output"]}
     nbformat.validate(nbformat.from_dict(tidied))
@@ -193,14 +196,14 @@ def test_tidying_keeps_every_printed_character_and_is_idempotent(
     outputs = [printed(text, name) for name, text in streams]
     outputs.insert(figure_at, FIGURE)
     notebook = {"cells": [code("f()", *outputs)]}
-    text = notebooks.normal_form(notebook)
+    text = notebook_form.normal_form(notebook)
     (cell,) = json.loads(text)["cells"]
     for name in ("stdout", "stderr"):
-        after = [notebooks.text(o["text"]) for o in cell["outputs"] if o.get("name") == name]
+        after = [notebook_form.text(o["text"]) for o in cell["outputs"] if o.get("name") == name]
         assert "".join(after) == "".join(text for stream, text in streams if stream == name)
     kinds = [output.get("name", "figure") for output in cell["outputs"]]
     assert all(a != b for a, b in pairwise(kinds))
-    assert notebooks.normal_form(json.loads(text)) == text
+    assert notebook_form.normal_form(json.loads(text)) == text
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
@@ -208,7 +211,7 @@ def test_what_is_not_a_notebook_is_refused(tmp_path: Path, content: str) -> None
     path = tmp_path / "x.ipynb"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"x\.ipynb is not a notebook"):
-        hygiene.faults(path)
+        notebook_rules.faults(path)
     assert path.read_text() == content
 
 
@@ -216,7 +219,7 @@ def test_without_notebooks_the_commands_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for command in (notebooks.main, hygiene.main):
+    for command in (notebook_form.main, notebook_rules.main):
         with pytest.raises(SystemExit):
             command([])
         assert "name the notebooks" in capsys.readouterr().err

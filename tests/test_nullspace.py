@@ -21,7 +21,7 @@ from teleport import (
     UnsupportedModelError,
     null_space,
 )
-from teleport.coverage import cover
+from teleport.layers.support import cover
 from teleport.subspace import Basis
 from tests.fingerprint import fingerprint
 from tests.networks import Residual

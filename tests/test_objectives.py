@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport import Teleporter, null_space
-from teleport.baselines import (
+from teleport.objective import gradient
+from teleport.report import TeleportReport
+from teleport.rivals import (
     ObjectiveStep,
     flatter_curvature,
     sharpness,
     shorter_gradient,
     step_decrease,
 )
-from teleport.baselines.objectives import Slope
-from teleport.objective import gradient
-from teleport.report import TeleportReport
+from teleport.rivals.other_objectives import Slope
 from tests.fingerprint import weights
 
 seeds = st.integers(0, 2**31)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport.baselines import (
+from teleport.rivals import (
     RaisedLearningRate,
     factors_by_parameter,
     growth_duration,

@@ -21,7 +21,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from teleport.baselines import (
+from teleport.rivals import (
     BOOTH,
     ChangeOfBasisTeleporter,
     SymmetryTeleporter,
@@ -30,7 +30,7 @@ from teleport.baselines import (
     preactivation_action,
     so2_teleport,
 )
-from teleport.baselines.group import bend_of
+from teleport.rivals.group_action import bend_of
 from tests.strategies import seeds
 
 ROOT = os.environ.get("TELEPORT_PEERS")

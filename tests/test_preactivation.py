@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport import ClosureError, UnsupportedModelError
-from teleport.baselines import SymmetryTeleporter, preactivation_action
-from teleport.baselines.batch import Batch
-from teleport.baselines.preactivation import elementwise_of
+from teleport.rivals import SymmetryTeleporter, preactivation_action
+from teleport.rivals.batch import Batch
+from teleport.rivals.preactivation_action import elementwise_of
 from tests.fingerprint import fingerprint
 from tests.strategies import gradient_norm, seeds
 from tests.test_symmetry import Case, Problem

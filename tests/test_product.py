@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from teleport import cli
 from teleport.errors import RunError
-from teleport.moment import moment
-from teleport.plots import product_figure
-from teleport.product import Product, product_of, read_product
+from teleport.lab.paper.plots import product_figure
+from teleport.lab.paper.products import Product, product_of, read_product
+from teleport.lab.paper.snapshot import moment
 from tests.networks import task
 
 

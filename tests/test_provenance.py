@@ -13,19 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teleport import cli, data
-from teleport.checkpoint import locked
-from teleport.continual import Course, Strategy, run_strategies
 from teleport.errors import RunError
-from teleport.experiment import Arm, Settings
-from teleport.folders import open_folder
-from teleport.provenance import ADDED, SHARED, check_alike, check_folder, is_complete
-from teleport.records import first_row, read_runs
-from teleport.registry import _read_once
-from teleport.run import Cell, configuration, run_arms
-from teleport.schema import made_by
-from teleport.spectrum import write_spectra
-from teleport.sweep import Plan, check_folders
-from teleport.threshold import write_trajectories
+from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.run import Cell, configuration, run_arms
+from teleport.lab.experiments.sweep import Plan, check_folders
+from teleport.lab.experiments.table import _read_once
+from teleport.lab.keeping.training import Course, Strategy, run_strategies
+from teleport.lab.paper.input_energy import write_spectra
+from teleport.lab.paper.threshold import write_trajectories
+from teleport.lab.records.checkpoint import locked
+from teleport.lab.records.folders import open_folder
+from teleport.lab.records.runs import first_row, read_runs
+from teleport.lab.records.sameness import ADDED, SHARED, check_alike, check_folder, is_complete
+from teleport.lab.records.schema import made_by
 from tests.tables import SMALL
 
 ROWS = Settings("sample-rows", "tiny")

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from teleport import data
-from teleport.axes import AxisSpace
-from teleport.precision import sum_rounding
+from teleport.layers.one_hot import AxisSpace
+from teleport.layers.shared_weight import TiedBasis
+from teleport.runtime.precision import sum_rounding
 from teleport.subspace import Basis, RowSpace, numerical_rank, rank_cut
-from teleport.tied import TiedBasis
 from tests.strategies import seeds
 
 DTYPES = (torch.float64, torch.float32)

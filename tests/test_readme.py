@@ -16,15 +16,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import teleport
-from teleport import data, matrix, verdict
-from teleport.bench_tables import holds_benchmarks, read_benchmarks, timing
-from teleport.forgetting_report import forgetting_rows, markdown
-from teleport.measure import Spread
-from teleport.models import mlp
-from teleport.optimizers import OPTIMIZERS
-from teleport.records import ArmSummary, Comparison, read_runs, summarise
-from teleport.registry import EXPERIMENTS
-from teleport.rivals import OURS
+from teleport import data
+from teleport.lab.analysis import counts, outcomes
+from teleport.lab.bench.tables import holds_benchmarks, read_benchmarks, timing
+from teleport.lab.bench.timing import Spread
+from teleport.lab.experiments.models import mlp
+from teleport.lab.experiments.optimizers import OPTIMIZERS
+from teleport.lab.experiments.table import EXPERIMENTS
+from teleport.lab.keeping.report import forgetting_rows, markdown
+from teleport.lab.records.compare import ArmSummary, Comparison, summarise
+from teleport.lab.records.runs import read_runs
+from teleport.rivals.ways import OURS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "chapters" / "results"
@@ -119,7 +121,7 @@ def matrix_lines() -> list[str]:
     """Every data set with every optimizer at the low and tuned rate, and counts of them all."""
     found = [
         block
-        for block in matrix.blocks(RESULTS)
+        for block in outcomes.blocks(RESULTS)
         if block.folder.parts in {(block.experiment, o) for o in OPTIMIZERS}
     ]
     optimizers = [name for name in OPTIMIZERS if any(b.optimizer == name for b in found)]
@@ -131,16 +133,16 @@ def matrix_lines() -> list[str]:
         cells = []
         for name in optimizers:
             pair = [b for b in found if (b.experiment, b.optimizer) == (experiment, name)]
-            gaps = [verdict.gap(arm.to_own) for b in pair for arm in verdict.teleporting(b)]
+            gaps = [counts.gap(arm.to_own) for b in pair for arm in counts.teleporting(b)]
             short = [gap.split(" ±")[0] + "**" * ("**" in gap) for gap in gaps]
             cells.append(" / ".join(short) or "-")
         lines.append(f"| `{experiment}` | {' | '.join(cells)} |")
     lines += ["", "| against | rate | comparisons | resolved |", "|---|---|---|---|"]
-    for rate, places in verdict.low_and_tuned(found).items():
+    for rate, places in counts.low_and_tuned(found).items():
         for against in ("to_own", "to_best"):
             answers = [getattr(arm, against) for _, arm in places]
             name = "the same rate" if against == "to_own" else "the best baseline"
-            lines.append(f"| {name} | {rate} | {len(answers)} | {verdict.count(answers)} |")
+            lines.append(f"| {name} | {rate} | {len(answers)} | {counts.count(answers)} |")
     return lines
 
 
@@ -251,7 +253,7 @@ def test_every_file_the_readme_points_to_exists() -> None:
 def test_the_matrix_is_that_of_the_records() -> None:
     """``teleport report chapters/results > chapters/results/matrix.md`` writes it."""
     written = (RESULTS / "matrix.md").read_text(encoding="utf-8")
-    assert written.strip() == matrix.markdown(matrix.blocks(RESULTS)).strip()
+    assert written.strip() == outcomes.markdown(outcomes.blocks(RESULTS)).strip()
 
 
 def test_the_readme_names_every_experiment() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport import Teleporter, TeleportReport
-from teleport.transaction import Transaction
+from teleport.runtime.transaction import Transaction
 from tests import own_models
 from tests.fingerprint import fingerprint
 

@@ -13,21 +13,13 @@ from scipy.stats import ttest_1samp
 
 from teleport.cli import main
 from teleport.errors import RunError
-from teleport.experiment import Arm, Settings
-from teleport.matrix import blocks
-from teleport.records import (
-    RecordWriter,
-    Run,
-    best_baseline,
-    by_arm,
-    check_no_copies,
-    compare,
-    read_run,
-    read_runs,
-    summarise,
-)
-from teleport.run import run_arms
-from teleport.spectrum import read_spectra
+from teleport.lab.analysis.outcomes import blocks
+from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.run import run_arms
+from teleport.lab.paper.input_energy import read_spectra
+from teleport.lab.records.compare import best_baseline, compare, summarise
+from teleport.lab.records.runs import Run, by_arm, check_no_copies, read_run, read_runs
+from teleport.lab.records.writer import RecordWriter
 
 
 def make_run(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from teleport import reference
-from teleport.layers import rule_for
+from teleport.layers.rule import rule_for
 from tests.strategies import (
     BENDS,
     SMOOTH,

@@ -11,7 +11,7 @@ from torch import nn
 
 from teleport import data
 from teleport.errors import RunError
-from teleport.experiment import (
+from teleport.lab.experiments.arms import (
     GAIN_CONTROLS,
     MORE_GAIN,
     Arm,
@@ -22,9 +22,9 @@ from teleport.experiment import (
     rival_arms,
     tuning,
 )
-from teleport.models import initialise
-from teleport.optimizers import OPTIMIZERS, find_optimizer
-from teleport.registry import EXPERIMENTS, find_experiment, read_experiments
+from teleport.lab.experiments.models import initialise
+from teleport.lab.experiments.optimizers import OPTIMIZERS, find_optimizer
+from teleport.lab.experiments.table import EXPERIMENTS, find_experiment, read_experiments
 
 BASE = """
 [base]
@@ -211,7 +211,7 @@ def test_a_class_of_the_extra_package_around_an_optimizer_is_refused_as_one(name
 def test_without_the_extra_package_its_names_are_unknown_and_how_to_get_it_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("teleport.optimizers.EXTRA", "no_such_package")
+    monkeypatch.setattr("teleport.lab.experiments.optimizers.EXTRA", "no_such_package")
     with pytest.raises(ValueError, match="pip install pytorch-optimizer"):
         find_optimizer("adamp")
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport import ClosureError, UnsupportedModelError
-from teleport.baselines import ChangeOfBasisTeleporter, EquiNormalization, PathConditioning
-from teleport.baselines.rival import Rival
+from teleport.rivals import ChangeOfBasisTeleporter, EquiNormalization, PathConditioning
+from teleport.rivals.rival import Rival
 from tests.fingerprint import fingerprint, weights
 from tests.strategies import seeds
 from tests.test_change_of_basis import Case, cases

@@ -19,13 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teleport import cli, data
-from teleport.checkpoint import load_checkpoint, locked, save_checkpoint
 from teleport.errors import RunError
-from teleport.experiment import Arm, Settings, TeleportSettings
-from teleport.interventions import ON_THE_OPTIMIZER
-from teleport.records import read_run, read_runs
-from teleport.run import Cell, run_arms, run_cell
-from teleport.schedule import Schedule
+from teleport.lab.experiments.arms import Arm, Settings, TeleportSettings
+from teleport.lab.experiments.interventions import ON_THE_OPTIMIZER
+from teleport.lab.experiments.run import Cell, run_arms, run_cell
+from teleport.lab.experiments.schedule import Schedule
+from teleport.lab.records.checkpoint import load_checkpoint, locked, save_checkpoint
+from teleport.lab.records.runs import read_run, read_runs
 from tests.disk import full_disk
 from tests.waiting import HANG, wait_for
 
@@ -261,7 +261,7 @@ def test_resuming_another_run_is_refused_and_changes_nothing(tmp_path: Path) -> 
 def test_two_processes_never_write_into_one_folder(tmp_path: Path) -> None:
     with locked(tmp_path / ".lock", str(tmp_path)):
         code = (
-            "import sys; from pathlib import Path; from teleport.checkpoint import locked\n"
+            "import sys; from pathlib import Path; from teleport.lab.records.checkpoint import locked\n"
             "with locked(Path(sys.argv[1]) / '.lock', sys.argv[1]): print('in')"
         )
         other = [sys.executable, "-c", code, str(tmp_path)]

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from teleport import RunError, Teleporter, rivals
-from teleport.rivals import (
+from teleport import RunError, Teleporter
+from teleport.lab.bench import rivals
+from teleport.lab.bench.rivals import (
     repeated_ways,
     same_batch_table,
     same_budget_table,
     speed_ways,
     symmetry_speed_ratio,
-    ways,
 )
+from teleport.rivals.ways import ways
 
 
 def test_every_way_is_in_the_table_once_with_what_it_promises() -> None:

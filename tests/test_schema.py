@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teleport import cli
-from teleport.bench_tables import curves, read_benchmarks, sheets
 from teleport.cli import show
 from teleport.errors import RunError
-from teleport.forgetting_report import forgetting_figure, forgetting_tables
-from teleport.matrix import blocks, markdown
-from teleport.moves import read_moves
-from teleport.plots import product_figure, spectrum_figure, threshold_figure
-from teleport.product import read_product
-from teleport.records import read_rows, read_runs
-from teleport.schema import ROWS, made_by
-from teleport.spectrum import read_spectra
-from teleport.threshold import read_trajectories
+from teleport.lab.analysis.outcomes import blocks, markdown
+from teleport.lab.bench.tables import curves, read_benchmarks, sheets
+from teleport.lab.keeping.report import forgetting_figure, forgetting_tables
+from teleport.lab.paper.input_energy import read_spectra
+from teleport.lab.paper.moves import read_moves
+from teleport.lab.paper.plots import product_figure, spectrum_figure, threshold_figure
+from teleport.lab.paper.products import read_product
+from teleport.lab.paper.threshold import read_trajectories
+from teleport.lab.records.runs import read_rows, read_runs
+from teleport.lab.records.schema import ROWS, made_by
 
 RESULTS = Path(__file__).parents[1] / "chapters" / "results"
 

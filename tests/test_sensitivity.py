@@ -11,15 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teleport import cli, sensitivity
+from teleport import cli
 from teleport.data import load
 from teleport.errors import RunError
-from teleport.experiment import Arm, Settings, teleport_settings
-from teleport.plots import effects_figure
-from teleport.records import compare, read_run
-from teleport.run import Cell, run_cell
-from teleport.schedule import Schedule
-from teleport.sensitivity import (
+from teleport.lab.analysis import sensitivity
+from teleport.lab.analysis.curves import effects_figure
+from teleport.lab.analysis.sensitivity import (
     FIXED,
     GROWN,
     NAMES,
@@ -30,6 +27,11 @@ from teleport.sensitivity import (
     values_at,
     write_design,
 )
+from teleport.lab.experiments.arms import Arm, Settings, teleport_settings
+from teleport.lab.experiments.run import Cell, run_cell
+from teleport.lab.experiments.schedule import Schedule
+from teleport.lab.records.compare import compare
+from teleport.lab.records.runs import read_run
 from tests.tables import SMALL
 
 shares = st.floats(0.0, 1.0)
@@ -187,7 +189,7 @@ def test_an_outcome_is_that_of_two_runs(made: list[str], tmp_path: Path) -> None
             cell = Cell(chosen, Arm(at.lr, moves), config["seed"], 0)
             runs.append(read_run(run_cell(cell, dataset, folder)))
         plain, moved = runs
-        assert teleport.schedule == Schedule(1, 1, at.after)
+        assert teleport.lab.experiments.schedule == Schedule(1, 1, at.after)
         (row,) = (row for row in rows if row.get("design") == design)
         assert row["log_loss"] == compare([moved], [plain]).log_loss
         assert row["rolled_back"] == moved.teleports[0]["rolled_back"]

@@ -16,15 +16,15 @@ from torch import nn
 from teleport import Teleporter, cli, null_space
 from teleport.data import load
 from teleport.errors import RunError
-from teleport.experiment import Arm, Settings
-from teleport.moment import moment, rate_of
+from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.run import Cell, run_cell
+from teleport.lab.experiments.table import find_experiment
+from teleport.lab.paper.input_energy import TAUS, Spectrum, read_spectra, spectra
+from teleport.lab.paper.plots import spectrum_figure, threshold_figure
+from teleport.lab.paper.snapshot import moment, rate_of
+from teleport.lab.paper.threshold import LONGEST, read_trajectories, trajectory
+from teleport.lab.records.runs import read_run
 from teleport.objective import grad_norm, trainable
-from teleport.plots import spectrum_figure, threshold_figure
-from teleport.records import read_run
-from teleport.registry import find_experiment
-from teleport.run import Cell, run_cell
-from teleport.spectrum import TAUS, Spectrum, read_spectra, spectra
-from teleport.threshold import LONGEST, read_trajectories, trajectory
 from tests.networks import task
 
 seeds = st.integers(0, 2**31)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 import teleport
-from teleport import choices
-from teleport.bench import BENCHMARKS
-from teleport.models import ACTIVATIONS
-from teleport.optimizers import OPTIMIZERS
-from teleport.recipe import SIZES
-from teleport.remembering import METHODS
-from teleport.tasks import SEQUENCES
+from teleport.lab.bench.benchmarks import BENCHMARKS
+from teleport.lab.experiments import choices
+from teleport.lab.experiments.entry import SIZES
+from teleport.lab.experiments.models import ACTIVATIONS
+from teleport.lab.experiments.optimizers import OPTIMIZERS
+from teleport.lab.keeping.methods import METHODS
+from teleport.lab.keeping.tasks import SEQUENCES
 
 COMMANDS = [
     *("list", "run", "continual", "bench", "sweep", "spectrum", "tau", "moves", "product"),
@@ -124,7 +124,7 @@ def test_what_can_be_chosen_is_what_there_is() -> None:
     assert tuple(METHODS) == choices.METHOD_NAMES
     assert tuple(SEQUENCES) == choices.SEQUENCE_NAMES
     assert tuple(BENCHMARKS) == choices.BENCHMARK_NAMES
-    from teleport.networks import MAKERS
+    from teleport.lab.experiments.networks import MAKERS
 
     assert set(SIZES) == set(MAKERS)
 

@@ -15,16 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from teleport import cli, sweep
-from teleport import cluster as cluster_of
-from teleport.checkpoint import locked
-from teleport.cluster import run_on_cluster
+from teleport import cli
 from teleport.errors import RunError
-from teleport.experiment import control_arms, default_arms
-from teleport.matrix import blocks, markdown
-from teleport.pool import run_local
-from teleport.records import read_run, read_runs, summarise
-from teleport.sweep import Plan, run_job, total_steps
+from teleport.lab.analysis.outcomes import blocks, markdown
+from teleport.lab.experiments import dask as cluster_of
+from teleport.lab.experiments import sweep
+from teleport.lab.experiments.arms import control_arms, default_arms
+from teleport.lab.experiments.dask import run_on_cluster
+from teleport.lab.experiments.processes import run_local
+from teleport.lab.experiments.sweep import Plan, run_job, total_steps
+from teleport.lab.records.checkpoint import locked
+from teleport.lab.records.compare import summarise
+from teleport.lab.records.runs import read_run, read_runs
 from tests.waiting import HANG
 
 TABLE = """

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport import ClosureError, GroupElementError, UnsupportedModelError
-from teleport.baselines import Bend, SymmetryTeleporter, group_action
-from teleport.baselines.batch import Batch
-from teleport.baselines.group import bend_of
+from teleport.rivals import Bend, SymmetryTeleporter, group_action
+from teleport.rivals.batch import Batch
+from teleport.rivals.group_action import bend_of
 from tests.fingerprint import fingerprint
 from tests.strategies import gradient_norm, seeds
 

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teleport.capture import Tape, record
-from teleport.coverage import Block, cover
+from teleport.direction import direction, grad_norm_squared, project_ascent
+from teleport.layers.support import Block, cover
+from teleport.line_search import step_to_norm
 from teleport.objective import ascent_double_backward, trainable
+from teleport.recording import Tape, record
 from teleport.subspace import Basis, RowSpace
-from teleport.tangent import direction, grad_norm_squared, project_ascent, step_to_norm
 from tests.networks import GRAPHS, Task, task, without_dropout
 from tests.strategies import (
     NEVER_DEAD,

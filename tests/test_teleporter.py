@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport import Teleporter, TeleportReport, reference
-from teleport.models import mlp
+from teleport.lab.experiments.models import mlp
+from teleport.line_search import step_to_norm
 from teleport.objective import grad_norm, trainable
 from teleport.subspace import Basis, RowSpace
-from teleport.tangent import step_to_norm
 from tests.networks import GRAPHS, Task, task, without_dropout
 from tests.own_models import CLASSES, UNet, batch_norm
 from tests.strategies import (
@@ -218,7 +218,7 @@ def test_the_tolerance_is_measured_where_the_walk_ended() -> None:
         return None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("teleport.attempt.step_to_norm", give_up_far_away)
+        patch.setattr("teleport.ascent.step_to_norm", give_up_far_away)
         report = Teleporter(problem.model, growth=2.0, steps=2).step(problem.closure)
     assert report.steps == 1
     assert report.tolerance <= 1e-10 * report.loss_before

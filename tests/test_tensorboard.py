@@ -10,10 +10,10 @@ import pytest
 from teleport import cli
 from teleport.data import load
 from teleport.errors import RunError
-from teleport.experiment import Arm, Settings
-from teleport.records import read_run, read_runs
-from teleport.run import Cell, run_cell
-from teleport.tensorboard import SCALARS, Board
+from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.run import Cell, run_cell
+from teleport.lab.experiments.tensorboard import SCALARS, Board
+from teleport.lab.records.runs import read_run, read_runs
 from tests.disk import full_disk
 
 TINY = ["run", "--preset", "tiny", "--lr", "0.1"]

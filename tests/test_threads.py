@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from teleport import cli, data
-from teleport.cores import cores, wait_without_spinning
 from teleport.errors import RunError
-from teleport.experiment import Arm, Settings
-from teleport.parallel import threads_for
-from teleport.run import Cell, run_cell
+from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.run import Cell, run_cell
+from teleport.runtime.cores import cores, wait_without_spinning
+from teleport.runtime.threads import threads_for
 
 CELL = Cell(Settings("mnist-sample", "tiny", epochs=1), Arm(0.1), 0, 0)
 
@@ -68,15 +68,15 @@ def test_threads_are_as_asked_or_as_the_environment_says_or_leave_two_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    monkeypatch.setattr("teleport.parallel.cores", lambda: 4)
+    monkeypatch.setattr("teleport.runtime.threads.cores", lambda: 4)
     assert threads_for(3) == 3
     assert threads_for(None) == 6  # tests run with OMP_NUM_THREADS
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     assert threads_for(None) == 2
-    monkeypatch.setattr("teleport.parallel.cores", lambda: 2)
+    monkeypatch.setattr("teleport.runtime.threads.cores", lambda: 2)
     assert threads_for(None) == 1
-    monkeypatch.setattr("teleport.parallel.cores", lambda: 8)
+    monkeypatch.setattr("teleport.runtime.threads.cores", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert threads_for(None) == 1
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from teleport import ClosureError, Teleporter, TeleportReport
-from teleport import transaction as transaction_module
-from teleport.transaction import Transaction
+from teleport.runtime import transaction as transaction_module
+from teleport.runtime.transaction import Transaction
 from tests.fingerprint import all_but_weights, fingerprint, weights
 from tests.networks import GRAPHS, Task, task
 from tests.strategies import gradient_norm

@@ -9,10 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import stdtrit
 
-from teleport.experiment import CONTROLS
-from teleport.matrix import Block
-from teleport.records import Comparison, Run, best_baseline, by_arm, summarise
-from teleport.verdict import (
+from teleport.lab.analysis.counts import (
     control_rows,
     controls,
     count,
@@ -24,6 +21,10 @@ from teleport.verdict import (
     tally,
     teleporting,
 )
+from teleport.lab.analysis.outcomes import Block
+from teleport.lab.experiments.arms import CONTROLS
+from teleport.lab.records.compare import Comparison, best_baseline, summarise
+from teleport.lab.records.runs import Run, by_arm
 
 SEEDS = (0, 1, 2)
 

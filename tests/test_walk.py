@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from teleport import Teleporter, TeleportReport, capture
-from teleport.coverage import cover
-from teleport.parallel import WORTH_THREADS, in_parallel, using_threads, worth_threads
+from teleport import Teleporter, TeleportReport, recording
+from teleport.landscape import FrozenWalk, StreamedWalk, Walk, _multiplications
+from teleport.layers.support import cover
+from teleport.runtime.threads import WORTH_THREADS, in_parallel, using_threads, worth_threads
 from teleport.subspace import Basis
 from teleport.teleporter import METHODS
-from teleport.walk import FrozenWalk, StreamedWalk, Walk, _multiplications
 from tests.networks import GRAPHS, Task, task, without_dropout
 from tests.strategies import gradient_norm, seeds
 from tests.waiting import HANG
@@ -39,10 +39,10 @@ IN_BATCHES = ("attention", "plain", "residual", "tied", "twice")
 """Graphs without batch statistics: for them the loss of a batch is the mean of its parts."""
 
 
-def pieces(problem: Task, sizes: list[int]) -> list[capture.Closure]:
+def pieces(problem: Task, sizes: list[int]) -> list[recording.Closure]:
     """Closures whose mean is the loss of the whole, from any parts: each is weighted."""
 
-    def part(x: Tensor, y: Tensor) -> capture.Closure:
+    def part(x: Tensor, y: Tensor) -> recording.Closure:
         weight = len(sizes) * len(x) / len(problem.x)
         return lambda: weight * functional.cross_entropy(problem.model(x), y)
 
@@ -287,8 +287,8 @@ def test_bases_are_made_at_the_same_time_where_the_rule_says_or_the_caller(
         asked.append(parallel)
         return in_parallel(work, items, parallel)
 
-    monkeypatch.setattr("teleport.walk.worth_threads", rule)
-    monkeypatch.setattr("teleport.walk.in_parallel", jobs)
+    monkeypatch.setattr("teleport.landscape.worth_threads", rule)
+    monkeypatch.setattr("teleport.landscape.in_parallel", jobs)
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 9, bias=False)).double()
     x = torch.randn(6, 5, dtype=torch.float64)
     sites = cover(model).sites
@@ -308,7 +308,7 @@ def test_work_that_is_not_a_product_on_the_cpu_needs_no_threads(
 ) -> None:
     """Tokens are counted; and a GPU has threads of its own."""
     costs = list[float]()
-    monkeypatch.setattr("teleport.walk.worth_threads", lambda c: bool(costs.extend(c)))
+    monkeypatch.setattr("teleport.landscape.worth_threads", lambda c: bool(costs.extend(c)))
     model = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 3)).double()
     tokens = torch.randint(50, (6,))
     walk = FrozenWalk(model, cover(model).sites, lambda: model(tokens).square().sum())
@@ -330,15 +330,15 @@ class Living:
 
     @contextmanager
     def watching(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        made = capture.Tape.__init__
+        made = recording.Tape.__init__
 
-        def remember(tape: capture.Tape, *args: object, **kwargs: object) -> None:
+        def remember(tape: recording.Tape, *args: object, **kwargs: object) -> None:
             made(tape, *args, **kwargs)
             self.tapes.append(weakref.ref(tape))
             self.most = max(self.most, self.count())
 
         with monkeypatch.context() as patch:
-            patch.setattr(capture.Tape, "__init__", remember)
+            patch.setattr(recording.Tape, "__init__", remember)
             yield
 
 

@@ -31,7 +31,7 @@ def configuration(book: Book) -> dict[str, Any]:
     """All of Sphinx's settings for this book, as ``confoverrides`` takes them."""
     exercises = [c.exercises for c in book.chapters if c.exercises is not None]
     files = [book.front, *(c.file for c in book.chapters), *exercises, *book.pages]
-    ledger = ["teleport.ledger_page"] if (book.source / LEDGER).is_file() else []
+    ledger = ["teleport.book.ledger_page"] if (book.source / LEDGER).is_file() else []
     return {
         "project": book.title,
         "author": ", ".join(book.authors),

@@ -6,12 +6,14 @@ tries the function on small cases, prints a `Verdict` and returns it. ``check.CH
 the cases: ``pip install 'nullspace-teleport[course]'``.
 """
 
-from teleport.check.attention import attention_rows, causal_tokens, layernorm_direction
-from teleport.check.convolution import conv_rows, grouped_projection
-from teleport.check.drift import drift_bound, held_out_drift, total_move
-from teleport.check.engine import Check
-from teleport.check.level_sets import largest_gradient, level_set_step, rotation, stationary
-from teleport.check.mlp import (
+from teleport.check.chapters.ch01_level_sets import (
+    largest_gradient,
+    level_set_step,
+    rotation,
+    stationary,
+)
+from teleport.check.chapters.ch02_null_spaces import basis, energy_rank, merged_basis, rank
+from teleport.check.chapters.ch03_mlp import (
     cap,
     projection,
     rows,
@@ -20,10 +22,17 @@ from teleport.check.mlp import (
     teleport_step,
     weight_gradient,
 )
-from teleport.check.polynomial import adam_direction, growth_step, polynomial_degree
-from teleport.check.rank import basis, energy_rank, merged_basis, rank
+from teleport.check.chapters.ch04_convolution import conv_rows, grouped_projection
+from teleport.check.chapters.ch05_attention import (
+    attention_rows,
+    causal_tokens,
+    layernorm_direction,
+)
+from teleport.check.chapters.ch06_step import adam_direction, growth_step, polynomial_degree
+from teleport.check.chapters.ch07_error_control import drift_bound, held_out_drift, total_move
+from teleport.check.chapters.ch08_rivals import balanced, change_of_basis, group_action
+from teleport.check.engine import Check
 from teleport.check.recall import choice, value
-from teleport.check.rivals import balanced, change_of_basis, group_action
 from teleport.check.verdict import Verdict
 
 CHECKS = {

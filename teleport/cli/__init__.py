@@ -16,8 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         from teleport.cli.commands import app
         from teleport.cli.options import COMMAND_LINE
-        from teleport.cores import wait_without_spinning
         from teleport.errors import TeleportError
+        from teleport.runtime.cores import wait_without_spinning
 
     given = sys.argv[1:] if arguments is None else arguments
     if "torch" not in sys.modules:

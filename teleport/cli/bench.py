@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from teleport.choices import BENCHMARK_NAMES, NOT_IN_ALL
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, checked_threads
+from teleport.lab.experiments.choices import BENCHMARK_NAMES, NOT_IN_ALL
 
 
 def bench(
@@ -37,10 +37,10 @@ def bench(
     with loading():
         from tqdm import tqdm
 
-        from teleport import bench as benchmarks
         from teleport.cli.show import show
-        from teleport.folders import new_folder
-        from teleport.run import device_of
+        from teleport.lab.bench import benchmarks
+        from teleport.lab.experiments.run import device_of
+        from teleport.lab.records.folders import new_folder
 
     names, _ = benchmarks.chosen(what, preset)
     where = device_of(device)

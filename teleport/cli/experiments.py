@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from teleport.choices import CHECKPOINT_SECONDS, INITS, OPTIMIZER_NAMES
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, Threads, check_names, checked_threads
 from teleport.cli.output import console, count_of, say, step_progress
 from teleport.errors import RunError
-from teleport.schedule import SCHEDULES
+from teleport.lab.experiments.choices import CHECKPOINT_SECONDS, INITS, OPTIMIZER_NAMES
+from teleport.lab.experiments.schedule import SCHEDULES
 
 if TYPE_CHECKING:
-    import teleport.experiment
-    import teleport.sweep
+    import teleport.lab.experiments.arms
+    import teleport.lab.experiments.sweep
 
 
 def list_experiments() -> None:
@@ -24,7 +24,7 @@ def list_experiments() -> None:
     with loading():
         from rich.table import Table
 
-        from teleport.registry import EXPERIMENTS
+        from teleport.lab.experiments.table import EXPERIMENTS
 
     table = Table("name", "what", "data", "presets (epochs)")
     for e in EXPERIMENTS.values():
@@ -120,18 +120,14 @@ def run(
     with loading():
         from teleport import data as datasets
         from teleport.cli.show import show
-        from teleport.experiment import (
-            Settings,
-            lent_tuning,
-            teleport_settings,
-        )
-        from teleport.folders import open_folder, slug
-        from teleport.parallel import threads_for, using_threads
-        from teleport.registry import find_experiment
-        from teleport.run import device_of, run_arms, steps_per_run
-        from teleport.tangent import load_search
-        from teleport.tensorboard import check_tensorboard
-        from teleport.training import check_fits, late_teleport
+        from teleport.lab.experiments.arms import Settings, lent_tuning, teleport_settings
+        from teleport.lab.experiments.run import device_of, run_arms, steps_per_run
+        from teleport.lab.experiments.table import find_experiment
+        from teleport.lab.experiments.tensorboard import check_tensorboard
+        from teleport.lab.experiments.training import check_fits, late_teleport
+        from teleport.lab.records.folders import open_folder, slug
+        from teleport.line_search import load_search
+        from teleport.runtime.threads import threads_for, using_threads
 
         load_search()
 
@@ -228,19 +224,19 @@ def sweep(
 ) -> None:
     """Run every cell of a matrix (experiment, optimizer, arm, seed); list what failed."""
     with loading():
-        from teleport.registry import names_in
+        from teleport.lab.experiments.table import names_in
 
     experiments = tuple(dict.fromkeys(one for name in names for one in names_in(name)))
     check_names(experiments, preset, schedule)  # at once; the rest is checked with PyTorch
     with loading():
-        from teleport.checkpoint import locked
         from teleport.cli.show import say_diverged
-        from teleport.cluster import check_cluster
-        from teleport.folders import open_folder
-        from teleport.parallel import threads_for, using_threads
-        from teleport.records import read_run
-        from teleport.run import device_named, device_of
-        from teleport.sweep import Plan, check_folders, check_jobs
+        from teleport.lab.experiments.dask import check_cluster
+        from teleport.lab.experiments.run import device_named, device_of
+        from teleport.lab.experiments.sweep import Plan, check_folders, check_jobs
+        from teleport.lab.records.checkpoint import locked
+        from teleport.lab.records.folders import open_folder
+        from teleport.lab.records.runs import read_run
+        from teleport.runtime.threads import threads_for, using_threads
 
     plan = Plan(
         experiments,
@@ -273,11 +269,14 @@ def sweep(
 
 
 def _sweep(
-    cells: "list[teleport.sweep.Job]", folder: Path, processes: int, scheduler: str | None
-) -> "list[teleport.sweep.Failure]":
-    from teleport.cluster import run_on_cluster
-    from teleport.pool import run_local
-    from teleport.sweep import Job, total_steps
+    cells: "list[teleport.lab.experiments.sweep.Job]",
+    folder: Path,
+    processes: int,
+    scheduler: str | None,
+) -> "list[teleport.lab.experiments.sweep.Failure]":
+    from teleport.lab.experiments.dask import run_on_cluster
+    from teleport.lab.experiments.processes import run_local
+    from teleport.lab.experiments.sweep import Job, total_steps
 
     with step_progress(total_steps(cells), folder) as progress:
         count = [0]
@@ -311,7 +310,7 @@ def report(
     """Print the matrix of all runs below a folder as Markdown."""
     with loading():
         from teleport.cli.show import draw_report
-        from teleport.matrix import blocks, markdown
+        from teleport.lab.analysis.outcomes import blocks, markdown
 
     found = blocks(folder)
     typer.echo(markdown(found))
@@ -350,9 +349,9 @@ def _arms(
     init: str,
     head_gain: float,
     added: Sequence[str],
-) -> "list[teleport.experiment.Arm]":
+) -> "list[teleport.lab.experiments.arms.Arm]":
     """The arms of ``run``: those of --lr, or the fixed ones, with what is added to them."""
-    from teleport import experiment as arms
+    from teleport.lab.experiments import arms
 
     if len(added) > 1 or (lrs and added not in ([], ["controls"])):
         given = f"--lr {lrs}" if lrs else f"--{added[0]}"

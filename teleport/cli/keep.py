@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from teleport.choices import METHOD_NAMES, SEQUENCE_NAMES
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, Threads
 from teleport.cli.output import step_progress
-from teleport.recipe import one_of
+from teleport.lab.experiments.choices import METHOD_NAMES, SEQUENCE_NAMES
+from teleport.lab.experiments.entry import one_of
 
 
 def continual(
@@ -46,15 +46,15 @@ def continual(
     one_of("sequence", name, dict.fromkeys(SEQUENCE_NAMES))  # at once; the rest with PyTorch
     with loading():
         from teleport.cli.show import show
-        from teleport.continual import (
+        from teleport.lab.keeping.training import (
             LR_GRID,
             TUNING_SEED,
             Course,
             default_strategies,
             run_strategies,
         )
-        from teleport.folders import resumed_folder
-        from teleport.parallel import threads_for, using_threads
+        from teleport.lab.records.folders import resumed_folder
+        from teleport.runtime.threads import threads_for, using_threads
 
     rates = list(LR_GRID) if tune and not lr else lr
     strategies = default_strategies(name, methods.split(",") if methods else None, tau, rates)

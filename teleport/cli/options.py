@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from teleport.choices import INITS
-from teleport.cores import check_threads
-from teleport.recipe import one_of
-from teleport.schedule import SCHEDULES
+from teleport.lab.experiments.choices import INITS
+from teleport.lab.experiments.entry import one_of
+from teleport.lab.experiments.schedule import SCHEDULES
+from teleport.runtime.cores import check_threads
 
 # What was typed, for the records.
 COMMAND_LINE: ContextVar[str] = ContextVar("COMMAND_LINE", default="teleport")
@@ -41,7 +41,9 @@ def check_names(
         ValueError: for an unknown one, with those there are.
         RunError: if a table of experiments cannot be read.
     """
-    from teleport.registry import find_experiment  # late: reading the table takes a while
+    from teleport.lab.experiments.table import (
+        find_experiment,  # late: reading the table takes a while
+    )
 
     for name in experiments:
         one_of("preset", preset, find_experiment(name).presets)

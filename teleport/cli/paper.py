@@ -31,10 +31,10 @@ def spectrum(
     check_names(names, preset)
     with loading():
         from teleport.cli.show import show
-        from teleport.folders import resumed_folder
-        from teleport.moment import check_moment
-        from teleport.parallel import threads_for, using_threads
-        from teleport.spectrum import write_spectra
+        from teleport.lab.paper.input_energy import write_spectra
+        from teleport.lab.paper.snapshot import check_moment
+        from teleport.lab.records.folders import resumed_folder
+        from teleport.runtime.threads import threads_for, using_threads
 
     for name in names:
         check_moment(name, preset)  # before any folder is made
@@ -72,11 +72,11 @@ def tau(
     check_names([name], preset)
     with loading():
         from teleport.cli.show import show
-        from teleport.folders import resumed_folder
-        from teleport.moment import check_moment
-        from teleport.parallel import threads_for, using_threads
-        from teleport.tangent import load_search
-        from teleport.threshold import write_trajectories
+        from teleport.lab.paper.snapshot import check_moment
+        from teleport.lab.paper.threshold import write_trajectories
+        from teleport.lab.records.folders import resumed_folder
+        from teleport.line_search import load_search
+        from teleport.runtime.threads import threads_for, using_threads
 
         load_search()
 
@@ -122,11 +122,11 @@ def moves(
     check_names(names, preset)
     with loading():
         from teleport.cli.show import show
-        from teleport.folders import resumed_folder
-        from teleport.moment import check_moment
-        from teleport.moves import write_moves
-        from teleport.parallel import threads_for, using_threads
-        from teleport.tangent import load_search
+        from teleport.lab.paper.moves import write_moves
+        from teleport.lab.paper.snapshot import check_moment
+        from teleport.lab.records.folders import resumed_folder
+        from teleport.line_search import load_search
+        from teleport.runtime.threads import threads_for, using_threads
 
         load_search()
 
@@ -170,9 +170,9 @@ def product(
     check_names([name], preset)
     with loading():
         from teleport.cli.show import show
-        from teleport.folders import new_folder
-        from teleport.parallel import threads_for, using_threads
-        from teleport.product import product_at, write_product
+        from teleport.lab.paper.products import product_at, write_product
+        from teleport.lab.records.folders import new_folder
+        from teleport.runtime.threads import threads_for, using_threads
 
     with using_threads(threads_for(threads)):
         config, found = product_at(
@@ -201,10 +201,10 @@ def connectivity(
     check_names(names, preset)
     with loading():
         from teleport.cli.show import show
-        from teleport.connectivity import check_connectivity, write_lines
-        from teleport.folders import resumed_folder
-        from teleport.parallel import threads_for, using_threads
-        from teleport.tangent import load_search
+        from teleport.lab.analysis.connectivity import check_connectivity, write_lines
+        from teleport.lab.records.folders import resumed_folder
+        from teleport.line_search import load_search
+        from teleport.runtime.threads import threads_for, using_threads
 
         load_search()
 
@@ -243,10 +243,10 @@ def sensitivity(
     check_names([name], preset)
     with loading():
         from teleport.cli.show import show
-        from teleport.folders import resumed_folder
-        from teleport.parallel import threads_for, using_threads
-        from teleport.sensitivity import SIZES, check_sensitivity, places, write_design
-        from teleport.tangent import load_search
+        from teleport.lab.analysis.sensitivity import SIZES, check_sensitivity, places, write_design
+        from teleport.lab.records.folders import resumed_folder
+        from teleport.line_search import load_search
+        from teleport.runtime.threads import threads_for, using_threads
 
         load_search()
 

@@ -10,43 +10,33 @@ from matplotlib.figure import Figure
 from rich.markup import escape
 from rich.table import Column, Table
 
-from teleport.bench_tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
 from teleport.check.grading import Grades
 from teleport.cli.output import console, count_of, say
-from teleport.connectivity import Lines, interval, read_lines
 from teleport.errors import RunError
-from teleport.folders import slug
-from teleport.forgetting_report import forgetting_figure, forgetting_tables
-from teleport.matrix import Block, how, length, smaller, without_controls
-from teleport.moves import Moves, read_moves
-from teleport.moves_report import MOVE_COLUMNS, move_cells, room
-from teleport.plots import (
+from teleport.lab.analysis.connectivity import Lines, interval, read_lines
+from teleport.lab.analysis.curves import (
     connectivity_figure,
     effects_figure,
     gap_figure,
     loss_figure,
     matrix_figure,
-    product_figure,
-    scaling_figure,
-    spectrum_figure,
-    threshold_figure,
 )
-from teleport.product import read_product
-from teleport.provenance import check_alike
-from teleport.records import (
-    ArmSummary,
-    Comparison,
-    FloatArray,
-    Run,
-    Split,
-    by_arm,
-    read_runs,
-    summarise,
-)
-from teleport.registry import EXPERIMENTS
-from teleport.sensitivity import Outcomes, read_outcomes
-from teleport.spectrum import Measured, read_spectra
-from teleport.threshold import Trajectories, read_trajectories
+from teleport.lab.analysis.outcomes import Block, how, length, smaller, without_controls
+from teleport.lab.analysis.sensitivity import Outcomes, read_outcomes
+from teleport.lab.bench.plots import scaling_figure
+from teleport.lab.bench.tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
+from teleport.lab.experiments.table import EXPERIMENTS
+from teleport.lab.keeping.report import forgetting_figure, forgetting_tables
+from teleport.lab.paper.input_energy import Measured, read_spectra
+from teleport.lab.paper.moves import Moves, read_moves
+from teleport.lab.paper.moves_report import MOVE_COLUMNS, move_cells, room
+from teleport.lab.paper.plots import product_figure, spectrum_figure, threshold_figure
+from teleport.lab.paper.products import read_product
+from teleport.lab.paper.threshold import Trajectories, read_trajectories
+from teleport.lab.records.compare import ArmSummary, Comparison, summarise
+from teleport.lab.records.folders import slug
+from teleport.lab.records.runs import FloatArray, Run, Split, by_arm, read_runs
+from teleport.lab.records.sameness import check_alike
 
 SPLITS: tuple[Split, ...] = ("train", "test")
 

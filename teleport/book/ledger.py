@@ -1,0 +1,257 @@
+"""The theorem ledger: which test verifies which theorem of the book, and with how many examples.
+
+A theorem is a ``prf:theorem`` with a label in a chapter. A test verifies it if it is marked with
+``@pytest.mark.verifies("thm-…")``, or with ``exact=True`` added if it computes without rounding and
+compares with ``==``. ``chapters/ledger.json`` holds what the marked tests did when they were last
+run, with a digest of each test's file; `REGENERATE` writes it. `faults` compares all three.
+"""
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from teleport.book.notebook_form import markdown, outside_of_code
+
+Kind = Literal["exact", "numerical"]
+
+REGENERATE = "pytest tests -m verifies --ledger"
+"""The command that runs all marked tests and writes the ledger; one file's: its name instead."""
+
+LEDGER = "chapters/ledger.json"
+
+TOLERANT = {"allclose", "approx", "assert_close", "atol", "isclose", "rel_tol", "rtol", "tolerance"}
+"""Names that a test marked as exact must not use."""
+
+_THEOREM = re.compile(r"^\s*(?::{3,}|`{3,})\s*\{prf:theorem\}\s*(?P<title>.*?)\s*$")
+_LABEL = re.compile(r"^\s*:label:\s*(?P<label>\S+)\s*$")
+
+
+@dataclass(frozen=True)
+class Theorem:
+    """A theorem of the book: its label, its title and the file that states it."""
+
+    label: str
+    title: str
+    page: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one test function did when it was last run, all its parameters together.
+
+    Attributes:
+        theorems: label → how it is checked, ``exact`` or ``numerical``.
+        examples: passed executions of the test's body: Hypothesis examples times parameters.
+        source: digest of the test's file at that time.
+    """
+
+    theorems: dict[str, Kind]
+    examples: int
+    source: str
+
+
+def theorems(chapters: Path) -> list[Theorem]:
+    """All theorems that notebooks and Markdown pages below a folder state, in order of the files.
+
+    A theorem without a label has an empty one.
+    """
+    pages = [p for p in chapters.rglob("*") if p.suffix in (".ipynb", ".md")]
+    hidden = {"_build", ".ipynb_checkpoints", "results"}
+    return [
+        theorem
+        for page in sorted(pages)
+        if not hidden & set(page.relative_to(chapters).parts)
+        for theorem in _stated(page, page.relative_to(chapters).as_posix())
+    ]
+
+
+def _stated(page: Path, name: str) -> Iterator[Theorem]:
+    lines = list(outside_of_code(markdown(page)))
+    for number, line in enumerate(lines):
+        if found := _THEOREM.match(line):
+            options = [o for o in lines[number + 1 :][:5] if o.lstrip().startswith(":")]
+            labels = (label["label"] for o in options if (label := _LABEL.match(o)))
+            yield Theorem(next(labels, ""), found["title"], name)
+
+
+def marked(root: Path) -> dict[str, dict[str, Kind]]:
+    """Tests below ``root/tests`` that are marked as verifying: id → label → kind, read statically.
+
+    Raises:
+        ValueError: a mark is not written out in full, so that it cannot be read.
+    """
+    return {
+        f"{path.relative_to(root).as_posix()}::{function.name}": marks
+        for path in sorted((root / "tests").rglob("test_*.py"))
+        for function in _functions(path)
+        if (marks := _marks(function, path))
+    }
+
+
+def _functions(path: Path) -> Iterator[ast.FunctionDef]:
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return (node for node in tree.body if isinstance(node, ast.FunctionDef))
+
+
+def _marks(function: ast.FunctionDef, path: Path) -> dict[str, Kind]:
+    found: dict[str, Kind] = {}
+    for mark in function.decorator_list:
+        if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.verifies":
+            try:
+                labels = [ast.literal_eval(argument) for argument in mark.args]
+                options = {k.arg or "**": ast.literal_eval(k.value) for k in mark.keywords}
+                found |= read_mark(labels, options)
+            except ValueError as error:
+                place = f"{path.name}, line {mark.lineno}"
+                raise ValueError(
+                    f'{place}: a mark is written @pytest.mark.verifies("thm-span") or '
+                    f'@pytest.mark.verifies("thm-span", exact=True), got {ast.unparse(mark)}'
+                ) from error
+    return found
+
+
+def read_mark(labels: Iterable[object], options: dict[str, object]) -> dict[str, Kind]:
+    """What the arguments of one mark say.
+
+    Raises:
+        ValueError: they are not labels and at most ``exact=True`` or ``exact=False``.
+    """
+    exact = options.get("exact", False)
+    names = [label for label in labels if isinstance(label, str)]
+    if set(options) - {"exact"} or not isinstance(exact, bool) or not names or names != [*labels]:
+        raise ValueError(
+            f"verifies takes labels of theorems and exact=True, got {labels}, {options}"
+        )
+    return dict.fromkeys(names, "exact" if exact else "numerical")
+
+
+def digest(path: Path) -> str:
+    """Digest of a file of tests, the same on every system."""
+    text = path.read_text(encoding="utf-8")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read(path: Path) -> dict[str, Row]:
+    """The ledger in a file; empty if there is none.
+
+    Raises:
+        ValueError: the file is not a ledger.
+    """
+    if not path.exists():
+        return {}
+    try:
+        tests = json.loads(path.read_text(encoding="utf-8"))["tests"]
+        return {test: Row(**row) for test, row in tests.items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a ledger ({error!r}): run `{REGENERATE}`") from error
+
+
+def update(root: Path, results: dict[str, tuple[int, str]]) -> dict[str, Row]:
+    """Write what tests did into the ledger; rows of other tests stay as long as they exist.
+
+    Args:
+        root: The repository.
+        results: Test id → how many examples passed, and the `digest` of its file before it ran.
+    """
+    marks, rows = marked(root), read(root / LEDGER)
+    rows |= {test: Row(marks[test], *result) for test, result in results.items() if test in marks}
+    rows = {test: rows[test] for test in sorted(rows) if test in marks}
+    lines = [f"  {json.dumps(test)}: {json.dumps(asdict(row))}" for test, row in rows.items()]
+    head = f'{{\n "written by": {json.dumps(REGENERATE)},\n "tests": {{\n'
+    (root / LEDGER).write_text(head + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
+    return rows
+
+
+def faults(root: Path) -> list[str]:
+    """Where book, tests and ledger of a repository disagree, one line each; empty if nowhere."""
+    stated, marks, rows = theorems(root / "chapters"), marked(root), read(root / LEDGER)
+    return [
+        *_unverified(stated, marks),
+        *_unknown(stated, marks),
+        *_inexact(root, marks),
+        *_stale(root, marks, rows),
+    ]
+
+
+def _unverified(stated: list[Theorem], marks: dict[str, dict[str, Kind]]) -> Iterator[str]:
+    verified = {label for labels in marks.values() for label in labels}
+    pages: dict[str, str] = {}
+    for theorem in stated:
+        where = f"{theorem.page} states the theorem {theorem.title!r}"
+        if not theorem.label:
+            yield f"{where} without a label: add the line `:label: thm-…`"
+        elif theorem.label in pages:
+            yield (
+                f"{where} as {theorem.label}, which {pages[theorem.label]} states already: "
+                "state it once and refer to it elsewhere"
+            )
+        elif theorem.label not in verified:
+            yield (
+                f"{where}, which no test verifies: mark one with "
+                f'@pytest.mark.verifies("{theorem.label}")'
+            )
+        pages.setdefault(theorem.label, theorem.page)
+
+
+def _unknown(stated: list[Theorem], marks: dict[str, dict[str, Kind]]) -> Iterator[str]:
+    known = sorted({theorem.label for theorem in stated} - {""})
+    unknown: dict[str, list[str]] = {}
+    for test, labels in marks.items():
+        for label in labels:
+            if label not in known:
+                unknown.setdefault(label, []).append(test)
+    for label, tests in sorted(unknown.items()):
+        more = f" and {len(tests) - 1} more" if len(tests) > 1 else ""
+        yield (
+            f"{tests[0]}{more} verifies {label}, which no chapter states: the book has "
+            f"{', '.join(known) or 'no theorem'}"
+        )
+
+
+def _inexact(root: Path, marks: dict[str, dict[str, Kind]]) -> Iterator[str]:
+    exact = {test for test, labels in marks.items() if "exact" in labels.values()}
+    for path in sorted({test.split("::")[0] for test in exact}):
+        for function in _functions(root / path):
+            if f"{path}::{function.name}" in exact and (found := _tolerances(function)):
+                yield (
+                    f"{path}::{function.name} is marked as exact, but uses {', '.join(found)}: "
+                    "compare with ==, or leave exact=True out"
+                )
+
+
+def _tolerances(function: ast.FunctionDef) -> list[str]:
+    """What in the body of a test speaks of rounding: names of tolerances, decimal numbers."""
+    found = set()
+    for node in (n for statement in function.body for n in ast.walk(statement)):
+        name = getattr(node, "attr", getattr(node, "id", getattr(node, "arg", None)))
+        if name in TOLERANT:
+            found.add(str(name))
+        if isinstance(node, ast.Constant) and isinstance(node.value, float):
+            found.add(repr(node.value))
+    return sorted(found)
+
+
+def _stale(root: Path, marks: dict[str, dict[str, Kind]], rows: dict[str, Row]) -> Iterator[str]:
+    files: dict[str, list[str]] = {}
+    for test, labels in marks.items():
+        row = rows.get(test)
+        if (
+            row is None
+            or row.theorems != labels
+            or row.source != digest(root / test.split("::")[0])
+        ):
+            files.setdefault(test.split("::")[0], []).append(test)
+    for path, tests in files.items():
+        absent = [test.split("::")[1] for test in tests if test not in rows]
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        what = f"has no row for {absent[0]}{more}" if absent else "is older than the file"
+        yield f"{path}: {LEDGER} {what}: run `pytest {path} --ledger`, or `{REGENERATE}` for all"
+    for test in sorted(set(rows) - set(marks)):
+        yield f"{LEDGER} has a row for {test}, which is no marked test: run `{REGENERATE}`"
+    for test in sorted(test for test in marks if test in rows and rows[test].examples < 1):
+        yield f"{test} ran no example: run `{REGENERATE}` where it is not skipped"

@@ -1,0 +1,158 @@
+"""Sphinx extension: under each theorem of the book what verifies it, and a page of all theorems.
+
+Add ``"teleport.book.ledger_page"`` to the extensions, beside ``sphinx_proof``; ``theorem_ledger`` in the
+configuration is the ledger's path, by default ``ledger.json`` in the source folder. The directive
+``{theorem-ledger}`` stands for the table. What is shown is what `teleport.book.ledger` has recorded.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+
+from teleport.book.ledger import REGENERATE, Row, read
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("Theorem", "Chapter", "Verified by", "Examples")
+
+
+class TheoremTable(nodes.General, nodes.Element):  # type: ignore[misc]
+    """Where the table goes; it is made when all chapters have been read and numbered."""
+
+
+class TheoremLedger(SphinxDirective):
+    """``{theorem-ledger}``: the table of all theorems."""
+
+    def run(self) -> list[nodes.Node]:
+        """Put a placeholder."""
+        return [TheoremTable()]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the extension."""
+    app.add_config_value("theorem_ledger", "ledger.json", "env")
+    app.add_directive("theorem-ledger", TheoremLedger)
+    app.connect("doctree-read", _depend)
+    app.connect("doctree-resolved", _fill)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _depend(app: Sphinx, doctree: nodes.document) -> None:
+    """Pages that show the ledger are built again when it changes."""
+    if next(_theorems(doctree), None) or next(doctree.findall(TheoremTable), None):
+        app.env.note_dependency(str(_path(app)))
+
+
+def _fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    theorems, tables = list(_theorems(doctree)), list(doctree.findall(TheoremTable))
+    if not theorems and not tables:
+        return
+    if not _path(app).exists():
+        logger.warning("there is no theorem ledger %s: run `%s`", _path(app), REGENERATE)
+    rows = read(_path(app))
+    for theorem in theorems:
+        theorem += _note(_verifying(rows, theorem["label"]), theorem["label"])
+    for table in tables:
+        table.replace_self(_table(app, docname, rows))
+
+
+def _path(app: Sphinx) -> Path:
+    return Path(app.srcdir, app.config.theorem_ledger)
+
+
+def _theorems(doctree: nodes.Node) -> Iterator[nodes.Element]:
+    return (n for n in doctree.findall(nodes.Admonition) if n.get("realtype") == "theorem")
+
+
+def _verifying(rows: dict[str, Row], label: str) -> dict[str, Row]:
+    """The tests of one theorem: exact ones first, then by the number of examples."""
+    found = {test: row for test, row in rows.items() if label in row.theorems}
+
+    def order(test: str) -> tuple[bool, int]:
+        return found[test].theorems[label] != "exact", -found[test].examples
+
+    return {test: found[test] for test in sorted(found, key=order)}
+
+
+def _note(tests: dict[str, Row], label: str) -> list[nodes.Node]:
+    """One line that opens to the list of tests."""
+    if not tests:
+        return [nodes.paragraph("", "No test verifies this yet.", classes=["verified-by"])]
+    return _folded(f"Verified by {_tests(tests, label)}; {_examples(tests)}", tests, label)
+
+
+def _tests(tests: dict[str, Row], label: str) -> str:
+    """Their number, and how many of them are exact."""
+    exact = sum(row.theorems[label] == "exact" for row in tests.values())
+    count = _count(len(tests), "test")
+    if exact == len(tests):
+        return f"{count}, exact" if exact == 1 else f"{count}, all exact"
+    return f"{count}, {exact} of them exact" if exact else count
+
+
+def _examples(tests: dict[str, Row]) -> str:
+    return _count(sum(row.examples for row in tests.values()), "example")
+
+
+def _folded(summary: str, tests: dict[str, Row], label: str) -> list[nodes.Node]:
+    """A summary that opens to the tests; in print, and without HTML, the list alone or nothing."""
+    start = f'<details class="verified-by"><summary>{summary}</summary>'
+    items = nodes.bullet_list(classes=["verified-by"])
+    for test, row in tests.items():
+        path, function = test.split("::")
+        text = nodes.paragraph("", function.removeprefix("test_").replace("_", " ") + " (")
+        text += nodes.literal("", path)
+        text += nodes.Text(f", {_count(row.examples, 'example')}, {row.theorems[label]})")
+        items += nodes.list_item("", text)
+    return [nodes.raw("", start, format="html"), items, nodes.raw("", "</details>", format="html")]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def _table(app: Sphinx, docname: str, rows: dict[str, Row]) -> nodes.table:
+    body = nodes.tbody()
+    for page, theorem in _all_theorems(app):
+        body += _row(*_cells(app, docname, page, theorem, rows))
+    head = nodes.thead("", _row(*(nodes.paragraph("", column) for column in COLUMNS)))
+    group = nodes.tgroup("", cols=len(COLUMNS))
+    group += [nodes.colspec(colwidth=width) for width in (30, 25, 35, 10)]
+    group += [head, body]
+    return nodes.table("", group, classes=["theorem-ledger"])
+
+
+def _all_theorems(app: Sphinx) -> Iterator[tuple[str, nodes.Element]]:
+    """All theorems of the book with their pages, in the order of the table of contents."""
+    known = getattr(app.env, "proof_list", {})
+    pages = {entry["docname"] for entry in known.values() if entry["realtype"] == "theorem"}
+    for page in sorted(pages):
+        for theorem in _theorems(app.env.get_doctree(page)):
+            yield page, theorem
+
+
+def _cells(
+    app: Sphinx, docname: str, page: str, theorem: nodes.Element, rows: dict[str, Row]
+) -> Iterator[nodes.Node | list[nodes.Node]]:
+    label = theorem["label"]
+    tests = _verifying(rows, label)
+    target = app.builder.get_relative_uri(docname, page)
+    numbers = app.env.toc_fignumbers.get(page, {}).get("theorem", {}).get(label, ())
+    number = ".".join(map(str, numbers))
+    link = nodes.reference(
+        "", f"Theorem {number}".strip(), refuri=f"{target}#{label}", internal=True
+    )
+    yield nodes.paragraph("", "", link, *(child.deepcopy() for child in theorem[0].children))
+    title = app.env.titles[page].astext()
+    yield nodes.paragraph("", "", nodes.reference("", title, refuri=target, internal=True))
+    yield _folded(_tests(tests, label), tests, label) if tests else nodes.paragraph("", "–")
+    yield nodes.paragraph("", _examples(tests).split()[0])
+
+
+def _row(*cells: nodes.Node | list[nodes.Node]) -> nodes.row:
+    return nodes.row("", *(nodes.entry("", *(c if isinstance(c, list) else [c])) for c in cells))

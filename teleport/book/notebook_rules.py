@@ -1,0 +1,269 @@
+"""What a finished chapter must not contain, found by reading the notebook only.
+
+The outputs that are stored are what readers see, and the code is what they copy: `faults` lists
+what is wrong with one notebook and what to do; ``python -m teleport.book.notebook_rules`` prints it for all.
+"""
+
+import argparse
+import ast
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+from teleport.book.notebook_form import Cell, is_tidy, outside_of_code, read, text
+
+MOST_LINES = 25
+"""Lines of a code cell that still fit a screen with the text above them."""
+
+FEWEST_WORDS = 5
+"""Words of an alternative text, below which it cannot tell what a figure shows."""
+
+_ABSOLUTE = re.compile(
+    r"(?<![\w.:/~])/(?:home|root|tmp|usr|work|Users|mnt|opt|var|private|content|kaggle)/"
+    r"|\b[A-Za-z]:\\|file://"
+)
+_WARNING = re.compile(r"Traceback \(most recent call last\)|\b[A-Z]\w*Warning\b:")
+_BARE_IMAGE = re.compile(r"!\[\s*\]\(")
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with a chapter, one line each with the cell and what to do; empty if nothing.
+
+    Of every notebook it is asked that
+
+    - all code cells were run from top to bottom, once, and those that print have their output;
+    - no output is an error, a warning or anything else on the standard error stream;
+    - no path of one machine, no private and no unknown name of this package is used;
+    - no code cell has more than 25 lines;
+    - a cell that shows a figure also prints a number, and says in ``mystnb.image.alt`` of its
+      metadata what is to be seen, for those who cannot see it; images in text have a description;
+    - the file is in normal form (`tidy`).
+    """
+    notebook = read(path)
+    found = list(_order(notebook["cells"]))
+    for number, cell in enumerate(notebook["cells"]):
+        place = f"{path.name}, cell {number} ({cell.get('id', 'without id')}): "
+        checks = CODE_CHECKS if cell["cell_type"] == "code" else TEXT_CHECKS
+        found += [place + fault for check in checks for fault in check(cell)]
+    if not is_tidy(path):
+        found.append(
+            f"{path.name} is not in normal form (an editor's metadata, split streams, order of "
+            f"keys): run `python -m teleport.book.notebook_form`"
+        )
+    return found
+
+
+def _order(cells: list[Cell]) -> Iterator[str]:
+    counts = [c["execution_count"] for c in cells if c["cell_type"] == "code" and text(c["source"])]
+    if counts != list(range(1, len(counts) + 1)):
+        at = next(i for i, count in enumerate(counts) if count != i + 1)
+        yield (
+            f"code cell {at + 1} has the execution count {counts[at]}: restart the kernel, run all "
+            "cells from top to bottom and save"
+        )
+
+
+def _outputs(cell: Cell) -> Iterator[str]:
+    if not cell["outputs"] and any(map(_speaks, _statements(cell))):
+        yield "prints or shows something, but no output is stored: run it and save"
+    for output in cell["outputs"]:
+        if output["output_type"] == "error":
+            yield f"ends with the error {output['ename']}: make it run, or catch and print it"
+        elif output.get("name") == "stderr":
+            start = text(output["text"]).strip()[:60]
+            yield f"writes to the standard error stream ({start}...): remove the cause"
+        elif found := _WARNING.search(_shown(output)):
+            yield f"shows {found[0]!r} in its output: remove the cause"
+
+
+def _statements(cell: Cell) -> list[ast.stmt]:
+    try:
+        return _parsed(cell).body
+    except SyntaxError:
+        return []
+
+
+def _parsed(cell: Cell) -> ast.Module:
+    """The code of a cell; the one magic that chapters may need to show figures is left out."""
+    lines = text(cell["source"]).splitlines()
+    return ast.parse("\n".join("" if line == "%matplotlib inline" else line for line in lines))
+
+
+def _speaks(node: ast.AST) -> bool:
+    """Whether a call of ``print`` or of some ``show`` is executed here, not only defined."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Lambda | ast.AsyncFunctionDef):
+        return False
+    if isinstance(node, ast.Call):
+        name = node.func
+        if isinstance(name, ast.Name) and name.id == "print":
+            return True
+        if isinstance(name, ast.Attribute) and name.attr == "show":
+            return True
+    return any(map(_speaks, ast.iter_child_nodes(node)))
+
+
+def _shown(output: Cell) -> str:
+    """What an output shows as text."""
+    data = output.get("data", {})
+    return text(output.get("text", "")) + text(data.get("text/plain", ""))
+
+
+def _paths(cell: Cell) -> Iterator[str]:
+    whole = [text(cell["source"]), *map(_shown, cell.get("outputs", []))]
+    for part in whole:
+        if found := _ABSOLUTE.search(part):
+            line = next(line for line in part.splitlines() if found[0] in line).strip()
+            yield f"holds a path of one machine ({line[:60]}): use a relative one or none"
+
+
+def _length(cell: Cell) -> Iterator[str]:
+    lines = len(text(cell["source"]).splitlines())
+    if lines > MOST_LINES:
+        yield f"has {lines} lines, {MOST_LINES} are allowed: split it where the idea changes"
+
+
+def _figures(cell: Cell) -> Iterator[str]:
+    outputs = cell["outputs"]
+    if not any(kind.startswith("image/") for o in outputs for kind in o.get("data", {})):
+        return
+    printed = [text(o["text"]) for o in outputs if o["output_type"] == "stream"]
+    printed += [_shown(o) for o in outputs if o["output_type"] == "execute_result"]
+    if not any(re.search(r"\d", part) for part in printed):
+        yield "shows a figure and no number: print what is to be read off it in the same cell"
+    described = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
+    if len(described.split()) < FEWEST_WORDS:
+        yield (
+            'shows a figure without alternative text: put {"mystnb": {"image": {"alt": "..."}}} '
+            f"into the cell's metadata, at least {FEWEST_WORDS} words on what is to be seen"
+        )
+
+
+def _names_used(cell: Cell) -> Iterator[str]:
+    try:
+        tree = _parsed(cell)
+    except SyntaxError as error:
+        yield (
+            f"is not plain Python ({error.msg}, line {error.lineno}): no shell lines, and no magic "
+            "but %matplotlib inline"
+        )
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from _imported_from(node)
+        elif isinstance(node, ast.Import):
+            yield from (fault for name in node.names for fault in _imported(name.name))
+        elif isinstance(node, ast.Attribute):
+            yield from _attribute(node)
+
+
+def _imported_from(node: ast.ImportFrom) -> Iterator[str]:
+    module = node.module or ""
+    wrong = list(_imported(module)) or [
+        fault for name in node.names for fault in _member(module, name.name)
+    ]
+    yield from wrong
+
+
+def _imported(module: str) -> Iterator[str]:
+    if any(map(_private, module.split("."))):
+        yield f"imports the private module {module}: use what is public"
+    elif module.split(".")[0] == "teleport":
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            yield f"imports {module}, which does not exist"
+
+
+def _member(module: str, name: str) -> Iterator[str]:
+    if _private(name):
+        yield f"imports the private name {name} from {module}: use what is public"
+    elif module.split(".")[0] == "teleport" and name not in public(module):
+        yield f"imports {name} from {module}, which does not define it: import it from its own"
+
+
+def _attribute(node: ast.Attribute) -> Iterator[str]:
+    owner = node.value.id if isinstance(node.value, ast.Name) else ""
+    if _private(node.attr) and owner not in ("self", "cls"):
+        yield f"uses the private name {node.attr}: use what is public"
+    elif owner == "teleport" and node.attr not in public("teleport"):
+        yield f"uses teleport.{node.attr}, which teleport does not offer: see teleport.__all__"
+
+
+def _private(name: str) -> bool:
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+def public(module: str) -> set[str]:
+    """Names that a module of this package offers.
+
+    They are those in its ``__all__``; without one, those it defines itself. Modules below a package
+    count, and what a module merely imports does not.
+    """
+    found = importlib.import_module(module)
+    below = {
+        path.stem for folder in getattr(found, "__path__", []) for path in _parts(Path(folder))
+    }
+    names = set(found.__all__) if hasattr(found, "__all__") else _defined(found)
+    return {name for name in names | below if not _private(name)} - {"__main__"}
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    yield from folder.glob("*.py")
+    yield from (path for path in folder.iterdir() if (path / "__init__.py").exists())
+
+
+def _defined(module: ModuleType) -> set[str]:
+    names = set()
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return names
+
+
+def _images(cell: Cell) -> Iterator[str]:
+    lines = list(outside_of_code(text(cell["source"])))
+    if any(map(_BARE_IMAGE.search, lines)):
+        yield "has an image without a description: ![what is to be seen](file)"
+    if any(re.match(r"\s*(:{3,}|`{3,})\{(image|figure)\}", line) for line in lines) and not any(
+        line.strip().startswith(":alt:") for line in lines
+    ):
+        yield "has an image directive without :alt:"
+
+
+CODE_CHECKS: tuple[Callable[[Cell], Iterator[str]], ...] = (
+    _outputs,
+    _paths,
+    _names_used,
+    _length,
+    _figures,
+)
+TEXT_CHECKS: tuple[Callable[[Cell], Iterator[str]], ...] = (_paths, _images)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """List the faults of notebooks.
+
+    Returns:
+        The exit code: 1 if there are any.
+    """
+    parser = argparse.ArgumentParser(
+        "python -m teleport.book.notebook_rules", description=faults.__doc__
+    )
+    parser.add_argument("paths", nargs="*", type=Path, help="default: chapters/*.ipynb")
+    paths = parser.parse_args(arguments).paths or sorted(Path("chapters").glob("*.ipynb"))
+    if not paths:
+        parser.error("there is no chapters/*.ipynb here: name the notebooks")
+    found = [fault for path in paths for fault in faults(path)]
+    sys.stdout.writelines(f"{fault}\n" for fault in found)
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

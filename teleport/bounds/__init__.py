@@ -1,0 +1,1 @@
+"""Proven bounds on how far a network's outputs move (``thm-drift``)."""

@@ -1,0 +1,378 @@
+"""Whether a teleport leads to another solution: the loss on the line between two trained networks.
+
+Linear mode connectivity (Frankle et al. 2020): two networks are connected if the loss does not rise
+on the straight line between their weights. All trainings of a seed share their first steps. Then
+one goes on as it is, others after a teleport, and one with other batches: how far two trainings
+part for no reason at all is the yardstick.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import stdtrit
+from torch import nn
+
+from teleport.data import Dataset, load
+from teleport.errors import RunError
+from teleport.lab.experiments.arms import Arm, Settings, teleport_settings, tuning
+from teleport.lab.experiments.training import Training, check_fits, look
+from teleport.lab.records.checkpoint import locked
+from teleport.lab.records.folders import slug
+from teleport.lab.records.runs import FloatArray, Split, has_begun, read_rows, twice
+from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.writer import RecordWriter, environment
+
+GROWTHS = (1.5,)
+"""Factors on the gradient norm, a teleported training for each."""
+
+OTHER_BATCHES = "other batches"
+"""Name of the yardstick."""
+
+
+@dataclass(frozen=True)
+class LinePoint:
+    """A place on the line from the plain network to another one.
+
+    Attributes:
+        to: which: `OTHER_BATCHES`, or ``"growth 1.5"``.
+        share: of the way, 0 at the plain network and 1 at the other.
+        train_loss, test_loss: there, on the examples that evaluations of the training look at.
+    """
+
+    to: str
+    share: float
+    train_loss: float
+    test_loss: float
+
+
+def barrier(losses: FloatArray) -> float:
+    """How far the loss gets above the straight line between the losses of the two ends.
+
+    Args:
+        losses: on equidistant points of the line, ends included, ``[points]``.
+    """
+    return float(excess(losses).max())
+
+
+def excess(losses: FloatArray) -> FloatArray:
+    """Losses ``[..., points]`` minus what lies straight between the first and the last."""
+    shares = np.linspace(0.0, 1.0, losses.shape[-1])
+    return losses - (losses[..., :1] * (1.0 - shares) + losses[..., -1:] * shares)
+
+
+def interval(values: FloatArray) -> tuple[float, float]:
+    """Mean over seeds and half its 95 % interval by Student's t, ``[seeds]``; at least two."""
+    count = len(values)
+    half = stdtrit(count - 1, 0.975) * values.std(ddof=1) / np.sqrt(count)
+    return float(values.mean()), float(half)
+
+
+def between(first: nn.Module, second: nn.Module, share: float) -> nn.Module:
+    """A network on the straight line between two of the same make, which stay as they are.
+
+    Raises:
+        RunError: if they have buffers, such as the statistics of BatchNorm: those on the line are
+            not on the line between those of the ends, and would have to be collected again.
+    """
+    if names := [name for name, _ in first.named_buffers()]:
+        raise RunError(
+            f"the network has buffers ({names[0]}, {len(names)} in all), as of BatchNorm, which no "
+            "line between weights gives; take a network without any"
+        )
+    model = deepcopy(first)
+    ends = zip(model.parameters(), first.parameters(), second.parameters(), strict=True)
+    with torch.no_grad():
+        for mixed, start, end in ends:
+            mixed.copy_(torch.lerp(start, end, share))
+    return model
+
+
+def forked(
+    settings: Settings,
+    lr: float,
+    seed: int,
+    dataset: Dataset,
+    growths: Sequence[float],
+    progress: Callable[[int], None] = lambda steps: None,
+) -> Iterator[tuple[str, Training, list[dict[str, Any]]]]:
+    """Train on from one moment in several ways, each to the end of the training.
+
+    The moment is when the teleport of the settings' schedule is due.
+
+    Yields:
+        What is new after that moment, ``"plain"`` first; the training; the reports of its
+        teleports.
+
+    Raises:
+        RunError: if a training diverges, or ends before that moment.
+    """
+    moment: dict[str, Any] = {}
+    at = settings.teleport.schedule.warmup_steps
+    plain = Training(settings, Arm(lr), seed, dataset)
+    if plain.steps <= at:
+        raise RunError(f"{settings.experiment} trains for {plain.steps} steps, no more than {at}")
+
+    def keep() -> None:
+        if plain.step == at:
+            moment.update(deepcopy(plain.state() or {}))
+        progress(1)
+
+    yield "plain", plain, _trained(plain, keep)
+    for growth in growths:
+        grown = replace(settings, teleport=replace(settings.teleport, growth=growth))
+        training = Training(grown, Arm(lr, True), seed, dataset)
+        if at:
+            training.restore(moment, Path("moment"))
+        yield f"growth {growth:g}", training, _trained(training, lambda: progress(1))
+    training = Training(settings, Arm(lr), seed, dataset)
+    others = torch.Generator().manual_seed(seed + 3_000_003)  # orders the rest of the epoch
+    if at:
+        training.restore({**moment, "epoch_start": others.get_state()}, Path("moment"))
+    else:
+        training.order.set_state(others.get_state())
+    yield OTHER_BATCHES, training, _trained(training, lambda: progress(1))
+
+
+def _trained(training: Training, after_step: Callable[[], None]) -> list[dict[str, Any]]:
+    """Train to the end; return the reports of the teleports."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.jsonl"
+        with RecordWriter(path) as writer:
+            writer.write("config")
+            training.run(writer, after_step)
+        rows = read_rows(path)
+    if rows[-1]["status"] != "finished":
+        raise RunError(f"{training.arm.name} (seed {training.seed}): {rows[-1]['reason']}")
+    return [row for row in rows if row["type"] == "teleport"]
+
+
+def points_on_line(to: str, first: Training, second: Training, count: int) -> Iterator[LinePoint]:
+    """The losses of ``count`` points between two networks, on what their evaluations look at."""
+    for share in np.linspace(0.0, 1.0, count).tolist():
+        model = between(first.model, second.model, share).eval()
+        size = first.settings.teleport.batch_size
+        train, _ = look(model, first.dataset, *first.seen, size)
+        test, _ = look(model, first.dataset, *first.unseen, size)
+        yield LinePoint(to, share, train, test)
+
+
+def settings_of(
+    name: str, preset: str = "cpu", epochs: int | None = None
+) -> tuple[Settings, float]:
+    """How an experiment is trained here: with SGD at its tuned rate, which is returned as well.
+
+    Raises:
+        ValueError: for an unknown name or preset, a count < 1, or an experiment whose rate is not
+            known.
+    """
+    settings = Settings(name, preset, "sgd", epochs, teleport=teleport_settings(name))
+    settings.size()
+    return settings, tuning(name, "sgd").tuned
+
+
+def check_connectivity(name: str, preset: str = "cpu", epochs: int | None = None) -> int:
+    """Refuse, before anything is written, what would be refused later.
+
+    Returns:
+        Training steps of one seed.
+
+    Raises:
+        ValueError: as `settings_of`.
+        RunError: as `check_fits` and `between`, or if the training is too short.
+        DataError: if the data cannot be had.
+    """
+    settings, lr = settings_of(name, preset, epochs)
+    dataset = load(settings.recipe().data)
+    check_fits(settings, dataset)
+    model = settings.recipe().build(dataset, settings.size())
+    between(model, model, 0.5)
+    training, at = Training(settings, Arm(lr), 0, dataset), settings.teleport.schedule.warmup_steps
+    if training.steps <= at:
+        raise RunError(
+            f"{name} trains for {training.steps} steps with the preset {preset}, and the teleport "
+            f"is due after {at}; take a larger preset or more --epochs"
+        )
+    return training.steps + (1 + len(GROWTHS)) * (training.steps - at)
+
+
+def write_lines(
+    names: Sequence[str],
+    folder: Path,
+    *,
+    preset: str = "cpu",
+    epochs: int | None = None,
+    seeds: int = 5,
+    points: int = 11,
+    resume: bool = False,
+    command: str = "",
+    progress: Callable[[str, int], None] = lambda what, steps: None,
+) -> None:
+    """Record the lines between the trainings of named experiments, one file for every seed.
+
+    Args:
+        names: of the experiments.
+        folder: an existing one, for the records.
+        preset: their size.
+        epochs: instead of the preset's.
+        seeds: how many, counted from 0.
+        points: on every line, ends included, >= 3.
+        resume: leave complete records, and make those again that were broken off.
+        command: the command line, for the records.
+        progress: told what is being computed, and the steps done since the last call.
+
+    Raises:
+        ValueError: as `settings_of`.
+        RunError: if the folder is in use or holds other records, a record exists already or cannot
+            be written, or a training diverges.
+    """
+    asked = {"preset": preset, "epochs": epochs, "points": points, "growths": list(GROWTHS)}
+    with locked(folder / ".lock", str(folder)):
+        check_folder(folder, "connectivity", asked)
+        for seed in range(seeds):
+            for order, name in enumerate(names):
+                path = folder / f"{order:02d}-{slug(name)}-seed{seed}.jsonl"
+                told = partial(progress, f"{name} (seed {seed})")
+                if resume:
+                    if is_complete(path, {"experiment": name, "seed": seed}):
+                        told(check_connectivity(name, preset, epochs))
+                        continue
+                    path.unlink(missing_ok=True)
+                shared = {"command": command, "order": order, "figure": "connectivity", **asked}
+                with RecordWriter(path) as writer:
+                    _write(writer, name, seed, shared, told)
+
+
+def _write(
+    writer: RecordWriter,
+    name: str,
+    seed: int,
+    shared: dict[str, Any],
+    progress: Callable[[int], None],
+) -> None:
+    settings, lr = settings_of(name, shared["preset"], shared["epochs"])
+    dataset = load(settings.recipe().data)
+    trained = settings.teleport.schedule.warmup_steps
+    writer.write(
+        "config",
+        **shared,
+        experiment=name,
+        title=settings.recipe().title,
+        seed=seed,
+        trained=trained,
+        optimizer=settings.optimizer,
+        lr=lr,
+        teleport=asdict(settings.teleport),
+        size=asdict(settings.size()),
+        data={"name": dataset.name, "checksum": dataset.checksum, "source": dataset.source},
+        **environment(),
+    )
+    progress(0)
+    forks = forked(settings, lr, seed, dataset, shared["growths"], progress)
+    _, plain, _ = next(forks)
+    for to, training, reports in forks:
+        for report in reports:
+            writer.write("teleport", to=to, **{k: v for k, v in report.items() if k != "type"})
+        for point in points_on_line(to, plain, training, shared["points"]):
+            writer.write("point", **asdict(point))
+    writer.write("end", status="finished", step=plain.steps)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The records of one experiment over its seeds.
+
+    Attributes:
+        config: that of the first seed.
+        shares: of the way, ``[points]``.
+        losses: by the other network and the split, ``[seeds, points]``.
+        growths: what the teleports reached, by the other network, ``[seeds]``.
+    """
+
+    config: dict[str, Any]
+    shares: FloatArray
+    losses: dict[tuple[str, Split], FloatArray]
+    growths: dict[str, FloatArray]
+
+    @property
+    def others(self) -> list[str]:
+        """The other networks, teleported ones first."""
+        return list(dict.fromkeys(to for to, _ in self.losses))
+
+    def barriers(self, to: str, split: Split = "train") -> FloatArray:
+        """The barrier to another network, ``[seeds]``."""
+        return np.array([barrier(losses) for losses in self.losses[to, split]])
+
+
+def read_lines(folder: Path) -> list[Lines]:
+    """The lines that a folder holds, experiment by experiment in the order they were asked for.
+
+    Raises:
+        RunError: if there are none, or a record is damaged, broken off or of something else.
+    """
+    found: dict[tuple[int, str], list[Record]] = {}
+    for path in filter(has_begun, sorted(folder.glob("*.jsonl"))):
+        rows = read_rows(path)
+        if rows[0].get("figure") != "connectivity":
+            raise RunError(f"{path} is not a record of `teleport connectivity`")
+        if rows[-1]["type"] == "end":  # else it was broken off; --resume makes it again
+            found.setdefault((rows[0]["order"], rows[0]["experiment"]), []).append((path, rows))
+    if not found:
+        raise RunError(
+            f"{folder} holds no complete record of `teleport connectivity`; give a folder that it "
+            "has written"
+        )
+    return [_of_seeds(records) for _, records in sorted(found.items(), key=lambda item: item[0])]
+
+
+Record = tuple[Path, list[dict[str, Any]]]
+
+
+def _of_seeds(records: list[Record]) -> Lines:
+    seeds: dict[int, Path] = {}
+    for path, (config, *_) in records:
+        if seeds.setdefault(config["seed"], path) != path:
+            what = f"{config['experiment']} (seed {config['seed']})"
+            raise RunError(twice(seeds[config["seed"]], path, what))
+    by_seed = [_points(*record) for record in records]
+    others = by_seed[0]
+    shares = [point.share for point in next(iter(others.values()))]
+    for (path, _), lines in zip(records, by_seed, strict=True):
+        found = {to: [point.share for point in line] for to, line in lines.items()}
+        if found != dict.fromkeys(others, shares):
+            raise RunError(
+                f"{path} has lines to {', '.join(found)} with {list(map(len, found.values()))} "
+                f"points, and others than {records[0][0]}; make its record again"
+            )
+    losses: dict[tuple[str, Split], FloatArray] = {}
+    for to in others:
+        lines_to = [lines[to] for lines in by_seed]
+        losses[to, "train"] = np.array([[p.train_loss for p in line] for line in lines_to])
+        losses[to, "test"] = np.array([[p.test_loss for p in line] for line in lines_to])
+    growths: dict[str, list[float]] = {}
+    for row in (row for _, rows in records for row in rows if row["type"] == "teleport"):
+        grown = row["grad_norm_after"] / row["grad_norm_before"]
+        growths.setdefault(row["to"], []).append(grown)
+    reached = {to: np.array(values) for to, values in growths.items()}
+    return Lines(records[0][1][0], np.array(shares), losses, reached)
+
+
+def _points(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[LinePoint]]:
+    """The points of every line of one record, which go from one end to the other evenly."""
+    names = [field.name for field in fields(LinePoint)]
+    lines: dict[str, list[LinePoint]] = {}
+    for row in (row for row in rows if row["type"] == "point"):
+        lines.setdefault(row["to"], []).append(LinePoint(*(row[name] for name in names)))
+    even = np.linspace(0.0, 1.0, rows[0]["points"]).tolist()
+    if not lines or any([point.share for point in line] != even for line in lines.values()):
+        raise RunError(
+            f"{path} does not have {len(even)} evenly placed points on every line; make its record "
+            "again"
+        )
+    return lines

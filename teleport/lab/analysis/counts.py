@@ -1,0 +1,185 @@
+"""What the records of many comparisons say together: tables, and counts of what is resolved."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from teleport.lab.analysis.outcomes import Block
+from teleport.lab.experiments.arms import CONTROLS
+from teleport.lab.records.compare import ArmSummary, Comparison, compare
+from teleport.lab.records.runs import by_arm
+
+Place = tuple[Block, ArmSummary]
+"""One arm with a teleport, and where it is found."""
+
+
+def schedule_name(block: Block) -> str:
+    """``"paper"`` for steps of a fixed size, the paper's way, else ``"default"``."""
+    return "paper" if block.runs[0].config["settings"]["teleport"]["lr"] else "default"
+
+
+def teleporting(block: Block) -> list[ArmSummary]:
+    """The arms with a teleport, controls and rivals left out, the lowest learning rate first.
+
+    Of those that begin with PyTorch's initial gain; `gained` has the others.
+    """
+    return _teleporting(block, gained=False)
+
+
+def gained(block: Block) -> list[ArmSummary]:
+    """Those of `teleporting` that begin with another initial gain, the tuned one."""
+    return _teleporting(block, gained=True)
+
+
+def _teleporting(block: Block, gained: bool) -> list[ArmSummary]:
+    runs = by_arm(block.runs)
+
+    def training(arm: ArmSummary) -> Mapping[str, Any]:
+        settings: Mapping[str, Any] = runs[arm.arm][0].config["training"]
+        return settings
+
+    def starts(arm: ArmSummary) -> bool:
+        start = training(arm)
+        return (start.get("init", "default"), start.get("head_gain", 1.0)) != ("default", 1.0)
+
+    arms = [arm for arm in block.summaries if training(arm)["teleport"] and starts(arm) is gained]
+    own = [arm for arm in arms if not training(arm).get("rival") and arm.to_own is not None]
+    return sorted(own, key=lambda arm: float(training(arm)["lr"]))
+
+
+def low_and_tuned(found: Sequence[Block]) -> dict[str, list[Place]]:
+    """The arms with a teleport by how well their training was tuned before.
+
+    At the lowest rate of their block, at the highest, the tuned, and at the tuned rate and initial
+    gain together.
+    """
+    places: dict[str, list[Place]] = {"low rate": [], "tuned rate": [], "tuned rate and gain": []}
+    for block in found:
+        arms = teleporting(block)
+        if len(arms) > 1:
+            places["low rate"].append((block, arms[0]))
+        places["tuned rate"] += [(block, arm) for arm in arms[-1:]]
+        places["tuned rate and gain"] += [(block, arm) for arm in gained(block)]
+    return places
+
+
+def controls(block: Block, arm: ArmSummary) -> dict[str, tuple[Comparison, Comparison]]:
+    """By control of an arm: the control against the baseline, and the teleport against the control.
+
+    Only those that were run.
+    """
+    groups = by_arm(block.runs)
+    names = [n.removeprefix(f"{arm.baseline} + ") for n in groups if n.startswith(arm.baseline)]
+    rivals = [n for n in names if f"{arm.baseline} + {n}" in groups and n != "teleport"]
+    return {
+        name: (
+            compare(groups[f"{arm.baseline} + {name}"], groups[arm.baseline]),
+            compare(groups[arm.arm], groups[f"{arm.baseline} + {name}"]),
+        )
+        for name in rivals
+    }
+
+
+def count(comparisons: Sequence[Comparison | None]) -> str:
+    """In how many of them the seeds resolve a lower loss, a higher one, or nothing.
+
+    A comparison of which a run diverged is counted as that and as nothing else.
+    """
+    gone = sum(c is not None and c.diverged > 0 for c in comparisons)
+    clear = [c.log_loss for c in comparisons if c is not None and c.resolved and not c.diverged]
+    lower, higher = sum(v < 0 for v in clear), sum(v > 0 for v in clear)
+    parts = [f"lower loss in {lower}", f"higher in {higher}"]
+    parts += [f"diverged {gone}"] if gone else []
+    return ", ".join([*parts, f"unresolved {len(comparisons) - len(clear) - gone}"])
+
+
+def holm(comparisons: Sequence[Comparison | None], level: float = 0.05) -> list[Comparison]:
+    """Those that stay resolved when it is taken into account how many were looked at.
+
+    The step-down procedure of Holm (1979): at most a share ``level`` of such families of
+    comparisons without any difference has one that stays.
+
+    Args:
+        comparisons: the family; those of one seed, or without a number, count as not resolved.
+        level: of significance.
+    """
+    family = sorted(
+        (c for c in comparisons if c is not None),
+        key=lambda c: 1.0 if np.isnan(c.p_value) else c.p_value,
+    )
+    kept: list[Comparison] = []
+    for left, comparison in zip(range(len(family), 0, -1), family, strict=True):
+        if not comparison.p_value * left <= level:
+            break
+        kept.append(comparison)
+    return kept
+
+
+def tally(found: Sequence[Block]) -> str:
+    """The places of `low_and_tuned` against their baselines; and who was faster."""
+    lines = []
+    for name, places in low_and_tuned(found).items():
+        arms = [arm for _, arm in places]
+        faster = sum(arm.to_own is not None and arm.to_own.seconds < 1 for arm in arms)
+        lines += [
+            f"{name}, {len(arms)} comparisons",
+            f"  against the same rate:      {count([arm.to_own for arm in arms])}",
+            f"  against the best baseline:  {count([arm.to_best for arm in arms])}",
+            f"  at the same rate's final loss in fewer seconds: {faster}",
+        ]
+    return "\n".join(lines)
+
+
+def gap(comparison: Comparison | None) -> str:
+    """The log loss with its spread, in bold where resolved; "-" where a run diverged at once."""
+    if comparison is None:
+        return ""
+    if np.isnan(comparison.log_loss):
+        return "-"
+    text = f"{comparison.log_loss:+.3f}"
+    if not np.isnan(comparison.log_loss_spread):
+        text += f" ± {comparison.log_loss_spread:.3f}"
+    return f"**{text}**" if comparison.resolved else text
+
+
+def ratio(value: float) -> str:
+    """A ratio of ways, or a dash where the median over seeds never got there."""
+    return "-" if np.isnan(value) else f"{value:.2f}"
+
+
+def outcome_rows(found: Sequence[Block]) -> list[list[str]]:
+    """A row for every arm with a teleport, the head first: losses, ratios, log losses."""
+    head = ["experiment", "optimizer", "schedule", "rate", "seeds", "train loss", "test loss"]
+    head += ["steps", "seconds", "log loss, same rate", "log loss, best baseline"]
+    places = ((block, arm) for block in found for arm in (*teleporting(block), *gained(block)))
+    return [head, *(_outcome(block, arm) for block, arm in places)]
+
+
+def _outcome(block: Block, arm: ArmSummary) -> list[str]:
+    plain = next(other for other in block.summaries if other.arm == arm.baseline)
+    pairs = ((plain.train_loss, arm.train_loss), (plain.test_loss, arm.test_loss))
+    losses = [f"{before:.3f} → {after:.3f}" for before, after in pairs]
+    assert arm.to_own is not None
+    ways = [ratio(arm.to_own.steps), ratio(arm.to_own.seconds)]
+    place = [block.experiment, block.optimizer, schedule_name(block), arm.baseline]
+    return [*place, str(arm.runs), *losses, *ways, gap(arm.to_own), gap(arm.to_best)]
+
+
+def control_rows(found: Sequence[Block], names: Sequence[str] = CONTROLS) -> list[list[str]]:
+    """A row for every arm that has all these controls, the head first.
+
+    The log losses of the teleport and of the controls against the same baseline, then of the
+    teleport against each control.
+    """
+    head = ["experiment", "optimizer", "schedule", "rate", "seeds", "teleport", *names]
+    rows = [[*head, *(f"teleport against {name}" for name in names)]]
+    for block in found:
+        for arm in (*teleporting(block), *gained(block)):
+            tried = controls(block, arm)
+            if set(names) <= set(tried):
+                place = [block.experiment, block.optimizer, schedule_name(block), arm.baseline]
+                pairs = [tried[name] for name in names]
+                own, against = ([gap(pair[side]) for pair in pairs] for side in (0, 1))
+                rows.append([*place, str(arm.runs), gap(arm.to_own), *own, *against])
+    return rows

@@ -1,0 +1,707 @@
+"""Benchmarks: what teleporting costs, in gradients of the same model and batch.
+
+Each benchmark is a list of jobs; a job measures one network or one point and gives rows for the
+record. Everything is a ratio to one ordinary gradient (forward and backward pass) in the same
+process; `teleport.lab.bench.timing` says how.
+
+PyTorch runs on one thread unless asked otherwise: with two threads on two cores, any other program
+that wants one of them makes both wait, and ratios then measure that program. With one thread what
+is counted is CPU time: that of the wall clock on an idle machine, and the same on a busy one.
+
+The costs depend on shapes, not on values, so inputs are standard normal and no data is read; only
+the comparison with the rivals also tells what they gain and break, on embedded images.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from teleport.direction import Direction
+from teleport.errors import RunError
+from teleport.lab.bench.rivals import (
+    BUDGET,
+    same_batch_table,
+    same_budget_table,
+    symmetry_speed_ratio,
+)
+from teleport.lab.bench.timing import (
+    Stopwatch,
+    Task,
+    Timing,
+    interleaved,
+    peak_bytes,
+    stopwatch_for,
+)
+from teleport.lab.experiments.choices import NOT_IN_ALL
+from teleport.lab.experiments.models import Transformer, cnn, mlp
+from teleport.lab.records.writer import RecordWriter, environment
+from teleport.landscape import FrozenWalk
+from teleport.layers.support import Block, cover
+from teleport.objective import trainable
+from teleport.recording import Tape
+from teleport.report import TeleportReport
+from teleport.rivals import SymmetryTeleporter
+from teleport.runtime.cores import check_threads
+from teleport.runtime.threads import using_threads
+from teleport.runtime.transaction import _unfused
+from teleport.subspace import Projector
+from teleport.teleporter import Teleporter
+
+Row = dict[str, Any]
+Job = tuple[str, Callable[[], list[Row]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network with a batch.
+
+    Attributes:
+        name: of the network.
+        shape: what its widths and its batch are, for the reader.
+        model: the network.
+        batches: inputs and classes; most benchmarks use the first.
+    """
+
+    name: str
+    shape: str
+    model: nn.Module
+    batches: tuple[tuple[Tensor, Tensor], ...]
+
+    def closure(self) -> Tensor:
+        """Loss of the first batch."""
+        return self.closures()[0]()
+
+    def closures(self) -> list[Callable[[], Tensor]]:
+        """Loss of every batch."""
+        return [partial(_loss, self.model, x, y) for x, y in self.batches]
+
+    def copy(self) -> "Case":
+        """The same with a model of its own, to be moved."""
+        return replace(self, model=deepcopy(self.model))
+
+
+def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(model(x), y)
+
+
+# How the library does what is timed: the only lines that know its inner parts.
+
+
+def gradient(case: Case) -> tuple[Tensor, ...]:
+    """One ordinary gradient: what everything is compared with."""
+    return torch.autograd.grad(case.closure(), trainable(case.model))
+
+
+def recorded(case: Case) -> FrozenWalk:
+    """The first recording of a teleport: forward and backward pass with everything captured."""
+    return FrozenWalk(case.model, cover(case.model).sites, case.closure)
+
+
+def candidates(walk: FrozenWalk) -> list[Block]:
+    """The blocks that a teleport makes bases for."""
+    return [block for block in walk.blocks if block not in walk.fixed]
+
+
+def gram_bytes(walk: FrozenWalk) -> int:
+    """Size of the float64 Gram matrices behind the bases, each on its smaller side."""
+    total = 0
+    for block in candidates(walk):
+        *groups, _, d_in = block.part.matrix_shape
+        total += 8 * math.prod(groups) * min(walk._tape.row_count(block), d_in) ** 2
+    return total
+
+
+def sequential_bases(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
+    """Bases one after the other, each with all threads."""
+    return {block: walk.bases([block], 1.0)[block] for block in blocks}
+
+
+def parallel_bases(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
+    """Bases at the same time, a thread to each, whether that pays or not."""
+    return walk.bases(blocks, 1.0, parallel=True)
+
+
+def bases_as_made(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
+    """Bases as a teleport makes them: shared where inputs are, at the same time if that pays."""
+    return walk.bases(blocks, 1.0)
+
+
+def room(bases: dict[Block, Projector]) -> dict[Block, Projector]:
+    """Those that leave something to move in."""
+    return {block: basis for block, basis in bases.items() if basis.null_dim > 0}
+
+
+def deltas(walk: FrozenWalk) -> None:
+    """One backward pass on the frozen activations."""
+    walk.look_back()
+
+
+def tangent_step(walk: FrozenWalk, bases: dict[Block, Projector]) -> Direction:
+    """One step's direction: the backward pass, the tangent pass, the projection."""
+    deltas(walk)
+    return walk.tangent_direction(bases)
+
+
+def teleporter(model: nn.Module, steps: int | None, method: str) -> Teleporter:
+    """The default, or with ``steps`` so many small steps of fixed size that nothing ends early."""
+    if steps is None:
+        return Teleporter(model, method=method)
+    return Teleporter(model, method=method, steps=steps, lr=1e-6, cap=1e9)
+
+
+# Sizes.
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of the scaling benchmark.
+
+    Attributes:
+        t: steps per batch.
+        d: width of the input and of every hidden layer.
+        n: samples in a batch.
+        l: layers.
+        b: batches.
+    """
+
+    t: int
+    d: int
+    n: int
+    l: int  # noqa: E741 (the paper's letter)
+    b: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much is measured.
+
+    Attributes:
+        small: networks of a few units, to see that everything runs.
+        rounds: repeats at most.
+        seconds: after which a job begins no further round.
+        base: the point the scaling benchmark varies.
+        axes: values of each letter.
+        depths: numbers of layers for the layer-parallel benchmark, and their width and samples.
+        limit: a method slower than this at a point is not run at larger values of that letter.
+        rival_seconds: after which the rivals' jobs, whose rounds are long, begin no further one.
+    """
+
+    small: bool
+    rounds: int
+    seconds: float
+    base: Point
+    axes: dict[str, tuple[int, ...]]
+    depths: tuple[int, ...]
+    layer_size: tuple[int, int]
+    limit: float
+    rival_seconds: float
+
+    def points(self) -> list[tuple[str, Point]]:
+        """Points with the letter they vary; the base comes first and only once."""
+        varied = [
+            (letter, replace(self.base, **{letter: value}))
+            for letter, values in self.axes.items()
+            for value in values
+        ]
+        return [("", self.base), *((a, point) for a, point in varied if point != self.base)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, where.
+
+    Attributes:
+        preset: how much.
+        device: where.
+        threads: of PyTorch's operations on a CPU.
+    """
+
+    preset: Preset
+    device: torch.device
+    threads: int
+
+
+PRESETS = {
+    "tiny": Preset(
+        small=True,
+        rounds=2,
+        seconds=1.0,
+        base=Point(t=2, d=24, n=6, l=3, b=1),
+        axes={"t": (1, 2, 4), "d": (16, 24, 32), "n": (4, 6, 8), "l": (2, 3, 4), "b": (1, 2, 3)},
+        depths=(2, 4),
+        layer_size=(24, 6),
+        limit=5.0,
+        rival_seconds=1.0,
+    ),
+    "cpu": Preset(
+        small=False,
+        rounds=15,
+        seconds=15.0,
+        base=Point(t=8, d=512, n=128, l=3, b=1),
+        axes={
+            "t": (1, 2, 4, 8, 16),
+            "d": (256, 512, 1024, 2048),
+            "n": (32, 64, 128, 256),
+            "l": (3, 4, 8, 16, 32),
+            "b": (1, 2, 4, 8),
+        },
+        depths=(2, 4, 8, 16, 32),
+        layer_size=(512, 128),
+        limit=5.0,
+        rival_seconds=60.0,
+    ),
+    "paper": Preset(
+        small=False,
+        rounds=50,
+        seconds=60.0,
+        base=Point(t=8, d=1024, n=200, l=3, b=1),
+        axes={
+            "t": (1, 2, 4, 8, 16, 32),
+            "d": (512, 1024, 2048, 4096),
+            "n": (50, 100, 200, 400, 800),
+            "l": (3, 4, 8, 16, 32),
+            "b": (1, 2, 4, 8, 16, 32),
+        },
+        depths=(2, 4, 8, 16, 32),
+        layer_size=(1024, 200),
+        limit=60.0,
+        rival_seconds=300.0,
+    ),
+}
+
+
+def networks(small: bool, device: torch.device) -> list[Case]:
+    """The three networks of the speed budgets, or the same kinds with a few units."""
+    if small:
+        return [
+            _case("MLP", mlp(20, 4, (32, 32)), "20-32-32-4, n = 8", (8, 20), 4, device),
+            _case("CNN", cnn((3, 4, 8), 8, 4), "3-4-8, 8 x 8, n = 4", (4, 3, 8, 8), 4, device),
+            _case(
+                "transformer",
+                Transformer(3, 4, length=4, width=16, blocks=1),
+                "1 block, d = 16, T = 4, n = 2",
+                (2, 4, 3),
+                4,
+                device,
+            ),
+        ]
+    return [
+        _case("MLP", mlp(784, 10), "784-1024-1024-10, n = 200", (200, 784), 10, device),
+        _case("CNN", cnn(), "3-16-32-64, 32 x 32, n = 128", (128, 3, 32, 32), 10, device),
+        _case(
+            "transformer",
+            Transformer(28, 10, length=64),
+            "2 blocks, d = 128, T = 64, n = 32",
+            (32, 64, 28),
+            10,
+            device,
+        ),
+    ]
+
+
+def _case(
+    name: str,
+    model: nn.Module,
+    shape: str,
+    inputs: tuple[int, ...],
+    classes: int,
+    device: torch.device,
+    batches: int = 1,
+) -> Case:
+    drawn = tuple(
+        (torch.randn(inputs).to(device), torch.randint(classes, inputs[:1]).to(device))
+        for _ in range(batches)
+    )
+    return Case(name, shape, model.to(device), drawn)
+
+
+def _mlp_at(point: Point, device: torch.device) -> Case:
+    """A perceptron with LeakyReLU: symmetry teleportation needs an invertible activation."""
+    modules = mlp(point.d, 10, (point.d,) * (point.l - 1))
+    model = nn.Sequential(*(nn.LeakyReLU(0.1) if isinstance(m, nn.ReLU) else m for m in modules))
+    return _case("MLP", model, "", (point.n, point.d), 10, device, point.b)
+
+
+# Benchmarks.
+
+
+def step_jobs(setting: Setting) -> list[Job]:
+    """The phases of a teleport and all of it, per network."""
+
+    def job(number: int) -> list[Row]:
+        case = _seeded(networks, setting.preset.small, setting.device)[number]
+        with _unfused():
+            walk = recorded(case)
+            bases = room(sequential_bases(walk, candidates(walk)))
+            along = tangent_step(walk, bases)
+        own = {
+            "tangent step": Task(lambda _: tangent_step(walk, bases), within=_unfused),
+            "of it: deltas": Task(lambda _: deltas(walk), within=_unfused),
+            "of it: tangents, projection": Task(
+                lambda _: walk.tangent_direction(bases), lambda: deltas(walk), _unfused
+            ),
+            "double backward direction": Task(
+                lambda _: walk.double_backward_direction(bases), within=_unfused
+            ),
+            "one look of the line search": Task(
+                lambda _: walk.norm_squared_at(along, 1e-3), within=_unfused
+            ),
+            "first recording": Task(lambda _: recorded(case), within=_unfused),
+            "default teleport, all in": _teleport_task(case, None, "tangent"),
+        }
+        floor, projected = floors(walk._tape, bases)
+        rows = _timed(setting, case, own)
+        for row in rows:
+            if row["operation"] == "tangent step":
+                row.update(floor=floor, floor_with_projection=projected)
+        return rows
+
+    return [(name, partial(job, i)) for i, name in enumerate(_names(setting))]
+
+
+def floors(tape: Tape, bases: dict[Block, Projector]) -> tuple[float, float]:
+    """Multiplications of one tangent step over those of one gradient; and with the projection.
+
+    A product of a layer's inputs, weights or cotangents counts rows x d_in x d_out. A gradient
+    takes one forward, one for the weights and one for the inputs where these depend on parameters.
+    A step on frozen activations takes: the cotangents of such inputs; up to the last moved layer
+    the tangent of the outputs, through the inputs and through the layer's own gradient (by the
+    rows' Gram matrix, which is frozen, or by forming the gradient, whichever is cheaper); and
+    the direction of each moved layer. Attention scores, element-wise work and bases are left out.
+    """
+    blocks = tape.blocks
+    last = max((i for i, block in enumerate(blocks) if block in bases), default=-1)
+    ordinary = step = projection = 0
+    for i, block in enumerate(blocks):
+        (*axes, d_out, d_in), rows = block.part.matrix_shape, tape.row_count(block)
+        groups = math.prod(axes)
+        product = groups * rows * d_in * d_out
+        depends = int(tape.depends_on_parameters(block))
+        ordinary += (2 + depends) * product
+        step += depends * product
+        if i < last:
+            step += depends * product + min(groups * rows**2 * d_out, 2 * product)
+        if block in bases:
+            step += product
+            projection += 2 * min(rows, d_out) * d_in * bases[block].rank
+    return step / ordinary, (step + projection) / ordinary
+
+
+def basis_jobs(setting: Setting) -> list[Job]:
+    """The bases of one teleport batch: all of a network, and each."""
+
+    def job(number: int) -> list[Row]:
+        case = _seeded(networks, setting.preset.small, setting.device)[number]
+        with _unfused():
+            walk = recorded(case)
+            made = sequential_bases(walk, candidates(walk))
+
+        def some(numbers: list[int], walk: FrozenWalk) -> object:
+            blocks = candidates(walk)
+            return bases_as_made(walk, [blocks[i] for i in numbers])
+
+        # Every run gets a fresh walk: rows and Gram matrices are kept once they are formed.
+        fresh = partial(recorded, case)
+        tasks = {"all bases": Task(partial(some, list(range(len(made)))), fresh, _unfused)}
+        notes = {}
+        for i, (block, basis) in enumerate(made.items()):
+            tasks[block.name] = Task(partial(some, [i]), fresh, _unfused)
+            rows = walk._tape.row_count(block)
+            notes[block.name] = {"rows": rows, "rank": basis.rank, "null_dim": basis.null_dim}
+        rows_ = _timed(setting, case, tasks)
+        return [{**row, **notes.get(row["operation"], {})} for row in rows_]
+
+    return [(name, partial(job, i)) for i, name in enumerate(_names(setting))]
+
+
+def scaling_jobs(setting: Setting) -> list[Job]:
+    """Seconds of a whole teleport at every point, per method, for `measure.power_law`."""
+    too_slow: set[tuple[str, str]] = set()
+
+    def job(letter: str, point: Point) -> list[Row]:
+        case = _seeded(_mlp_at, point, setting.device)
+        tasks = {
+            "paper (double backward)": _teleport_task(case, point.t, "double_backward"),
+            "tangent": _teleport_task(case, point.t, "tangent"),
+        }
+        tasks["symmetry teleportation"] = _symmetry_task(case, point.t)
+        tasks = {name: task for name, task in tasks.items() if (letter, name) not in too_slow}
+        rows = _timed(setting, case, tasks)
+        for row in rows:
+            row.update(asdict(point), method=row.pop("operation"))
+            if min(row["seconds"]) > setting.preset.limit:
+                # The base has no letter and stops none: it is larger than many of their points.
+                too_slow.add((letter, row["method"]))
+        return rows
+
+    return [
+        (", ".join(f"{k} = {v}" for k, v in asdict(point).items()), partial(job, letter, point))
+        for letter, point in setting.preset.points()
+    ]
+
+
+def memory_jobs(setting: Setting) -> list[Job]:
+    """Peak bytes of a default teleport and of one gradient, beyond the model and its batch."""
+
+    def job(number: int) -> list[Row]:
+        case = _seeded(networks, setting.preset.small, setting.device)[number]
+        with _unfused():
+            grams = gram_bytes(recorded(case))
+        held = [*case.model.parameters(), *case.model.buffers()]
+        row: Row = {
+            "network": case.name,
+            "shape": case.shape,
+            "model": sum(p.numel() * p.element_size() for p in held),
+            "gradient": peak_bytes(lambda: gradient(case), setting.device),
+            "grams": grams,
+        }
+        for method in ("tangent", "double_backward"):
+            task = _teleport_task(case, None, method)
+            prepared = task.prepare()
+            row[method] = peak_bytes(partial(task.run, prepared), setting.device)
+        return [row]
+
+    return [(name, partial(job, i)) for i, name in enumerate(_names(setting))]
+
+
+def layers_jobs(setting: Setting) -> list[Job]:
+    """Bases of l layers, one after the other with all threads, and at once with a thread each."""
+    width, samples = setting.preset.layer_size
+
+    def job(depth: int) -> list[Row]:
+        # The first layer is a fixed point and needs no basis, so one more than the depth.
+        case = _seeded(_mlp_at, Point(1, width, samples, depth + 1, 1), setting.device)
+        fresh = partial(recorded, case)
+        every = partial(using_threads, os.cpu_count() or 1)
+        tasks = {
+            "sequential": Task(lambda w: sequential_bases(w, candidates(w)), fresh, every),
+            "parallel": Task(lambda w: parallel_bases(w, candidates(w)), fresh, every),
+        }
+        # By the wall clock, as it is: CPU time adds up what runs at the same time.
+        rows = _timed(setting, case, tasks, stopwatch_for(setting.device, threads=None))
+        return [{**row, "layers": depth, "d": width, "n": samples} for row in rows]
+
+    return [(f"l = {depth}", partial(job, depth)) for depth in setting.preset.depths]
+
+
+def rivals_jobs(setting: Setting) -> list[Job]:
+    """Every way to teleport on the same images, once and for the same time.
+
+    And seconds against symmetry teleportation. All at the sizes of the scaling benchmark's base.
+    """
+    base, preset = setting.preset.base, setting.preset
+    spent: dict[str, Any] = {
+        "repeats": preset.rounds,
+        "seconds": preset.rival_seconds,
+        "threads": setting.threads,
+        "device": setting.device,
+    }
+
+    def same_batch() -> list[Row]:
+        table = same_batch_table(hidden=(base.d, base.d), samples=base.n, **spent)
+        return [{"part": "same batch", **_rival_row(asdict(row), row.timing)} for row in table]
+
+    def same_budget() -> list[Row]:
+        """Every round on its own: how many steps fit depends on the machine."""
+        where: dict[str, Any] = {"threads": setting.threads, "device": setting.device}
+        rows: list[Row] = []
+        started = time.perf_counter()
+        for number in range(preset.rounds):
+            if number and time.perf_counter() - started > preset.rival_seconds:
+                break
+            table = same_budget_table(hidden=(base.d, base.d), samples=base.n, **where)
+            note = {"part": "same budget", "gradients": BUDGET, "round": number}
+            rows += [{**note, **asdict(row)} for row in table]
+        return rows
+
+    def speed(activation: type[nn.Module]) -> list[Row]:
+        found = symmetry_speed_ratio(
+            base.d, base.n, base.l, base.t, batches=base.b, activation=activation, **spent
+        )
+        note = {"part": "speed", "activation": activation.__name__}
+        return [{**note, **_rival_row({"way": w}, timing)} for w, timing in found.timings.items()]
+
+    jobs: list[Job] = [("same batch", same_batch), ("same budget", same_budget)]
+    for kind in (nn.LeakyReLU, nn.Tanh):
+        jobs.append((f"speed, {kind.__name__}", partial(speed, kind)))
+    return jobs
+
+
+def _rival_row(row: Row, timing: Timing) -> Row:
+    times = {"seconds": list(timing.seconds), "gradient_seconds": list(timing.reference)}
+    return {**{key: value for key, value in row.items() if key != "timing"}, **times}
+
+
+BENCHMARKS: dict[str, Callable[[Setting], list[Job]]] = {
+    "step": step_jobs,
+    "basis": basis_jobs,
+    "scaling": scaling_jobs,
+    "memory": memory_jobs,
+    "layers": layers_jobs,
+    "rivals": rivals_jobs,
+}
+
+
+def chosen(what: str, preset: str) -> tuple[list[str], Preset]:
+    """Names of the benchmarks meant, and the preset of that name.
+
+    Raises:
+        ValueError: for an unknown one, with those there are.
+    """
+    if what != "all" and what not in BENCHMARKS:
+        raise ValueError(f"unknown benchmark {what!r}; there are: {', '.join(BENCHMARKS)}, all")
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; there are: {', '.join(PRESETS)}")
+    every = [name for name in BENCHMARKS if name not in NOT_IN_ALL]
+    return (every if what == "all" else [what]), PRESETS[preset]
+
+
+def run(
+    names: Sequence[str],
+    preset: str,
+    device: torch.device,
+    folder: Path,
+    *,
+    threads: int = 1,
+    command: str = "",
+    start: Callable[[int], None] = lambda total: None,
+    progress: Callable[[str], None] = lambda what: None,
+) -> None:
+    """Run benchmarks; each leaves the record ``<name>.jsonl`` in the folder.
+
+    Args:
+        names: of `BENCHMARKS`.
+        preset: of `PRESETS`.
+        device: where.
+        folder: exists, and holds none of these records yet.
+        threads: of PyTorch's operations.
+        command: for the record.
+        start: told how many jobs there are.
+        progress: told the name of each job when it begins, and nothing ("") at the end.
+
+    Raises:
+        ValueError: if ``threads`` is less than 1.
+        RunError: if a teleport did not do what was to be timed.
+    """
+    check_threads(threads)
+    setting = Setting(PRESETS[preset], device, threads)
+    with using_threads(threads):
+        jobs = {name: BENCHMARKS[name](setting) for name in names}
+        start(sum(len(each) for each in jobs.values()))
+        for name, each in jobs.items():
+            with RecordWriter(folder / f"{name}.jsonl") as writer:
+                writer.write(
+                    "config",
+                    benchmark=name,
+                    preset=preset,
+                    size=asdict(setting.preset),
+                    device=str(device),
+                    load=_load(),
+                    cpus=os.cpu_count(),
+                    command=command,
+                    **environment(),
+                )
+                _run_jobs(name, each, writer, progress)
+        progress("")
+
+
+def _run_jobs(
+    name: str, jobs: Sequence[Job], writer: RecordWriter, progress: Callable[[str], None]
+) -> None:
+    started, status = time.perf_counter(), "interrupted"
+    try:
+        for what, job in jobs:
+            progress(f"{name}: {what}")
+            for row in job():
+                writer.write("measurement", **row)
+        status = "finished"
+    finally:
+        writer.write("end", status=status, load=_load(), seconds=time.perf_counter() - started)
+
+
+def _timed(
+    setting: Setting, case: Case, tasks: dict[str, Task], stopwatch: Stopwatch | None = None
+) -> list[Row]:
+    """Time tasks against the gradient of a case; one row each, all repeats in it."""
+    timings = interleaved(
+        Task(lambda _: gradient(case)),
+        tasks,
+        rounds=setting.preset.rounds,
+        seconds=setting.preset.seconds,
+        stopwatch=stopwatch or stopwatch_for(setting.device, setting.threads),
+    )
+    return [
+        {
+            "network": case.name,
+            "shape": case.shape,
+            "operation": name,
+            "seconds": list(timing.seconds),
+            "gradient_seconds": list(timing.reference),
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def _teleport_task(case: Case, steps: int | None, method: str) -> Task:
+    """A teleport of a copy of the model on every batch of the case."""
+
+    def prepare() -> tuple[Case, Teleporter]:
+        own = case.copy()
+        return own, teleporter(own.model, steps, method)
+
+    def teleports(prepared: tuple[Case, Teleporter]) -> None:
+        own, mover = prepared
+        for closure in own.closures():
+            _as_asked(mover.step(closure), steps or 1)
+
+    return Task(teleports, prepare)
+
+
+def _symmetry_task(case: Case, steps: int) -> Task:
+    """With the pseudo-inverse of its authors: deep layers' inputs are singular in float32."""
+
+    def prepare() -> tuple[Case, Any]:
+        own = case.copy()
+        return own, SymmetryTeleporter(own.model, steps, lr=1e-6, pseudo_inverse="svd")
+
+    def teleports(prepared: tuple[Case, Any]) -> None:
+        own, mover = prepared
+        for closure in own.closures():
+            _as_asked(mover.step(closure), steps)
+
+    return Task(teleports, prepare)
+
+
+def _as_asked(report: TeleportReport, steps: int) -> None:
+    """A teleport that did less than it was asked for was not worth timing."""
+    if report.rolled_back or report.steps != steps:
+        raise RunError(
+            f"a teleport to be timed took {report.steps} of {steps} steps ({report.reason}); "
+            "its time would mean nothing"
+        )
+
+
+def _names(setting: Setting) -> list[str]:
+    return [case.name for case in _seeded(networks, setting.preset.small, setting.device)]
+
+
+def _seeded(make: Callable[..., Any], *arguments: Any) -> Any:
+    """Call with a fixed random state, and put the state back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make(*arguments)
+
+
+def _load() -> list[float] | None:
+    """How busy the machine is: runnable processes over 1, 5 and 15 minutes; None if unknown."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None

@@ -1,0 +1,413 @@
+"""Rivals on the same work: the same model, the same batch, the same clock.
+
+`same_batch_table` lets every way to teleport, and every control, move the same perceptron on the
+same images, and tells what it gained, what it broke, and what it cost; `same_budget_table` lets
+each repeat its step for the same time instead. `symmetry_speed_ratio` times
+a teleport of fixed steps against the null-space one (paper figure 5). All repeats start from the
+same weights and are timed as `teleport.measure` says.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from teleport.data import load
+from teleport.errors import RunError
+from teleport.lab.bench.timing import Spread, Stopwatch, Task, Timing, interleaved, stopwatch_for
+from teleport.objective import grad_norm, gradient, trainable
+from teleport.report import TeleportReport
+from teleport.rivals import (
+    Rehearsal,
+    SymmetryTeleporter,
+    rehearse,
+)
+from teleport.rivals.rival import Rival
+from teleport.rivals.ways import OURS, RESCALINGS, STEPS, Way, ways
+from teleport.runtime.threads import using_threads
+from teleport.teleporter import Teleporter
+
+Part = tuple[Tensor, Tensor]
+"""Inputs and classes."""
+
+
+Prepared = tuple[Teleporter | Rival, list[Callable[[], Tensor]]]
+"""Something that moves a model of its own, and the closures of its batches."""
+
+
+CPU = torch.device("cpu")
+
+
+BUDGET = 30.0
+"""Gradients whose time a way may spend in `same_budget_table`."""
+
+
+HELD_OUT = 1000
+"""Images outside the batch whose loss is compared."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to move, on the same batch as all others.
+
+    Attributes:
+        way: its name.
+        growth: factor on the gradient norm.
+        drift: relative change of the batch loss.
+        held_out_drift: relative change of the loss of other images.
+        move: norm of the change of all weights together.
+        timing: of all repeats, each right after one gradient of the batch.
+        note: how it ended.
+    """
+
+    way: str
+    growth: float
+    drift: float
+    held_out_drift: float
+    move: float
+    timing: Timing
+    note: str
+
+
+def same_batch_table(
+    *,
+    data: str = "mnist-sample",
+    hidden: Sequence[int] = (512, 512),
+    activation: type[nn.Module] = nn.LeakyReLU,
+    samples: int = 128,
+    growth: float = 1.5,
+    warmup_steps: int = 50,
+    seed: int = 0,
+    repeats: int = 5,
+    seconds: float = math.inf,
+    threads: int = 1,
+    device: torch.device = CPU,
+) -> list[Row]:
+    """Let every rival and control move the same perceptron on the same batch.
+
+    Args:
+        data: name of the data set; flat images.
+        hidden: widths; at least ``samples``, for symmetry teleportation to be exact.
+        activation: of the hidden layers; LeakyReLU is the one that all rivals can act through.
+        samples: size of the batch, the paper's n.
+        growth: wanted factor on the gradient norm, where a way can be asked for one.
+        warmup_steps: training steps (SGD, learning rate 0.1, batch 32) before.
+        seed: of the initial weights, of the batches and of all random moves.
+        repeats: of the timing at most; each from the same weights.
+        seconds: after which no further repeat is begun.
+        threads: of torch.
+        device: where.
+
+    Returns:
+        One row per way, in the order of `ways`.
+    """
+    with using_threads(threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, batch, others = _work(data, hidden, activation, samples, warmup_steps, device)
+        rehearsal = rehearse(Teleporter(model, growth=growth), _closure(model, batch))
+        movers = {
+            name: partial(_prepared, model, way, [batch], rehearsal)
+            for name, way in ways(growth, seed).items()
+        }
+        looks = {name: _look(make, others) for name, make in movers.items()}
+        timings = _timed(model, batch, movers, repeats, seconds, threads)
+        return [_row(name, report, timings[name]) for name, report in looks.items()]
+
+
+def _work(
+    data: str,
+    hidden: Sequence[int],
+    activation: type[nn.Module],
+    samples: int,
+    warmup_steps: int,
+    device: torch.device,
+) -> tuple[nn.Sequential, Part, Part]:
+    """A perceptron after some training, a batch, and other images."""
+    images = load(data)
+    model = _perceptron([images.width, *hidden, images.classes], activation)
+    _warm_up(model, images.train_inputs, images.train_targets, warmup_steps)
+    chosen = torch.randperm(len(images.train_inputs))[: samples + HELD_OUT]
+    batch, others = (
+        (images.train_inputs[part].to(device), images.train_targets[part].to(device))
+        for part in (chosen[:samples], chosen[samples:])
+    )
+    return model.to(device), batch, others
+
+
+def _look(make: Callable[[], Prepared], others: Part) -> TeleportReport:
+    """What one way does, with the loss of other images; not timed."""
+    mover, (closure,) = make()
+    return mover.step(closure, held_out=_closure(mover.model, others))
+
+
+def _row(name: str, report: TeleportReport, timing: Timing) -> Row:
+    held = report.held_out_drift
+    assert held is not None
+    assert report.held_out_before is not None
+    return Row(
+        way=name,
+        growth=report.growth,
+        drift=report.drift / abs(report.loss_before),
+        held_out_drift=held / abs(report.held_out_before),
+        move=sum(layer.move_norm**2 for layer in report.layers) ** 0.5,
+        timing=timing,
+        note=report.reason,
+    )
+
+
+def repeated_ways(growth: float, seed: int = 0) -> dict[str, Way]:
+    """The ways whose step takes one direction, to be repeated; and symmetry in its 2023 form.
+
+    Without the two rescalings that are at their optimum after one step.
+    """
+    every = ways(growth, seed)
+    several = (f"{STEPS} steps", "double backward", "first-order inverse", *RESCALINGS)
+    found = {name: way for name, way in every.items() if not name.endswith(several)}
+    found["null space, double backward"] = lambda m, _: Teleporter(
+        m, growth=growth, method="double_backward"
+    )
+    found["symmetry on pre-activations, 1 step"] = lambda m, _: SymmetryTeleporter(
+        m, 1, growth=growth, action="preactivations"
+    )
+    return found
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """One way, repeated for as long as all others.
+
+    Attributes:
+        way: its name.
+        steps: kept within the budget; the last one may end after it.
+        growth: factor on the gradient norm by all steps together.
+        drift: relative change of the batch loss by them.
+        held_out_drift: relative change of the loss of other images.
+        seconds: that the steps took.
+        gradient_seconds: of one gradient, the median of some just before.
+        note: how the last step ended.
+    """
+
+    way: str
+    steps: int
+    growth: float
+    drift: float
+    held_out_drift: float
+    seconds: float
+    gradient_seconds: float
+    note: str
+
+
+def same_budget_table(
+    *,
+    data: str = "mnist-sample",
+    hidden: Sequence[int] = (512, 512),
+    activation: type[nn.Module] = nn.LeakyReLU,
+    samples: int = 128,
+    growth: float = 1.5,
+    warmup_steps: int = 50,
+    seed: int = 0,
+    gradients: float = BUDGET,
+    threads: int = 1,
+    device: torch.device = CPU,
+) -> list[BudgetRow]:
+    """Let every rival and control repeat its step on the same batch until the same time is spent.
+
+    All start from the same weights. The time is that of ``gradients`` gradients of the batch; a
+    step is begun as long as some of it is left, and finished. A way ends early when a step moves
+    nothing or is rolled back. One step of every way comes first and is not timed. Controls of the
+    same norm repeat the norm of the first teleport, whose rehearsal is not on their time.
+
+    Args:
+        data: as in `same_batch_table`.
+        hidden: likewise.
+        activation: likewise.
+        samples: likewise.
+        growth: of one step, where a way can be asked for one.
+        warmup_steps: as in `same_batch_table`.
+        seed: likewise.
+        gradients: the budget, > 0.
+        threads: of torch.
+        device: where.
+
+    Returns:
+        One row per way, in the order of `repeated_ways`.
+
+    Raises:
+        ValueError: if the budget is not positive and finite.
+    """
+    if not 0.0 < gradients < math.inf:
+        raise ValueError(f"gradients must be > 0 and finite, got {gradients}")
+    with using_threads(threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, batch, others = _work(data, hidden, activation, samples, warmup_steps, device)
+        rehearsal = rehearse(Teleporter(model, growth=growth), _closure(model, batch))
+        stopwatch = stopwatch_for(device, threads)
+        rows = []
+        for name, way in repeated_ways(growth, seed).items():
+            make = partial(_prepared, model, way, [batch], rehearsal)
+            _move(make())
+            rows.append(_spend(name, make(), others, gradients, stopwatch))
+        return rows
+
+
+def _spend(
+    name: str, prepared: Prepared, others: Part, gradients: float, stopwatch: Stopwatch
+) -> BudgetRow:
+    mover, (closure,) = prepared
+    parameters, held_out = trainable(mover.model), _closure(mover.model, others)
+    one = Spread.of([stopwatch(lambda: gradient(closure, parameters)) for _ in range(7)]).median
+    (loss, norm), (other, _) = grad_norm(closure, parameters), grad_norm(held_out, parameters)
+    spent, steps, report = 0.0, 0, list[TeleportReport]()
+    while spent < gradients * one:
+        spent += stopwatch(lambda: report.append(mover.step(closure)))
+        if report[-1].rolled_back or not report[-1].steps:
+            break
+        steps += 1
+    after, norm_after = grad_norm(closure, parameters)
+    return BudgetRow(
+        way=name,
+        steps=steps,
+        growth=norm_after / norm,
+        drift=abs(after - loss) / abs(loss),
+        held_out_drift=abs(grad_norm(held_out, parameters)[0] - other) / abs(other),
+        seconds=spent,
+        gradient_seconds=one,
+        note=report[-1].reason,
+    )
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A teleport of fixed steps by several programs, timed in turn.
+
+    Attributes:
+        timings: by program, in the order of `speed_ways`; the reference is one gradient.
+    """
+
+    timings: dict[str, Timing]
+
+    def ratio(self, program: str) -> Spread:
+        """Seconds of a program over those of the null-space teleport, repeat by repeat."""
+        ours = self.timings[OURS].seconds
+        pairs = zip(self.timings[program].seconds, ours, strict=True)
+        return Spread.of([theirs / own for theirs, own in pairs])
+
+
+def symmetry_speed_ratio(
+    d: int = 512,
+    n: int = 128,
+    layers: int = 3,
+    steps: int = 8,
+    *,
+    batches: int = 1,
+    activation: type[nn.Module] = nn.Tanh,
+    repeats: int = 7,
+    seconds: float = math.inf,
+    threads: int = 1,
+    seed: int = 0,
+    device: torch.device = CPU,
+) -> Speed:
+    """Seconds of symmetry teleportation over seconds of null-space teleportation.
+
+    All programs take ``steps`` small steps of fixed size on each batch of a perceptron with
+    ``layers`` linear layers of width ``d`` (10 outputs) and normal inputs, checks and reports
+    included.
+
+    Raises:
+        ValueError: if a size is not positive, or ``n`` > ``d``, where symmetry is not exact.
+    """
+    if min(d, n, steps, batches, repeats) < 1 or layers < 2 or n > d:
+        raise ValueError(
+            f"sizes must be >= 1, layers >= 2 and n <= d; got d={d}, n={n}, layers={layers}, "
+            f"steps={steps}, batches={batches}, repeats={repeats}"
+        )
+    with using_threads(threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _perceptron([*[d] * layers, 10], activation).to(device)
+        parts = [
+            (torch.randn(n, d).to(device), torch.randint(10, (n,)).to(device))
+            for _ in range(batches)
+        ]
+        movers = {
+            name: partial(_prepared, model, way, parts) for name, way in speed_ways(steps).items()
+        }
+        return Speed(_timed(model, parts[0], movers, repeats, seconds, threads))
+
+
+def speed_ways(steps: int) -> dict[str, Callable[[nn.Sequential], Teleporter | Rival]]:
+    """The programs whose seconds are compared; steps so small that nothing ends early."""
+    lr = 1e-6
+    return {
+        OURS: lambda m: Teleporter(m, steps=steps, lr=lr, cap=1e9),
+        "null space, double backward": lambda m: Teleporter(
+            m, steps=steps, lr=lr, cap=1e9, method="double_backward"
+        ),
+        "symmetry": lambda m: SymmetryTeleporter(m, steps, lr),
+        "symmetry, SVD pseudo-inverse": lambda m: SymmetryTeleporter(
+            m, steps, lr, pseudo_inverse="svd"
+        ),
+    }
+
+
+def _prepared(
+    model: nn.Sequential,
+    way: Callable[..., Teleporter | Rival],
+    parts: Sequence[Part],
+    *matched: Rehearsal,
+) -> Prepared:
+    """A copy of the model, ready to be moved."""
+    own = deepcopy(model)
+    return way(own, *matched), [_closure(own, part) for part in parts]
+
+
+def _timed(
+    model: nn.Module,
+    batch: Part,
+    movers: Mapping[str, Callable[[], Prepared]],
+    repeats: int,
+    seconds: float,
+    threads: int,
+) -> dict[str, Timing]:
+    reference, parameters = _closure(model, batch), trainable(model)
+    return interleaved(
+        Task(lambda _: gradient(reference, parameters)),
+        {name: Task(_move, make) for name, make in movers.items()},
+        rounds=repeats,
+        seconds=seconds,
+        stopwatch=stopwatch_for(batch[0].device, threads),
+    )
+
+
+def _move(prepared: Prepared) -> None:
+    mover, closures = prepared
+    for closure in closures:
+        report = mover.step(closure)
+        if report.rolled_back or not report.steps:
+            raise RunError(f"a timed teleport did not move: {report.reason}")
+
+
+def _perceptron(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for d_in, d_out in pairwise(widths):
+        layers += [nn.Linear(d_in, d_out), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _warm_up(model: nn.Module, inputs: Tensor, targets: Tensor, steps: int) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        chosen = torch.randint(len(inputs), (32,))
+        optimizer.zero_grad()
+        cross_entropy(model(inputs[chosen]), targets[chosen]).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def _closure(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+    return lambda: cross_entropy(model(batch[0]), batch[1])

@@ -1,0 +1,429 @@
+"""What the records of benchmarks say: tables with the budgets beside, curves with exponents."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teleport.errors import RunError
+from teleport.lab.bench.benchmarks import BENCHMARKS
+from teleport.lab.bench.timing import Curve, Spread, Timing, power_law
+from teleport.lab.records.runs import read_rows
+from teleport.rivals.ways import OURS
+
+Row = dict[str, Any]
+
+BUDGETS = {
+    ("MLP", "tangent step"): 1.0,
+    ("CNN", "tangent step"): 2.0,
+    ("transformer", "tangent step"): 2.0,
+    ("MLP", "all bases"): 1.0,
+    ("CNN", "all bases"): 2.0,
+    ("transformer", "all bases"): 1.0,
+    ("MLP", "default teleport, all in"): 6.0,
+    ("CNN", "default teleport, all in"): 6.0,
+    ("transformer", "default teleport, all in"): 6.0,
+}
+"""Gradients that an operation may cost."""
+
+MEMORY_BUDGET = 1.5
+"""Peak of a teleport, the Gram matrices taken off, over that of one gradient."""
+
+SYMMETRY_BUDGET = 50.0
+"""How many times faster than symmetry teleportation the tangent path is to be."""
+
+CLAIMS = {
+    "t": "linear",
+    "d": "near constant",
+    "n": "near constant",
+    "l": "linear",
+    "b": "linear",
+}
+"""What the paper says of its method's runtime (section 4.4 and figure 5)."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark as read from its record.
+
+    Attributes:
+        name: of the benchmark.
+        config: first line of the record.
+        rows: its measurements.
+        status: ``finished``, ``interrupted``, or ``unfinished`` without an end line.
+    """
+
+    name: str
+    config: Row
+    rows: list[Row]
+    status: str
+
+    @property
+    def title(self) -> str:
+        """What was measured, and on what."""
+        threads, gpu = self.config["hardware"]["threads"], self.config["hardware"]["gpu"]
+        where = f"{gpu}" if self.config["device"].startswith("cuda") else f"cpu, {threads} thread"
+        where += "s" if threads != 1 and not self.config["device"].startswith("cuda") else ""
+        load = self.config["load"]
+        busy = "" if load is None else f", load {load[0]:.1f} when it began"
+        ended = "" if self.status == "finished" else f", {self.status}"
+        return f"{self.name}: preset {self.config['preset']}, {where}{busy}{ended}"
+
+    def budget(self, key: tuple[str, str]) -> float | None:
+        """The budget of an operation; the small networks have none."""
+        return None if self.config["size"]["small"] else BUDGETS.get(key)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of text."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    caption: str = ""
+
+
+def holds_benchmarks(folder: Path) -> bool:
+    """Whether a folder has records of benchmarks."""
+    return any((folder / f"{name}.jsonl").exists() for name in BENCHMARKS)
+
+
+def read_benchmarks(folder: Path) -> dict[str, Benchmark]:
+    """The benchmarks whose records a folder holds, by name.
+
+    Raises:
+        RunError: if there is none, or a record is damaged or of something else.
+    """
+    found = {}
+    for name in BENCHMARKS:
+        path = folder / f"{name}.jsonl"
+        if not path.exists():
+            continue
+        config, *rest = read_rows(path)
+        if config.get("benchmark") != name:
+            raise RunError(f"{path} is not a record of the benchmark {name!r}")
+        ends = [row["status"] for row in rest if row["type"] == "end"]
+        rows = [row for row in rest if row["type"] == "measurement"]
+        found[name] = Benchmark(name, config, rows, ends[-1] if ends else "unfinished")
+    if not found:
+        raise RunError(f"{folder} holds no benchmark; give a folder `teleport bench` has written")
+    return found
+
+
+def sheets(benchmark: Benchmark) -> list[Sheet]:
+    """The tables of a benchmark."""
+    return _SHEETS[benchmark.name](benchmark)
+
+
+def timing(row: Row) -> Timing:
+    """The repeats of a row."""
+    return Timing(tuple(row["seconds"]), tuple(row["gradient_seconds"]))
+
+
+def curves(benchmark: Benchmark) -> dict[str, tuple[str, dict[str, Curve]]]:
+    """Per letter the paper's claim and one curve per method, from a ``scaling`` record."""
+    methods = list(dict.fromkeys(row["method"] for row in benchmark.rows))
+    panels = {}
+    for letter, claim in CLAIMS.items():
+        found = {method: _curve(benchmark, letter, method) for method in methods}
+        panels[letter] = (claim, {m: curve for m, curve in found.items() if curve.sizes})
+    return panels
+
+
+def _curve(benchmark: Benchmark, letter: str, method: str) -> Curve:
+    base = benchmark.config["size"]["base"]
+    rows = [
+        row
+        for row in benchmark.rows
+        if row["method"] == method and all(row[k] == base[k] for k in base if k != letter)
+    ]
+    rows.sort(key=lambda row: row[letter])
+    sizes = tuple(float(row[letter]) for row in rows)
+    seconds = tuple(Spread.of(row["seconds"]) for row in rows)
+    exponent = power_law(sizes, [s.median for s in seconds]) if len(sizes) > 2 else None
+    return Curve(sizes, seconds, exponent)
+
+
+def _step(benchmark: Benchmark) -> list[Sheet]:
+    rows = []
+    for network, group in _by_network(benchmark.rows):
+        rows.append(_gradient_line(network, group))
+        for row in group:
+            budget = benchmark.budget((row["network"], row["operation"]))
+            floor = (
+                f"{row['floor']:.2f} ({row['floor_with_projection']:.2f})" if "floor" in row else ""
+            )
+            rows.append(
+                (*_ratio_cells(row), *_budget_cells(timing(row).ratio.median, budget), floor)
+            )
+    columns = ("network", "what", "gradients", "quartiles (runs)", "ms", "budget", "", "floor")
+    caption = (
+        "Gradients: median ratio to one forward and backward pass run just before. ms: of CPU time "
+        "with one thread. Floor: multiplications counted, in brackets with the projection."
+    )
+    return [Sheet(benchmark.title, columns, rows, caption)]
+
+
+def _basis(benchmark: Benchmark) -> list[Sheet]:
+    rows = []
+    for network, group in _by_network(benchmark.rows):
+        rows.append((*_gradient_line(network, group), "", ""))
+        for row in group:
+            budget = benchmark.budget((row["network"], row["operation"]))
+            cells = [str(row.get(key, "")) for key in ("rows", "rank", "null_dim")]
+            rows.append(
+                (*_ratio_cells(row), *_budget_cells(timing(row).ratio.median, budget), *cells)
+            )
+    columns = (
+        "network",
+        "bases of",
+        "gradients",
+        "quartiles (runs)",
+        "ms",
+        "budget",
+        "",
+        "rows",
+        "rank",
+    )
+    return [Sheet(benchmark.title, (*columns, "free"), rows)]
+
+
+def _scaling(benchmark: Benchmark) -> list[Sheet]:
+    panels = curves(benchmark)
+    methods = tuple(dict.fromkeys(row["method"] for row in benchmark.rows))
+    fitted = []
+    for letter, (claim, found) in panels.items():
+        exponents = [found[m].exponent if m in found else None for m in methods]
+        fitted.append((letter, claim, *("-" if e is None else str(e) for e in exponents)))
+    base = benchmark.config["size"]["base"]
+    at = ", ".join(f"{letter} = {value}" for letter, value in base.items())
+    caption = (
+        f"Exponents of the median seconds with standard errors; each letter varied from {at}. The "
+        "first layer never moves and the last is small: more layers cost the same each, but the "
+        "sum is not proportional to l."
+    )
+    measured = [
+        (f"{letter} = {size:g}", *(_seconds_at(found.get(m), size) for m in methods))
+        for letter, (_, found) in panels.items()
+        for size in sorted({s for curve in found.values() for s in curve.sizes})
+    ]
+    return [
+        Sheet(
+            benchmark.title, ("", "the paper", *methods), fitted, caption + _speed_ups(benchmark)
+        ),
+        Sheet("seconds of a teleport (median, quartiles)", ("", *methods), measured),
+    ]
+
+
+def _speed_ups(benchmark: Benchmark) -> str:
+    """How many times the tangent path's time the others take, at the point all letters share."""
+    base = benchmark.config["size"]["base"]
+    there = [r for r in benchmark.rows if all(r[k] == base[k] for k in base)]
+    seconds = {row["method"]: row["seconds"] for row in there}
+    if "tangent" not in seconds:
+        return ""
+    text = ""
+    for method, slow in seconds.items():
+        if method == "tangent":
+            continue
+        pairs = zip(slow, seconds["tangent"], strict=True)
+        ratio = Spread.of([s / fast for s, fast in pairs])
+        text += f" There {method} takes {ratio.median:.3g} x the tangent path's time"
+        text += f" (budget: >= {SYMMETRY_BUDGET:g})." if method.startswith("symmetry") else "."
+    return text
+
+
+def _memory(benchmark: Benchmark) -> list[Sheet]:
+    rows = []
+    for row in benchmark.rows:
+        ratios = [(row[m] - row["grams"]) / row["gradient"] for m in ("tangent", "double_backward")]
+        budget = None if benchmark.config["size"]["small"] else MEMORY_BUDGET
+        sizes = [
+            f"{row[k] / 2**20:.2f}"
+            for k in ("model", "gradient", "grams", "tangent", "double_backward")
+        ]
+        rows.append(
+            (
+                f"{row['network']} {row['shape']}",
+                *sizes,
+                f"{ratios[0]:.2f}",
+                f"{ratios[1]:.2f}",
+                *_budget_cells(ratios[0], budget),
+            )
+        )
+    columns = (
+        "network",
+        "model",
+        "one gradient",
+        "Grams",
+        "teleport",
+        "by double backward",
+        "gradients",
+        "by double backward",
+        "budget",
+        "",
+    )
+    caption = (
+        "MiB at the peak, beyond the model and its batch. Gradients: (teleport - Grams) / one "
+        "gradient."
+    )
+    return [Sheet(benchmark.title, columns, rows, caption)]
+
+
+def _layers(benchmark: Benchmark) -> list[Sheet]:
+    rows = []
+    for depth in dict.fromkeys(row["layers"] for row in benchmark.rows):
+        ways = {row["operation"]: row for row in benchmark.rows if row["layers"] == depth}
+        cells = [_seconds_cell(Spread.of(ways["sequential"]["seconds"]))]
+        cells.append(f"{timing(ways['sequential']).ratio.median:.2f}")
+        if "parallel" in ways:
+            both = zip(ways["parallel"]["seconds"], ways["sequential"]["seconds"], strict=True)
+            ratio = Spread.of([p / s for p, s in both])
+            cells.append(_seconds_cell(Spread.of(ways["parallel"]["seconds"])))
+            cells.append(f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})")
+        else:
+            cells += ["-", "-"]
+        rows.append((str(depth), *cells))
+    columns = ("l", "sequential, s", "gradients", "parallel, s", "parallel / sequential")
+    caption = "By the wall clock, so that a busy machine shows."
+    return [Sheet(benchmark.title, columns, rows, caption)]
+
+
+def _rivals(benchmark: Benchmark) -> list[Sheet]:
+    base = benchmark.config["size"]["base"]
+    rows: list[tuple[str, ...]] = [
+        (
+            row["way"],
+            f"{row['growth']:.3f}",
+            f"{row['drift']:.1e}",
+            f"{row['held_out_drift']:.1e}",
+            f"{row['move']:.2f}",
+            *_gradient_cells(row),
+        )
+        for row in benchmark.rows
+        if row["part"] == "same batch"
+    ]
+    columns = ("way", "growth", "drift", "held out", "move", "gradients", "quartiles (runs)")
+    caption = (
+        f"Perceptron 784-{base['d']}-{base['d']}-10 with LeakyReLU after 50 training steps, the "
+        f"same {base['n']} images of MNIST for all. Growth: of the gradient norm; 1.5 is asked for "
+        "where it can be. Drift: relative, of the loss of the batch and of 1,000 other images. "
+        "Move: norm of the change of the weights. Gradients: median ratio of the seconds to one "
+        "forward and backward pass run just before."
+    )
+    return [
+        Sheet(f"{benchmark.title}; the same batch", columns, rows, caption),
+        *_same_budget(benchmark),
+        *_speeds(benchmark),
+    ]
+
+
+def _same_budget(benchmark: Benchmark) -> Iterator[Sheet]:
+    """Medians over the rounds; older records have no such part."""
+    found = [row for row in benchmark.rows if row["part"] == "same budget"]
+    rows: list[tuple[str, ...]] = []
+    for way in dict.fromkeys(row["way"] for row in found):
+        rounds = [row for row in found if row["way"] == way]
+
+        def median(key: str, rounds: list[Row] = rounds) -> float:
+            return Spread.of([float(row[key]) for row in rounds]).median
+
+        cost = Spread.of([row["seconds"] / row["gradient_seconds"] for row in rounds])
+        rows.append(
+            (
+                way,
+                f"{median('steps'):g}",
+                f"{median('growth'):.3f}",
+                f"{median('drift'):.1e}",
+                f"{median('held_out_drift'):.1e}",
+                f"{1e3 * median('seconds'):.0f}",
+                f"{cost.median:.1f}",
+                f"{cost.low:.1f} - {cost.high:.1f} ({len(rounds)})",
+            )
+        )
+    if rows:
+        columns = ("way", "steps", "growth", "drift", "held out", "ms", "gradients")
+        caption = (
+            f"The same perceptron and images. Every way repeats its step, which asks for a growth "
+            f"of 1.5 where it can, until the time of {found[0]['gradients']:g} gradients is spent; "
+            "the last step is finished. Medians over the rounds. Steps: those kept. Growth and "
+            "drift: of all of them together. Gradients: the time spent over that of one gradient."
+        )
+        title = "the same batch and the same time"
+        yield Sheet(title, (*columns, "quartiles (rounds)"), rows, caption)
+
+
+def _speeds(benchmark: Benchmark) -> Iterator[Sheet]:
+    found = [row for row in benchmark.rows if row["part"] == "speed"]
+    rows: list[tuple[str, ...]] = []
+    for activation in dict.fromkeys(row["activation"] for row in found):
+        group = [row for row in found if row["activation"] == activation]
+        ours = next(row for row in group if row["way"] == OURS)
+        for row in group:
+            pairs = zip(row["seconds"], ours["seconds"], strict=True)
+            ratio = Spread.of([theirs / own for theirs, own in pairs])
+            rival = row["way"].startswith("symmetry") and not benchmark.config["size"]["small"]
+            verdict = "met" if ratio.median >= SYMMETRY_BUDGET else "missed"
+            rows.append(
+                (
+                    activation,
+                    row["way"],
+                    *_gradient_cells(row),
+                    f"{ratio.median:.2f}",
+                    *((f">= {SYMMETRY_BUDGET:g}", verdict) if rival else ("", "")),
+                )
+            )
+    if rows:
+        base = benchmark.config["size"]["base"]
+        at = ", ".join(f"{letter} = {value}" for letter, value in base.items())
+        columns = ("activation", "way", "gradients", "quartiles (runs)", "x null space")
+        title = f"a teleport of fixed steps at {at}"
+        yield Sheet(title, (*columns, "budget", ""), rows, "Median ratios of the seconds.")
+
+
+_SHEETS: dict[str, Callable[[Benchmark], list[Sheet]]] = {
+    "step": _step,
+    "basis": _basis,
+    "scaling": _scaling,
+    "memory": _memory,
+    "layers": _layers,
+    "rivals": _rivals,
+}
+
+
+def _by_network(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+    for name in dict.fromkeys(row["network"] for row in rows):
+        group = [row for row in rows if row["network"] == name]
+        yield f"{name} {group[0]['shape']}", group
+
+
+def _gradient_line(network: str, group: Sequence[Row]) -> tuple[str, ...]:
+    seconds = Spread.of([s for row in group for s in row["gradient_seconds"]])
+    return (network, "one gradient", "1", "", f"{1e3 * seconds.median:.1f}", "", "", "")
+
+
+def _ratio_cells(row: Row) -> tuple[str, ...]:
+    seconds = Spread.of(row["seconds"])
+    return ("", row["operation"], *_gradient_cells(row), f"{1e3 * seconds.median:.1f}")
+
+
+def _gradient_cells(row: Row) -> tuple[str, str]:
+    ratio = timing(row).ratio
+    return f"{ratio.median:.2f}", f"{ratio.low:.2f} - {ratio.high:.2f} ({len(row['seconds'])})"
+
+
+def _budget_cells(value: float, budget: float | None) -> tuple[str, str]:
+    if budget is None:
+        return "", ""
+    return f"<= {budget:g}", "met" if value <= budget else "missed"
+
+
+def _seconds_at(curve: Curve | None, size: float) -> str:
+    if curve is None or size not in curve.sizes:
+        return "not run: too slow before"
+    return _seconds_cell(curve.seconds[curve.sizes.index(size)])
+
+
+def _seconds_cell(seconds: Spread) -> str:
+    return f"{seconds.median:.4g} ({seconds.low:.4g} - {seconds.high:.4g})"

@@ -1,0 +1,1 @@
+"""Named trainings: their table, arms, networks, one run, many runs."""

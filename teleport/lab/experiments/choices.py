@@ -1,0 +1,31 @@
+"""What a user can choose by name, without what the names stand for.
+
+The command line explains itself, and a table of experiments is read, before PyTorch is loaded.
+"""
+
+INITS = ("default", "he")
+"""Initial values; see `teleport.models.initialise`."""
+
+READOUTS = ("mean", "last", "all")
+"""What the head of a `teleport.models.Transformer` reads."""
+
+ACTIVATION_NAMES = ("relu", "leaky_relu", "tanh")
+"""Of the hidden layers of `teleport.models.mlp`."""
+
+OPTIMIZER_NAMES = ("sgd", "momentum", "adagrad", "adam", "adamw")
+"""Those with a name of our own; see `teleport.lab.experiments.optimizers`."""
+
+METHOD_NAMES = ("plain", "projected", "lazy", "replay", "random")
+"""Ways to learn a task after others; see `teleport.lab.keeping.methods`."""
+
+SEQUENCE_NAMES = ("digits", "mnist-fashion", "permuted-mnist")
+"""Of tasks; see `teleport.lab.keeping.tasks`."""
+
+BENCHMARK_NAMES = ("step", "basis", "scaling", "memory", "layers", "rivals")
+"""See `teleport.lab.bench.benchmarks`."""
+
+NOT_IN_ALL = ("rivals",)
+"""Benchmarks too long to come with the others: a rival's teleport can take a hundred gradients."""
+
+CHECKPOINT_SECONDS = 60.0
+"""Between checkpoints of a run."""

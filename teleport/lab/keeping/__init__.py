@@ -1,0 +1,1 @@
+"""Sequences of tasks: methods that keep the old ones, training, measures, report."""

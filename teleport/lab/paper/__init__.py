@@ -1,0 +1,1 @@
+"""The paper's figures: input energy, threshold, products."""

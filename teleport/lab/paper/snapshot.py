@@ -1,0 +1,134 @@
+"""A network of a named experiment at a moment of its training, with its first teleport batch.
+
+For figures that look at one moment rather than at a whole run. The initial values, the order of the
+data and the teleport batch are those that `teleport run` has with the same seed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teleport.data import Dataset, batches, load, take
+from teleport.lab.experiments.arms import Settings, teleport_settings
+from teleport.lab.experiments.entry import Experiment
+from teleport.lab.experiments.optimizers import find_optimizer
+from teleport.lab.experiments.training import check_fits, train_size
+from teleport.lab.records.writer import environment
+from teleport.recording import Closure
+
+UNTUNED = ("sgd", 0.1)
+"""How an experiment is trained of which no learning rate was tuned."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A network and the loss of a teleport batch.
+
+    Attributes:
+        model: after the steps, in training mode.
+        closure: returns the loss of the batch.
+        held_out: returns the loss of training examples that are not in it.
+        config: everything this depends on, for a record.
+    """
+
+    model: nn.Module
+    closure: Closure
+    held_out: Closure
+    config: dict[str, Any]
+
+
+def rate_of(recipe: Experiment) -> tuple[str, float]:
+    """Optimizer and learning rate of the steps: tuned SGD, else what was tuned, else `UNTUNED`."""
+    for name in ("sgd", *recipe.tuning):
+        if name in recipe.tuning:
+            return name, recipe.tuning[name].tuned
+    return UNTUNED
+
+
+def check_moment(experiment: str, preset: str, n: int | None = None) -> None:
+    """Refuse, before anything is written, what `moment` would refuse; errors as there."""
+    _checked(experiment, preset, n)
+
+
+def _checked(experiment: str, preset: str, n: int | None) -> tuple[Settings, Dataset]:
+    options = teleport_settings(experiment)
+    if n is not None:
+        options = replace(options, batch_size=n)
+    settings = Settings(experiment, preset, teleport=options)
+    settings.size()
+    dataset = load(settings.recipe().data)
+    check_fits(settings, dataset)
+    return settings, dataset
+
+
+def moment(
+    experiment: str, preset: str = "cpu", steps: int = 0, seed: int = 0, n: int | None = None
+) -> Moment:
+    """A named experiment after some training steps.
+
+    Args:
+        experiment: its name.
+        preset: its size.
+        steps: training steps, >= 0, with the optimizer of `rate_of`.
+        seed: of the initial values, the order of the data and the batch.
+        n: examples of the teleport batch, >= 1; default the experiment's.
+
+    Raises:
+        ValueError: for an unknown name, or ``steps`` out of range.
+        RunError: as `check_fits`.
+        DataError: if the data cannot be had.
+    """
+    if steps < 0:
+        raise ValueError(f"steps must be an integer >= 0, got {steps}")
+    settings, dataset = _checked(experiment, preset, n)
+    recipe, size = settings.recipe(), settings.size()
+    count = train_size(size, dataset)
+    n, held = settings.teleport.batch_size, settings.teleport.held_out_size
+    inputs, targets = dataset.train_inputs[:count], dataset.train_targets[:count]
+    torch.manual_seed(seed)
+    model = recipe.build(dataset, size)
+    optimizer, lr = rate_of(recipe)
+    order = torch.Generator().manual_seed(seed)
+    pairs = _endless(inputs, targets, recipe.batch_size, order)
+    update = find_optimizer(optimizer)(list(model.parameters()), lr)
+    for _ in range(steps):
+        x, y = next(pairs)
+        update.zero_grad()
+        _loss(dataset, model, x, y).backward()
+        update.step()
+    update.zero_grad()
+    draws = torch.Generator().manual_seed(seed + 1_000_003)
+    chosen = torch.randperm(count, generator=draws)[: n + held]
+
+    def closure(rows: Tensor) -> Closure:
+        x, y = take(inputs, rows), take(targets, rows)
+        return lambda: _loss(dataset, model, x, y)
+
+    config = {
+        "experiment": experiment,
+        "title": recipe.title,
+        "preset": preset,
+        "network": {**recipe.network, **size.network},
+        "seed": seed,
+        "optimizer": optimizer,
+        "lr": lr,
+        "batch_size": recipe.batch_size,
+        "teleport_batch": n,
+        "data": {"name": dataset.name, "checksum": dataset.checksum, "source": dataset.source},
+        **environment(),
+    }
+    return Moment(model, closure(chosen[:n]), closure(chosen[n:]), config)
+
+
+def _endless(
+    inputs: Tensor, targets: Tensor, size: int, order: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from batches(inputs, targets, size, order)
+
+
+def _loss(dataset: Dataset, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return dataset.loss(model(dataset.prepare(x)), y)

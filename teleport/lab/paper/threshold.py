@@ -1,0 +1,184 @@
+"""What the threshold τ trades: gradient norm and loss over teleport steps (paper Figure 6b).
+
+With a smaller τ fewer input directions are kept, the projected direction is longer, the gradient
+norm grows faster, and the loss is not kept any more.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from teleport.errors import RunError
+from teleport.lab.experiments.table import find_experiment
+from teleport.lab.paper.input_energy import TAUS
+from teleport.lab.paper.snapshot import moment
+from teleport.lab.records.checkpoint import locked
+from teleport.lab.records.folders import slug
+from teleport.lab.records.runs import read_rows
+from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.writer import RecordWriter
+from teleport.recording import Closure
+from teleport.runtime.transaction import Transaction
+from teleport.teleporter import Teleporter
+
+LONGEST = 1000.0
+"""Growth of the gradient norm beyond which a trajectory is not followed: it diverges there."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a teleport of some steps ends.
+
+    Attributes:
+        number: of teleport steps.
+        loss: on the teleport batch.
+        grad_norm: of that loss.
+        held_out: loss on other examples; None if it was not finite, in a record.
+    """
+
+    number: int
+    loss: float
+    grad_norm: float
+    held_out: float | None
+
+
+def trajectory(
+    model: nn.Module, closure: Closure, held_out: Closure, tau: float, *, lr: float, steps: int
+) -> tuple[list[Point], str]:
+    """Loss and gradient norm after 0, 1, ..., ``steps`` teleport steps of a fixed size.
+
+    Each is the end of a teleport of its own from the same start: within a teleport the bases stay
+    those of its start (paper Algorithm 1), which a step after a step would not do at τ < 1. The
+    drift is not bounded, and the growth of the norm only by `LONGEST`. The model is as before
+    afterwards.
+
+    Args:
+        model: the model.
+        closure: returns the loss of the teleport batch.
+        held_out: returns that of other examples.
+        tau: share of the input energy that is kept.
+        lr: step size, the paper's η.
+        steps: how many, >= 1.
+
+    Returns:
+        The points, and why there are fewer than ``steps + 1`` of them; empty if there are not.
+    """
+    points: list[Point] = []
+    for number in range(1, steps + 1):
+        teleporter = Teleporter(
+            model, tau=tau, lr=lr, steps=number, growth=LONGEST, max_drift=math.inf
+        )
+        with Transaction(model):  # nothing is committed: the next one starts at the same place
+            report = teleporter.step(closure, held_out=held_out)
+        before, after = report.held_out_before, report.held_out_after
+        assert before is not None
+        assert after is not None
+        if not points:
+            points.append(Point(0, report.loss_before, report.grad_norm_before, before))
+        if report.rolled_back or report.step_sizes != (lr,) * number:
+            return points, report.reason
+        points.append(Point(number, report.loss_after, report.grad_norm_after, after))
+    return points, ""
+
+
+def write_trajectories(
+    name: str,
+    folder: Path,
+    *,
+    preset: str = "cpu",
+    trained: int = 50,
+    lr: float | None = None,
+    teleport_steps: int = 8,
+    taus: Sequence[float] = TAUS,
+    seed: int = 0,
+    resume: bool = False,
+    command: str = "",
+    progress: Callable[[str], None] = lambda what: None,
+) -> None:
+    """Record the trajectories of a named experiment for every τ.
+
+    Args:
+        name: of the experiment.
+        folder: an existing one, for the record.
+        preset: its size.
+        trained: training steps before the teleport.
+        lr: step size; default that of the experiment's paper schedule.
+        teleport_steps: how many.
+        taus: the thresholds.
+        seed: see `teleport.lab.paper.snapshot.moment`.
+        resume: leave a complete record, and make one again that was broken off.
+        command: the command line, for the record.
+        progress: told what is being computed.
+
+    Raises:
+        ValueError: for an unknown name, or a value out of range.
+        RunError: if the folder is in use or holds another record, the record exists already, or it
+            cannot be written.
+    """
+    step_size = lr if lr is not None else find_experiment(name).teleport.lr
+    asked = {
+        "preset": preset,
+        "seed": seed,
+        "trained": trained,
+        "teleport_lr": step_size,
+        "teleport_steps": teleport_steps,
+        "taus": list(taus),
+    }
+    path = folder / f"00-{slug(name)}.jsonl"
+    with locked(folder / ".lock", str(folder)):
+        check_folder(folder, "tau", {"experiment": name, **asked}, added=asked)
+        if resume:
+            if is_complete(path, {"experiment": name}):
+                return
+            path.unlink(missing_ok=True)
+        with RecordWriter(path) as writer:
+            progress(f"{name}: training")
+            at = moment(name, preset, trained, seed)
+            shared = {"command": command, "order": 0, "figure": "tau"}
+            writer.write("config", **shared, **(asked | at.config))
+            for tau in taus:
+                progress(f"{name}: tau {tau:g}")
+                points, reason = trajectory(
+                    at.model, at.closure, at.held_out, tau, lr=step_size, steps=teleport_steps
+                )
+                for point in points:
+                    writer.write("point", tau=tau, **asdict(point))
+                if reason:
+                    writer.write("broken off", tau=tau, reason=reason)
+            writer.write("end", status="finished")
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """The record of one experiment: its configuration, and points by τ."""
+
+    config: dict[str, Any]
+    by_tau: dict[float, list[Point]]
+
+
+def read_trajectories(folder: Path) -> Trajectories:
+    """The trajectories that a folder holds.
+
+    Raises:
+        RunError: if there are none, or the record is damaged or of something else.
+    """
+    paths = sorted(folder.glob("*.jsonl"))
+    if len(paths) != 1:
+        names = " and ".join(path.name for path in paths) or "none"
+        raise RunError(
+            f"{folder} does not hold one record ({names}); give a folder of `teleport tau`"
+        )
+    config, *rows = read_rows(paths[0])
+    if config.get("figure") != "tau":
+        raise RunError(f"{paths[0]} is not a record of `teleport tau`")
+    by_tau: dict[float, list[Point]] = {}
+    for row in (row for row in rows if row["type"] == "point"):
+        point = Point(*(row[field.name] for field in fields(Point)))
+        by_tau.setdefault(row["tau"], []).append(point)
+    if not by_tau:
+        raise RunError(f"{paths[0]} ends before the first teleport; run `teleport tau` again")
+    return Trajectories(config, by_tau)

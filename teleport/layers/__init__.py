@@ -1,0 +1,26 @@
+"""What a layer is: rows times a matrix; which weights of a model can move.
+
+`RULES` is the support matrix: asking for this package loads all rules, since those that register
+themselves are imported here. `register` adds a line to it.
+"""
+
+from teleport.layers import attention, convolution, embedding, linear, recurrent
+from teleport.layers.linear import LinearPart
+from teleport.layers.part import Part, Pieces, Slot
+from teleport.layers.rule import RULES, LayerRule, register, rule_for
+
+__all__ = [
+    "RULES",
+    "LayerRule",
+    "LinearPart",
+    "Part",
+    "Pieces",
+    "Slot",
+    "attention",
+    "convolution",
+    "embedding",
+    "linear",
+    "recurrent",
+    "register",
+    "rule_for",
+]

@@ -1,0 +1,227 @@
+"""TODO."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from teleport.subspace import RowSpace, Space
+
+CHUNK = 4096
+"""Rows decomposed at a time: enough for fast products, few enough to stay in the cache."""
+
+
+Pieces = tuple[Tensor, ...]
+"""A value for each slot of a part, in the slots' shapes: its weight, and its bias if that moves."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A parameter of a module, or some of its rows, that is one piece of a part's matrix.
+
+    Attributes:
+        module: holds the parameter.
+        name: of the parameter in the module.
+        rows: which rows.
+    """
+
+    module: nn.Module
+    name: str
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def parameter(self) -> Any:
+        """What the module holds now: its parameter, or in a forward-mode pass a dual tensor."""
+        return getattr(self.module, self.name)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same piece of a tensor in the parameter's shape (a view)."""
+        return tensor if self.rows == slice(None) else tensor[self.rows]
+
+    @property
+    def key(self) -> tuple[int, range]:
+        """Equal for two slots exactly if they are the same piece."""
+        return id(self.parameter), self._range()
+
+    def overlaps(self, other: "Slot") -> bool:
+        """Whether two pieces of one parameter have rows in common."""
+        return bool(set(self._range()) & set(other._range()))
+
+    def _range(self) -> range:
+        return range(*self.rows.indices(len(self.parameter)))
+
+
+class Part(ABC):
+    """One weight matrix of a module. All methods are pure.
+
+    Attributes:
+        name: distinguishes the parts of a module; empty if there is one.
+        slots: the pieces of parameters the matrix is made of, weight first. A bias that does not
+            require a gradient is a constant: it has no slot, no column, and does not move.
+        orientation: ``"upright"`` if a two-dimensional weight is stored as the matrix,
+            ``"transposed"`` if as its transpose, else empty. One of each can share a weight.
+        gram_pays: whether inner products of rows are cheaper than the matrix if rows < d_in.
+    """
+
+    orientation: str = ""
+    gram_pays: bool = True
+
+    def __init__(self, name: str, weight: Slot, bias: Slot | None) -> None:
+        self.name = name
+        self.weight = weight
+        self.bias = bias
+        moves = bias is not None and bias.parameter.requires_grad
+        self.slots = (weight, bias) if bias is not None and moves else (weight,)
+        self._own = [(s, s.parameter) for s in (weight, bias) if s is not None]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for two parts exactly if one matrix with one set of rows can stand for both."""
+        return (type(self), *(slot.key for slot in self.slots))
+
+    @cached_property
+    def matrix_shape(self) -> torch.Size:
+        """``[*groups, d_out, d_in]``."""
+        return self.join([torch.empty_like(p, device="meta") for p in self.pieces()]).shape
+
+    def bypassed(self) -> str:
+        """Why a call of the layer now is none of this matrix on plain inputs; empty if it is."""
+        if any(slot.parameter is not own for slot, own in self._own):
+            return "called with other weights than its own"
+        if torch._C._functorch.maybe_current_level() is not None:
+            return "called inside a torch.func transform, such as vmap"
+        return ""
+
+    @property
+    def has_bias_column(self) -> bool:
+        """Whether the bias moves with the weights."""
+        return len(self.slots) == 2
+
+    @abstractmethod
+    def compute(self, x: Tensor) -> Tensor:
+        """``W x + b`` with the present parameters, as the module computes it."""
+
+    @abstractmethod
+    def rows(self, x: Tensor, bias_input: float = 1.0) -> Float[Tensor, "*groups rows d_in"]:
+        """Inputs as rows; ``bias_input`` is 1 for inputs and 0 for their tangents."""
+
+    def space(self) -> Space:
+        """An empty collector for `collect`."""
+        return RowSpace()
+
+    def collect(self, space: Any, x: Tensor) -> None:
+        """Add the rows of an input to what `space` returned."""
+        for some in self.chunks(x):
+            space.add(self.rows(some))
+
+    def chunks(self, x: Tensor, rows: int = CHUNK) -> Sequence[Tensor]:
+        """The input cut into pieces with about so many rows each, where it can be."""
+        return [x]
+
+    def rows_key(self, x: Tensor) -> Any:
+        """Equal for two inputs, both alive, only if their rows are the same; or None."""
+        return None
+
+    def collect_none(self, space: Any) -> None:
+        """Make a space that may be empty that of no inputs at all: of rank 0."""
+        *groups, _, d_in = self.matrix_shape
+        space.add(self.weight.parameter.new_zeros(*groups, 1, d_in).detach())
+
+    def row_norms(self, x: Tensor) -> Float[Tensor, "*groups rows"]:
+        """Norms of the rows that take part in products, which round."""
+        norms: Tensor = torch.linalg.vector_norm(self.rows(x), dim=-1)
+        return norms
+
+    def out_norms(self, pieces: Pieces) -> Float[Tensor, "*groups d_out"]:
+        """Norms of the rows of the matrix of these pieces."""
+        norms: Tensor = torch.linalg.vector_norm(self.join(pieces), dim=-1)
+        return norms
+
+    @abstractmethod
+    def out_rows(self, z: Tensor) -> Float[Tensor, "*groups rows d_out"]:
+        """Outputs, or cotangents of outputs, as rows in the order of `rows`."""
+
+    def row_count(self, z: Tensor) -> int:
+        """How many rows an output has, without forming them."""
+        return z.numel() // math.prod(self.matrix_shape[:-1])
+
+    @abstractmethod
+    def from_out_rows(self, rows: Float[Tensor, "*groups rows d_out"], like: Tensor) -> Tensor:
+        """Rows in the shape of the output ``like``: undoes `out_rows`."""
+
+    @abstractmethod
+    def join(self, tensors: Sequence[Tensor]) -> Float[Tensor, "*groups d_out d_in"]:
+        """Tensors in the shapes (and order) of `slots` as one new matrix."""
+
+    @abstractmethod
+    def split(self, matrix: Float[Tensor, "*groups d_out d_in"]) -> tuple[Tensor, ...]:
+        """A matrix as tensors in the shapes (and order) of `slots`: undoes `join`."""
+
+    @abstractmethod
+    def push(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``W x`` without the bias, for a weight in the parameter's shape.
+
+        Carries a tangent of the inputs to the outputs.
+        """
+
+    def push_affine(self, x: Tensor, pieces: Pieces, like: Tensor) -> Tensor:
+        """``W x + b`` for given pieces, in the shape of the output ``like``."""
+        z = self.push(x, pieces[0])
+        if not self.has_bias_column:
+            return z
+        bias = self.join(pieces)[..., None, :, -1]
+        rows = bias.expand(*bias.shape[:-2], self.out_rows(like).shape[-2], -1)
+        return z + self.from_out_rows(rows, like)
+
+    def pull(self, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+        """``Wᵀ δ``: carries a cotangent of the outputs to the inputs, in the shape of ``x``."""
+        pulled: Tensor = torch.func.vjp(lambda x: self.push(x, weight), x)[1](delta)[0]
+        return pulled
+
+    def weight_gradient(
+        self, x: Tensor, delta: Tensor, bias_input: float = 1.0
+    ) -> Float[Tensor, "*groups d_out d_in"]:
+        """``Σ δ xᵀ`` over the rows."""
+        return self.out_rows(delta).mT @ self.rows(x, bias_input)
+
+    def of(self, tensors: Mapping[nn.Parameter, Tensor]) -> Float[Tensor, "*groups d_out d_in"]:
+        """The part's matrix of a value per parameter, for example of a gradient."""
+        return self.join([slot.of(tensors[slot.parameter]) for slot in self.slots])
+
+    def pieces(self) -> Pieces:
+        """The present weights: views of the parameters."""
+        return tuple(slot.of(slot.parameter.detach()) for slot in self.slots)
+
+    def matrix(self) -> Float[Tensor, "*groups d_out d_in"]:
+        """The present weights, copied."""
+        return self.join(self.pieces())
+
+    def put(self, pieces: Pieces) -> None:
+        """Put values into the parameters, in place."""
+        with torch.no_grad():
+            for slot, piece in zip(self.slots, pieces, strict=True):
+                slot.of(slot.parameter).copy_(piece)
+
+    def write(self, matrix: Float[Tensor, "*groups d_out d_in"]) -> None:
+        """Put a matrix into the parameters, in place."""
+        self.put(self.split(matrix))
+
+
+def slot(module: nn.Module, name: str, rows: slice | None = None) -> Slot | None:
+    """A slot for a parameter that may be absent, as biases may."""
+    if getattr(module, name, None) is None:
+        return None
+    return Slot(module, name, slice(None) if rows is None else rows)
+
+
+def with_bias_column(rows: Tensor, bias_input: float, wanted: bool) -> Tensor:
+    """Rows with the bias as one more input, if it moves."""
+    if not wanted:
+        return rows
+    return torch.cat([rows, rows.new_full((*rows.shape[:-1], 1), bias_input)], dim=-1)
