@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from teleport.keeping.null_space import NullSpace, null_space
+    from teleport.lab.experiments import models
     from teleport.lab.experiments.schedule import Schedule
-    from teleport.layers import attention, convolution, embedding, recurrent
     from teleport.layers.support import supported
     from teleport.report import LayerReport, TeleportReport
     from teleport.teleporter import Teleporter
@@ -54,30 +54,30 @@ __all__ = [
     "Teleporter",
     "UnsupportedModelError",
     "__version__",
-    "attention",
-    "baselines",
     "check",
-    "convolution",
     "data",
-    "embedding",
     "layers",
+    "models",
     "network_bound",
     "null_space",
-    "recurrent",
     "reference",
+    "rivals",
     "supported",
 ]
 
 _HOMES = {
-    "bound": ("LayerBound", "NetworkBound", "network_bound"),
-    "coverage": ("supported",),
+    "bounds.network": ("LayerBound", "NetworkBound", "network_bound"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
-    "nullspace": ("NullSpace", "null_space"),
+    "keeping.null_space": ("NullSpace", "null_space"),
+    "lab.experiments.schedule": ("Schedule",),
+    "layers.support": ("supported",),
     "report": ("LayerReport", "TeleportReport"),
-    "schedule": ("Schedule",),
     "teleporter": ("Teleporter",),
 }
 """The module of every public name that is not a module itself."""
+
+_MODULES = {"models": "lab.experiments.models"}
+"""Modules with a public name that is shorter than their place."""
 
 
 if not TYPE_CHECKING:  # the names are those imported above, and no others
@@ -95,6 +95,8 @@ if not TYPE_CHECKING:  # the names are those imported above, and no others
             value = version("nullspace-teleport")
         elif home := next((module for module, names in _HOMES.items() if name in names), None):
             value = getattr(import_module(f"{__name__}.{home}"), name)
+        elif name in _MODULES:
+            value = import_module(f"{__name__}.{_MODULES[name]}")
         elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
             value = import_module(f"{__name__}.{name}")
         else:

@@ -4,7 +4,8 @@ The norm is that of a `Metric`: the Euclidean one for T (paper equation 4), or o
 gradient is divided as an optimizer divides it, for ``D_M = ½ gᵀ M⁻¹ g`` (``thm-geometry``).
 
 `ascent_double_backward` differentiates through the gradient, as the paper does: the reference for
-`teleport.direction`, and the method of choice where forward-mode differentiation lacks an operation.
+`teleport.direction`, and the method of choice where forward-mode differentiation lacks an
+operation.
 """
 
 import math

@@ -297,7 +297,7 @@ def outside_the_closure(rank: int, place: str) -> Found:
         "transaction": (Transaction, "__enter__"),
         "factor": (RowSpace, "factor"),
         "basis": (RowSpace, "basis"),
-        "project": (walk, "without_rounding"),
+        "project": (landscape, "without_rounding"),
         "report": (teleporter.Attempt, "_layer_report"),
     }[place]
     original = getattr(owner, name)

@@ -323,9 +323,9 @@ def test_sizes_of_the_rivals_are_those_of_the_base(monkeypatch: pytest.MonkeyPat
         return []
 
     setting = replace(SETTING, preset=replace(TINY, rounds=2), threads=3)
-    monkeypatch.setattr(bench, "same_budget_table", budget)
-    monkeypatch.setattr(bench, "same_batch_table", table)
-    monkeypatch.setattr(bench, "symmetry_speed_ratio", speed)
+    monkeypatch.setattr(benchmarks, "same_budget_table", budget)
+    monkeypatch.setattr(benchmarks, "same_batch_table", table)
+    monkeypatch.setattr(benchmarks, "symmetry_speed_ratio", speed)
     assert [job() for _, job in benchmarks.rivals_jobs(setting)] == [[]] * 4
     sizes = (24, 6, 3, 2, 1)
     same = ((24, 24), 6, 3, TINY.rival_seconds)

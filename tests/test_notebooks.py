@@ -1,6 +1,7 @@
 """The committed notebooks: what readers see is complete, in order, and not of one machine.
 
-`notebook_rules.faults` reads files only; that the chapters run and print the same again is nbval's part.
+`notebook_rules.faults` reads files only; that the chapters run and print the same again is nbval's
+part.
 """
 
 import copy
@@ -87,8 +88,8 @@ BAD = {
     "path in text": (prose("It is in `C:\\data`."), "path of one machine"),
     "private module": (code("import teleport._x"), "private module teleport._x"),
     "private name": (
-        code("from teleport.landscape import _x"),
-        "private name _x from teleport.landscape",
+        code("from teleport.ascent import _x"),
+        "private name _x from teleport.ascent",
     ),
     "private attribute": (code("model._modules"), "private name _modules"),
     "absent module": (code("import teleport.nowhere"), "teleport.nowhere, which does not exist"),

@@ -261,7 +261,8 @@ def test_resuming_another_run_is_refused_and_changes_nothing(tmp_path: Path) -> 
 def test_two_processes_never_write_into_one_folder(tmp_path: Path) -> None:
     with locked(tmp_path / ".lock", str(tmp_path)):
         code = (
-            "import sys; from pathlib import Path; from teleport.lab.records.checkpoint import locked\n"
+            "import sys; from pathlib import Path\n"
+            "from teleport.lab.records.checkpoint import locked\n"
             "with locked(Path(sys.argv[1]) / '.lock', sys.argv[1]): print('in')"
         )
         other = [sys.executable, "-c", code, str(tmp_path)]

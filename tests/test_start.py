@@ -95,13 +95,15 @@ def test_public_names_are_all_there() -> None:
         for name in names:
             assert namespace[name].__module__ == f"teleport.{module}"  # type: ignore[attr-defined]
     homes = {name for names in teleport._HOMES.values() for name in names}
-    modules = {n for n in teleport.__all__ if f"teleport.{n}" in sys.modules}
+    modules = {n for n in teleport.__all__ if f"teleport.{n}" in sys.modules} | {*teleport._MODULES}
     assert {*homes, *modules, "__version__"} == set(teleport.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = teleport.nothing
 
 
-@pytest.mark.parametrize("first", ["layers", "convolution", "coverage", "teleporter", "attention"])
+@pytest.mark.parametrize(
+    "first", ["layers", "layers.convolution", "layers.support", "teleporter", "layers.attention"]
+)
 def test_all_rules_are_there_whatever_is_imported_first(first: str) -> None:
     code = f"import teleport.{first}; from teleport.layers import RULES; print(len(RULES))"
     assert int(python(code)) == len(teleport.layers.RULES)

@@ -1,8 +1,9 @@
 """Sphinx extension: under each theorem of the book what verifies it, and a page of all theorems.
 
-Add ``"teleport.book.ledger_page"`` to the extensions, beside ``sphinx_proof``; ``theorem_ledger`` in the
-configuration is the ledger's path, by default ``ledger.json`` in the source folder. The directive
-``{theorem-ledger}`` stands for the table. What is shown is what `teleport.book.ledger` has recorded.
+Add ``"teleport.book.ledger_page"`` to the extensions, beside ``sphinx_proof``; ``theorem_ledger``
+in the configuration is the ledger's path, by default ``ledger.json`` in the source folder. The
+directive ``{theorem-ledger}`` stands for the table. What is shown is what `teleport.book.ledger`
+has recorded.
 """
 
 from collections.abc import Iterator

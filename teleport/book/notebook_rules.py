@@ -1,7 +1,8 @@
 """What a finished chapter must not contain, found by reading the notebook only.
 
 The outputs that are stored are what readers see, and the code is what they copy: `faults` lists
-what is wrong with one notebook and what to do; ``python -m teleport.book.notebook_rules`` prints it for all.
+what is wrong with one notebook and what to do; ``python -m teleport.book.notebook_rules`` prints it
+for all.
 """
 
 import argparse

@@ -35,7 +35,7 @@ LINEAR = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
-"""The layers whose constant is an operator norm, and whose move `teleport.bounds.network` can bound."""
+"""The layers whose constant is an operator norm; `network` can bound what their moves do."""
 
 
 def lipschitz(module: nn.Module, x: Tensor, name: str = "") -> float:

@@ -15,8 +15,8 @@ from teleport.lab.experiments.choices import CHECKPOINT_SECONDS, INITS, OPTIMIZE
 from teleport.lab.experiments.schedule import SCHEDULES
 
 if TYPE_CHECKING:
-    import teleport.lab.experiments.arms
-    import teleport.lab.experiments.sweep
+    from teleport.lab.experiments.arms import Arm
+    from teleport.lab.experiments.sweep import Failure, Job
 
 
 def list_experiments() -> None:
@@ -269,11 +269,11 @@ def sweep(
 
 
 def _sweep(
-    cells: "list[teleport.lab.experiments.sweep.Job]",
+    cells: "list[Job]",
     folder: Path,
     processes: int,
     scheduler: str | None,
-) -> "list[teleport.lab.experiments.sweep.Failure]":
+) -> "list[Failure]":
     from teleport.lab.experiments.dask import run_on_cluster
     from teleport.lab.experiments.processes import run_local
     from teleport.lab.experiments.sweep import Job, total_steps
@@ -349,7 +349,7 @@ def _arms(
     init: str,
     head_gain: float,
     added: Sequence[str],
-) -> "list[teleport.lab.experiments.arms.Arm]":
+) -> "list[Arm]":
     """The arms of ``run``: those of --lr, or the fixed ones, with what is added to them."""
     from teleport.lab.experiments import arms
 

@@ -224,5 +224,5 @@ def _source(name: str) -> Source:
 def _folder(name: str, root: str | Path | None) -> Path:
     folder = _source(name).folder
     if not folder:
-        return Path(str(resources.files("teleport") / "sample"))
+        return Path(str(resources.files("teleport.data") / "sample"))
     return root_folder(root) / folder

@@ -5,7 +5,7 @@ themselves are imported here. `register` adds a line to it.
 """
 
 from teleport.layers import attention, convolution, embedding, linear, recurrent
-from teleport.layers.linear import LinearPart
+from teleport.layers.linear import LinearPart, LinearRule
 from teleport.layers.part import Part, Pieces, Slot
 from teleport.layers.rule import RULES, LayerRule, register, rule_for
 
@@ -13,6 +13,7 @@ __all__ = [
     "RULES",
     "LayerRule",
     "LinearPart",
+    "LinearRule",
     "Part",
     "Pieces",
     "Slot",

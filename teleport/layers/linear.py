@@ -1,4 +1,4 @@
-"""TODO."""
+"""Linear layers, and others of the same form: transposed and bilinear ones."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport.layers.part import CHUNK, Part, Pieces, Slot, slot, with_bias_column
-from teleport.layers.rule import Apply, LayerRule, register
+from teleport.layers.rule import BY_NAME, Apply, LayerRule, register
 
 
 class LinearPart(Part):
@@ -122,3 +122,6 @@ class TransposedLinearRule(LayerRule[Any]):
 
     def parts(self, module: Any) -> Sequence[Part]:
         return [LinearPart("", Slot(module, "weight"), slot(module, "bias"), transposed=True)]
+
+
+BY_NAME["transformers.pytorch_utils.Conv1D"] = TransposedLinearRule()

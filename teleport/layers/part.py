@@ -1,4 +1,4 @@
-"""TODO."""
+"""One weight matrix of a layer: rows, matrix, outputs, in the one shape convention of `rule`."""
 
 import math
 from abc import ABC, abstractmethod

@@ -22,7 +22,6 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from teleport.layers.linear import TransposedLinearRule
 from teleport.layers.part import Part
 
 M = TypeVar("M", bound=nn.Module)
@@ -112,6 +111,3 @@ def rule_for(module: nn.Module) -> LayerRule[Any] | None:
     """The rule of this module's exact type, or None."""
     kind = type(module)
     return RULES.get(kind) or BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
-
-
-BY_NAME["transformers.pytorch_utils.Conv1D"] = TransposedLinearRule()

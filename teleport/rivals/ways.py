@@ -1,4 +1,4 @@
-"""TODO."""
+"""Every rival and control by its name, made for a model and a rehearsed teleport."""
 
 from collections.abc import Callable
 

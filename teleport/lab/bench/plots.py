@@ -1,4 +1,4 @@
-"""TODO."""
+"""The figures of what a teleport costs, against sizes."""
 
 from collections.abc import Mapping
 

@@ -198,4 +198,4 @@ SIZES: dict[str, dict[str, Check]] = {
     "resnet18": {"width": natural},
     "transformer": {"heads": natural, "width": natural, "blocks": natural, "readout": readout},
 }
-"""The kinds of networks, each with its sizes and their checks; `teleport.lab.experiments.networks` makes them."""
+"""The kinds of networks, each with its sizes and their checks; `networks` makes them."""

@@ -1,6 +1,6 @@
 """The named experiments: a table in TOML, read and checked to the last key.
 
-``experiments.toml`` beside this module is the table; its head explains the keys. Every value is
+``table.toml`` beside this module is the table; its head explains the keys. Every value is
 marked `paper` or `ours`. A table of one's own is used as ``file.toml:name``.
 """
 
@@ -299,7 +299,7 @@ def _checked(where: str, value: Any, check: Check) -> Any:
 
 
 def _own() -> dict[str, Experiment]:
-    with resources.as_file(resources.files("teleport") / "experiments.toml") as path:
+    with resources.as_file(resources.files("teleport.lab.experiments") / "table.toml") as path:
         return read_experiments(path)
 
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The figures of the paper's claims: input energy, threshold, products."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Runs side by side: an arm against its baselines, seed by seed, and one line for each arm."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Writing the record of a run: JSON lines that survive a kill."""
 
 import json
 import math
