@@ -1,0 +1,193 @@
+"""What is refused, with which words, and that the model is as before."""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from teleport import ClosureError, Teleporter, TeleportError, UnsupportedModelError
+from tests.support.fingerprint import fingerprint
+from tests.support.networks import Task, task
+
+not_positive = st.floats(max_value=0.0) | st.sampled_from([math.nan, math.inf])
+BAD_ARGUMENTS = {
+    "tau": st.floats(max_value=0.0) | st.floats(1.0, exclude_min=True) | st.just(math.nan),
+    "growth": st.floats(max_value=1.0) | st.sampled_from([math.nan, math.inf]),
+    "lr": not_positive,
+    "cap": not_positive,
+    "steps": st.integers(max_value=0),
+    "max_drift": st.floats(max_value=0.0, exclude_max=True) | st.just(math.nan),
+    "method": st.text(max_size=8),
+    "objective": st.text(max_size=8),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+@given(data=st.data())
+def test_an_argument_out_of_range_is_refused_with_value_and_range(
+    name: str, data: st.DataObject
+) -> None:
+    value = data.draw(BAD_ARGUMENTS[name], label=name)
+    with pytest.raises(ValueError, match=f"{name} must be ") as caught:
+        Teleporter(nn.Linear(1, 1), **{name: value})
+    assert repr(value) in str(caught.value)
+    assert any(word in str(caught.value) for word in ("> ", ">= ", "in (", "one of"))
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_refused(argument: str) -> None:
+    with pytest.raises(ValueError, match="no layer matches 'body") as caught:
+        Teleporter(task("plain").model, **{argument: ["0", "body.*"]})
+    assert "['0', '2', '4']" in str(caught.value)
+
+
+def test_an_empty_list_of_closures_is_refused() -> None:
+    problem = task("plain")
+    before = fingerprint(problem.model)
+    with pytest.raises(ValueError, match="at least one closure"):
+        Teleporter(problem.model).step([])
+    assert fingerprint(problem.model) == before
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.ReLU(), nn.LayerNorm(3), nn.Linear(2, 2).requires_grad_(False), nn.Sequential()],
+    ids=["no parameters", "no rule", "frozen", "empty"],
+)
+def test_a_model_without_a_layer_that_could_move_is_refused(model: nn.Module) -> None:
+    with pytest.raises(UnsupportedModelError, match="no layer that can move") as caught:
+        Teleporter(model)
+    assert "Linear" in str(caught.value)
+    assert isinstance(caught.value, TeleportError)
+
+
+Closures = Callable[[Task], Callable[[], Any]]
+
+
+def calling_backward(problem: Task) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        loss = problem.closure()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def without_gradients(problem: Task) -> Callable[[], Tensor]:
+    return torch.no_grad()(problem.closure)
+
+
+def of_another_model(problem: Task) -> Callable[[], Tensor]:
+    return task("plain", seed=1).closure
+
+
+def on_an_empty_batch(problem: Task) -> Callable[[], Tensor]:
+    return lambda: problem.model(problem.x[:0]).sum()
+
+
+BAD_CLOSURES: dict[str, tuple[Closures, str]] = {
+    "vector": (lambda p: lambda: p.model(p.x).sum(1), r"shape \(6,\)"),
+    "float": (lambda p: lambda: float(p.closure()), "returned float"),
+    "none": (lambda p: lambda: None, "returned NoneType"),
+    "nan": (lambda p: lambda: p.closure() * math.nan, "returned nan"),
+    "inf": (lambda p: lambda: p.closure() * math.inf, "returned inf"),
+    "backward": (calling_backward, r"calls backward\(\)"),
+    "no_grad": (without_gradients, "does not depend on this model"),
+    "detached": (lambda p: lambda: p.closure().detach(), "does not depend on this model"),
+    "another model": (of_another_model, "does not depend on this model"),
+    "empty batch": (on_an_empty_batch, "empty batch"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CLOSURES)
+@pytest.mark.parametrize("method", ["tangent", "double_backward"])
+@pytest.mark.parametrize("with_grads", [False, True], ids=["grad is None", "grad is there"])
+def test_a_bad_closure_is_refused_and_changes_nothing(
+    name: str, method: str, with_grads: bool
+) -> None:
+    make, words = BAD_CLOSURES[name]
+    problem = task("plain")
+    if with_grads:
+        problem.closure().backward()
+    before = fingerprint(problem.model)
+    with pytest.raises(ClosureError, match=words):
+        Teleporter(problem.model, method=method).step(make(problem))
+    assert fingerprint(problem.model) == before
+
+
+def test_backward_is_noticed_where_only_other_parameters_are_reached() -> None:
+    """The penalty on a LayerNorm reaches no covered layer."""
+    problem = task("residual")
+    before = fingerprint(problem.model)
+
+    def closure() -> Tensor:
+        problem.model.norm.weight.square().sum().backward()
+        return problem.closure()
+
+    with pytest.raises(ClosureError, match=r"calls backward\(\)"):
+        Teleporter(problem.model).step(closure)
+    assert fingerprint(problem.model) == before
+
+
+def drawing(batches: Iterator[Tensor], problem: Task) -> Callable[[], Tensor]:
+    """The next batch at each call: the classic mistake."""
+
+    def closure() -> Tensor:
+        x = next(batches)
+        return nn.functional.cross_entropy(problem.model(x), problem.y[: len(x)])
+
+    return closure
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (6, 4)], ids=["same size", "other size"])
+@pytest.mark.parametrize("method", ["tangent", "double_backward"])
+def test_a_closure_that_draws_its_batch_does_not_move_the_model(
+    sizes: tuple[int, int], method: str
+) -> None:
+    problem = task("plain")
+    before = fingerprint(problem.model)
+    batches = (problem.x[: sizes[n % 2]] / (1 + n) for n in count())  # none comes twice
+    try:
+        report = Teleporter(problem.model, method=method).step(drawing(batches, problem))
+    except ClosureError as error:
+        why = str(error)
+    else:
+        assert report.rolled_back
+        why = report.reason
+    assert "deterministic" in why
+    assert fingerprint(problem.model) == before
+
+
+def test_a_loss_of_shape_one_is_a_number() -> None:
+    problem = task("plain")
+    report = Teleporter(problem.model, growth=2.0).step(lambda: problem.closure().reshape(1))
+    assert math.isclose(report.growth, 2.0, rel_tol=1e-6)
+
+
+def test_a_step_inside_no_grad_works() -> None:
+    problem = task("plain")
+    with torch.no_grad():
+        report = Teleporter(problem.model, growth=2.0).step(problem.closure)
+    assert math.isclose(report.growth, 2.0, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("layer", ["2", "4"])
+def test_the_layer_that_makes_the_first_nan_is_named(layer: str) -> None:
+    problem = task("plain")
+    with torch.no_grad():
+        problem.model.get_submodule(layer).weight[0, 0] = math.nan
+    with pytest.raises(ClosureError, match=f"layer '{layer}'"):
+        Teleporter(problem.model).step(problem.closure)
+
+
+def test_inputs_that_are_not_finite_are_named() -> None:
+    problem = task("plain")
+    problem.x[0, 0] = math.inf
+    with pytest.raises(ClosureError, match="input of layer '0'"):
+        Teleporter(problem.model).step(problem.closure)

@@ -1,0 +1,502 @@
+"""A teleport changes the moved weights, or nothing at all, whatever happens on the way."""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from teleport import ClosureError, Teleporter, TeleportReport
+from teleport.runtime import transaction as transaction_module
+from teleport.runtime.transaction import Transaction
+from tests.support.fingerprint import all_but_weights, fingerprint, weights
+from tests.support.networks import GRAPHS, Task, task
+from tests.support.strategies import gradient_norm
+
+names = pytest.mark.parametrize("name", GRAPHS)
+methods = st.sampled_from(["tangent", "double_backward"])
+kth = st.integers(1, 12)
+
+
+class InterruptionError(Exception):
+    """Something the user's closure raises."""
+
+
+def used(name: str) -> Task:
+    """A model in the middle of a training: some gradients are there, others are None."""
+    problem = task(name)
+    problem.closure().backward()
+    next(problem.model.parameters()).grad = None
+    return problem
+
+
+@dataclass
+class Trouble:
+    """A closure that uses all random generators, and fails before or after the model.
+
+    Only its ``at``-th call fails. One that replays the layers is left before it ends, and cannot
+    fail after the model.
+    """
+
+    problem: Task
+    at: int = 0
+    before: Callable[[], None] = lambda: None
+    after: Callable[[Tensor], Tensor] = lambda loss: loss
+    calls: int = field(default=0, init=False)
+    fired: bool = field(default=False, init=False)
+
+    def __call__(self) -> Tensor:
+        self.calls += 1
+        if self.calls == self.at:
+            self.before()
+        noise = random.random() + float(np.random.rand()) + float(torch.rand(()))  # noqa: NPY002
+        loss = self.problem.closure() + 1e-3 * noise
+        if self.calls != self.at:
+            return loss
+        self.fired = True
+        return self.after(loss)
+
+
+def fail_with(error: type[BaseException]) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@names
+@given(at=kth, method=methods)
+def test_after_an_exception_everything_is_as_before(name: str, at: int, method: str) -> None:
+    problem = used(name)
+    before = fingerprint(problem.model)
+    trouble = Trouble(problem, at, before=fail_with(InterruptionError))
+    try:
+        Teleporter(problem.model, lr=1e-3, growth=2.0, steps=3, method=method).step(trouble)
+    except InterruptionError:
+        assert fingerprint(problem.model) == before
+    else:
+        assert trouble.calls < at
+
+
+@names
+@given(at=st.integers(1, 6), method=methods)
+def test_after_an_exception_inside_a_layer_everything_is_as_before(
+    name: str, at: int, method: str
+) -> None:
+    problem = used(name)
+    passed = count(1)
+
+    def refuse(*_: object) -> None:
+        if next(passed) == at:
+            raise InterruptionError
+
+    [m for m in problem.model.modules() if isinstance(m, nn.Linear)][1].register_forward_hook(
+        refuse
+    )
+    before = fingerprint(problem.model)
+    try:
+        Teleporter(problem.model, growth=2.0, method=method).step(problem.closure)
+    except InterruptionError:
+        assert fingerprint(problem.model) == before
+    else:
+        assert next(passed) <= at
+
+
+@given(at=kth)
+def test_after_an_interrupt_everything_is_as_before(at: int) -> None:
+    problem = used("zoo")
+    before = fingerprint(problem.model)
+    trouble = Trouble(problem, at, before=fail_with(KeyboardInterrupt))
+    try:
+        Teleporter(problem.model, tau=0.9, max_drift=10.0).step(trouble)
+    except KeyboardInterrupt:
+        assert fingerprint(problem.model) == before
+    else:
+        assert trouble.calls < at
+
+
+@names
+@given(at=kth, value=st.sampled_from([math.nan, math.inf]))
+def test_after_a_loss_that_is_not_finite_everything_is_as_before(
+    name: str, at: int, value: float
+) -> None:
+    problem = used(name)
+    before = fingerprint(problem.model)
+    trouble = Trouble(problem, at, after=lambda loss: loss * value)
+    teleporter = Teleporter(problem.model, tau=0.95, growth=1.1, max_drift=10.0)
+    try:
+        failed = teleporter.step(trouble).rolled_back
+    except ClosureError:
+        failed = True
+    assert failed == trouble.fired
+    assert (fingerprint(problem.model) == before) == failed
+
+
+@names
+def test_after_a_guard_failure_everything_is_as_before(name: str) -> None:
+    problem = used(name)
+    before = fingerprint(problem.model)
+    report = Teleporter(problem.model, tau=0.7, growth=1.3, max_drift=0.0).step(problem.closure)
+    assert report.rolled_back
+    assert "the loss moved by" in report.reason
+    assert report.drift == 0.0
+    assert fingerprint(problem.model) == before
+
+
+@names
+@given(method=methods)
+def test_success_changes_moved_weights_only(name: str, method: str) -> None:
+    problem = used(name)
+    rest, start = all_but_weights(problem.model), weights(problem.model)
+    report = Teleporter(problem.model, growth=2.0, method=method).step(problem.closure)
+    assert not report.rolled_back, report.reason
+    assert all_but_weights(problem.model) == rest
+    changed = {n.rpartition(".")[0] for n, bits in weights(problem.model).items()
+               if bits != start[n]}  # fmt: skip
+    assert changed == {layer.name for layer in report.layers if layer.status == "moved"}
+
+
+def test_batch_norm_statistics_are_untouched_in_train_mode() -> None:
+    problem = used("zoo")
+    norm = problem.model[1]
+    before = (norm.running_mean.clone(), norm.running_var.clone(), int(norm.num_batches_tracked))
+    Teleporter(problem.model).step(problem.closure)
+    assert torch.equal(norm.running_mean, before[0])
+    assert torch.equal(norm.running_var, before[1])
+    assert int(norm.num_batches_tracked) == before[2]
+
+
+def test_dropout_is_off_inside_and_on_after() -> None:
+    problem = used("zoo")
+    seen: list[bool] = []
+    inputs = lambda module, x: seen.append(module.training)  # noqa: E731
+    problem.model[3].register_forward_pre_hook(inputs)
+    problem.model[1].register_forward_pre_hook(lambda module, _: seen.append(not module.training))
+    Teleporter(problem.model).step(problem.closure)
+    assert seen
+    assert not any(seen)
+    assert problem.model[3].training
+
+
+def test_layers_without_a_rule_are_named() -> None:
+    problem = used("zoo")
+    report = Teleporter(problem.model).step(problem.closure)
+    frozen = {x.name: x.status for x in report.layers if x.status.startswith("frozen")}
+    assert frozen == {
+        "1": "frozen: no rule for BatchNorm1d",
+        "2": "frozen: no rule for PReLU",
+        "5": "frozen: no rule for LayerNorm",
+    }
+
+
+def test_hooks_of_the_user_still_run() -> None:
+    problem = used("plain")
+    seen: list[str] = []
+    problem.model[2].register_forward_pre_hook(lambda *_: seen.append("before"))
+    problem.model[2].register_forward_hook(lambda *_: seen.append("after"))
+    Teleporter(problem.model).step(problem.closure)
+    assert seen[:2] == ["before", "after"]
+    assert problem.model[2]._forward_hooks
+
+
+def test_a_hook_that_changes_the_output_is_part_of_the_model() -> None:
+    problem = used("plain")
+    problem.model[2].register_forward_hook(lambda _, __, z: 2 * z)
+    before = gradient_norm(problem.model, problem.closure)
+    report = Teleporter(problem.model, growth=2.0).step(problem.closure)
+    assert not report.rolled_back, report.reason
+    assert abs(gradient_norm(problem.model, problem.closure) / before / 2 - 1) <= 1e-6
+
+
+def test_a_forward_of_the_user_on_the_instance_survives() -> None:
+    problem = used("plain")
+    layer = problem.model[2]
+    own = lambda x: nn.functional.linear(x, layer.weight, layer.bias)  # noqa: E731
+    layer.forward = own
+    Teleporter(problem.model).step(problem.closure)
+    assert layer.__dict__["forward"] is own
+
+
+@pytest.mark.parametrize("method", ["tangent", "double_backward"])
+def test_activations_in_place_give_the_same_result(method: str) -> None:
+    usual, in_place = task("plain"), task("plain")
+    for module in in_place.model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
+    for problem in (usual, in_place):
+        Teleporter(problem.model, growth=3.0, method=method).step(problem.closure)
+    assert weights(usual.model) == weights(in_place.model)
+
+
+def teleported(problem: Task, closure: Callable[[], Tensor], growth: float = 2.0) -> TeleportReport:
+    """Teleport, and check loss and growth with plain autograd."""
+    norm, loss = gradient_norm(problem.model, closure), float(closure())
+    report = Teleporter(problem.model, growth=growth).step(closure)
+    assert not report.rolled_back, report.reason
+    assert abs(float(closure()) - loss) <= report.tolerance
+    assert abs(gradient_norm(problem.model, closure) / norm / growth - 1) <= 1e-6
+    return report
+
+
+def test_a_layer_used_twice_moves() -> None:
+    problem = task("twice")
+    report = teleported(problem, problem.closure)
+    core = next(layer for layer in report.layers if layer.name == "core")
+    assert core.status == "moved"
+    assert core.rank == 12  # six samples, two uses
+
+
+def test_tied_layers_are_frozen_and_named() -> None:
+    problem = task("tied")
+    report = teleported(problem, problem.closure)
+    found = {layer.name: layer.status for layer in report.layers}
+    assert found["one"] == "frozen: shares a parameter with another layer in part"
+    assert found["two"] == "frozen: shares a parameter with another layer in part"
+    assert found["head"] == "moved"
+
+
+def test_layers_tied_in_weight_and_bias_move_as_one() -> None:
+    problem = task("tied")
+    problem.model.two.bias = problem.model.one.bias
+    report = teleported(problem, problem.closure)
+    found = {layer.name: layer for layer in report.layers}
+    assert list(found) == ["embed", "one", "head"]
+    assert (found["one"].status, found["one"].rank) == ("moved", 12)
+
+
+@pytest.mark.parametrize("penalised", [["2"], ["0", "4"]])
+def test_layers_under_an_explicit_penalty_are_frozen(penalised: list[str]) -> None:
+    problem = task("plain")
+    layers = [problem.model.get_submodule(name) for name in penalised]
+
+    def closure() -> Tensor:
+        return problem.closure() + 0.01 * sum(m.weight.square().sum() for m in layers)
+
+    report = teleported(problem, closure, growth=1.2)
+    found = {layer.name: layer.status for layer in report.layers}
+    assert all(found[name].startswith("frozen") for name in penalised)
+
+
+def test_a_penalty_on_all_weights_leaves_nothing_to_move() -> None:
+    problem = task("plain")
+    before = weights(problem.model)
+
+    def closure() -> Tensor:
+        return problem.closure() + sum(p.square().sum() for p in problem.model.parameters())
+
+    report = Teleporter(problem.model).step(closure)
+    assert "nothing can move" in report.reason
+    assert weights(problem.model) == before
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_inside_the_closure_leaves_the_gradients(set_to_none: bool) -> None:
+    problem = used("plain")
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    rest = all_but_weights(problem.model)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad(set_to_none=set_to_none)
+        return problem.closure()
+
+    Teleporter(problem.model, growth=2.0).step(closure)
+    assert all_but_weights(problem.model) == rest
+
+
+def test_frozen_parameters_stay_frozen_and_are_named() -> None:
+    problem = task("plain")
+    problem.model[2].weight.requires_grad_(False)
+    before = problem.model[2].weight.clone()
+    report = teleported(problem, problem.closure)
+    found = {layer.name: layer.status for layer in report.layers}
+    assert found["2"] == "frozen: its weight does not require a gradient"
+    assert torch.equal(problem.model[2].weight, before)
+    assert not problem.model[2].weight.requires_grad
+
+
+def test_a_frozen_bias_stays() -> None:
+    problem = task("plain")
+    problem.model[2].bias.requires_grad_(False)
+    before = problem.model[2].bias.clone()
+    teleported(problem, problem.closure)
+    assert torch.equal(problem.model[2].bias, before)
+
+
+def test_every_call_of_a_random_closure_draws_the_same() -> None:
+    """Noise from the global generators: deterministic for the teleport, going on afterwards."""
+    problem = task("plain")
+    closure = Trouble(problem)
+    report = Teleporter(problem.model, growth=2.0).step(closure)
+    assert not report.rolled_back, report.reason
+    assert report.drift <= report.tolerance
+
+
+def test_a_transaction_without_commit_restores() -> None:
+    problem = used("zoo")
+    before = fingerprint(problem.model)
+    with Transaction(problem.model):
+        with torch.no_grad():
+            [p.mul_(2) for p in problem.model.parameters()]
+        problem.closure().backward()
+        problem.model.eval()
+    assert fingerprint(problem.model) == before
+
+
+def test_a_transaction_with_commit_keeps_weights_and_nothing_else() -> None:
+    problem = used("zoo")
+    rest = all_but_weights(problem.model)
+    with Transaction(problem.model) as transaction:
+        with torch.no_grad():
+            [p.mul_(2) for p in problem.model.parameters()]
+        moved = weights(problem.model)
+        problem.closure().backward()
+        transaction.commit()
+    assert weights(problem.model) == moved
+    assert all_but_weights(problem.model) == rest
+
+
+def test_a_commit_before_an_exception_does_not_count() -> None:
+    problem = used("plain")
+    before = fingerprint(problem.model)
+
+    def fail_after_commit() -> None:
+        with Transaction(problem.model) as transaction, torch.no_grad():
+            problem.model[0].weight.mul_(2)
+            transaction.commit()
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        fail_after_commit()
+    assert fingerprint(problem.model) == before
+
+
+def test_a_buffer_replaced_by_the_closure_comes_back() -> None:
+    problem = used("zoo")
+    before = fingerprint(problem.model)
+    with Transaction(problem.model):
+        problem.model[1].running_mean = torch.ones(20, dtype=torch.float64)
+    assert fingerprint(problem.model) == before
+
+
+def test_random_generators_go_on_where_they_were() -> None:
+    problem = used("plain")
+    before = (random.getstate(), fingerprint(problem.model)["random"])
+    with Transaction(problem.model) as transaction:
+        draws = [random.random() + float(np.random.rand()) + float(torch.rand(()))]  # noqa: NPY002
+        transaction.rewind_random()
+        draws += [random.random() + float(np.random.rand()) + float(torch.rand(()))]  # noqa: NPY002
+    assert draws[0] == draws[1]
+    assert (random.getstate(), fingerprint(problem.model)["random"]) == before
+
+
+@pytest.mark.parametrize("good", [0, 3, 6, 8])
+def test_out_of_memory_at_a_copy_leaves_everything_as_before(
+    good: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first six copies are the transaction's own, the others those of the recorded pass."""
+    problem, calls = task("plain"), count()
+    before, copy = fingerprint(problem.model), Tensor.clone
+    fast = torch.backends.mha.get_fastpath_enabled()
+
+    def clone(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if next(calls) >= good:
+            raise MemoryError("no memory left")
+        return copy(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "clone", clone)
+        with pytest.raises(MemoryError) as caught:  # keeps every frame: no clean-up by collection
+            Teleporter(problem.model).step(problem.closure)
+    assert fingerprint(problem.model) == before
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert "no memory left" in str(caught.value)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda t: t,
+    "view": lambda t: t.view(3, 2),
+    "t": lambda t: t.t(),
+    "[None]": lambda t: t[None],
+    "expand": lambda t: t[:, :1].expand(2, 3),
+    "slice": lambda t: t[:, ::2],
+    "unbind": lambda t: t.unbind()[1],
+    "diagonal": lambda t: t.diagonal(),
+    "unfold": lambda t: t.unfold(1, 2, 1),
+    "as_strided": lambda t: t.as_strided((2, 2), (1, 2), 1),
+}
+
+CHANGES: dict[str, Callable[[nn.Module], None]] = {
+    "nothing": lambda m: None,
+    "in place": lambda m: m.kept.data.zero_() if 0 not in m.kept.stride() else None,
+    "at its base": lambda m: m.base.data.fill_(1),
+    "replaced": lambda m: setattr(m, "kept", m.kept + 1),
+    "resized": lambda m: m.kept.data.resize_(7),
+    "gone": lambda m: m._buffers.pop("kept"),
+    "none": lambda m: setattr(m, "kept", None),
+    "in the graph": lambda m: setattr(m, "kept", m.kept * m.weight.sum()),
+}
+
+
+@given(
+    view=st.sampled_from(sorted(VIEWS)),
+    change=st.sampled_from(sorted(CHANGES)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.cfloat]),
+    inference=st.booleans(),
+    commit=st.booleans(),
+)
+def test_a_buffer_of_any_form_comes_back(
+    view: str, change: str, dtype: torch.dtype, inference: bool, commit: bool
+) -> None:
+    """The same object, looking at the same memory with the same bits; nothing is raised."""
+    module = nn.Linear(2, 2)
+    with torch.inference_mode(inference):
+        module.base = torch.arange(6).reshape(2, 3).to(dtype)
+        module.register_buffer("kept", VIEWS[view](module.base))
+    kept, base = module.kept, module.base.clone()
+    values, place = kept.clone(), (kept.shape, kept.stride(), kept.storage_offset())
+    with Transaction(module) as transaction:
+        with torch.inference_mode(inference):
+            CHANGES[change](module)
+        if commit:
+            transaction.commit()
+    assert module.kept is kept
+    assert torch.equal(kept, values)
+    assert (kept.shape, kept.stride(), kept.storage_offset()) == place
+    assert kept.untyped_storage().data_ptr() == module.base.untyped_storage().data_ptr()
+    if change != "at its base" or view == "itself":
+        assert torch.equal(module.base, base)
+
+
+def test_what_cannot_be_put_back_keeps_nothing_else_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error is raised once everything else is as before; the move is not kept."""
+    problem = used("zoo")
+    before, calls = fingerprint(problem.model), count()
+    same = transaction_module._same_bits
+
+    def refuse_first(a: Tensor, b: Tensor) -> bool:
+        if next(calls) == 0:
+            raise InterruptionError
+        return same(a, b)
+
+    def commit_all() -> None:
+        with Transaction(problem.model) as transaction:
+            with torch.no_grad():
+                [p.mul_(2) for p in problem.model.parameters()]
+            problem.model.eval()
+            torch.rand(3)
+            transaction.commit()
+
+    monkeypatch.setattr(transaction_module, "_same_bits", refuse_first)
+    with pytest.raises(InterruptionError):
+        commit_all()
+    assert next(calls) > 1
+    assert fingerprint(problem.model) == before
