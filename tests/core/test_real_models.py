@@ -1,7 +1,8 @@
 """Real architectures, small and untrained: from the transformers package, and our own.
 
 ``python tests/core/test_real_models.py`` prints the table of what moves in each of them;
-``python tests/core/test_real_models.py searches`` in how many the step is searched on the model itself.
+``python tests/core/test_real_models.py searches`` in how many the step is searched on the model
+itself.
 """
 
 import os

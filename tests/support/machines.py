@@ -1,7 +1,7 @@
 """Runs chapters without drawing and writes down what they print.
 
-``python -m tests.support.machines FILE CHAPTER...``; what libraries are to make of the processor stands in
-the environment. The chapters share one start: each runs in a fork of this process.
+``python -m tests.support.machines FILE CHAPTER...``; what libraries are to make of the processor
+stands in the environment. The chapters share one start: each runs in a fork of this process.
 """
 
 import json

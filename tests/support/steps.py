@@ -153,7 +153,7 @@ def data(kind: Kind) -> tuple[Tensor, Tensor]:
 
 
 def told(kind: Kind) -> Told:
-    """Length of each parameter's move, its product with a fixed tensor, and the report's numbers."""
+    """Length and product with a fixed tensor of each parameter's move; numbers of the report."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         x, y = data(kind)

@@ -1,8 +1,8 @@
 """Theorems without rounding: integers in, rational arithmetic, ``==`` out, no tolerance.
 
 Each test is a theorem of the book, literally. Derivatives are taken by definition (dual numbers),
-projectors by Gauss elimination; see `tests.support.exact`. Square activations have a curvature that ReLU
-lacks; with ReLU the slope at the kink is 0.
+projectors by Gauss elimination; see `tests.support.exact`. Square activations have a curvature that
+ReLU lacks; with ReLU the slope at the kink is 0.
 """
 
 from fractions import Fraction
