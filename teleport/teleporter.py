@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from teleport.ascent import Attempt, Settings
+from teleport.ascent import Ascent, Settings
 from teleport.errors import UnsupportedModelError
+from teleport.guard import HeldOut
 from teleport.layers.support import cover, supported
 from teleport.line_search import load_search
-from teleport.objective import EUCLIDEAN
-from teleport.preconditioner import check_optimizer, metric_of
-from teleport.recording import Closure
+from teleport.objective import EUCLIDEAN, check_optimizer, metric_of
 from teleport.report import TeleportReport
 from teleport.runtime.clock import now
+from teleport.runtime.closures import Closure
 from teleport.runtime.precision import Autocast
 from teleport.runtime.ranks import ranks_of, silenced
 from teleport.runtime.transaction import Transaction
@@ -170,16 +170,16 @@ class Teleporter:
 
                 return transaction.repeatable(call)
 
-            held = None if held_out is None else repeatable(held_out)
+            held = HeldOut(None if held_out is None else repeatable(held_out), ranks)
             closures = [repeatable(part) for part in parts]
             optimizer = self._optimizer
             metric = EUCLIDEAN if optimizer is None else metric_of(optimizer, self.model)
-            attempt = Attempt(settings, closures, held, ranks, metric)
+            ascent = Ascent(settings, closures, held, ranks, metric)
             with ranks.together():  # before anything is kept
-                report, note = transaction.until_quiet(attempt.run)
+                report, note = transaction.until_quiet(ascent.run)
             if report.steps and not report.rolled_back:
                 transaction.commit()
-        spent = now() - started - attempt.held_out_seconds
+        spent = now() - started - held.seconds
         return replace(report, seconds=spent, reason=report.reason + note)
 
     def _moving(self) -> dict[str, Any]:

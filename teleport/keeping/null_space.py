@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from teleport.errors import ClosureError, NullSpaceError
 from teleport.layers.one_hot import AxisBasis
+from teleport.layers.part import Part
 from teleport.layers.shared_weight import TiedBasis
-from teleport.layers.support import NO_GRADIENT, Block, Use, cover
-from teleport.recording import USED_OUTSIDE, watch, without_gradients
+from teleport.layers.support import NO_GRADIENT, Block, cover
+from teleport.recording import USED_OUTSIDE, watch
+from teleport.runtime.closures import without_gradients
 from teleport.runtime.precision import Autocast
 from teleport.runtime.randomness import Quiet, RandomState, drawing_modules, names_of_drawing
 from teleport.runtime.ranks import Ranks, ranks_of, silenced
@@ -330,9 +332,9 @@ class _Survey:
         self.seen = False
 
     def _watch(self, closure: Callable[[], Any], autocast: Autocast) -> None:
-        def see(use: Use, x: Tensor) -> None:
+        def see(block: Block, part: Part, x: Tensor) -> None:
             with Autocast().off():  # that of the closure, too
-                use.block.collect(self.spaces[use.block], use.part, x)
+                block.collect(self.spaces[block], part, x)
 
         def run() -> None:
             is_first = not self.seen

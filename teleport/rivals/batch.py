@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from teleport.errors import NonFiniteLossError
 from teleport.objective import ascent_double_backward, gradient, mean_grad_norm, trainable
-from teleport.recording import Closure
+from teleport.runtime.closures import Closure
 
 
 def require(name: str, value: object, valid: bool, allowed: str) -> None:

@@ -45,16 +45,16 @@ from teleport.lab.bench.timing import (
 from teleport.lab.experiments.choices import NOT_IN_ALL
 from teleport.lab.experiments.models import Transformer, cnn, mlp
 from teleport.lab.records.writer import RecordWriter, environment
-from teleport.landscape import FrozenWalk
+from teleport.landscape import Landscape
 from teleport.layers.support import Block, cover
 from teleport.objective import trainable
-from teleport.recording import Tape
 from teleport.report import TeleportReport
 from teleport.rivals import SymmetryTeleporter
 from teleport.runtime.cores import check_threads
 from teleport.runtime.threads import using_threads
 from teleport.runtime.transaction import _unfused
 from teleport.subspace import Projector
+from teleport.tape import Tape
 from teleport.teleporter import Teleporter
 
 Row = dict[str, Any]
@@ -102,38 +102,44 @@ def gradient(case: Case) -> tuple[Tensor, ...]:
     return torch.autograd.grad(case.closure(), trainable(case.model))
 
 
-def recorded(case: Case) -> FrozenWalk:
+def recorded(case: Case) -> Landscape:
     """The first recording of a teleport: forward and backward pass with everything captured."""
-    return FrozenWalk(case.model, cover(case.model).sites, case.closure)
+    return Landscape(case.model, cover(case.model).sites, [case.closure], frozen=True)
 
 
-def candidates(walk: FrozenWalk) -> list[Block]:
+def kept_tape(landscape: Landscape) -> Tape:
+    """The tape of a landscape of `recorded`."""
+    assert landscape.tape is not None
+    return landscape.tape
+
+
+def candidates(landscape: Landscape) -> list[Block]:
     """The blocks that a teleport makes bases for."""
-    return [block for block in walk.blocks if block not in walk.fixed]
+    return [block for block in landscape.blocks if block not in landscape.fixed]
 
 
-def gram_bytes(walk: FrozenWalk) -> int:
+def gram_bytes(landscape: Landscape) -> int:
     """Size of the float64 Gram matrices behind the bases, each on its smaller side."""
     total = 0
-    for block in candidates(walk):
+    for block in candidates(landscape):
         *groups, _, d_in = block.part.matrix_shape
-        total += 8 * math.prod(groups) * min(walk._tape.row_count(block), d_in) ** 2
+        total += 8 * math.prod(groups) * min(kept_tape(landscape).row_count(block), d_in) ** 2
     return total
 
 
-def sequential_bases(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
+def sequential_bases(landscape: Landscape, blocks: Sequence[Block]) -> dict[Block, Projector]:
     """Bases one after the other, each with all threads."""
-    return {block: walk.bases([block], 1.0)[block] for block in blocks}
+    return {block: landscape.bases([block], 1.0)[block] for block in blocks}
 
 
-def parallel_bases(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
+def parallel_bases(landscape: Landscape, blocks: Sequence[Block]) -> dict[Block, Projector]:
     """Bases at the same time, a thread to each, whether that pays or not."""
-    return walk.bases(blocks, 1.0, parallel=True)
+    return landscape.bases(blocks, 1.0, parallel=True)
 
 
-def bases_as_made(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
+def bases_as_made(landscape: Landscape, blocks: Sequence[Block]) -> dict[Block, Projector]:
     """Bases as a teleport makes them: shared where inputs are, at the same time if that pays."""
-    return walk.bases(blocks, 1.0)
+    return landscape.bases(blocks, 1.0)
 
 
 def room(bases: dict[Block, Projector]) -> dict[Block, Projector]:
@@ -141,15 +147,15 @@ def room(bases: dict[Block, Projector]) -> dict[Block, Projector]:
     return {block: basis for block, basis in bases.items() if basis.null_dim > 0}
 
 
-def deltas(walk: FrozenWalk) -> None:
+def deltas(landscape: Landscape) -> None:
     """One backward pass on the frozen activations."""
-    walk.look_back()
+    kept_tape(landscape).backward()
 
 
-def tangent_step(walk: FrozenWalk, bases: dict[Block, Projector]) -> Direction:
+def tangent_step(landscape: Landscape, bases: dict[Block, Projector]) -> Direction:
     """One step's direction: the backward pass, the tangent pass, the projection."""
-    deltas(walk)
-    return walk.tangent_direction(bases)
+    deltas(landscape)
+    return landscape.tangent_direction(bases)
 
 
 def teleporter(model: nn.Module, steps: int | None, method: str) -> Teleporter:
@@ -341,25 +347,25 @@ def step_jobs(setting: Setting) -> list[Job]:
     def job(number: int) -> list[Row]:
         case = _seeded(networks, setting.preset.small, setting.device)[number]
         with _unfused():
-            walk = recorded(case)
-            bases = room(sequential_bases(walk, candidates(walk)))
-            along = tangent_step(walk, bases)
+            landscape = recorded(case)
+            bases = room(sequential_bases(landscape, candidates(landscape)))
+            along = tangent_step(landscape, bases)
         own = {
-            "tangent step": Task(lambda _: tangent_step(walk, bases), within=_unfused),
-            "of it: deltas": Task(lambda _: deltas(walk), within=_unfused),
+            "tangent step": Task(lambda _: tangent_step(landscape, bases), within=_unfused),
+            "of it: deltas": Task(lambda _: deltas(landscape), within=_unfused),
             "of it: tangents, projection": Task(
-                lambda _: walk.tangent_direction(bases), lambda: deltas(walk), _unfused
+                lambda _: landscape.tangent_direction(bases), lambda: deltas(landscape), _unfused
             ),
             "double backward direction": Task(
-                lambda _: walk.double_backward_direction(bases), within=_unfused
+                lambda _: landscape.double_backward_direction(bases), within=_unfused
             ),
             "one look of the line search": Task(
-                lambda _: walk.norm_squared_at(along, 1e-3), within=_unfused
+                lambda _: landscape.norm_squared_at(along, 1e-3), within=_unfused
             ),
             "first recording": Task(lambda _: recorded(case), within=_unfused),
             "default teleport, all in": _teleport_task(case, None, "tangent"),
         }
-        floor, projected = floors(walk._tape, bases)
+        floor, projected = floors(kept_tape(landscape), bases)
         rows = _timed(setting, case, own)
         for row in rows:
             if row["operation"] == "tangent step":
@@ -403,20 +409,20 @@ def basis_jobs(setting: Setting) -> list[Job]:
     def job(number: int) -> list[Row]:
         case = _seeded(networks, setting.preset.small, setting.device)[number]
         with _unfused():
-            walk = recorded(case)
-            made = sequential_bases(walk, candidates(walk))
+            landscape = recorded(case)
+            made = sequential_bases(landscape, candidates(landscape))
 
-        def some(numbers: list[int], walk: FrozenWalk) -> object:
-            blocks = candidates(walk)
-            return bases_as_made(walk, [blocks[i] for i in numbers])
+        def some(numbers: list[int], landscape: Landscape) -> object:
+            blocks = candidates(landscape)
+            return bases_as_made(landscape, [blocks[i] for i in numbers])
 
-        # Every run gets a fresh walk: rows and Gram matrices are kept once they are formed.
+        # Every run gets a fresh landscape: rows and Gram matrices are kept once they are formed.
         fresh = partial(recorded, case)
         tasks = {"all bases": Task(partial(some, list(range(len(made)))), fresh, _unfused)}
         notes = {}
         for i, (block, basis) in enumerate(made.items()):
             tasks[block.name] = Task(partial(some, [i]), fresh, _unfused)
-            rows = walk._tape.row_count(block)
+            rows = kept_tape(landscape).row_count(block)
             notes[block.name] = {"rows": rows, "rank": basis.rank, "null_dim": basis.null_dim}
         rows_ = _timed(setting, case, tasks)
         return [{**row, **notes.get(row["operation"], {})} for row in rows_]

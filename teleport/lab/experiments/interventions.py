@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from teleport.objective import grad_norm, trainable
-from teleport.recording import Closure
 from teleport.report import TeleportReport
 from teleport.rivals import (
     ObjectiveStep,
@@ -25,6 +24,7 @@ from teleport.rivals import (
 )
 from teleport.rivals.other_objectives import Slope
 from teleport.rivals.ways import RESCALINGS, ways
+from teleport.runtime.closures import Closure
 from teleport.teleporter import DEFAULT_GROWTH, Teleporter
 
 LONGEST_TRIAL = 40

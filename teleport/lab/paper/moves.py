@@ -21,9 +21,9 @@ from teleport.lab.records.runs import has_begun, read_rows, twice
 from teleport.lab.records.sameness import check_folder, is_complete
 from teleport.lab.records.writer import RecordWriter
 from teleport.objective import grad_norm, trainable
-from teleport.recording import Closure
 from teleport.report import TeleportReport
 from teleport.runtime.clock import now
+from teleport.runtime.closures import Closure
 from teleport.runtime.transaction import Transaction
 from teleport.teleporter import Teleporter
 

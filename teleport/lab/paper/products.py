@@ -19,7 +19,8 @@ from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import FloatArray, read_rows
 from teleport.lab.records.writer import RecordWriter
 from teleport.layers.support import cover
-from teleport.recording import Closure, record
+from teleport.recording import record
+from teleport.runtime.closures import Closure
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from teleport.lab.experiments.entry import Experiment
 from teleport.lab.experiments.optimizers import find_optimizer
 from teleport.lab.experiments.training import check_fits, train_size
 from teleport.lab.records.writer import environment
-from teleport.recording import Closure
+from teleport.runtime.closures import Closure
 
 UNTUNED = ("sgd", 0.1)
 """How an experiment is trained of which no learning rate was tuned."""

@@ -21,7 +21,7 @@ from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import read_rows
 from teleport.lab.records.sameness import check_folder, is_complete
 from teleport.lab.records.writer import RecordWriter
-from teleport.recording import Closure
+from teleport.runtime.closures import Closure
 from teleport.runtime.transaction import Transaction
 from teleport.teleporter import Teleporter
 

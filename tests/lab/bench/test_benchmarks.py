@@ -20,7 +20,7 @@ from teleport.lab.bench import benchmarks
 from teleport.lab.bench.rivals import Speed, repeated_ways, speed_ways
 from teleport.lab.bench.tables import Benchmark, curves, read_benchmarks, sheets
 from teleport.lab.experiments.models import Transformer, cnn, mlp
-from teleport.landscape import FrozenWalk
+from teleport.landscape import Landscape
 from teleport.rivals.ways import ways
 from teleport.runtime.transaction import _unfused
 
@@ -156,15 +156,15 @@ def test_the_floor_is_a_count_of_multiplications() -> None:
     own = 4 * 4 * 8 + 4 * 4 * 5  # the Gram matrix of the rows times the cotangents
     step = (two + three) + (two + own) + (two + three)
     projection = 2 * (4 * 9 * 4) + 2 * (2 * 6 * 4)
-    assert benchmarks.floors(walk._tape, bases) == (step / gradient, (step + projection) / gradient)
+    assert benchmarks.floors(walk.tape, bases) == (step / gradient, (step + projection) / gradient)
     # Where only the head moves, its inputs' tangents still pass through every layer before it.
     head = {third: bases[third]}
     step = (two + three) + (two + own) + three
-    assert benchmarks.floors(walk._tape, head)[0] == step / gradient
+    assert benchmarks.floors(walk.tape, head)[0] == step / gradient
     # Where only the layer after the first moves, nothing later needs a tangent.
     middle = {second: bases[second]}
     step = (two + three) + 4 * 4 * 8 + two
-    assert benchmarks.floors(walk._tape, middle)[0] == step / gradient
+    assert benchmarks.floors(walk.tape, middle)[0] == step / gradient
 
 
 @pytest.mark.parametrize(("rows", "floor"), [(1, 1.0), (64, 5 / 3)])
@@ -176,7 +176,7 @@ def test_floors_of_a_deep_network_are_those_of_the_cost_model(rows: int, floor: 
     )
     walk = benchmarks.recorded(case)
     bases = benchmarks.sequential_bases(walk, benchmarks.candidates(walk))
-    assert benchmarks.floors(walk._tape, bases)[0] == pytest.approx(floor, rel=0.03)
+    assert benchmarks.floors(walk.tape, bases)[0] == pytest.approx(floor, rel=0.03)
 
 
 @pytest.mark.parametrize("number", range(3), ids=NETWORKS)
@@ -254,15 +254,15 @@ def test_symmetry_teleportation_is_measured_too() -> None:
 
 def test_parallel_bases_are_measured_with_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
-    sound = FrozenWalk.bases
+    sound = Landscape.bases
 
     def bases(
-        self: FrozenWalk, blocks: Sequence[Any], tau: float, parallel: bool | None = None
+        self: Landscape, blocks: Sequence[Any], tau: float, parallel: bool | None = None
     ) -> dict[Any, Any]:
         seen.add((len(blocks), tau, torch.get_num_threads(), parallel))
         return sound(self, blocks, tau, parallel)
 
-    monkeypatch.setattr(FrozenWalk, "bases", bases)
+    monkeypatch.setattr(Landscape, "bases", bases)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     before = torch.get_num_threads()
     rows = [row for _, job in benchmarks.layers_jobs(SETTING) for row in job()]
