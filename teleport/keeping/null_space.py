@@ -23,6 +23,7 @@ from teleport.layers.part import Part
 from teleport.layers.shared_weight import TiedBasis
 from teleport.layers.support import NO_GRADIENT, Block, cover
 from teleport.recording import USED_OUTSIDE, watch
+from teleport.report import text_table
 from teleport.runtime.closures import without_gradients
 from teleport.runtime.precision import Autocast
 from teleport.runtime.randomness import Quiet, RandomState, drawing_modules, names_of_drawing
@@ -173,10 +174,9 @@ class NullSpace:
         for name, basis in self.bases.items():
             total = basis.rank + basis.null_dim
             rows.append((name, str(total), str(basis.rank), str(basis.null_dim)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        lines = text_table(rows)
         lines += [f"{name or '(model)'}  frozen: {why}" for name, why in self.frozen.items()]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: basis.shape for name, basis in self.bases.items()}

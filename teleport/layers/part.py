@@ -58,7 +58,7 @@ class Slot:
 
 
 class Part(ABC):
-    """One weight matrix of a module. All methods are pure.
+    """One weight matrix of a module. Only `put` and `write` change the parameters.
 
     Attributes:
         name: distinguishes the parts of a module; empty if there is one.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Any
 
@@ -320,6 +321,25 @@ def _can_tie(a: Part, b: Part) -> bool:
         and upright.weight.key == transposed.weight.key
         and not transposed.has_bias_column
     )
+
+
+def selected(
+    names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> set[str]:
+    """The names that match a pattern of ``include`` (all by default) and none of ``exclude``."""
+
+    def matches(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    wanted = (name for name in names if include is None or matches(name, include))
+    return {name for name in wanted if not matches(name, exclude or ())}
+
+
+def require_matches(names: Sequence[str], patterns: Sequence[str]) -> None:
+    """Raise ValueError for a pattern that matches none of the names."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"no layer matches {pattern!r}; the model's layers are {names}")
 
 
 @dataclass(frozen=True)

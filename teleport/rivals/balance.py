@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from teleport.rivals.batch import require
+from teleport.errors import require
 from teleport.rivals.climb import Move
 from teleport.rivals.rescaling import ROUNDING, Couplings, Rescaling
 from teleport.rivals.rival import Rival

@@ -11,12 +11,6 @@ from teleport.objective import ascent_double_backward, gradient, mean_grad_norm,
 from teleport.runtime.closures import Closure
 
 
-def require(name: str, value: object, valid: bool, allowed: str) -> None:
-    """Raise ValueError for an argument out of range, with its value and the range."""
-    if not valid:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
 class Batch:
     """One teleport batch: its loss, gradient and ascent direction at the model's parameters.
 

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from teleport.direction import Direction
+from teleport.errors import require
 from teleport.landscape import Landscape
 from teleport.layers.support import Block, cover
 from teleport.line_search import step_to_norm
 from teleport.objective import gradient, trainable
 from teleport.report import TeleportReport
-from teleport.rivals.batch import Batch, require
+from teleport.rivals.batch import Batch
 from teleport.rivals.climb import Move
 from teleport.rivals.rival import MAX_DRIFT, Rival
 from teleport.runtime.closures import Closure

@@ -13,8 +13,9 @@ the last hidden layer; here all hidden layers are balanced, as their objective s
 
 from torch import nn
 
+from teleport.errors import require
 from teleport.rivals.balance import SWEEPS, TOLERANCE, BalancedRescaling, least_sum
-from teleport.rivals.batch import Batch, require
+from teleport.rivals.batch import Batch
 from teleport.rivals.climb import Move
 
 

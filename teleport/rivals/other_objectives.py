@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from teleport.direction import Direction
+from teleport.errors import require
 from teleport.objective import ascent_double_backward, gradient, squared_norm
 from teleport.report import TeleportReport
-from teleport.rivals.batch import Batch, require, sum_
+from teleport.rivals.batch import Batch, sum_
 from teleport.rivals.climb import Move
 from teleport.rivals.controls import as_still, move_norms, null_landscape
 from teleport.rivals.rival import MAX_DRIFT, Rival

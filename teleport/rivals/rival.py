@@ -12,11 +12,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from teleport.errors import require
 from teleport.guard import GuardedMove, HeldOut, Outcome, frozen_layers
 from teleport.layers.support import Coverage, cover
 from teleport.line_search import load_search
 from teleport.report import LayerReport, TeleportReport
-from teleport.rivals.batch import Batch, require
+from teleport.rivals.batch import Batch
 from teleport.rivals.climb import Move
 from teleport.runtime.clock import now
 from teleport.runtime.closures import Closure

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from teleport.errors import ClosureError, GroupElementError
+from teleport.errors import ClosureError, GroupElementError, require
 from teleport.layers.part import Part
 from teleport.layers.support import Block
 from teleport.recording import watch
-from teleport.rivals.batch import Batch, require
+from teleport.rivals.batch import Batch
 from teleport.rivals.chain import chain
 from teleport.rivals.climb import Move, Ray, StepRule, climb
 from teleport.rivals.group_action import INVERSE_KINDS, PSEUDO_INVERSES, bend_of, group_action
