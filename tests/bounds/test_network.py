@@ -26,7 +26,7 @@ from torch.nn import functional
 from teleport import NetworkBound, Teleporter, UnsupportedModelError, data, network_bound
 from teleport.bounds.lipschitz import GELU_TANH, LINEAR, SILU, convolution_norm, lipschitz
 from teleport.lab.experiments import models
-from tests.layers.test_rules import Layer, convolutions, transposed_convolutions
+from tests.support.drawn_layers import Layer, convolutions, transposed_convolutions
 from tests.support.fingerprint import fingerprint
 from tests.support.strategies import seeds
 

@@ -16,8 +16,8 @@ from torch.nn import functional
 from teleport import ClosureError, UnsupportedModelError
 from teleport.rivals import ChangeOfBasisTeleporter, EquiNormalization, PathConditioning
 from teleport.rivals.rival import Rival
-from tests.rivals.test_change_of_basis import Case, cases
 from tests.support.fingerprint import fingerprint, weights
+from tests.support.homogeneous import Case, cases
 from tests.support.strategies import seeds
 
 METHODS: dict[str, Callable[[nn.Module], Rival]] = {
