@@ -1,11 +1,17 @@
-"""Hypothesis profiles, a torch that uses one thread and known seeds, and the theorem ledger."""
+"""What all tests share: the tiers, a torch that uses one thread, known seeds, the theorem ledger.
+
+The plain command runs the quick tier, ``--slow`` adds the tests marked ``slow``, and ``--deep``
+runs the tests of theorems alone, each with so many times its examples that all are 100,000.
+"""
 
 import functools
 import importlib
+import math
 import os
 import random
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,23 +50,12 @@ def _seeds() -> Iterator[None]:
     np.random.set_state(numpy)  # noqa: NPY002
 
 
-class Ledger:
-    """``--ledger``: counts the examples of tests marked ``verifies`` and writes them down.
-
-    The package is imported late: before pytest is configured, its annotations are not checked.
-    """
+class Examples:
+    """Counts the examples of tests marked ``verifies``."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.examples: Counter[str] = Counter()
-        self.sources: dict[str, str] = {}
-
-    def pytest_itemcollected(self, item: pytest.Item) -> None:
-        """Take the digest of the file as it is now: it may be edited while the tests run."""
-        from teleport.book import ledger
-
-        if item.get_closest_marker("verifies") and str(item.path) not in self.sources:
-            self.sources[str(item.path)] = ledger.digest(item.path)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -85,40 +80,141 @@ class Ledger:
             if given:
                 given.inner_test = body
         item.user_properties.append(("examples", passed if given else 1))
-        item.user_properties.append(("source", self.sources[str(item.path)]))
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add up the parameters of one function; reports also come from other processes."""
         properties = dict(report.user_properties)
         if report.when == "call" and report.passed and "examples" in properties:
-            test = report.nodeid.split("[")[0]
-            self.examples[test] += properties["examples"]
-            self.sources[test] = properties["source"]
+            self.passed(report.nodeid.split("[")[0], properties)
+
+    def passed(self, test: str, properties: dict[str, object]) -> None:
+        self.examples[test] += properties["examples"]
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Write the ledger if all tests passed."""
-        if hasattr(self.config, "workerinput"):
-            return
+        if not hasattr(self.config, "workerinput"):
+            self.finish(session, exitstatus)
+
+    def finish(self, session: pytest.Session, exitstatus: int) -> None:
+        """All tests were run."""
+
+    def say(self, text: str) -> None:
+        self.config.get_terminal_writer().line(f"\n{text}")
+
+
+class Ledger(Examples):
+    """``--ledger``: writes the counts down.
+
+    The package is imported late: before pytest is configured, its annotations are not checked.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        super().__init__(config)
+        self.digests: dict[Path, str] = {}
+        self.sources: dict[str, str] = {}
+
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        """Take the digest of the file as it is now: it may be edited while the tests run."""
         from teleport.book import ledger
 
-        say = self.config.get_terminal_writer().line
+        if item.get_closest_marker("verifies"):
+            source = self.digests.setdefault(item.path, ledger.digest(item.path))
+            item.user_properties.append(("source", source))
+
+    def passed(self, test: str, properties: dict[str, object]) -> None:
+        super().passed(test, properties)
+        self.sources[test] = properties["source"]
+
+    def finish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Write the ledger if all tests passed."""
+        from teleport.book import ledger
+
         if exitstatus != pytest.ExitCode.OK:
-            say("\nThe ledger is left as it was: not all tests passed.")
+            self.say("The ledger is left as it was: not all tests passed.")
             return
         results = {test: (count, self.sources[test]) for test, count in self.examples.items()}
         rows = ledger.update(self.config.rootpath, results)
-        say(f"\n{ledger.LEDGER}: {len(self.examples)} tests of {len(rows)} written.")
+        self.say(f"{ledger.LEDGER}: {len(self.examples)} tests of {len(rows)} written.")
+
+
+class Deep(Examples):
+    """``--deep``: says how many examples were drawn, and fails if they are too few."""
+
+    def finish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Tests that fail, or whose inputs are soon exhausted, take their examples along."""
+        count = sum(self.examples.values())
+        self.say(f"{count} examples of {len(self.examples)} tests of theorems, wanted {WANTED}.")
+        whole = not self.config.option.keyword and not any(map(is_file, self.config.args))
+        if whole and count < WANTED:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+WANTED = 100_000
+"""Examples that a deep run draws, at least."""
+MARGIN = 1.3
+"""Not every test draws more when it may: some have a few inputs only."""
+
+
+def deep_factor(root: Path) -> int:
+    """By how much more a deep run draws than the ledger says was drawn."""
+    from teleport.book import ledger
+
+    drawn = sum(row.examples for row in ledger.read(root / ledger.LEDGER).values())
+    return math.ceil(MARGIN * WANTED / drawn)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--deep", action="store_true", help=f"draw {WANTED} examples of the theorems")
     parser.addoption("--ledger", action="store_true", help="write chapters/ledger.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not config.getoption("--ledger"):
-        return
-    if config.option.keyword or any("::" in argument for argument in config.args):
-        raise pytest.UsageError("--ledger counts all parameters of a test: name whole files, no -k")
-    settings.load_profile("ci")  # the same examples, and so the same ledger, every time
-    config.pluginmanager.register(Ledger(config), "ledger")
+    if config.getoption("--ledger"):
+        if config.option.keyword or any("::" in argument for argument in config.args):
+            raise pytest.UsageError(
+                "--ledger counts all parameters of a test: name whole files, no -k"
+            )
+        settings.load_profile("ci")  # the same examples, and so the same ledger, every time
+        config.pluginmanager.register(Ledger(config), "ledger")
+    elif config.getoption("--deep"):
+        examples = deep_factor(config.rootpath) * COMMON["max_examples"]
+        settings.register_profile("deep", **{**COMMON, "max_examples": examples})
+        settings.load_profile("deep")
+        config.pluginmanager.register(Deep(config), "deep")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """As many as there are cores for this process, which in a container are not the machine's."""
+    from teleport.runtime.cores import cores
+
+    return cores()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take the tier; the files with slow tests first, so that no process waits for the other."""
+    slow = {item for item in items if item.get_closest_marker("slow")}
+    if config.getoption("--deep"):
+        out = {item for item in items if not item.get_closest_marker("verifies")}
+    elif every_tier(config):
+        out = set()
+    else:
+        out = slow
+    if out:
+        config.hook.pytest_deselected(items=[item for item in items if item in out])
+    first = {item.path for item in slow}
+    items[:] = sorted(
+        (item for item in items if item not in out), key=lambda item: item.path not in first
+    )
+
+
+def every_tier(config: pytest.Config) -> bool:
+    """Whether slow tests run: if asked for, by their mark or where files are named."""
+    asked = config.getoption("--slow") or config.getoption("--ledger")
+    return asked or "slow" in config.option.markexpr or all(map(is_file, config.args))
+
+
+def is_file(argument: str) -> bool:
+    """Whether an argument names a file, or a test in one, and not a folder."""
+    return Path(argument.split("::")[0]).is_file()

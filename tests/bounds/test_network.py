@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mpmath import iv
 from PIL import Image
@@ -26,7 +26,8 @@ from torch.nn import functional
 from teleport import NetworkBound, Teleporter, UnsupportedModelError, data, network_bound
 from teleport.bounds.lipschitz import GELU_TANH, LINEAR, SILU, convolution_norm, lipschitz
 from teleport.lab.experiments import models
-from tests.layers.test_rules import Layer, convolutions, transposed_convolutions
+from tests.support.drawn_layers import Layer, convolutions, transposed_convolutions
+from tests.support.examples import examples
 from tests.support.fingerprint import fingerprint
 from tests.support.strategies import seeds
 
@@ -58,7 +59,7 @@ def unbatched(case: Layer) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.verifies("thm-drift")
-@settings(max_examples=60)
+@examples(60)
 @given(st.one_of(convolutions(), transposed_convolutions()))
 def test_a_convolution_is_no_larger_than_its_norm_bound(case: Layer) -> None:
     module, x = unbatched(case)
@@ -367,7 +368,7 @@ def assert_holds(found: NetworkBound) -> None:
 
 
 @pytest.mark.verifies("thm-drift")
-@settings(max_examples=20)
+@examples(20)
 @given(chains(), taus, growths)
 def test_no_teleport_exceeds_the_bound_on_outputs_and_losses(
     case: Chain, tau: float, growth: float
@@ -385,7 +386,7 @@ def test_no_teleport_exceeds_the_bound_on_outputs_and_losses(
 
 
 @pytest.mark.verifies("thm-drift")
-@settings(max_examples=40)
+@examples(40)
 @given(chains(), taus, st.floats(-4.0, 2.0), seeds)
 def test_no_move_at_all_exceeds_the_bound(case: Chain, tau: float, power: float, seed: int) -> None:
     """Moves that respect no null space, of any size."""
@@ -403,7 +404,7 @@ def test_no_move_at_all_exceeds_the_bound(case: Chain, tau: float, power: float,
 
 
 @pytest.mark.verifies("thm-drift")
-@settings(max_examples=10)
+@examples(10)
 @given(chains(), growths)
 def test_the_bound_of_an_exact_teleport_is_rounding(case: Chain, growth: float) -> None:
     before, x, y = case.build()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,12 +19,11 @@ from teleport.recording import record
 from teleport.runtime.transaction import Transaction
 from teleport.subspace import RowSpace
 from teleport.teleporter import METHODS
+from tests.support.examples import examples
 from tests.support.fingerprint import all_but_weights, fingerprint
 from tests.support.strategies import gradient_norm, seeds
 
-few = settings(
-    max_examples=12, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
-)
+few = examples(12, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 GROWTH = 1.5
 REACHED = 1e-6
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,11 +21,12 @@ from teleport.layers.support import cover
 from teleport.runtime.threads import WORTH_THREADS, in_parallel, using_threads, worth_threads
 from teleport.subspace import Basis
 from teleport.teleporter import METHODS
+from tests.support.examples import examples
 from tests.support.networks import GRAPHS, Task, task, without_dropout
 from tests.support.strategies import gradient_norm, seeds
 from tests.support.waiting import HANG
 
-few = settings(max_examples=6)
+few = examples(6)
 methods = pytest.mark.parametrize("method", METHODS)
 
 SAME_STEP = 1e-8

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,6 +18,7 @@ from teleport.lab.experiments.models import mlp
 from teleport.line_search import step_to_norm
 from teleport.objective import grad_norm, trainable
 from teleport.subspace import Basis, RowSpace
+from tests.support.examples import examples
 from tests.support.networks import GRAPHS, Task, task, without_dropout
 from tests.support.own_models import CLASSES, UNet, batch_norm
 from tests.support.strategies import (
@@ -160,7 +161,7 @@ def smooth_images(seed: int) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 @pytest.mark.verifies("thm-rank")
 @given(st.integers(0, 10_000), st.floats(1.5, 10.0))
-@settings(max_examples=6)
+@examples(6)
 def test_the_growth_is_reached_where_free_directions_hold_a_little_energy(
     seed: int, growth: float
 ) -> None:
@@ -413,7 +414,7 @@ def test_below_tau_1_the_loss_drifts_within_the_bound(tau: float) -> None:
     assert math.isclose(report.growth, 1.2, rel_tol=REACHED)
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(roomy, growths)
 def test_micro_batches_are_one_batch(case: Case, growth: float) -> None:
     """The mean of the losses of two equal halves is the loss of the whole."""

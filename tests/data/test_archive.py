@@ -15,31 +15,9 @@ from hypothesis import strategies as st
 
 from teleport.data.archive import gunzip, tar_members, zip_members
 from teleport.errors import DataError
+from tests.support.archives import Files, tar, zipped
 
 Reader = Callable[..., Iterator[tuple[str, bytes]]]
-Files = dict[str, bytes]
-
-
-def tar(files: Files, *extra: tarfile.TarInfo) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        for member in extra:
-            archive.addfile(member)
-    return buffer.getvalue()
-
-
-def zipped(files: Files, compression: int = zipfile.ZIP_DEFLATED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, content in files.items():
-            archive.writestr(zipfile.ZipInfo(name), content, compression)
-    return buffer.getvalue()
-
-
 BOTH = pytest.mark.parametrize(("pack", "read"), [(tar, tar_members), (zipped, zip_members)])
 names = st.text("abcXYZ_-", min_size=1, max_size=8)
 paths = st.lists(names, min_size=1, max_size=3).map("/".join)

@@ -25,7 +25,7 @@ from teleport.data.images import UNSIGNED_BYTE, read_cifar
 from teleport.data.series import read_table, split_windows, windows
 from teleport.data.text import END, UNKNOWN, encode, sequences, vocabulary, words
 from teleport.errors import DataError
-from tests.data.test_archive import tar, zipped
+from tests.support.archives import tar, zipped
 from tests.support.loopback import Mirrors, server
 
 Bytes = npt.NDArray[np.uint8]

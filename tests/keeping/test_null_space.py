@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from teleport import (
 )
 from teleport.layers.support import cover
 from teleport.subspace import Basis
+from tests.support.examples import examples
 from tests.support.fingerprint import fingerprint
 from tests.support.networks import Residual
 from tests.support.strategies import seeds
@@ -36,7 +37,7 @@ weights (d <= 49: 1e-13); a few layers and five steps multiply it by less than 1
 SEEN = 1e-5
 """Relative change that is none of rounding."""
 
-few = settings(max_examples=8)
+few = examples(8)
 
 
 class Recurrent(nn.Module):

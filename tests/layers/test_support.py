@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,6 +17,7 @@ from teleport.layers.support import cover
 from teleport.objective import ascent_double_backward, trainable
 from teleport.recording import record
 from teleport.subspace import RowSpace
+from tests.support.examples import examples
 from tests.support.fingerprint import fingerprint
 from tests.support.networks import GRAPHS, task
 from tests.support.strategies import gradient_norm, seeds
@@ -238,7 +239,7 @@ LEAKS: dict[str, tuple[Callable[[Attending], Tensor], set[str]]] = {
 
 @pytest.mark.verifies("thm-survivor")
 @pytest.mark.parametrize("leak", LEAKS)
-@settings(max_examples=8)
+@examples(8)
 @given(seed=seeds)
 @sdpa_kernel(SDPBackend.MATH)  # the fused ones have no second derivative
 def test_with_a_leaking_part_the_tangent_direction_is_double_backwards(

@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport.rivals import LevelSetTeleporter
+from tests.support.examples import examples
 from tests.support.fingerprint import fingerprint
 from tests.support.networks import task
 from tests.support.strategies import Case, cases, gradient, gradient_norm
@@ -43,7 +44,7 @@ def hessian_by_definition(model: nn.Module, closure: Callable[[], Tensor]) -> Te
 
 
 @pytest.mark.verifies("thm-linearised")
-@settings(max_examples=15)
+@examples(15)
 @given(smooth, lrs)
 def test_one_step_solves_the_linearised_problem(case: Case, lr: float) -> None:
     problem = case.build()
@@ -63,7 +64,7 @@ def test_one_step_solves_the_linearised_problem(case: Case, lr: float) -> None:
 
 
 @pytest.mark.verifies("thm-linearised")
-@settings(max_examples=15)
+@examples(15)
 @given(smooth)
 def test_the_drift_of_a_step_is_of_second_order(case: Case) -> None:
     drifts, unit = [], 0.0
@@ -149,7 +150,7 @@ def test_micro_batches_are_one_batch() -> None:
     torch.testing.assert_close(position(whole.model), position(parts.model))
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(smooth)
 def test_the_loss_is_kept_as_asked_or_the_model_is_as_before(case: Case) -> None:
     problem = case.build()

@@ -15,9 +15,9 @@ from teleport import ClosureError, UnsupportedModelError
 from teleport.rivals import SymmetryTeleporter, preactivation_action
 from teleport.rivals.batch import Batch
 from teleport.rivals.preactivation_action import elementwise_of
-from tests.rivals.test_symmetry import Case, Problem
 from tests.support.fingerprint import fingerprint
 from tests.support.strategies import gradient_norm, seeds
+from tests.support.wide_perceptrons import Case, Problem
 
 float64 = torch.float64
 FUNCTIONS: dict[str, Callable[[], nn.Module]] = {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from torch.nn import functional
 from teleport import ClosureError, UnsupportedModelError
 from teleport.rivals import ChangeOfBasisTeleporter, EquiNormalization, PathConditioning
 from teleport.rivals.rival import Rival
-from tests.rivals.test_change_of_basis import Case, cases
+from tests.support.examples import examples
 from tests.support.fingerprint import fingerprint, weights
+from tests.support.homogeneous import Case, cases
 from tests.support.strategies import seeds
 
 METHODS: dict[str, Callable[[nn.Module], Rival]] = {
@@ -39,7 +40,7 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], Tensor]:
 
 @methods
 @pytest.mark.verifies("thm-change-of-basis")
-@settings(max_examples=25)
+@examples(25)
 @example(case=Case((1, 2, 4, 3, 2), groups=2, convolutions=2, activation="PReLU", pool="max"))
 @given(case=cases())
 def test_the_function_is_kept_on_all_inputs(method: str, case: Case) -> None:
@@ -54,7 +55,7 @@ def test_the_function_is_kept_on_all_inputs(method: str, case: Case) -> None:
 
 
 @methods
-@settings(max_examples=15)
+@examples(15)
 @given(case=cases())
 def test_the_end_does_not_depend_on_a_rescaling_before_and_is_a_fixed_point(
     method: str, case: Case
@@ -77,7 +78,7 @@ def test_the_end_does_not_depend_on_a_rescaling_before_and_is_a_fixed_point(
 
 
 @pytest.mark.verifies("thm-equi-normalisation")
-@settings(max_examples=25)
+@examples(25)
 @given(perceptrons, st.sampled_from([1.0, 1.5, 2.0, 4.0]))
 def test_incoming_and_outgoing_weights_have_one_norm_and_the_sum_is_least(
     case: Case, p: float
@@ -148,7 +149,7 @@ def arrays(model: nn.Sequential) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 
 @pytest.mark.verifies("thm-path-conditioning")
-@settings(max_examples=10, deadline=None)
+@examples(10, deadline=None)
 @example(Case((2, 3, 4, 2), seed=1))
 @example(Case((3, 1, 4, 2, 1), seed=2, bias=False))
 @given(perceptrons)

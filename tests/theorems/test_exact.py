@@ -11,14 +11,15 @@ from math import comb
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from teleport import reference
 from tests.support import exact
 from tests.support.exact import equal, inner, matrices, plus, projected
+from tests.support.examples import examples
 
-few = settings(max_examples=20)
+few = examples(20)
 steps = st.one_of(st.fractions(-9, 9, max_denominator=9), st.sampled_from([10**6, -(10**9)]))
 
 

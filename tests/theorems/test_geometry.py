@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
@@ -18,6 +18,7 @@ from teleport.objective import Metric, Shares, ascent_double_backward, metric_of
 from teleport.recording import record
 from teleport.subspace import RowSpace
 from teleport.teleporter import METHODS
+from tests.support.examples import examples
 from tests.support.fingerprint import fingerprint
 from tests.support.networks import GRAPHS, Task, task, without_dropout
 from tests.support.strategies import (
@@ -111,7 +112,7 @@ def test_tangents_along_the_divided_gradient_give_the_projected_ascent(
 @pytest.mark.verifies("thm-geometry")
 @pytest.mark.parametrize("name", GRAPHS)
 @given(seed=seeds)
-@settings(max_examples=10)
+@examples(10)
 def test_it_holds_in_any_graph(name: str, seed: int) -> None:
     problem = task(name, seed)
     without_dropout(problem.model)
@@ -152,7 +153,7 @@ def test_d_grows_along_the_direction_by_its_squared_norm(case: Case, seed: int) 
 
 @pytest.mark.verifies("thm-polynomial")
 @given(cases(depths=(2, 3), activations=NEVER_DEAD, roomy=True), seeds)
-@settings(max_examples=25)
+@examples(25)
 def test_d_is_a_polynomial_in_the_step(case: Case, seed: int) -> None:
     """The values at degree + 1 steps determine the one at any other."""
     problem = case.build()
@@ -179,7 +180,7 @@ def test_d_is_a_polynomial_in_the_step(case: Case, seed: int) -> None:
 @adaptive
 @pytest.mark.parametrize("method", METHODS)
 @given(case=cases(activations=NEVER_DEAD, roomy=True))
-@settings(max_examples=8)
+@examples(8)
 def test_a_teleport_enlarges_the_norm_the_optimizer_sees_and_keeps_the_loss(
     name: str, method: str, case: Case
 ) -> None:
@@ -214,7 +215,7 @@ def fingerprint_of(optimizer: Optimizer) -> list[float]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @given(seed=seeds)
-@settings(max_examples=3)
+@examples(3)
 def test_with_the_identity_it_is_the_plain_objective(
     method: str, momentum: float, seed: int
 ) -> None:
@@ -239,7 +240,7 @@ def named(shares: Shares) -> dict[object, float]:
 @pytest.mark.parametrize("name", ["plain", "residual", "tied"])
 @pytest.mark.parametrize("method", METHODS)
 @given(seed=seeds)
-@settings(max_examples=6)
+@examples(6)
 def test_a_batch_in_pieces_is_one_batch(name: str, method: str, seed: int) -> None:
     problem = task(name, seed)
     metric = drawn_metric(problem.model, seed)
@@ -261,7 +262,7 @@ def test_a_batch_in_pieces_is_one_batch(name: str, method: str, seed: int) -> No
 
 @adaptive
 @given(seed=seeds, steps=st.integers(1, 5))
-@settings(max_examples=10)
+@examples(10)
 def test_m_is_what_the_optimizer_divides_by(name: str, seed: int, steps: int) -> None:
     """From the gradients it has seen, by the formulas of the optimizers' papers."""
     problem = task("plain", seed)

@@ -5,11 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from teleport import Teleporter, null_space
+from tests.support.examples import examples
 from tests.support.strategies import (
     NEVER_DEAD,
     Case,
@@ -25,7 +26,7 @@ EXACT = 1e-9
 """Relative error of two ways to compute one drift. P of 41 inputs at most is right to about
 d^{3/2} eps = 6e-14; sums over few samples, and W as large as ΔW or larger, take the rest."""
 
-few = settings(max_examples=15)
+few = examples(15)
 roomy = cases(depths=(2, 4), biases=with_bias, roomy=True, activations=NEVER_DEAD)
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from sympy import Matrix, Rational, diag, eye
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.func import hessian
 
 from teleport.rivals import BOOTH, ROSENBROCK, PlanarFunction
+from tests.support.examples import examples
 
 entries = st.integers(-4, 4)
 general = st.lists(entries, min_size=3, max_size=3)
@@ -64,7 +65,7 @@ def newton_sine(function: PlanarFunction, point: Tensor) -> float:
 
 @pytest.mark.verifies("thm-newton")
 @pytest.mark.parametrize("function", [BOOTH, ROSENBROCK], ids=lambda f: f.name)
-@settings(max_examples=25)
+@examples(25)
 @given(radius=st.floats(0.5, 6.0), start=st.floats(0.0, 2 * math.pi))
 def test_at_every_peak_of_the_gradient_norm_newton_agrees(
     function: PlanarFunction, radius: float, start: float

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -34,6 +34,7 @@ from teleport.lab.keeping.training import (
 )
 from teleport.lab.records.runs import Run, read_runs
 from teleport.subspace import RowSpace
+from tests.support.examples import examples
 
 TINY = Course("digits", "tiny")
 SEEDS = st.integers(0, 2**31)
@@ -183,7 +184,7 @@ class Toy:
 @pytest.mark.verifies("thm-keep")
 @pytest.mark.parametrize("method", ["projected", "lazy"])
 @given(seed=SEEDS)
-@settings(max_examples=8)
+@examples(8)
 def test_at_tau_1_the_old_outputs_stay_while_the_new_loss_falls(method: str, seed: int) -> None:
     toy = Toy(seed, method)
     before, start = toy.model(toy.old), toy.loss()
@@ -193,7 +194,7 @@ def test_at_tau_1_the_old_outputs_stay_while_the_new_loss_falls(method: str, see
 
 
 @given(seed=SEEDS)
-@settings(max_examples=8)
+@examples(8)
 def test_plain_steps_and_random_subspaces_do_not_keep_the_old_outputs(seed: int) -> None:
     for method in ("plain", "random"):
         toy = Toy(seed, method)
@@ -204,7 +205,7 @@ def test_plain_steps_and_random_subspaces_do_not_keep_the_old_outputs(seed: int)
 
 @pytest.mark.parametrize("method", ["projected", "lazy"])
 @given(seed=SEEDS)
-@settings(max_examples=5)
+@examples(5)
 def test_every_earlier_task_is_kept_not_only_the_last(method: str, seed: int) -> None:
     toy = Toy(seed, method)
     toy.train()
