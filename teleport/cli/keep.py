@@ -7,7 +7,7 @@ import typer
 
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, Threads
-from teleport.cli.output import step_progress
+from teleport.cli.progress import step_progress
 from teleport.lab.experiments.choices import METHOD_NAMES, SEQUENCE_NAMES
 from teleport.lab.experiments.entry import one_of
 

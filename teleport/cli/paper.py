@@ -8,7 +8,8 @@ import typer
 
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, Threads, check_names
-from teleport.cli.output import say, step_progress
+from teleport.cli.output import say
+from teleport.cli.progress import step_progress
 
 
 def spectrum(

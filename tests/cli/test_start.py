@@ -27,7 +27,7 @@ COMMANDS = [
 WRONG = ["run --nope", "run nope", "run --preset x", "run --schedule x", "sweep nope", "tau nope"]
 WRONG += ["continual nope", "run --threads 0", "bench step --threads 2000", "spectrum nope"]
 NO_HELP = ["--version", "list", *WRONG]
-HEAVY = ["torch", "numpy", "scipy", "matplotlib", "pooch", "requests", "sphinx", "transformers"]
+HEAVY = ["torch", "numpy", "scipy", "matplotlib", "requests", "sphinx", "transformers"]
 
 
 def python(code: str, *arguments: str) -> str:

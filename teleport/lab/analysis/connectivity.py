@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
+from scipy import stats
 from torch import nn
 
 from teleport.data import Dataset, load
@@ -69,8 +69,7 @@ def excess(losses: FloatArray) -> FloatArray:
 
 def interval(values: FloatArray) -> tuple[float, float]:
     """Mean over seeds and half its 95 % interval by Student's t, ``[seeds]``; at least two."""
-    count = len(values)
-    half = stdtrit(count - 1, 0.975) * values.std(ddof=1) / np.sqrt(count)
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return float(values.mean()), float(half)
 
 

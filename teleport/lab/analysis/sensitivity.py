@@ -138,7 +138,8 @@ def effects(design: str, at: FloatArray, response: FloatArray) -> Effects:
     """Least squares of a response on the factors, with intervals by Student's t.
 
     The spread of log losses grows with the learning rate; the intervals allow for a variance that
-    differs from point to point (HC3, MacKinnon and White 1985).
+    differs from point to point (HC3, MacKinnon and White 1985; five lines here, where statsmodels
+    has them in 85 MB with pandas).
 
     Args:
         design: its name.

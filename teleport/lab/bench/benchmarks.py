@@ -580,8 +580,7 @@ def run(
     *,
     threads: int = 1,
     command: str = "",
-    start: Callable[[int], None] = lambda total: None,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> None:
     """Run benchmarks; each leaves the record ``<name>.jsonl`` in the folder.
 
@@ -592,8 +591,8 @@ def run(
         folder: exists, and holds none of these records yet.
         threads: of PyTorch's operations.
         command: for the record.
-        start: told how many jobs there are.
-        progress: told the name of each job when it begins, and nothing ("") at the end.
+        progress: told the name of a job, how many ended since the last call, and how many
+            there are: when a job begins and when it has ended.
 
     Raises:
         ValueError: if ``threads`` is less than 1.
@@ -603,7 +602,7 @@ def run(
     setting = Setting(PRESETS[preset], device, threads)
     with using_threads(threads):
         jobs = {name: BENCHMARKS[name](setting) for name in names}
-        start(sum(len(each) for each in jobs.values()))
+        total = sum(len(each) for each in jobs.values())
         for name, each in jobs.items():
             with RecordWriter(folder / f"{name}.jsonl") as writer:
                 writer.write(
@@ -617,19 +616,19 @@ def run(
                     command=command,
                     **environment(),
                 )
-                _run_jobs(name, each, writer, progress)
-        progress("")
+                _run_jobs(name, each, writer, lambda what, done: progress(what, done, total))
 
 
 def _run_jobs(
-    name: str, jobs: Sequence[Job], writer: RecordWriter, progress: Callable[[str], None]
+    name: str, jobs: Sequence[Job], writer: RecordWriter, progress: Callable[[str, int], None]
 ) -> None:
     started, status = time.perf_counter(), "interrupted"
     try:
         for what, job in jobs:
-            progress(f"{name}: {what}")
+            progress(f"{name}: {what}", 0)
             for row in job():
                 writer.write("measurement", **row)
+            progress(f"{name}: {what}", 1)
         status = "finished"
     finally:
         writer.write("end", status=status, load=_load(), seconds=time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""A matrix of experiments and its cells; `processes` and `dask`, beside this module, run them.
+"""A matrix of experiments and its cells; `executors`, beside this module, runs them.
 
 A cell is one run: experiment, optimizer, arm, seed. Cells that are finished are left alone, and
 broken ones go on from their checkpoint.

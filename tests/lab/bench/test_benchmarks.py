@@ -419,9 +419,11 @@ def test_threads_are_set_for_the_benchmark_only_and_recorded(
         return []
 
     monkeypatch.setitem(benchmarks.BENCHMARKS, "memory", lambda setting: [("nothing", job)])
-    told: list[str] = []
-    benchmarks.run(["memory"], "tiny", CPU, tmp_path, threads=2, progress=told.append)
-    assert told == ["memory: nothing", ""]
+    told: list[tuple[str, int, int]] = []
+    benchmarks.run(
+        ["memory"], "tiny", CPU, tmp_path, threads=2, progress=lambda *what: told.append(what)
+    )
+    assert told == [("memory: nothing", 0, 1), ("memory: nothing", 1, 1)]
     assert seen == [2]
     assert torch.get_num_threads() == before
     config = json.loads((tmp_path / "memory.jsonl").read_text().splitlines()[0])
