@@ -160,6 +160,7 @@ def _keep(folder: Path, tables: list[Table], figures: dict[str, Figure]) -> None
     """Print tables, keep them as text beside the figures, say where."""
     console().print(*tables)
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # one in a packed study need not be there
         with (folder / "table.txt").open("w", encoding="utf-8") as file:
             console(file=file).print(*tables)
         for name, drawn in figures.items():
@@ -291,6 +292,7 @@ def _show_runs(folder: Path) -> None:
         console().print(table)
     say_diverged(runs)
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # one in a packed study need not be there
         with (folder / "table.txt").open("w", encoding="utf-8") as file:
             console(file=file).print(*tables)
         drawn.savefig(folder / "figure.png", dpi=150)

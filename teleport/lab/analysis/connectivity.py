@@ -27,6 +27,7 @@ from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import FloatArray, Split, has_begun, read_rows, twice
 from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.study import record_paths
 from teleport.lab.records.writer import RecordWriter, environment
 
 GROWTHS = (1.5,)
@@ -316,7 +317,7 @@ def read_lines(folder: Path) -> list[Lines]:
         RunError: if there are none, or a record is damaged, broken off or of something else.
     """
     found: dict[tuple[int, str], list[Record]] = {}
-    for path in filter(has_begun, sorted(folder.glob("*.jsonl"))):
+    for path in filter(has_begun, record_paths(folder)):
         rows = read_rows(path)
         if rows[0].get("figure") != "connectivity":
             raise RunError(f"{path} is not a record of `teleport connectivity`")

@@ -12,6 +12,7 @@ from teleport.lab.records.compare import ArmSummary, Comparison, best_baseline, 
 from teleport.lab.records.runs import Run, by_arm, check_no_copies, first_row, has_begun, read_runs
 from teleport.lab.records.sameness import check_alike
 from teleport.lab.records.schema import made_by
+from teleport.lab.records.study import record_folders, record_paths
 from teleport.teleporter import DEFAULT_GROWTH
 
 
@@ -130,8 +131,8 @@ def blocks(folder: Path) -> list[Block]:
 
 
 def _folders(folder: Path) -> Iterator[tuple[Path, list[Run]]]:
-    for path in sorted({record.parent for record in folder.rglob("*.jsonl")}):
-        records = [record for record in sorted(path.glob("*.jsonl")) if has_begun(record)]
+    for path in record_folders(folder):
+        records = [record for record in record_paths(path) if has_begun(record)]
         if any(made_by(first_row(record)) == "run" for record in records):
             runs = read_runs(path)
             check_alike(runs)

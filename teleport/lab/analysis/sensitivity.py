@@ -28,6 +28,7 @@ from teleport.lab.records.compare import compare
 from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import FloatArray, Run, has_begun, read_rows, read_run, twice
 from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.study import record_paths
 from teleport.lab.records.writer import RecordWriter, environment
 from teleport.report import growth
 
@@ -344,7 +345,7 @@ def read_outcomes(folder: Path) -> list[Outcomes]:
     """
     points: dict[int, Path] = {}
     rows: list[list[dict[str, Any]]] = []
-    for path in filter(has_begun, sorted(folder.glob("*.jsonl"))):
+    for path in filter(has_begun, record_paths(folder)):
         config, *others = read_rows(path)
         if config.get("figure") != "sensitivity":
             raise RunError(f"{path} is not a record of `teleport sensitivity`")

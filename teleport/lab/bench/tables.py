@@ -9,6 +9,7 @@ from teleport.errors import RunError
 from teleport.lab.bench.benchmarks import BENCHMARKS
 from teleport.lab.bench.timing import Curve, Spread, Timing, power_law
 from teleport.lab.records.runs import read_rows
+from teleport.lab.records.study import record_paths
 from teleport.rivals.ways import OURS
 
 Row = dict[str, Any]
@@ -86,7 +87,7 @@ class Sheet:
 
 def holds_benchmarks(folder: Path) -> bool:
     """Whether a folder has records of benchmarks."""
-    return any((folder / f"{name}.jsonl").exists() for name in BENCHMARKS)
+    return not BENCHMARKS.keys().isdisjoint(path.stem for path in record_paths(folder))
 
 
 def read_benchmarks(folder: Path) -> dict[str, Benchmark]:
@@ -96,10 +97,9 @@ def read_benchmarks(folder: Path) -> dict[str, Benchmark]:
         RunError: if there is none, or a record is damaged or of something else.
     """
     found = {}
-    for name in BENCHMARKS:
-        path = folder / f"{name}.jsonl"
-        if not path.exists():
-            continue
+    paths = {path.stem: path for path in record_paths(folder)}
+    for name in [name for name in BENCHMARKS if name in paths]:
+        path = paths[name]
         config, *rest = read_rows(path)
         if config.get("benchmark") != name:
             raise RunError(f"{path} is not a record of the benchmark {name!r}")

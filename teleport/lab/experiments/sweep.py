@@ -33,6 +33,7 @@ from teleport.lab.experiments.table import find_experiment, give
 from teleport.lab.experiments.training import check_fits, late_teleport
 from teleport.lab.records.folders import slug
 from teleport.lab.records.sameness import ADDED, is_complete
+from teleport.lab.records.study import refuse_packed
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,8 @@ def check_folders(jobs: Sequence[Job]) -> None:
     Raises:
         RunError: as `check_beside`.
     """
+    for folder in dict.fromkeys(job.folder for job in jobs):
+        refuse_packed(folder)
     for folder in dict.fromkeys(job.folder for job in jobs if job.folder.is_dir()):
         cells = [job.cell for job in jobs if job.folder == folder]
         check_beside(cells, _data(cells[0].settings.recipe().data, "cpu"), folder)

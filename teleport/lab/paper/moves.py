@@ -19,6 +19,7 @@ from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import has_begun, read_rows, twice
 from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.study import record_paths
 from teleport.lab.records.writer import RecordWriter
 from teleport.objective import grad_norm, trainable
 from teleport.report import TeleportReport
@@ -151,7 +152,7 @@ def read_moves(folder: Path) -> list[Moves]:
     """
     found: dict[str, Moves] = {}
     first: dict[tuple[str, int], Path] = {}
-    for path in filter(has_begun, sorted(folder.glob("*.jsonl"))):
+    for path in filter(has_begun, record_paths(folder)):
         config, *rows = read_rows(path)
         if config.get("figure") != "moves":
             raise RunError(f"{path} is not a record of `teleport moves`")

@@ -20,6 +20,7 @@ from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import read_rows
 from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.study import record_paths
 from teleport.lab.records.writer import RecordWriter
 from teleport.runtime.closures import Closure
 from teleport.runtime.transaction import Transaction
@@ -166,7 +167,7 @@ def read_trajectories(folder: Path) -> Trajectories:
     Raises:
         RunError: if there are none, or the record is damaged or of something else.
     """
-    paths = sorted(folder.glob("*.jsonl"))
+    paths = record_paths(folder)
     if len(paths) != 1:
         names = " and ".join(path.name for path in paths) or "none"
         raise RunError(
