@@ -96,7 +96,7 @@ class Landscape:
         self.position: Position = {}
         self._start: Position = {}  # of what was written to, copied just before
         self._seen: Position | None = self.position  # where the gradient was taken last
-        self._ahead: tuple[float, Position] | None = None
+        self._ahead: tuple[Direction, float, Position] | None = None
 
     # ---- the norm, here and elsewhere
 
@@ -119,15 +119,15 @@ class Landscape:
         self._ahead = self._seen = None  # before the next one is made: memory is that of one
         if self.tape is not None:
             self.tape.moved = self.position
-        self._ahead = step, self._moved(along, step)
-        self._look_at(self._ahead[1])
+        self._ahead = along, step, self._moved(along, step)
+        self._look_at(self._ahead[2])
         return self._norm_squared_seen(self.metric)
 
     def advance(self, along: Direction, step: float) -> None:
         """Go there."""
-        known = self._ahead is not None and self._ahead[0] == step
-        self.position = self._ahead[1] if self._ahead and known else self._moved(along, step)
-        self._ahead = None
+        ahead, self._ahead = self._ahead, None
+        known = ahead is not None and ahead[0] is along and ahead[1] == step
+        self.position = ahead[2] if ahead and known else self._moved(along, step)
 
     def degree(self, along: Direction) -> int | None:
         """Degree of the squared norm along a direction, at most (``thm-polynomial``), if known."""
@@ -147,11 +147,12 @@ class Landscape:
 
     def _look_at(self, position: Position) -> None:
         """Take the gradient at a position."""
-        self._seen = position
         if self.tape is not None:
             self.tape.moved = position
             self.tape.backward()
+            self._seen = position
             return
+        self._seen = None
         self._write(position)
         self._gradient = {}
         with self.ranks.together():
@@ -159,6 +160,7 @@ class Landscape:
                 self._add(tape, share)
                 del tape  # see `_recorded`
         self._share_gradient()
+        self._seen = position
 
     def _recorded(self) -> Iterator[tuple[Tape, float]]:
         """A tape of every closure for the weights in the model, and its share in the loss.
