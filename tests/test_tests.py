@@ -1,10 +1,13 @@
-"""Where the tests lie: beside what they test, and each module on its own feet."""
+"""Where the tests lie, each module on its own feet; and what the quick tier has to hold."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from teleport.book import ledger
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "teleport"
@@ -64,3 +67,40 @@ def test_the_folders_of_tests_are_those_of_the_package() -> None:
     below = {folder for folder in package for t in tested if folder.startswith(f"{t}/")}
     above = {folder for folder in package for t in tested if t.startswith(f"{folder}/")}
     assert package - tested - below - above == set()
+
+
+@functools.cache
+def slow(path: Path) -> set[str]:
+    """The tests of a file that are marked as slow, one by one or all."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tests = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if any(ast.unparse(node) == "pytestmark = pytest.mark.slow" for node in tree.body):
+        return {test.name for test in tests}
+    return {
+        test.name
+        for test in tests
+        if any(ast.unparse(mark) == "pytest.mark.slow" for mark in test.decorator_list)
+    }
+
+
+def test_every_theorem_is_verified_in_the_quick_tier() -> None:
+    quick, every = set(), set()
+    for test, theorems in ledger.marked(TESTS.parent).items():
+        file, name = test.split("::")
+        every |= set(theorems)
+        quick |= set() if name in slow(TESTS.parent / file) else set(theorems)
+    assert every - quick == set()
+    assert len(every) > 15
+
+
+def test_the_number_of_examples_of_a_theorem_grows_in_a_deep_run() -> None:
+    """A number that Hypothesis is given as it is stays the same; ``examples`` lets it grow."""
+    files = {test.split("::")[0] for test in ledger.marked(TESTS.parent)}
+    fixed = {
+        f"{file}, line {node.lineno}"
+        for file in files
+        for node in ast.walk(ast.parse((TESTS.parent / file).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "settings"
+        if any(keyword.arg == "max_examples" for keyword in node.keywords)
+    }
+    assert {place for place in fixed if "test_reference.py" not in place} == set()

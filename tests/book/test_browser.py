@@ -15,6 +15,8 @@ from teleport.book import Book, build, check_links, read_book
 from teleport.book.links import built_pages
 from teleport.book.serve import server
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("needs Chromium: apt-get install chromium", allow_module_level=True)

@@ -234,6 +234,7 @@ def test_a_run_writes_the_examples_that_passed_summed_over_parameters(tmp_path: 
     assert examples == {"test_cases": 3, "test_drawn": 14, "test_refusing": 5}
 
 
+@pytest.mark.slow
 def test_a_file_that_is_edited_while_its_tests_run_is_newer_than_the_ledger(tmp_path: Path) -> None:
     edits = TESTS.replace("assert x > 0", "open(__file__, 'a').write('# edited\\n')")
     root = repository(tmp_path, tests=edits)
@@ -242,6 +243,7 @@ def test_a_file_that_is_edited_while_its_tests_run_is_newer_than_the_ledger(tmp_
     assert "is older than the file" in fault
 
 
+@pytest.mark.slow
 def test_a_failing_run_and_a_part_of_a_test_leave_the_ledger_as_it_was(tmp_path: Path) -> None:
     root = repository(tmp_path)
     before = (root / ledger.LEDGER).read_bytes()

@@ -22,6 +22,8 @@ import pytest
 from teleport.book import notebook_form
 from tests.support.machines import printed
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 WANTED = "TELEPORT_MACHINES"

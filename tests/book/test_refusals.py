@@ -157,6 +157,7 @@ def fresh(x: Tensor) -> Tensor:
 FAULTS = sorted((TOP.parent / "shared" / "faults").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FAULTS, ids=[path.stem for path in FAULTS])
 def test_the_collected_faults_are_none(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripts that lie beside the repository where it is developed; each exits with 0."""

@@ -535,6 +535,7 @@ def weight_gradient(delta, rows):
 """
 
 
+@pytest.mark.slow
 def test_every_exercise_of_an_unruly_file_is_graded_on_its_own(tmp_path):
     path = tmp_path / "unruly.py"
     path.write_text(UNRULY)

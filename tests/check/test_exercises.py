@@ -172,6 +172,7 @@ def released(cells, replaced):
     return cells
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="nbgrader's command line is tested on Unix")
 def test_a_course_with_nbgrader_from_source_to_points(tmp_path):
     source = CHAPTERS / "exercises" / "02_null_spaces.ipynb"

@@ -634,6 +634,7 @@ def test_an_answer_may_be_made_of_anything(how, kind, future, tmp_path, graded):
     assert exercise.passed, "\n".join([exercise.reason, *map(str, exercise.verdicts)])
 
 
+@pytest.mark.slow
 def test_what_a_file_of_answers_uses_is_there_in_its_own_process_too(tmp_path):
     """All kinds of answers at once, run as `teleport check` runs them."""
     parts = [

@@ -127,6 +127,7 @@ def test_figures_are_redrawn_from_records(
     assert (out / "figure.png").exists()
 
 
+@pytest.mark.slow
 def test_every_teleport_option_reaches_the_record(tmp_path: Path) -> None:
     out = tmp_path / "job"
     options = [

@@ -194,6 +194,7 @@ def grows(case: Network, method: str) -> tuple[float, ...]:
     return report.step_sizes
 
 
+@pytest.mark.slow
 @pytest.mark.verifies("thm-invariance", "thm-survivor")
 @few
 @given(networks())

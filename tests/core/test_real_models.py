@@ -164,6 +164,7 @@ def test_the_outputs_are_kept_the_norm_grows_and_both_methods_agree(
     assert len(moved) >= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_below_one_more_is_free_and_the_drift_is_honest(name: str) -> None:
     exact, loose = (teleported(name, False, "tangent", tau) for tau in (1.0, 0.99))
@@ -174,6 +175,7 @@ def test_below_one_more_is_free_and_the_drift_is_honest(name: str) -> None:
             assert below.null_dim >= at_one.null_dim
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "training"),
     [(name, False) for name in NAMES] + [(name, True) for name in WITH_BATCH_NORM],

@@ -253,6 +253,7 @@ def test_the_tangent_direction_of_a_tied_table_is_double_backwards(
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @given(seeds, settings)
 def test_two_halves_are_one_batch_for_a_tied_table(seed: int, settings: dict[str, Any]) -> None:
     whole, halves = text(seed, **settings), text(seed, **settings)
@@ -307,6 +308,7 @@ def test_where_every_token_is_used_a_tied_table_has_no_room() -> None:
     assert line.status == "full rank: no null space"
 
 
+@pytest.mark.slow
 @given(seeds)
 def test_below_tau_1_a_tied_table_drifts_within_its_bounds(seed: int) -> None:
     case = text(seed)

@@ -12,6 +12,7 @@ from teleport.lab.experiments.arms import Arm, Settings
 from teleport.lab.experiments.run import Cell, run_cell
 from teleport.runtime.cores import cores, wait_without_spinning
 from teleport.runtime.threads import threads_for
+from tests.support.tables import small
 
 CELL = Cell(Settings("mnist-sample", "tiny", epochs=1), Arm(0.1), 0, 0)
 
@@ -89,19 +90,20 @@ def recorded(path: Path) -> list[int]:
 @pytest.mark.parametrize(
     "command",
     [
-        ["run", "--lr", "0.1", "--no-teleport", "--epochs", "1"],
-        ["sweep", "mnist-sample", "--epochs", "1", "--seeds", "1", "--jobs", "2"],
+        ["run", "SMALL", "--lr", "0.1", "--no-teleport"],
+        ["sweep", "SMALL", "--seeds", "1", "--jobs", "2"],
         ["continual", "--methods", "plain", "--seeds", "1"],
-        ["spectrum", "mnist-sample", "--trained", "0"],
-        ["tau", "mnist-sample", "--trained", "1", "--steps", "1"],
+        ["spectrum", "SMALL", "--trained", "0"],
+        ["tau", "SMALL", "--trained", "1", "--steps", "1"],
         ["moves", "narrow-mlp", "--trained", "1", "--seeds", "1"],
-        ["product", "mnist-sample", "--trained", "1"],
+        ["product", "SMALL", "--trained", "1"],
     ],
     ids=lambda command: command[0],
 )
 def test_records_name_the_threads_asked_for(command: list[str], tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    out = tmp_path / "out"
+    out, name = tmp_path / "out", small(tmp_path)
+    command = [name if word == "SMALL" else word for word in command]
     assert cli.main([*command, "--preset", "tiny", "--threads", "2", "--out", str(out)]) == 0
     found = [recorded(path) for path in out.rglob("*.jsonl")]
     assert found

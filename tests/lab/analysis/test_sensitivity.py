@@ -3,7 +3,9 @@
 import json
 import math
 import shlex
-from io import BytesIO
+import shutil
+from contextlib import redirect_stdout
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -136,21 +138,31 @@ TABLE = SMALL + (
 )
 
 
+COMMAND = ["sensitivity", "t.toml:even", "--preset", "tiny", "--points", "10", "--out", "design"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a table, what `COMMAND` made of it in runs of 20 steps, and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "t.toml").write_text(TABLE)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.chdir(folder)
+        assert cli.main(COMMAND) == 0
+    (folder / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
-def made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> list[str]:
-    """A command whose runs of 20 steps take no time, with its folder "design"."""
+def made(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command, in a copy of its folder."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    Path("t.toml").write_text(TABLE)
-    command = ["sensitivity", "t.toml:even", "--preset", "tiny", "--points", "10"]
-    command += ["--out", "design"]
-    assert cli.main(command) == 0
-    return command
+    return COMMAND
 
 
 def test_the_sensitivity_command(made: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    first = capsys.readouterr().out
+    first = Path("printed.txt").read_text(encoding="utf-8")
     found = read_outcomes(Path("design"))
     assert [outcomes.design for outcomes in found] == [GROWN, FIXED]
     assert found[0].config["command"] == shlex.join(["teleport", *made])

@@ -40,6 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_every_benchmark_leaves_a_finished_record_with_its_circumstances(
     tiny: tuple[Path, str],
 ) -> None:
@@ -58,6 +59,7 @@ def test_every_benchmark_leaves_a_finished_record_with_its_circumstances(
     assert all(min(row["seconds"] + row["gradient_seconds"]) > 0 for row in timed)
 
 
+@pytest.mark.slow
 def test_tables_and_the_figure_come_from_the_records(
     tiny: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,6 +286,7 @@ def rivals(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_the_rivals_are_measured_at_the_base_by_every_way(rivals: tuple[Path, str]) -> None:
     folder, printed = rivals
     (found,) = read_benchmarks(folder).values()
@@ -430,6 +433,7 @@ def test_threads_are_set_for_the_benchmark_only_and_recorded(
     assert config["hardware"]["threads"] == 2
 
 
+@pytest.mark.slow
 def test_folders_without_benchmarks_and_wrong_records_are_refused(
     tiny: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -88,6 +88,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     }
 
 
+@pytest.mark.slow
 @given(
     kills=st.lists(st.integers(1, 75), min_size=1, max_size=3, unique=True),
     arm=st.sampled_from([PLAIN, MOVED]),
@@ -153,6 +154,7 @@ def check_optimizer(optimizer: str, folder: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("control", "optimizer"),
     list(zip(ON_THE_OPTIMIZER, ("adam", "sgd", "momentum", "adam"), strict=True)),
@@ -183,6 +185,7 @@ def written(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.jsonl"))
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment(tmp_path: Path) -> None:
     """The real thing, by the command line: two arms, killed again and again."""
     options = ["run", "sample-rows", "--preset", "tiny", "--lr", "0.1"]

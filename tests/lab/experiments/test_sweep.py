@@ -27,6 +27,8 @@ from teleport.lab.records.compare import summarise
 from teleport.lab.records.runs import read_run, read_runs
 from tests.support.waiting import HANG
 
+pytestmark = pytest.mark.slow
+
 TABLE = """
 [small]
 title = "a small network"

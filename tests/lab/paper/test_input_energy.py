@@ -26,6 +26,7 @@ from teleport.lab.paper.threshold import LONGEST, read_trajectories, trajectory
 from teleport.lab.records.runs import read_run
 from teleport.objective import grad_norm, trainable
 from tests.support.networks import task
+from tests.support.tables import small
 
 seeds = st.integers(0, 2**31)
 
@@ -156,16 +157,16 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_spectrum_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "spectrum"
-    names = ["mnist-sample", "sample-rows"]
+    names = [small(tmp_path), "sample-rows"]
     chosen = ["--preset", "tiny", "--trained", "0", "--trained", "1", "--out", str(out)]
     assert cli.main(["spectrum", *names, *chosen]) == 0
     first = printed(capsys)
     assert "tau 0.999" in first
     found = read_spectra(out)
     assert [m.config["experiment"] for m in found] == names
-    at = moment("mnist-sample", "tiny", 1)
+    at = moment(names[0], "tiny", 1)
     assert found[0].by_step == {
-        0: spectra((start := moment("mnist-sample", "tiny", 0)).model, start.closure),
+        0: spectra((start := moment(names[0], "tiny", 0)).model, start.closure),
         1: spectra(at.model, at.closure),
     }
     assert found[0].config["command"] == shlex.join(["teleport", "spectrum", *names, *chosen])
@@ -184,7 +185,7 @@ def test_the_spectrum_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert (legend := panel.get_legend()) is not None
         assert not legend.get_window_extent().overlaps(panel.get_window_extent())
         assert min(text.get_fontsize() for text in legend.get_texts()) >= 8
-    assert len(axes[0].lines) == 3
+    assert len(axes[0].lines) == 2
     labels = [text.get_text() for text in axes[1].get_legend().get_texts()]
     assert "blocks.0.self_attn.q, k, v (17)" in labels
 
@@ -192,13 +193,14 @@ def test_the_spectrum_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_the_tau_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "tau"
     chosen = ["--preset", "tiny", "--trained", "2", "--steps", "2", "--lr", "0.1"]
-    assert cli.main(["tau", "mnist-sample", *chosen, "--out", str(out)]) == 0
+    name = small(tmp_path)
+    assert cli.main(["tau", name, *chosen, "--out", str(out)]) == 0
     first = printed(capsys)
     found = read_trajectories(out)
     assert list(found.by_tau) == list(TAUS)
     assert found.config["teleport_lr"] == 0.1
     assert found.config["trained"] == 2
-    at = moment("mnist-sample", "tiny", 2)
+    at = moment(name, "tiny", 2)
     for tau in (1.0, 0.5):
         expected, _ = trajectory(at.model, at.closure, at.held_out, tau, lr=0.1, steps=2)
         assert found.by_tau[tau] == expected
@@ -244,7 +246,8 @@ def test_a_record_that_was_killed_early_is_left_out_or_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "spectrum"
-    chosen = ["sample-rows", "mnist-sample", "--preset", "tiny", "--trained", "0", "--trained", "1"]
+    chosen = ["sample-rows", small(tmp_path), "--preset", "tiny"]
+    chosen += ["--trained", "0", "--trained", "1"]
     assert cli.main(["spectrum", *chosen, "--out", str(out)]) == 0
     (out / "figure-1-steps.png").unlink()
     first = out / "00-sample-rows.jsonl"
@@ -272,7 +275,7 @@ def test_what_was_broken_off_is_made_again_and_what_is_complete_stays(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    names = ["mnist-sample"] if command == "tau" else ["mnist-sample", "sample-rows"]
+    names = [small(tmp_path)] if command == "tau" else [small(tmp_path), "sample-rows"]
     chosen = [command, *names, "--preset", "tiny", "--trained", "1", "--out", str(out)]
     chosen += ["--steps", "2"] * (command == "tau")
     assert cli.main(chosen) == 0

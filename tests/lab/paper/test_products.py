@@ -16,6 +16,7 @@ from teleport.lab.paper.plots import product_figure
 from teleport.lab.paper.products import Product, product_of, read_product
 from teleport.lab.paper.snapshot import moment
 from tests.support.networks import task
+from tests.support.tables import small
 
 
 @given(
@@ -115,15 +116,16 @@ def test_the_figure_says_how_many_rows_there_are_and_how_many_it_shows() -> None
 
 def test_the_product_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "product"
+    name = small(tmp_path)
     chosen = ["--preset", "tiny", "--trained", "2", "--layer", "2", "--rows", "5"]
-    assert cli.main(["product", "mnist-sample", *chosen, "--out", str(out)]) == 0
+    assert cli.main(["product", name, *chosen, "--out", str(out)]) == 0
     first = capsys.readouterr().out
-    assert "200 x 1025" in first
-    at = moment("mnist-sample", "tiny", 2)
+    assert "25 x 5" in first  # examples of a batch; hidden units and a bias
+    at = moment(name, "tiny", 2)
     expected = product_of(at.model, at.closure, "2", rows=5)
     config, found = read_product(out)
     assert config["trained"] == 2
-    assert "product mnist-sample" in config["command"]
+    assert f"product {name}" in config["command"]
     for field in ("rows", "weight", "outputs", "deltas", "gradient"):
         np.testing.assert_allclose(getattr(found, field), getattr(expected, field), rtol=1e-5)
     (out / "figure.png").unlink()

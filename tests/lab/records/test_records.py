@@ -454,6 +454,7 @@ def test_a_copied_spectrum_is_refused(tmp_path: Path) -> None:
         read_spectra(tmp_path)
 
 
+@pytest.mark.slow
 def test_every_committed_folder_is_read() -> None:
     """None of them holds a run twice, and those recorded in two folders are no copies."""
     folders = {path.parent for path in RESULTS.rglob("*.jsonl")}

@@ -26,7 +26,7 @@ from teleport.lab.records.folders import open_folder
 from teleport.lab.records.runs import first_row, read_runs
 from teleport.lab.records.sameness import ADDED, SHARED, check_alike, check_folder, is_complete
 from teleport.lab.records.schema import made_by
-from tests.support.tables import SMALL
+from tests.support.tables import SMALL, small
 
 ROWS = Settings("sample-rows", "tiny")
 OPTIONS = ["sample-rows", "--preset", "tiny"]
@@ -92,35 +92,38 @@ def test_a_record_without_a_key_that_came_later_is_accepted(
     check_alike(read_runs(tmp_path)[::-1])
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder of every command that can go on."""
-    below = tmp_path_factory.mktemp("folders")
-    made = {command: below / command for command in ("run", "continual", "spectrum", "tau")}
-    for folder in made.values():
-        folder.mkdir()
-    run_arms(ROWS, [Arm(0.1)], [0], made["run"])
-    run_strategies(Course("digits", "tiny"), [Strategy("plain", 0.1)], [0], made["continual"])
-    write_spectra(["mnist-sample"], made["spectrum"], preset="tiny", steps=[1])
-    write_trajectories("mnist-sample", made["tau"], preset="tiny", trained=1, teleport_steps=1)
-    return made
-
-
-def test_the_maker_of_a_record_is_told_by_its_first_row(folders: dict[str, Path]) -> None:
-    for command, folder in folders.items():
-        (path,) = folder.glob("*.jsonl")
-        assert made_by(first_row(path)) == command
-    bench = Path(__file__).parents[3] / "chapters" / "results" / "bench" / "before"
-    assert {made_by(first_row(path)) for path in bench.glob("*.jsonl")} == {"bench"}
-    assert made_by({"type": "config", "seed": 0}) == ""
-
-
 RESUMED = {
     "run": ["run", *OPTIONS, "--lr", "0.2"],
     "continual": ["continual", "digits", "--preset", "tiny", "--seeds", "1"],
     "spectrum": ["spectrum", "sample-rows", "--preset", "tiny", "--trained", "1"],
     "tau": ["tau", "sample-rows", "--preset", "tiny", "--trained", "1", "--steps", "1"],
 }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder of every command that can go on."""
+    below = tmp_path_factory.mktemp("folders")
+    made = {command: below / command for command in (*RESUMED, "product")}
+    for folder in made.values():
+        folder.mkdir()
+    run_arms(ROWS, [Arm(0.1)], [0], made["run"])
+    run_strategies(Course("digits", "tiny"), [Strategy("plain", 0.1)], [0], made["continual"])
+    write_spectra(["mnist-sample"], made["spectrum"], preset="tiny", steps=[1])
+    write_trajectories("mnist-sample", made["tau"], preset="tiny", trained=1, teleport_steps=1)
+    made["product"].rmdir()
+    options = ["--preset", "tiny", "--trained", "0", "--rows", "2", "--out", str(made["product"])]
+    assert cli.main(["product", small(below), *options]) == 0
+    return made
+
+
+def test_the_maker_of_a_record_is_told_by_its_first_row(folders: dict[str, Path]) -> None:
+    for command in RESUMED:
+        (path,) = folders[command].glob("*.jsonl")
+        assert made_by(first_row(path)) == command
+    bench = Path(__file__).parents[3] / "chapters" / "results" / "bench" / "before"
+    assert {made_by(first_row(path)) for path in bench.glob("*.jsonl")} == {"bench"}
+    assert made_by({"type": "config", "seed": 0}) == ""
 
 
 @pytest.mark.parametrize("command", RESUMED)
@@ -133,11 +136,7 @@ def test_no_command_goes_on_in_the_folder_of_another(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    if there == "product":
-        product = ["product", "mnist-sample", "--preset", "tiny", "--trained", "0", "--rows", "2"]
-        assert cli.main([*product, "--out", str(out)]) == 0
-    else:
-        shutil.copytree(folders[there], out)
+    shutil.copytree(folders[there], out)
     before = state(out)
     ended = cli.main([*RESUMED[command], "--out", str(out), "--resume"])
     if command == there != "tau":  # another rate, method or experiment is compared, but not by tau
