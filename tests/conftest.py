@@ -60,7 +60,7 @@ class Ledger:
         from teleport.book import ledger
 
         if item.get_closest_marker("verifies") and str(item.path) not in self.sources:
-            self.sources[str(item.path)] = ledger.digest(item.path)
+            self.sources[str(item.path)] = ledger.file_digest(item.path)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
@@ -108,7 +108,7 @@ class Ledger:
             return
         results = {test: (count, self.sources[test]) for test, count in self.examples.items()}
         rows = ledger.update(self.config.rootpath, results)
-        say(f"\n{ledger.LEDGER}: {len(self.examples)} tests of {len(rows)} written.")
+        say(f"\n{ledger.LEDGER_PATH}: {len(self.examples)} tests of {len(rows)} written.")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
