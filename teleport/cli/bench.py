@@ -46,7 +46,7 @@ def bench(
     folder = new_folder(f"bench-{what}", out)
     command = COMMAND_LINE.get()
     with step_progress(None, folder, "job") as progress:
-        benchmarks.run(
+        benchmarks.run_benchmarks(
             names,
             preset,
             where,

@@ -121,7 +121,7 @@ def run(
     with loading():
         from teleport import data as datasets
         from teleport.cli.show import show
-        from teleport.lab.experiments.arms import Settings, lent_tuning, teleport_settings
+        from teleport.lab.experiments.arms import RunSettings, lent_tuning, teleport_settings
         from teleport.lab.experiments.run import device_of, run_arms, steps_per_run
         from teleport.lab.experiments.table import find_experiment
         from teleport.lab.experiments.tensorboard import check_tensorboard
@@ -144,7 +144,7 @@ def run(
         tau=tau,
         after=after,
     )
-    settings = Settings(
+    settings = RunSettings(
         name, preset, optimizer, epochs, device=device, activation=activation, teleport=options
     )
     settings.size()  # names are checked before any folder is made
@@ -306,10 +306,10 @@ def report(
     """Print the matrix of all runs below a folder as Markdown."""
     with loading():
         from teleport.cli.show import draw_report
-        from teleport.lab.analysis.outcomes import blocks, markdown
+        from teleport.lab.analysis.outcomes import blocks, matrix_markdown
 
     found = blocks(folder)
-    typer.echo(markdown(found))
+    typer.echo(matrix_markdown(found))
     if figures is None:
         return
     try:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from requests import Response
     from requests.adapters import HTTPAdapter
 
-CHUNK = 1 << 16  # bytes that are written at once; a cut connection loses at most as many
+WRITE_SIZE = 1 << 16  # bytes that are written at once; a cut connection loses at most as many
 ATTEMPTS = 4  # of a server in trouble
 PAUSE = 0.5  # seconds before the second attempt; doubled before each further one
 TIMEOUT = 30  # seconds without an answer
-LIMIT = 1 << 30  # bytes of one file, well above any data set's
+DOWNLOAD_LIMIT = 1 << 30  # bytes of one file, well above any data set's
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,12 @@ def _request(url: str, part: Path) -> None:
             quiet = not sys.stderr.isatty()
             with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
                 task = bar.add_task(part.stem, total=length and start + length, completed=start)
-                for chunk in response.iter_content(CHUNK):
-                    if output.tell() + len(chunk) > LIMIT:  # a server may send without end
+                for chunk in response.iter_content(WRITE_SIZE):
+                    if output.tell() + len(chunk) > DOWNLOAD_LIMIT:  # a server may send without end
                         output.truncate(0)  # the disk is needed
-                        raise DataError(f"sent more than {LIMIT} bytes, and no file has as many")
+                        raise DataError(
+                            f"sent more than {DOWNLOAD_LIMIT} bytes, and no file has as many"
+                        )
                     output.write(chunk)
                     bar.advance(task, len(chunk))
 
@@ -189,8 +191,8 @@ def _length(response: "Response") -> int | None:
         return None
     if not (announced.isascii() and announced.isdigit()):
         raise DataError(f"an answer that cannot be read (its length is {announced!r})")
-    if int(announced) > LIMIT:
-        raise DataError(f"announced {announced} bytes, and no file has more than {LIMIT}")
+    if int(announced) > DOWNLOAD_LIMIT:
+        raise DataError(f"announced {announced} bytes, and no file has more than {DOWNLOAD_LIMIT}")
     return int(announced)
 
 

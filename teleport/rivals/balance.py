@@ -19,7 +19,7 @@ from teleport.rivals.climb import Move
 from teleport.rivals.rescaling import ROUNDING, Couplings, Rescaling
 from teleport.rivals.rival import Rival
 
-TOLERANCE = 1e-6
+BALANCE_TOLERANCE = 1e-6
 """Change of a log factor that counts as none: a little more than single precision resolves."""
 
 SWEEPS = 1000

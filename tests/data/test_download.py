@@ -30,7 +30,7 @@ def md5(content: bytes) -> str:
 @pytest.fixture
 def _quick_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "PAUSE", 0.0)
-    monkeypatch.setattr(fetching, "CHUNK", 1000)
+    monkeypatch.setattr(fetching, "WRITE_SIZE", 1000)
     monkeypatch.setenv("NO_PROXY", "*")
 
 
@@ -208,7 +208,7 @@ def test_every_mirror_says_why_and_nothing_stays(mirrors: Mirrors, tmp_path: Pat
 def test_a_server_that_never_ends_gets_no_more_than_its_share_of_the_disk(
     mirrors: Mirrors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "LIMIT", 1 << 20)
+    monkeypatch.setattr(fetching, "DOWNLOAD_LIMIT", 1 << 20)
     mirrors.serve("second", {NAME: CONTENT})
     mirrors.plan[f"/first/{NAME}"] = [Answer(chunked=True, endless=True)]
     with pytest.raises(DataError, match=r"first.*: sent more than 1048576 bytes"):
@@ -335,6 +335,6 @@ def test_whatever_breaks_the_file_is_right_or_absent(
 def loopback() -> Iterator[Mirrors]:
     with pytest.MonkeyPatch.context() as patch, server() as state:
         patch.setattr(fetching, "PAUSE", 0.0)
-        patch.setattr(fetching, "CHUNK", 16)
+        patch.setattr(fetching, "WRITE_SIZE", 16)
         patch.setenv("NO_PROXY", "*")
         yield state

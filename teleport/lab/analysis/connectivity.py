@@ -21,7 +21,7 @@ from torch import nn
 
 from teleport.data import Dataset, load
 from teleport.errors import RunError
-from teleport.lab.experiments.arms import Arm, Settings, teleport_settings, tuning
+from teleport.lab.experiments.arms import Arm, RunSettings, teleport_settings, tuning
 from teleport.lab.experiments.training import Training, check_fits, look
 from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
@@ -95,7 +95,7 @@ def between(first: nn.Module, second: nn.Module, share: float) -> nn.Module:
 
 
 def forked(
-    settings: Settings,
+    settings: RunSettings,
     lr: float,
     seed: int,
     dataset: Dataset,
@@ -165,14 +165,14 @@ def points_on_line(to: str, first: Training, second: Training, count: int) -> It
 
 def settings_of(
     name: str, preset: str = "cpu", epochs: int | None = None
-) -> tuple[Settings, float]:
+) -> tuple[RunSettings, float]:
     """How an experiment is trained here: with SGD at its tuned rate, which is returned as well.
 
     Raises:
         ValueError: for an unknown name or preset, a count < 1, or an experiment whose rate is not
             known.
     """
-    settings = Settings(name, preset, "sgd", epochs, teleport=teleport_settings(name))
+    settings = RunSettings(name, preset, "sgd", epochs, teleport=teleport_settings(name))
     settings.size()
     return settings, tuning(name, "sgd").tuned
 

@@ -13,7 +13,7 @@ from threading import Lock
 from teleport.data import Dataset, load
 from teleport.errors import TeleportError
 from teleport.lab.experiments.arms import (
-    Settings,
+    RunSettings,
     control_arms,
     default_arms,
     lent_tuning,
@@ -105,7 +105,7 @@ class Plan:
         for name in self.names:
             options, experiment = teleport_settings(name, self.schedule), find_experiment(name)
             for optimizer in self.optimizers:
-                settings = Settings(
+                settings = RunSettings(
                     name,
                     self.preset,
                     optimizer,
@@ -169,7 +169,7 @@ def total_steps(jobs: Sequence[Job]) -> int:
 
 
 @lru_cache
-def _steps(settings: Settings) -> int:
+def _steps(settings: RunSettings) -> int:
     return steps_per_run(settings, _data(settings.recipe().data, "cpu"))
 
 

@@ -27,7 +27,7 @@ from teleport.layers.one_hot import AxisBasis
 from teleport.layers.shared_weight import TiedBasis
 from teleport.subspace import Basis, Projector
 
-TAUS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5)
+FIGURE_TAUS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5)
 """The thresholds of the paper's Figure 6."""
 
 
@@ -55,7 +55,7 @@ class Spectrum:
 
 
 def spectra(
-    model: nn.Module, closure: Callable[[], Any], taus: Sequence[float] = TAUS
+    model: nn.Module, closure: Callable[[], Any], taus: Sequence[float] = FIGURE_TAUS
 ) -> list[Spectrum]:
     """The spectra of all covered layers of a model.
 

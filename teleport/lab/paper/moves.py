@@ -28,7 +28,7 @@ from teleport.runtime.closures import Closure
 from teleport.runtime.transaction import Transaction
 from teleport.teleporter import Teleporter
 
-TAUS = (1.0, 0.999, 0.99, 0.9)
+MOVE_TAUS = (1.0, 0.999, 0.99, 0.9)
 """The thresholds that are tried."""
 
 
@@ -98,7 +98,7 @@ def write_moves(
             cannot be written.
     """
     asked = {"preset": preset, "trained": trained, "growth": growth, "n": n}
-    asked |= {"evaluating": evaluating, "taus": list(TAUS)}
+    asked |= {"evaluating": evaluating, "taus": list(MOVE_TAUS)}
     with locked(folder / ".lock", str(folder)):
         check_folder(folder, "moves", asked)
         for order, name in enumerate(names):
@@ -114,7 +114,7 @@ def write_moves(
                     at.model.train(not evaluating)
                     shared = {"command": command, "order": order, "figure": "moves"}
                     writer.write("config", **shared, **(asked | at.config))
-                    for tau in TAUS:
+                    for tau in MOVE_TAUS:
                         progress(f"{name}, seed {seed}: tau {tau:g}")
                         base = _gradient_seconds(at.model, at.closure)
                         report, undone = try_move(at.model, at.closure, at.held_out, tau, growth)

@@ -17,7 +17,7 @@ import torch
 
 from teleport import cli
 from teleport.errors import RunError
-from teleport.lab.analysis.outcomes import blocks, markdown
+from teleport.lab.analysis.outcomes import blocks, matrix_markdown
 from teleport.lab.experiments import executors, sweep
 from teleport.lab.experiments.arms import control_arms, default_arms
 from teleport.lab.experiments.executors import Processes, run_jobs
@@ -205,7 +205,7 @@ def test_the_report_holds_every_arm_with_the_numbers_of_its_records(
     figures = tmp_path / "figures"
     assert cli.main(["report", str(swept), "--figures", str(figures)]) == 0
     printed = capsys.readouterr().out
-    assert printed.strip() == markdown(blocks(swept)).strip()
+    assert printed.strip() == matrix_markdown(blocks(swept)).strip()
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line[:5] == "| lr "]
     assert len(rows) == len(control_arms(small, "sgd")) + len(default_arms(small, "adam"))
     for block in blocks(swept):

@@ -14,7 +14,7 @@ from scipy.stats import ttest_1samp
 from teleport.cli import main
 from teleport.errors import RunError
 from teleport.lab.analysis.outcomes import blocks
-from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.arms import Arm, RunSettings
 from teleport.lab.experiments.run import run_arms
 from teleport.lab.paper.input_energy import read_spectra
 from teleport.lab.records.compare import best_baseline, compare, summarise
@@ -343,7 +343,7 @@ def edited(text: str, **changes: Any) -> str:
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two arms and two seeds."""
     folder = tmp_path_factory.mktemp("recorded")
-    run_arms(Settings("sample-rows", "tiny"), [Arm(0.1), Arm(0.1, True)], [0, 1], folder)
+    run_arms(RunSettings("sample-rows", "tiny"), [Arm(0.1), Arm(0.1, True)], [0, 1], folder)
     return folder
 
 
@@ -410,7 +410,7 @@ def test_runs_recorded_again_in_another_folder_are_reported(tmp_path: Path) -> N
     for name in ("first", "again"):
         (tmp_path / name).mkdir()
         arms = [Arm(0.1), Arm(0.1, True)]
-        run_arms(Settings("sample-rows", "tiny"), arms, [0], tmp_path / name)
+        run_arms(RunSettings("sample-rows", "tiny"), arms, [0], tmp_path / name)
     assert len(blocks(tmp_path)) == 2
 
 
@@ -421,7 +421,7 @@ def test_a_folder_with_a_run_twice_is_not_gone_on_with(recorded: Path, tmp_path:
     shutil.copy(out / "01-lr-0.1-teleport-seed1.jsonl", out / "copy.jsonl")
     before = sorted(out.iterdir())
     with pytest.raises(RunError, match=r"seed1\.jsonl and .*copy\.jsonl are both records of"):
-        run_arms(Settings("sample-rows", "tiny"), [Arm(0.2)], [0], out, resume=True)
+        run_arms(RunSettings("sample-rows", "tiny"), [Arm(0.2)], [0], out, resume=True)
     assert sorted(out.iterdir()) == before
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from teleport import cli, data
 from teleport.errors import RunError
-from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.arms import Arm, RunSettings
 from teleport.lab.experiments.run import Cell, configuration, run_arms
 from teleport.lab.experiments.sweep import Plan, check_folders
 from teleport.lab.experiments.table import _read_once
-from teleport.lab.keeping.training import Course, Strategy, run_strategies
+from teleport.lab.keeping.training import SequenceRun, Strategy, run_strategies
 from teleport.lab.paper.input_energy import write_spectra
 from teleport.lab.paper.threshold import write_trajectories
 from teleport.lab.records.checkpoint import locked
@@ -28,7 +28,7 @@ from teleport.lab.records.sameness import ADDED, SHARED, check_alike, check_fold
 from teleport.lab.records.schema import made_by
 from tests.support.tables import SMALL, small
 
-ROWS = Settings("sample-rows", "tiny")
+ROWS = RunSettings("sample-rows", "tiny")
 OPTIONS = ["sample-rows", "--preset", "tiny"]
 
 
@@ -108,7 +108,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for folder in made.values():
         folder.mkdir()
     run_arms(ROWS, [Arm(0.1)], [0], made["run"])
-    run_strategies(Course("digits", "tiny"), [Strategy("plain", 0.1)], [0], made["continual"])
+    run_strategies(SequenceRun("digits", "tiny"), [Strategy("plain", 0.1)], [0], made["continual"])
     write_spectra(["mnist-sample"], made["spectrum"], preset="tiny", steps=[1])
     write_trajectories("mnist-sample", made["tau"], preset="tiny", trained=1, teleport_steps=1)
     made["product"].rmdir()
@@ -236,7 +236,7 @@ def test_a_folder_that_mixes_runs_is_not_reported(
 WRITERS: dict[str, Callable[[Path], object]] = {
     "run": lambda out: run_arms(ROWS, [Arm(0.1)], [0], out, resume=True),
     "continual": lambda out: run_strategies(
-        Course("digits", "tiny"), [Strategy("plain", 0.1)], [0], out, resume=True
+        SequenceRun("digits", "tiny"), [Strategy("plain", 0.1)], [0], out, resume=True
     ),
     "spectrum": lambda out: write_spectra(
         ["mnist-sample"], out, preset="tiny", steps=[1], resume=True

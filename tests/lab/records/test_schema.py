@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from teleport import cli
 from teleport.cli import show
 from teleport.errors import RunError
-from teleport.lab.analysis.outcomes import blocks, markdown
+from teleport.lab.analysis.outcomes import blocks, matrix_markdown
 from teleport.lab.bench.tables import curves, read_benchmarks, sheets
 from teleport.lab.keeping.report import forgetting_figure, forgetting_tables
 from teleport.lab.paper.input_energy import read_spectra
@@ -32,7 +32,7 @@ def show_runs(folder: Path) -> None:
     runs = read_runs(folder)
     show._tables(runs)
     show._loss_figure(runs)
-    markdown(blocks(folder))
+    matrix_markdown(blocks(folder))
 
 
 def show_tasks(folder: Path) -> None:
