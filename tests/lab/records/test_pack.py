@@ -39,11 +39,11 @@ FOLDERS = ("sgd", "again/sgd")
 
 @pytest.fixture(scope="module")
 def loose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two folders of fresh runs, of two arms and two seeds, with a table and a figure beside."""
+    """Two folders of fresh runs, of two arms, with a table beside."""
     runs = tmp_path_factory.mktemp("made") / "runs"
     for name in FOLDERS:
         (runs / name).mkdir(parents=True)
-        run_arms(SETTINGS, ARMS, [0, 1], runs / name)
+        run_arms(SETTINGS, ARMS, [0], runs / name)
         (runs / name / "table.txt").write_text("losses")
     return runs
 
@@ -52,7 +52,7 @@ def loose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def study(loose: Path) -> Path:
     """The same, packed."""
     packed = loose.parent / "study"
-    assert pack(loose, packed) == 8
+    assert pack(loose, packed) == 4
     return packed
 
 
@@ -138,9 +138,9 @@ def test_fresh_runs_are_the_same_in_both_forms(loose: Path, study: Path, tmp_pat
         for run, other in zip(runs, packed, strict=True):
             for field in ("config", "evaluations", "teleports", "status", "reason", "steps"):
                 assert json.dumps(getattr(run, field)) == json.dumps(getattr(other, field))
-    assert unpack(study, tmp_path / "all") == 8
+    assert unpack(study, tmp_path / "all") == 4
     assert files(tmp_path / "all") == files(loose)
-    assert unpack(study / "again", tmp_path / "again") == 4
+    assert unpack(study / "again", tmp_path / "again") == 2
     assert files(tmp_path / "again") == files(loose / "again")
 
 
@@ -155,7 +155,7 @@ def test_numbers_are_columns_of_numbers(study: Path) -> None:
         "String",
     )
     runs = [json.loads(line) for line in (study / INDEX).read_text().splitlines()]
-    assert [run["config"]["arm"] for run in runs[:2]] == ["lr 0.1", "lr 0.1"]
+    assert [run["config"]["arm"] for run in runs[:2]] == ["lr 0.1", "lr 0.1 + teleport"]
     assert all(run["rows"][str(run["lines"])]["type"] == "end" for run in runs)
 
 
@@ -170,7 +170,7 @@ def test_rows_that_are_read_are_the_callers_own(study: Path) -> None:
 
 def test_a_study_that_is_packed_anew_is_read_anew(loose: Path, tmp_path: Path) -> None:
     pack(loose, tmp_path / "study")
-    assert len(record_paths(tmp_path / "study" / "sgd")) == 4
+    assert len(record_paths(tmp_path / "study" / "sgd")) == 2
     shutil.rmtree(tmp_path / "study")
     pack(loose / "again", tmp_path / "study")
     assert len(record_folders(tmp_path / "study")) == 1
@@ -194,7 +194,7 @@ def test_report_and_figure_say_the_same_of_both_forms(
             assert (folder / "figure.png").exists()
         assert shown[0] == shown[1]
         assert (loose / name / "table.txt").read_text() == (study / name / "table.txt").read_text()
-    assert len(read_runs(study / "sgd")) == 4  # with a folder of this name beside its figure
+    assert len(read_runs(study / "sgd")) == 2  # with a folder of this name beside its figure
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -266,9 +266,9 @@ def test_a_sweep_with_a_packed_study_below_does_not_write_into_it(
 def test_an_unpacked_study_is_gone_on_with(study: Path, tmp_path: Path) -> None:
     unpack(study / "sgd", tmp_path / "runs")
     before = files(tmp_path / "runs")
-    run_arms(SETTINGS, ARMS, [0, 1, 2], tmp_path / "runs", resume=True)
+    run_arms(SETTINGS, ARMS, [0, 1], tmp_path / "runs", resume=True)
     after = files(tmp_path / "runs")
-    assert len(after) == 6
+    assert len(after) == 4
     assert before.items() <= after.items()
 
 
@@ -325,7 +325,7 @@ def test_a_record_that_does_not_come_back_is_not_packed(
             lambda path: path.write_bytes(b"PAR1"),
             r"teleports\.parquet, a table",
         ),
-        (INDEX, lambda path: path.write_text(path.read_text()[:-9]), r"runs\.jsonl, line 8"),
+        (INDEX, lambda path: path.write_text(path.read_text()[:-9]), r"runs\.jsonl, line 4"),
         (INDEX, lambda path: path.write_text('{"folder": 1}\n'), r"runs\.jsonl, line 1"),
         (INDEX, lambda path: path.write_text("[]"), r"runs\.jsonl"),
     ],
