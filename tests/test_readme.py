@@ -27,6 +27,7 @@ from teleport.lab.experiments.table import EXPERIMENTS
 from teleport.lab.keeping.report import forgetting_rows
 from teleport.lab.records.compare import ArmSummary, Comparison, summarise
 from teleport.lab.records.runs import read_runs
+from teleport.lab.records.study import record_folders
 from teleport.rivals.ways import OURS
 
 ROOT = Path(__file__).parents[1]
@@ -262,7 +263,7 @@ def test_the_readme_names_every_experiment() -> None:
 
 
 def test_every_committed_result_is_complete_and_tells_its_command() -> None:
-    folders = {path.parent for path in RESULTS.rglob("*.jsonl")}
+    folders = record_folders(RESULTS)
     assert folders
     for folder in folders:
         if holds_benchmarks(folder):

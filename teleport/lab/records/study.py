@@ -115,8 +115,11 @@ def packed_rows(path: Path) -> list[Row]:
     assert study is not None
     entry = _entry(path)
     rows = {1: entry["config"], **{int(line): row for line, row in entry["rows"].items()}}
-    for kind, frame in _tables(study, _stamp(study), entry["folder"]).items():
-        rows |= _rows_of(kind, frame, entry["record"])
+    for kind, name in TABLES.items():
+        table = study / f"{name}.parquet"
+        if table.exists():
+            own = _in_table(table, _stamp(table), entry["folder"]).get(entry["record"], [])
+            rows |= {columns["line"]: _row(kind, columns) for columns in own}
     if sorted(rows) != list(range(1, entry["lines"] + 1)):
         raise RunError(
             f"{path} has {len(rows)} of its {entry['lines']} rows; a table of the packed study "
@@ -191,39 +194,27 @@ def _is_exact(value: Any) -> bool:
     return not isinstance(value, int) or -(2**63) <= value < 2**63
 
 
-def _rows_of(kind: str, frame: "pl.DataFrame", record: str) -> dict[int, Row]:
-    """The rows of one record in a table, by their lines."""
+@lru_cache(maxsize=len(TABLES))
+def _in_table(table: Path, stamp: object, folder: str) -> dict[str, list[Row]]:
+    """The rows that a table has of one folder, as columns, by record; no others are kept."""
     import polars as pl
 
-    own = frame.filter(pl.col("record") == record)
-    columns = own.to_dict(as_series=False)
-    for name, dtype in own.schema.items():
-        if dtype == pl.Binary:
-            columns[name] = [None if v is None else json.loads(v) for v in columns[name]]
-    columns["type"] = [kind] * len(own)
-    keys = map(json.loads, columns["keys"])
-    return {
-        line: {key: columns[key][number] for key in own_keys}
-        for number, (line, own_keys) in enumerate(zip(columns["line"], keys, strict=True))
-    }
-
-
-@lru_cache(maxsize=2)
-def _tables(study: Path, stamp: object, folder: str) -> "dict[str, pl.DataFrame]":
-    """The rows of one folder in the tables of a study; of the others nothing is kept."""
-    import polars as pl
-
-    found = {}
-    for kind, name in TABLES.items():
-        path = study / f"{name}.parquet"
-        if path.exists():
-            try:
-                found[kind] = pl.scan_parquet(path).filter(pl.col("folder") == folder).collect()
-            except (pl.exceptions.PolarsError, OSError) as error:
-                raise RunError(
-                    f"cannot read {path}, a table of a packed study: {str(error).splitlines()[0]}"
-                ) from error
+    try:
+        frame = pl.scan_parquet(table).filter(pl.col("folder") == folder).collect()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"cannot read {table}, a table of a packed study: {reason}") from error
+    found: dict[str, list[Row]] = {}
+    for columns in frame.iter_rows(named=True):
+        found.setdefault(columns["record"], []).append(columns)
     return found
+
+
+def _row(kind: str, columns: Row) -> Row:
+    """A row as it was, a new one every time: what is JSON (bytes) becomes objects only here."""
+    values = {**columns, "type": kind}
+    found = {key: values[key] for key in json.loads(columns["keys"])}
+    return {k: json.loads(v) if isinstance(v, bytes) else v for k, v in found.items()}
 
 
 def _entry(path: Path) -> Row:
@@ -242,20 +233,19 @@ def _line(path: Path) -> bytes | None:
 
 
 def _index(study: Path) -> dict[str, dict[str, bytes]]:
-    return _read_index(study, _stamp(study))
+    return _read_index(study / INDEX, _stamp(study / INDEX))
 
 
-def _stamp(study: Path) -> tuple[int, ...]:
-    """Changes when the study is packed anew."""
-    of = (study / INDEX).stat()
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Changes when a file is written anew."""
+    of = path.stat()
     return of.st_ino, of.st_size, of.st_mtime_ns
 
 
 @lru_cache(maxsize=4)
-def _read_index(study: Path, stamp: object) -> dict[str, dict[str, bytes]]:
+def _read_index(path: Path, stamp: object) -> dict[str, dict[str, bytes]]:
     """The lines of the list by folder and record."""
     found: dict[str, dict[str, bytes]] = {}
-    path = study / INDEX
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:

@@ -26,6 +26,8 @@ from teleport.lab.records.folders import open_folder
 from teleport.lab.records.runs import first_row, read_runs
 from teleport.lab.records.sameness import ADDED, SHARED, check_alike, check_folder, is_complete
 from teleport.lab.records.schema import made_by
+from teleport.lab.records.study import record_paths
+from tests.support.results import RESULTS
 from tests.support.tables import SMALL, small
 
 ROWS = RunSettings("sample-rows", "tiny")
@@ -121,8 +123,8 @@ def test_the_maker_of_a_record_is_told_by_its_first_row(folders: dict[str, Path]
     for command in RESUMED:
         (path,) = folders[command].glob("*.jsonl")
         assert made_by(first_row(path)) == command
-    bench = Path(__file__).parents[3] / "chapters" / "results" / "bench" / "before"
-    assert {made_by(first_row(path)) for path in bench.glob("*.jsonl")} == {"bench"}
+    bench = record_paths(RESULTS / "bench" / "before")
+    assert {made_by(first_row(path)) for path in bench} == {"bench"}
     assert made_by({"type": "config", "seed": 0}) == ""
 
 
