@@ -27,7 +27,7 @@ DEFAULT_MAX_DRIFT = 0.01
 
 
 @dataclass(frozen=True)
-class Measured:
+class Place:
     """Where a move began or ended: the numbers of the report that depend on it.
 
     Attributes:
@@ -109,18 +109,18 @@ class GuardedMove(ABC):
         )
 
     @abstractmethod
-    def _start(self) -> Measured:
+    def _start(self) -> Place:
         """Measure the start."""
 
     @abstractmethod
-    def _move(self, before: Measured) -> tuple[str, Measured]:
+    def _move(self, before: Place) -> tuple[str, Place]:
         """Move and measure; why it ended, and where."""
 
     @abstractmethod
-    def _tolerance(self, before: Measured) -> float:
+    def _tolerance(self, before: Place) -> float:
         """How far the loss may be from where it began."""
 
-    def _objection(self, before: Measured, after: Measured, allowed: float) -> str:
+    def _objection(self, before: Place, after: Place, allowed: float) -> str:
         """What is wrong with the new position, if anything."""
         if not math.isfinite(after.norm):
             return f"the gradient norm became {after.norm}"
@@ -134,7 +134,7 @@ class GuardedMove(ABC):
         return ""
 
     @abstractmethod
-    def _layers(self, before: Measured, end: Measured, failed: bool) -> Iterable[LayerReport]:
+    def _layers(self, before: Place, end: Place, failed: bool) -> Iterable[LayerReport]:
         """One report for every layer."""
 
 
