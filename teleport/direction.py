@@ -1,4 +1,4 @@
-"""The fast ascent direction and the exact line search, both on frozen activations.
+"""The fast ascent direction: which way the gradient norm grows within the null space.
 
 For the gradient norm objective T = ½‖g‖², projected on a layer's input null space, theorem
 ``thm-survivor`` leaves only
@@ -29,39 +29,25 @@ layers, and 5/3 elsewhere. Not counted: the first layer needs no ẋ and no dire
 last layer that can move; activations, and the float64 bases, which are made once per batch. One
 look of the line search is the first two lines. A preconditioner (``thm-geometry``) is applied to
 the gradient entry by entry, so that no Gram matrix serves and the right column holds.
-
-Along a direction in the joint null space T is a polynomial in the step (``thm-polynomial``), and
-each evaluation costs one backward pass: `step_to_norm` finds where it reaches a wanted value.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from teleport.layers.part import Pieces
 from teleport.layers.support import Block
-from teleport.objective import EUCLIDEAN, Metric, Shares
-from teleport.recording import Closure, Tape
-from teleport.runtime.precision import at_least_single, rounding_unit, scaled, unit_scale
+from teleport.objective import EUCLIDEAN, Metric
+from teleport.recording import push_tangents
+from teleport.runtime.closures import Closure
+from teleport.runtime.precision import at_least_single, rounding_unit, scaled
+from teleport.runtime.ranks import Ranks
 from teleport.subspace import Projector
+from teleport.tape import Tape
 
 Direction = dict[Block, Float[Tensor, "*groups d_out d_in"]]
-
-
-def grad_norm_shares(tape: Tape, metric: Metric = EUCLIDEAN) -> Shares:
-    """What every block and every other trainable parameter has of ‖g‖² in the last backward."""
-    others = zip(tape.others, tape.other_gradients, strict=True)
-    shares: Shares = {p: metric.squared_norm(p, g) for p, g in others}
-    shares |= {block: _block_norm_squared(tape, block, metric) for block in tape.blocks}
-    return shares
-
-
-def grad_norm_squared(tape: Tape, metric: Metric = EUCLIDEAN) -> float:
-    """‖g‖² over all trainable parameters, from the tape's last backward pass."""
-    return sum(grad_norm_shares(tape, metric).values())
 
 
 def direction(
@@ -70,6 +56,7 @@ def direction(
     closure: Closure,
     bases: Mapping[Block, Projector],
     metric: Metric = EUCLIDEAN,
+    scale: float = 1.0,
 ) -> Direction:
     """π(H M⁻¹ g) for the blocks in ``bases``, by one forward-mode pass over the tape.
 
@@ -82,65 +69,69 @@ def direction(
         closure: the closure the tape was recorded from.
         bases: what to project out, for each block that may move.
         metric: whose norm is ascended; π(Hg) by default.
+        scale: of the velocity, so that it stays within the range of the dtype.
 
     Returns:
         One matrix per block, zero where nothing but rounding survives the projection.
     """
-    scale = unit_scale(lambda: grad_norm_squared(tape, metric.of_velocities()), tape.precision)
     others = zip(tape.others, tape.other_gradients, strict=True)
     velocity = {p: metric.velocity(p, g, scale) for p, g in others}
-    drive = {block: partial(_drive, tape, block, metric, scale) for block in tape.blocks}
-    tape.push_tangents(model, closure, drive, velocity, wanted=bases.keys())
+    drive = {block: partial(tape.drive, block, metric, scale) for block in tape.blocks}
+    push_tangents(tape, model, closure, drive, velocity, wanted=bases.keys())
     return {b: scaled(_survivor(tape, b, basis), 1 / scale) for b, basis in bases.items()}
 
 
+def mean_direction(
+    tapes: Iterator[tuple[Tape, float]],
+    model: nn.Module,
+    closures: Sequence[Closure],
+    bases: Mapping[Block, Projector],
+    velocity: Mapping[nn.Parameter, Tensor],
+    scale: float,
+    computed_in: Mapping[Block, torch.dtype],
+    ranks: Ranks,
+) -> Direction:
+    """The same for a loss that is the mean of closures, each with its tape and share.
+
+    Args:
+        tapes: taken one by one, so that memory stays at what one of them needs.
+        model: the model of the closures.
+        closures: in the order of the tapes.
+        bases: what to project out, for each block that may move.
+        velocity: scaled M⁻¹ g of the mean loss, by parameter.
+        scale: of the velocity.
+        computed_in: the coarsest precision of a block's products in any tape.
+        ranks: whose mean it is.
+    """
+    whole = {block: block.part.matrix().zero_() for block in bases}
+    with ranks.together():
+        for closure in closures:
+            tape, share = next(tapes)
+            drive = {b: partial(tape.drive_of, b, b.part.pieces_of(velocity)) for b in tape.blocks}
+            push_tangents(tape, model, closure, drive, velocity, wanted=bases.keys())
+            for block in [b for b in tape.blocks if b in whole]:
+                whole[block] += tape.survivor(block) * (share / scale)
+            del tape, drive
+    ranks.mean_(list(whole.values()))
+    along = project_ascent(whole, bases, computed_in)
+    ranks.of_first_(list(along.values()))
+    return along
+
+
 def project_ascent(
-    ascent: Direction, bases: Mapping[Block, Projector], dtype: torch.dtype | None = None
+    ascent: Mapping[Block, Tensor],
+    bases: Mapping[Block, Projector],
+    computed_in: Mapping[Block, torch.dtype] | None = None,
 ) -> Direction:
     """π of a full ascent direction (paper equation 11): the reference for `direction`.
 
-    ``dtype`` is what the ascent was computed in, if not its own.
+    ``computed_in`` says in which precision, where not in that of the matrices.
     """
+    dtypes = computed_in or {}
     return {
-        block: without_rounding(basis.project(ascent[block]), ascent[block], dtype)
+        block: without_rounding(basis.project(ascent[block]), ascent[block], dtypes.get(block))
         for block, basis in bases.items()
     }
-
-
-def _block_norm_squared(tape: Tape, block: Block, metric: Metric) -> float:
-    if _prefers_gram(tape, block, metric):
-        deltas = at_least_single(tape.deltas(block))
-        return float(((deltas @ deltas.mT) * tape.row_gram(block)).double().sum())
-    return metric.block_squared_norm(block, tape.weight_gradient(block))
-
-
-def _drive(tape: Tape, block: Block, metric: Metric, scale: float) -> Iterator[Tensor]:
-    """(M⁻¹ G) x, scaled, for every call of a block: the tangents due to the block's own weights."""
-    calls, part = tape.calls_of(block), block.part
-    if not _prefers_gram(tape, block, metric):
-        velocity = metric.block_velocity(block, tape.weight_gradient(block), scale)
-        yield from drive_of(tape, block, block.part.split(velocity))
-        return
-    gram = tape.row_gram(block)
-    products = gram @ scaled(tape.deltas(block).to(gram.dtype), scale)
-    counts = [call.part.row_count(call.z) for call in calls]
-    for call, rows in zip(calls, products.split(counts, dim=-2), strict=True):
-        yield part.from_out_rows(rows, call.z)
-
-
-def drive_of(tape: Tape, block: Block, velocity: Pieces) -> Iterator[Tensor]:
-    """Ẇ x for every call of a block, in the shape of the outputs; each when it is asked for."""
-    for call in tape.calls_of(block):
-        pieces = velocity[: len(call.part.slots)]
-        same = tuple(piece.to(call.z.dtype) for piece in pieces)
-        yield call.part.push_affine(call.x.detach(), same, call.z)
-
-
-def _prefers_gram(tape: Tape, block: Block, metric: Metric) -> bool:
-    """Whether no gradient need be formed; a preconditioner takes it entry by entry."""
-    if metric.inverse is not None or block.other is not None or not block.part.gram_pays:
-        return False
-    return tape.row_count(block) < block.part.matrix_shape[-1]
 
 
 def _survivor(tape: Tape, block: Block, basis: Projector) -> Float[Tensor, "*groups d_out d_in"]:

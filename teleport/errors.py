@@ -53,3 +53,9 @@ class BookError(TeleportError):
 
 class CheckError(TeleportError):
     """A file of exercises cannot be read, or what checking needs is not installed."""
+
+
+def require(name: str, value: object, valid: bool, allowed: str) -> None:
+    """Raise ValueError for an argument out of range, with its value and the range."""
+    if not valid:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")

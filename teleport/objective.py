@@ -1,7 +1,10 @@
 """The teleport objective, half the squared gradient norm, and its gradient by definition.
 
 The norm is that of a `Metric`: the Euclidean one for T (paper equation 4), or one in which the
-gradient is divided as an optimizer divides it, for ``D_M = ½ gᵀ M⁻¹ g`` (``thm-geometry``).
+gradient is divided as an optimizer divides it, for ``D_M = ½ gᵀ M⁻¹ g`` (``thm-geometry``). A step
+of SGD goes along the gradient g, a step of Adam roughly along ``M⁻¹ g`` with ``M = diag(√v̂ + ε)``:
+`metric_of` reads M from an optimizer, so that a teleport can enlarge what its next step gains to
+first order.
 
 `ascent_double_backward` differentiates through the gradient, as the paper does: the reference for
 `teleport.direction`, and the method of choice where forward-mode differentiation lacks an
@@ -9,15 +12,18 @@ operation.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
+from teleport.errors import OptimizerStateError
 from teleport.layers.support import Block
-from teleport.recording import Closure, evaluate, without_gradients
+from teleport.runtime.closures import Closure, evaluate, without_gradients
 from teleport.runtime.precision import at_least_single, scaled
 from teleport.runtime.ranks import ALONE, Ranks
 
@@ -80,6 +86,8 @@ class Metric:
 
 
 EUCLIDEAN = Metric()
+
+Gradient = dict[nn.Parameter, Tensor]
 
 Shares = dict[Block | nn.Parameter, float]
 """What each covered block, and each parameter outside of them, has of a squared gradient norm."""
@@ -173,3 +181,92 @@ def ascent_double_backward(
             return [torch.zeros_like(p) for p in parameters]
         ascent = torch.autograd.grad(objective, parameters, materialize_grads=True)
     return [a / 2 for a in ascent] if velocity is None else list(ascent)
+
+
+State = Mapping[str, Any]
+"""Options of a parameter group, or what an optimizer knows of a parameter."""
+
+
+def _adam(group: State, state: State) -> Any:
+    second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+    unbiased = at_least_single(second) / (1.0 - group["betas"][1] ** float(state["step"]))
+    return unbiased.sqrt() + group["eps"]
+
+
+def _adagrad(group: State, state: State) -> Any:
+    return at_least_single(state["sum"]).sqrt() + group["eps"]
+
+
+def _rmsprop(group: State, state: State) -> Any:
+    second = at_least_single(state["square_avg"])
+    if group["centered"]:
+        second = second - at_least_single(state["grad_avg"]).square()
+    return second.sqrt() + group["eps"]
+
+
+DIAGONALS: dict[type[Optimizer], Callable[[State, State], Any] | None] = {
+    SGD: None,
+    Adam: _adam,
+    AdamW: _adam,
+    Adagrad: _adagrad,
+    RMSprop: _rmsprop,
+}
+"""M of one parameter by optimizer; None for the identity. A subclass may divide by anything."""
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer whose M is not known, or which does not train all of the model.
+
+    Raises:
+        ValueError: with the known types, or the names of the parameters it does not hold.
+    """
+    if type(optimizer) not in DIAGONALS:
+        known = ", ".join(kind.__name__ for kind in DIAGONALS)
+        raise ValueError(
+            f"optimizer must be one whose preconditioner is known ({known}), got "
+            f"{type(optimizer).__name__}; use objective='grad_norm', which needs none"
+        )
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    if absent := _names(model, lambda p: p not in held):
+        raise ValueError(
+            "optimizer must hold every trainable parameter of the model, and it does not hold "
+            f"{absent}. Add them with optimizer.add_param_group, or freeze them with "
+            "requires_grad_(False)"
+        )
+
+
+def metric_of(optimizer: Optimizer, model: nn.Module) -> Metric:
+    """M as it is now; what the optimizer does later does not change it.
+
+    Learning rates, momentum and weight decay are no part of M.
+
+    Raises:
+        OptimizerStateError: if a trainable parameter has no state yet, or its M is not positive and
+            finite; the parameters are named.
+    """
+    read, name = DIAGONALS[type(optimizer)], type(optimizer).__name__
+    if read is None:
+        return EUCLIDEAN
+    state = optimizer.state
+    if fresh := _names(model, lambda p: float(state[p]["step"] if p in state else 0.0) == 0.0):
+        raise OptimizerStateError(
+            f"{name} has no state yet for {fresh}: its preconditioner is made of past gradients. "
+            "Let it take a step before the teleport, and freeze parameters that get no gradient "
+            "with requires_grad_(False)"
+        )
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    with torch.no_grad():
+        inverse = {p: 1.0 / read(group_of[p], state[p]) for p in trainable(model)}
+    if bad := _names(model, lambda p: not bool((inverse[p].isfinite() & (inverse[p] > 0.0)).all())):
+        raise OptimizerStateError(
+            f"the preconditioner of {name} is not positive and finite for {bad}: use eps > 0, and "
+            "check that its state is finite"
+        )
+    return Metric(inverse, f"preconditioned gradient norm ({name})")
+
+
+def _names(model: nn.Module, bad: Callable[[nn.Parameter], bool]) -> str:
+    """Names of the trainable parameters for which something holds, the first few."""
+    found = [n for n, p in model.named_parameters() if p.requires_grad and bad(p)]
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    return ", ".join(map(repr, found[:5])) + more

@@ -1,6 +1,7 @@
 """What a teleport did: `TeleportReport`, printed as a table."""
 
 import html
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -101,7 +102,10 @@ class TeleportReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join([*self._summary(), "", *_table(self.layers), f"{self.seconds:.3f} s"])
+        return "\n".join([*self._summary(), "", *self._table(), f"{self.seconds:.3f} s"])
+
+    def _table(self) -> list[str]:
+        return text_table([_COLUMNS, *map(_cells, self.layers)])
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th>{c}</th>" for c in _COLUMNS)
@@ -148,8 +152,8 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
     return (layer.name or "(model)", layer.kind, shape, rank, free, moved, grown, layer.status)
 
 
-def _table(layers: tuple[LayerReport, ...]) -> list[str]:
-    rows = [_COLUMNS, *map(_cells, layers)]
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first row is the head, columns aligned at the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -19,15 +19,17 @@ from teleport.runtime.ranks import Ranks
 
 
 class Projector(ABC):
-    """P of one weight matrix: removes what acts on the kept part of the layer's inputs.
+    """P of one weight matrix: removes what acts on the kept part of the layer's inputs."""
 
-    Attributes:
-        dtype: of the inputs; the precision to which their space is known.
-        shape: ``[*groups, d_in]`` of the matrices it applies to, without their ``d_out``.
-    """
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the inputs: the precision to which their space is known."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """``[*groups, d_in]`` of the matrices it applies to, without their ``d_out``."""
 
     @property
     @abstractmethod
@@ -73,13 +75,12 @@ class Projector(ABC):
 
 
 class Space(ABC):
-    """Collects the inputs of one layer, in any number of pieces.
+    """Collects the inputs of one layer, in any number of pieces."""
 
-    Attributes:
-        count: rows so far.
-    """
-
-    count: int = 0
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Rows so far."""
 
     @abstractmethod
     def basis(self, tau: float = 1.0) -> Projector:
@@ -117,7 +118,7 @@ class Basis(Projector):
     dtype: torch.dtype = torch.float64
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         return (*self.vectors.shape[:-2], self.vectors.shape[-2])
 
     @property
@@ -212,8 +213,9 @@ class RowSpace(Space):
     float32 or less.
     """
 
+    count: int = 0
+
     def __init__(self) -> None:
-        self.count = 0
         self._pending: list[Tensor] = []
         self._reduced: Tensor | None = None
         self._dtype = torch.float64

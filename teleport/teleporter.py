@@ -3,22 +3,21 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from teleport.ascent import Attempt, Settings
-from teleport.errors import UnsupportedModelError
-from teleport.layers.support import cover, supported
+from teleport.ascent import Ascent, Settings
+from teleport.errors import UnsupportedModelError, require
+from teleport.guard import HeldOut
+from teleport.layers.support import cover, require_matches, selected, supported
 from teleport.line_search import load_search
-from teleport.objective import EUCLIDEAN
-from teleport.preconditioner import check_optimizer, metric_of
-from teleport.recording import Closure
+from teleport.objective import EUCLIDEAN, check_optimizer, metric_of
 from teleport.report import TeleportReport
 from teleport.runtime.clock import now
+from teleport.runtime.closures import Closure
 from teleport.runtime.precision import Autocast
 from teleport.runtime.ranks import ranks_of, silenced
 from teleport.runtime.transaction import Transaction
@@ -91,18 +90,18 @@ class Teleporter:
         max_drift: float | None = None,
         strict: bool = False,
     ) -> None:
-        _check("tau", tau, 0.0 < tau <= 1.0, "in (0, 1]")
+        require("tau", tau, 0.0 < tau <= 1.0, "in (0, 1]")
         whole = steps is None or (isinstance(steps, int) and steps >= 1)
-        _check("steps", steps, whole, "an integer >= 1")
+        require("steps", steps, whole, "an integer >= 1")
         for name, patterns in (("include", include), ("exclude", exclude)):
-            _check(name, patterns, not isinstance(patterns, str), "a list of patterns")
-        _check("lr", lr, lr is None or 0.0 < lr < math.inf, "> 0 and finite")
-        _check("growth", growth, growth is None or 1.0 < growth < math.inf, "> 1 and finite")
-        _check("cap", cap, cap is None or 0.0 < cap < math.inf, "> 0 and finite")
-        _check("max_drift", max_drift, max_drift is None or max_drift >= 0.0, ">= 0")
-        _check("method", method, method in METHODS, f"one of {METHODS}")
-        _check("objective", objective, objective in OBJECTIVES, f"one of {OBJECTIVES}")
-        _check(
+            require(name, patterns, not isinstance(patterns, str), "a list of patterns")
+        require("lr", lr, lr is None or 0.0 < lr < math.inf, "> 0 and finite")
+        require("growth", growth, growth is None or 1.0 < growth < math.inf, "> 1 and finite")
+        require("cap", cap, cap is None or 0.0 < cap < math.inf, "> 0 and finite")
+        require("max_drift", max_drift, max_drift is None or max_drift >= 0.0, ">= 0")
+        require("method", method, method in METHODS, f"one of {METHODS}")
+        require("objective", objective, objective in OBJECTIVES, f"one of {OBJECTIVES}")
+        require(
             "optimizer",
             optimizer,
             (optimizer is None) == (objective == "grad_norm"),
@@ -111,7 +110,8 @@ class Teleporter:
         self.model, self._optimizer = model, optimizer
         self._include, self._exclude, self._strict = include, exclude, strict
         moving = self._moving()
-        _check_patterns([b.name for b in moving["coverage"].blocks], include, exclude)
+        names = [block.name for block in moving["coverage"].blocks]
+        require_matches(names, [*(include or ()), *(exclude or ())])
         if optimizer is not None:
             check_optimizer(optimizer, model)
         unbounded = growth is None and (lr is None or cap is None)
@@ -170,16 +170,16 @@ class Teleporter:
 
                 return transaction.repeatable(call)
 
-            held = None if held_out is None else repeatable(held_out)
+            held = HeldOut(None if held_out is None else repeatable(held_out), ranks)
             closures = [repeatable(part) for part in parts]
             optimizer = self._optimizer
             metric = EUCLIDEAN if optimizer is None else metric_of(optimizer, self.model)
-            attempt = Attempt(settings, closures, held, ranks, metric)
+            ascent = Ascent(settings, closures, held, ranks, metric)
             with ranks.together():  # before anything is kept
-                report, note = transaction.until_quiet(attempt.run)
+                report, note = transaction.until_quiet(ascent.run)
             if report.steps and not report.rolled_back:
                 transaction.commit()
-        spent = now() - started - attempt.held_out_seconds
+        spent = now() - started - held.seconds
         return replace(report, seconds=spent, reason=report.reason + note)
 
     def _moving(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class Teleporter:
                 "Use strict=False, or add a rule with teleport.layers.register"
             )
         names = [block.name for block in coverage.blocks]
-        return {"coverage": coverage, "movable": _select(names, self._include, self._exclude)}
+        return {"coverage": coverage, "movable": selected(names, self._include, self._exclude)}
 
     def run(
         self, closures: Iterable[Closure], *, held_out: Closure | None = None
@@ -208,31 +208,8 @@ def _request(s: Settings, optimizer: Optimizer | None, held_out: Closure | None)
     return f"{asked}, optimizer {by}, held_out {held}given, {names}"
 
 
-def _check(name: str, value: object, valid: bool, allowed: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
 def _parts(closure: Closure | Sequence[Closure]) -> list[Closure]:
     parts = [closure] if callable(closure) else list(closure)
     if not parts:
         raise ValueError("step() needs at least one closure, got an empty list")
     return parts
-
-
-def _check_patterns(
-    names: list[str], include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> None:
-    for pattern in [*(include or ()), *(exclude or ())]:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"no layer matches {pattern!r}; the model's layers are {names}")
-
-
-def _select(
-    names: list[str], include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> set[str]:
-    def matches(name: str, patterns: Sequence[str]) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-    wanted = (n for n in names if include is None or matches(n, include))
-    return {n for n in wanted if not matches(n, exclude or ())}

@@ -118,7 +118,7 @@ class Ledger(Examples):
         from teleport.book import ledger
 
         if item.get_closest_marker("verifies"):
-            source = self.digests.setdefault(item.path, ledger.digest(item.path))
+            source = self.digests.setdefault(item.path, ledger.file_digest(item.path))
             item.user_properties.append(("source", source))
 
     def passed(self, test: str, properties: dict[str, object]) -> None:
@@ -134,7 +134,7 @@ class Ledger(Examples):
             return
         results = {test: (count, self.sources[test]) for test, count in self.examples.items()}
         rows = ledger.update(self.config.rootpath, results)
-        self.say(f"{ledger.LEDGER}: {len(self.examples)} tests of {len(rows)} written.")
+        self.say(f"{ledger.LEDGER_PATH}: {len(self.examples)} tests of {len(rows)} written.")
 
 
 class Deep(Examples):
@@ -159,7 +159,7 @@ def deep_factor(root: Path) -> int:
     """By how much more a deep run draws than the ledger says was drawn."""
     from teleport.book import ledger
 
-    drawn = sum(row.examples for row in ledger.read(root / ledger.LEDGER).values())
+    drawn = sum(row.examples for row in ledger.read_ledger(root / ledger.LEDGER_PATH).values())
     return math.ceil(MARGIN * WANTED / drawn)
 
 

@@ -18,14 +18,16 @@ from torch.nn.functional import cross_entropy
 import teleport
 from teleport import data
 from teleport.lab.analysis import counts, outcomes
+from teleport.lab.analysis.outcomes import markdown
 from teleport.lab.bench.tables import holds_benchmarks, read_benchmarks, timing
 from teleport.lab.bench.timing import Spread
 from teleport.lab.experiments.models import mlp
 from teleport.lab.experiments.optimizers import OPTIMIZERS
 from teleport.lab.experiments.table import EXPERIMENTS
-from teleport.lab.keeping.report import forgetting_rows, markdown
+from teleport.lab.keeping.report import forgetting_rows
 from teleport.lab.records.compare import ArmSummary, Comparison, summarise
 from teleport.lab.records.runs import read_runs
+from teleport.lab.records.study import record_folders
 from teleport.rivals.ways import OURS
 
 ROOT = Path(__file__).parents[1]
@@ -253,7 +255,7 @@ def test_every_file_the_readme_points_to_exists() -> None:
 def test_the_matrix_is_that_of_the_records() -> None:
     """``teleport report chapters/results > chapters/results/matrix.md`` writes it."""
     written = (RESULTS / "matrix.md").read_text(encoding="utf-8")
-    assert written.strip() == outcomes.markdown(outcomes.blocks(RESULTS)).strip()
+    assert written.strip() == outcomes.matrix_markdown(outcomes.blocks(RESULTS)).strip()
 
 
 def test_the_readme_names_every_experiment() -> None:
@@ -261,7 +263,7 @@ def test_the_readme_names_every_experiment() -> None:
 
 
 def test_every_committed_result_is_complete_and_tells_its_command() -> None:
-    folders = {path.parent for path in RESULTS.rglob("*.jsonl")}
+    folders = record_folders(RESULTS)
     assert folders
     for folder in folders:
         if holds_benchmarks(folder):

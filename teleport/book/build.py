@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from teleport.book.configuration import configuration
+from teleport.book.configuration import sphinx_settings
 from teleport.book.execute import execute
 from teleport.book.extras import needed
 from teleport.book.manifest import Book, Chapter, read_book
@@ -18,7 +18,7 @@ from teleport.errors import BookError
 MARKER = ".buildinfo"
 """The file by which Sphinx knows its own output folder."""
 
-TIMES = "execution.json"
+TIMES_NAME = "execution.json"
 """What each chapter took, in the folder of a book that was executed."""
 
 
@@ -45,7 +45,7 @@ def build(
             ``out`` holds something else, if a cell fails, or if Sphinx has anything to warn of.
     """
     book = read_book(file)
-    for extension in configuration(book)["extensions"]:
+    for extension in sphinx_settings(book)["extensions"]:
         needed(extension)
     with ExitStack() as stack:
         source, seconds = book.source, None
@@ -62,7 +62,7 @@ def build(
             f"{warnings.replace(str(source), book.source.name)}"
         )
     if seconds is not None:
-        (out / TIMES).write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+        (out / TIMES_NAME).write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
     return out / f"{book.document(book.front)}.html"
 
 
@@ -81,7 +81,7 @@ def _run_sphinx(book: Book, source: Path, out: Path) -> str:
             outdir=str(out),
             doctreedir=doctrees,
             buildername="html",
-            confoverrides=configuration(book),
+            confoverrides=sphinx_settings(book),
             status=None,
             warning=said,
             freshenv=True,
@@ -102,9 +102,9 @@ def _clear(out: Path) -> None:
 
 def over_budget(book: Book, out: Path) -> list[str]:
     """Which chapters took longer than their budget when the book in ``out`` was executed."""
-    if not (out / TIMES).is_file():
+    if not (out / TIMES_NAME).is_file():
         return []
-    seconds = json.loads((out / TIMES).read_text(encoding="utf-8"))
+    seconds = json.loads((out / TIMES_NAME).read_text(encoding="utf-8"))
     budgets = {c.file.relative_to(book.source).as_posix(): c.seconds for c in book.chapters}
     return [
         f"{name} took {taken:.0f} s, its budget is {budgets[name]:g} s"

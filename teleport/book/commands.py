@@ -50,8 +50,8 @@ def serve(
             typer.echo("ended")
 
 
-@app.command()
-def check(out: Out = OUT, book: File = BOOK) -> None:
+@app.command("check")
+def check_book(out: Out = OUT, book: File = BOOK) -> None:
     """Check book.toml and its files, and if the book is built, its links and execution times."""
     described = read_book(book)
     typer.echo(f"{book}: {len(described.chapters)} chapters, {len(described.pages)} pages, ok")

@@ -17,7 +17,7 @@ EXTENSIONS = (
     "sphinx.ext.mathjax",
     "teleport.book.extension",
 )
-LEDGER = "ledger.json"
+LEDGER_NAME = "ledger.json"
 """The record that the page of verified theorems is made from, in the book's source folder."""
 
 STATIC = Path(__file__).parent / "static"
@@ -27,11 +27,11 @@ STATIC = Path(__file__).parent / "static"
 _MATHJAX = {"options": {"enableMenu": False}}
 
 
-def configuration(book: Book) -> dict[str, Any]:
+def sphinx_settings(book: Book) -> dict[str, Any]:
     """All of Sphinx's settings for this book, as ``confoverrides`` takes them."""
     exercises = [c.exercises for c in book.chapters if c.exercises is not None]
     files = [book.front, *(c.file for c in book.chapters), *exercises, *book.pages]
-    ledger = ["teleport.book.ledger_page"] if (book.source / LEDGER).is_file() else []
+    ledger = ["teleport.book.ledger_page"] if (book.source / LEDGER_NAME).is_file() else []
     return {
         "project": book.title,
         "author": ", ".join(book.authors),

@@ -3,7 +3,7 @@
 A theorem is a ``prf:theorem`` with a label in a chapter. A test verifies it if it is marked with
 ``@pytest.mark.verifies("thm-…")``, or with ``exact=True`` added if it computes without rounding and
 compares with ``==``. ``chapters/ledger.json`` holds what the marked tests did when they were last
-run, with a digest of each test's file; `REGENERATE` writes it. `faults` compares all three.
+run, with a digest of each test's file; `REGENERATE` writes it. `ledger_faults` compares all three.
 """
 
 import ast
@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from teleport.book.notebook_form import markdown, outside_of_code
+from teleport.book.notebook_form import outside_of_code, page_markdown
 
-Kind = Literal["exact", "numerical"]
+ProofKind = Literal["exact", "numerical"]
 
 REGENERATE = "pytest tests -m verifies --ledger"
 """The command that runs all marked tests and writes the ledger; one file's: its name instead."""
 
-LEDGER = "chapters/ledger.json"
+LEDGER_PATH = "chapters/ledger.json"
 
 TOLERANT = {"allclose", "approx", "assert_close", "atol", "isclose", "rel_tol", "rtol", "tolerance"}
 """Names that a test marked as exact must not use."""
@@ -41,7 +41,7 @@ class Theorem:
 
 
 @dataclass(frozen=True)
-class Row:
+class LedgerRow:
     """What one test function did when it was last run, all its parameters together.
 
     Attributes:
@@ -50,7 +50,7 @@ class Row:
         source: digest of the test's file at that time.
     """
 
-    theorems: dict[str, Kind]
+    theorems: dict[str, ProofKind]
     examples: int
     source: str
 
@@ -71,7 +71,7 @@ def theorems(chapters: Path) -> list[Theorem]:
 
 
 def _stated(page: Path, name: str) -> Iterator[Theorem]:
-    lines = list(outside_of_code(markdown(page)))
+    lines = list(outside_of_code(page_markdown(page)))
     for number, line in enumerate(lines):
         if found := _THEOREM.match(line):
             options = [o for o in lines[number + 1 :][:5] if o.lstrip().startswith(":")]
@@ -79,7 +79,7 @@ def _stated(page: Path, name: str) -> Iterator[Theorem]:
             yield Theorem(next(labels, ""), found["title"], name)
 
 
-def marked(root: Path) -> dict[str, dict[str, Kind]]:
+def marked(root: Path) -> dict[str, dict[str, ProofKind]]:
     """Tests below ``root/tests`` that are marked as verifying: id → label → kind, read statically.
 
     Raises:
@@ -98,8 +98,8 @@ def _functions(path: Path) -> Iterator[ast.FunctionDef]:
     return (node for node in tree.body if isinstance(node, ast.FunctionDef))
 
 
-def _marks(function: ast.FunctionDef, path: Path) -> dict[str, Kind]:
-    found: dict[str, Kind] = {}
+def _marks(function: ast.FunctionDef, path: Path) -> dict[str, ProofKind]:
+    found: dict[str, ProofKind] = {}
     for mark in function.decorator_list:
         if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.verifies":
             try:
@@ -115,7 +115,7 @@ def _marks(function: ast.FunctionDef, path: Path) -> dict[str, Kind]:
     return found
 
 
-def read_mark(labels: Iterable[object], options: dict[str, object]) -> dict[str, Kind]:
+def read_mark(labels: Iterable[object], options: dict[str, object]) -> dict[str, ProofKind]:
     """What the arguments of one mark say.
 
     Raises:
@@ -130,13 +130,13 @@ def read_mark(labels: Iterable[object], options: dict[str, object]) -> dict[str,
     return dict.fromkeys(names, "exact" if exact else "numerical")
 
 
-def digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """Digest of a file of tests, the same on every system."""
     text = path.read_text(encoding="utf-8")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read(path: Path) -> dict[str, Row]:
+def read_ledger(path: Path) -> dict[str, LedgerRow]:
     """The ledger in a file; empty if there is none.
 
     Raises:
@@ -146,30 +146,33 @@ def read(path: Path) -> dict[str, Row]:
         return {}
     try:
         tests = json.loads(path.read_text(encoding="utf-8"))["tests"]
-        return {test: Row(**row) for test, row in tests.items()}
+        return {test: LedgerRow(**row) for test, row in tests.items()}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a ledger ({error!r}): run `{REGENERATE}`") from error
 
 
-def update(root: Path, results: dict[str, tuple[int, str]]) -> dict[str, Row]:
+def update(root: Path, results: dict[str, tuple[int, str]]) -> dict[str, LedgerRow]:
     """Write what tests did into the ledger; rows of other tests stay as long as they exist.
 
     Args:
         root: The repository.
-        results: Test id → how many examples passed, and the `digest` of its file before it ran.
+        results: Test id → how many examples passed, and the `file_digest` of its file before it
+            ran.
     """
-    marks, rows = marked(root), read(root / LEDGER)
-    rows |= {test: Row(marks[test], *result) for test, result in results.items() if test in marks}
+    marks, rows = marked(root), read_ledger(root / LEDGER_PATH)
+    rows |= {
+        test: LedgerRow(marks[test], *result) for test, result in results.items() if test in marks
+    }
     rows = {test: rows[test] for test in sorted(rows) if test in marks}
     lines = [f"  {json.dumps(test)}: {json.dumps(asdict(row))}" for test, row in rows.items()]
     head = f'{{\n "written by": {json.dumps(REGENERATE)},\n "tests": {{\n'
-    (root / LEDGER).write_text(head + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
+    (root / LEDGER_PATH).write_text(head + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
     return rows
 
 
-def faults(root: Path) -> list[str]:
+def ledger_faults(root: Path) -> list[str]:
     """Where book, tests and ledger of a repository disagree, one line each; empty if nowhere."""
-    stated, marks, rows = theorems(root / "chapters"), marked(root), read(root / LEDGER)
+    stated, marks, rows = theorems(root / "chapters"), marked(root), read_ledger(root / LEDGER_PATH)
     return [
         *_unverified(stated, marks),
         *_unknown(stated, marks),
@@ -178,7 +181,7 @@ def faults(root: Path) -> list[str]:
     ]
 
 
-def _unverified(stated: list[Theorem], marks: dict[str, dict[str, Kind]]) -> Iterator[str]:
+def _unverified(stated: list[Theorem], marks: dict[str, dict[str, ProofKind]]) -> Iterator[str]:
     verified = {label for labels in marks.values() for label in labels}
     pages: dict[str, str] = {}
     for theorem in stated:
@@ -198,7 +201,7 @@ def _unverified(stated: list[Theorem], marks: dict[str, dict[str, Kind]]) -> Ite
         pages.setdefault(theorem.label, theorem.page)
 
 
-def _unknown(stated: list[Theorem], marks: dict[str, dict[str, Kind]]) -> Iterator[str]:
+def _unknown(stated: list[Theorem], marks: dict[str, dict[str, ProofKind]]) -> Iterator[str]:
     known = sorted({theorem.label for theorem in stated} - {""})
     unknown: dict[str, list[str]] = {}
     for test, labels in marks.items():
@@ -213,7 +216,7 @@ def _unknown(stated: list[Theorem], marks: dict[str, dict[str, Kind]]) -> Iterat
         )
 
 
-def _inexact(root: Path, marks: dict[str, dict[str, Kind]]) -> Iterator[str]:
+def _inexact(root: Path, marks: dict[str, dict[str, ProofKind]]) -> Iterator[str]:
     exact = {test for test, labels in marks.items() if "exact" in labels.values()}
     for path in sorted({test.split("::")[0] for test in exact}):
         for function in _functions(root / path):
@@ -236,22 +239,25 @@ def _tolerances(function: ast.FunctionDef) -> list[str]:
     return sorted(found)
 
 
-def _stale(root: Path, marks: dict[str, dict[str, Kind]], rows: dict[str, Row]) -> Iterator[str]:
+def _stale(
+    root: Path, marks: dict[str, dict[str, ProofKind]], rows: dict[str, LedgerRow]
+) -> Iterator[str]:
     files: dict[str, list[str]] = {}
     for test, labels in marks.items():
         row = rows.get(test)
         if (
             row is None
             or row.theorems != labels
-            or row.source != digest(root / test.split("::")[0])
+            or row.source != file_digest(root / test.split("::")[0])
         ):
             files.setdefault(test.split("::")[0], []).append(test)
     for path, tests in files.items():
         absent = [test.split("::")[1] for test in tests if test not in rows]
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         what = f"has no row for {absent[0]}{more}" if absent else "is older than the file"
-        yield f"{path}: {LEDGER} {what}: run `pytest {path} --ledger`, or `{REGENERATE}` for all"
+        command = f"`pytest {path} --ledger`, or `{REGENERATE}` for all"
+        yield f"{path}: {LEDGER_PATH} {what}: run {command}"
     for test in sorted(set(rows) - set(marks)):
-        yield f"{LEDGER} has a row for {test}, which is no marked test: run `{REGENERATE}`"
+        yield f"{LEDGER_PATH} has a row for {test}, which is no marked test: run `{REGENERATE}`"
     for test in sorted(test for test in marks if test in rows and rows[test].examples < 1):
         yield f"{test} ran no example: run `{REGENERATE}` where it is not skipped"

@@ -15,7 +15,7 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-from teleport.book.ledger import REGENERATE, Row, read
+from teleport.book.ledger import REGENERATE, LedgerRow, read_ledger
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
         return
     if not _path(app).exists():
         logger.warning("there is no theorem ledger %s: run `%s`", _path(app), REGENERATE)
-    rows = read(_path(app))
+    rows = read_ledger(_path(app))
     for theorem in theorems:
         theorem += _note(_verifying(rows, theorem["label"]), theorem["label"])
     for table in tables:
@@ -70,7 +70,7 @@ def _theorems(doctree: nodes.Node) -> Iterator[nodes.Element]:
     return (n for n in doctree.findall(nodes.Admonition) if n.get("realtype") == "theorem")
 
 
-def _verifying(rows: dict[str, Row], label: str) -> dict[str, Row]:
+def _verifying(rows: dict[str, LedgerRow], label: str) -> dict[str, LedgerRow]:
     """The tests of one theorem: exact ones first, then by the number of examples."""
     found = {test: row for test, row in rows.items() if label in row.theorems}
 
@@ -80,14 +80,14 @@ def _verifying(rows: dict[str, Row], label: str) -> dict[str, Row]:
     return {test: found[test] for test in sorted(found, key=order)}
 
 
-def _note(tests: dict[str, Row], label: str) -> list[nodes.Node]:
+def _note(tests: dict[str, LedgerRow], label: str) -> list[nodes.Node]:
     """One line that opens to the list of tests."""
     if not tests:
         return [nodes.paragraph("", "No test verifies this yet.", classes=["verified-by"])]
     return _folded(f"Verified by {_tests(tests, label)}; {_examples(tests)}", tests, label)
 
 
-def _tests(tests: dict[str, Row], label: str) -> str:
+def _tests(tests: dict[str, LedgerRow], label: str) -> str:
     """Their number, and how many of them are exact."""
     exact = sum(row.theorems[label] == "exact" for row in tests.values())
     count = _count(len(tests), "test")
@@ -96,11 +96,11 @@ def _tests(tests: dict[str, Row], label: str) -> str:
     return f"{count}, {exact} of them exact" if exact else count
 
 
-def _examples(tests: dict[str, Row]) -> str:
+def _examples(tests: dict[str, LedgerRow]) -> str:
     return _count(sum(row.examples for row in tests.values()), "example")
 
 
-def _folded(summary: str, tests: dict[str, Row], label: str) -> list[nodes.Node]:
+def _folded(summary: str, tests: dict[str, LedgerRow], label: str) -> list[nodes.Node]:
     """A summary that opens to the tests; in print, and without HTML, the list alone or nothing."""
     start = f'<details class="verified-by"><summary>{summary}</summary>'
     items = nodes.bullet_list(classes=["verified-by"])
@@ -117,7 +117,7 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
-def _table(app: Sphinx, docname: str, rows: dict[str, Row]) -> nodes.table:
+def _table(app: Sphinx, docname: str, rows: dict[str, LedgerRow]) -> nodes.table:
     body = nodes.tbody()
     for page, theorem in _all_theorems(app):
         body += _row(*_cells(app, docname, page, theorem, rows))
@@ -138,7 +138,7 @@ def _all_theorems(app: Sphinx) -> Iterator[tuple[str, nodes.Element]]:
 
 
 def _cells(
-    app: Sphinx, docname: str, page: str, theorem: nodes.Element, rows: dict[str, Row]
+    app: Sphinx, docname: str, page: str, theorem: nodes.Element, rows: dict[str, LedgerRow]
 ) -> Iterator[nodes.Node | list[nodes.Node]]:
     label = theorem["label"]
     tests = _verifying(rows, label)

@@ -28,7 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from teleport.book.places import Keys, places
+from teleport.book.places import Keys, key_lines
 from teleport.errors import BookError
 
 if sys.version_info >= (3, 11):
@@ -115,10 +115,10 @@ def read_book(path: Path) -> Book:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BookError(f"{path} is not TOML: {error}") from error
-    return _Reader(path.resolve(), path, places(text)).book(table)
+    return _Reader(path.resolve(), path, key_lines(text)).book(table)
 
 
-Check = Callable[[object], bool]
+_Accepts = Callable[[object], bool]
 
 
 def _is_texts(value: object) -> bool:
@@ -129,17 +129,17 @@ def _is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 86400
 
 
-_TEXT: tuple[Check, str] = (lambda v: isinstance(v, str) and bool(v.strip()), "a text")
-_TEXTS: tuple[Check, str] = (_is_texts, "a list of texts")
-_TABLES: tuple[Check, str] = (
+_TEXT: tuple[_Accepts, str] = (lambda v: isinstance(v, str) and bool(v.strip()), "a text")
+_TEXTS: tuple[_Accepts, str] = (_is_texts, "a list of texts")
+_TABLES: tuple[_Accepts, str] = (
     lambda v: isinstance(v, list) and all(isinstance(item, dict) for item in v),
     "tables, each with a header in double brackets",
 )
-_LINKS: tuple[Check, str] = (
+_LINKS: tuple[_Accepts, str] = (
     lambda v: isinstance(v, dict) and all(isinstance(item, str) for item in v.values()),
     "a table of addresses",
 )
-_SECONDS: tuple[Check, str] = (_is_seconds, "a number of seconds > 0")
+_SECONDS: tuple[_Accepts, str] = (_is_seconds, "a number of seconds > 0")
 
 _BOOK = {
     "title": _TEXT,
@@ -222,7 +222,9 @@ class _Reader:
             exercises and self.file(exercises, (*keys, "exercises"), ".ipynb", folder),
         )
 
-    def check(self, table: dict[str, Any], keys: Keys, known: dict[str, tuple[Check, str]]) -> None:
+    def check(
+        self, table: dict[str, Any], keys: Keys, known: dict[str, tuple[_Accepts, str]]
+    ) -> None:
         where = f" in [[{keys[0]}]]" if keys else ""
         for key, value in table.items():
             if key not in known:

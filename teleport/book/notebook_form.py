@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-Cell = dict[str, Any]
+NotebookCell = dict[str, Any]
 """One cell of a notebook, as nbformat 4.5 defines it; ``source`` may be text or lines."""
 
 METADATA = {
@@ -28,7 +28,7 @@ KEPT = ("mystnb", "tags")
 _FENCE = re.compile(r"^\s*(?P<fence>`{3,}|~{3,}|:{3,})\s*(?P<info>[^`]*)$")
 
 
-def read(path: Path) -> dict[str, Any]:
+def load_notebook(path: Path) -> dict[str, Any]:
     """The notebook in a file.
 
     Raises:
@@ -43,17 +43,17 @@ def read(path: Path) -> dict[str, Any]:
     return notebook
 
 
-def text(lines: str | list[str]) -> str:
+def joined(lines: str | list[str]) -> str:
     """Source or output of a cell as one string, however it is stored."""
     return lines if isinstance(lines, str) else "".join(lines)
 
 
-def markdown(path: Path) -> str:
+def page_markdown(path: Path) -> str:
     """The text of a page of the book: a Markdown file, or all Markdown cells of a notebook."""
     if path.suffix != ".ipynb":
         return path.read_text(encoding="utf-8")
-    cells = (c for c in read(path)["cells"] if c["cell_type"] == "markdown")
-    return "\n\n".join(text(cell["source"]) for cell in cells)
+    cells = (c for c in load_notebook(path)["cells"] if c["cell_type"] == "markdown")
+    return "\n\n".join(joined(cell["source"]) for cell in cells)
 
 
 def outside_of_code(markdown: str) -> Iterator[str]:
@@ -75,7 +75,7 @@ def outside_of_code(markdown: str) -> Iterator[str]:
 
 def is_tidy(path: Path) -> bool:
     """Whether a notebook is in normal form."""
-    return path.read_text(encoding="utf-8") == normal_form(read(path))
+    return path.read_text(encoding="utf-8") == normal_form(load_notebook(path))
 
 
 def tidy(path: Path) -> bool:
@@ -86,7 +86,7 @@ def tidy(path: Path) -> bool:
     """
     if is_tidy(path):
         return False
-    path.write_text(normal_form(read(path)), encoding="utf-8")
+    path.write_text(normal_form(load_notebook(path)), encoding="utf-8")
     return True
 
 
@@ -106,10 +106,10 @@ def _names(number: int) -> Iterator[str]:
     yield from (f"c{number:03}-{suffix}" for suffix in range(2, 1000))
 
 
-def _normal_cell(cell: Cell, name: str) -> Cell:
+def _normal_cell(cell: NotebookCell, name: str) -> NotebookCell:
     kept = {key: cell["metadata"][key] for key in KEPT if cell["metadata"].get(key)}
     new = {"cell_type": cell["cell_type"], "id": name, "metadata": kept}
-    new["source"] = text(cell["source"]).rstrip("\n").splitlines(keepends=True)
+    new["source"] = joined(cell["source"]).rstrip("\n").splitlines(keepends=True)
     if cell["cell_type"] == "code":
         new["execution_count"] = cell["execution_count"]
         new["outputs"] = [_normal_output(output) for output in _merged(cell["outputs"])]
@@ -118,12 +118,12 @@ def _normal_cell(cell: Cell, name: str) -> Cell:
     return new
 
 
-def _merged(outputs: list[Cell]) -> Iterator[Cell]:
+def _merged(outputs: list[NotebookCell]) -> Iterator[NotebookCell]:
     """Outputs with neighbours of one stream joined: where a stream was cut is chance."""
-    pending: Cell | None = None
+    pending: NotebookCell | None = None
     for output in outputs:
         if pending and output["output_type"] == "stream" and output["name"] == pending["name"]:
-            pending = {**pending, "text": text(pending["text"]) + text(output["text"])}
+            pending = {**pending, "text": joined(pending["text"]) + joined(output["text"])}
             continue
         if pending:
             yield pending
@@ -134,10 +134,10 @@ def _merged(outputs: list[Cell]) -> Iterator[Cell]:
         yield pending
 
 
-def _normal_output(output: Cell) -> Cell:
+def _normal_output(output: NotebookCell) -> NotebookCell:
     new = {**output}
     if "text" in output:
-        new["text"] = text(output["text"]).splitlines(keepends=True)
+        new["text"] = joined(output["text"]).splitlines(keepends=True)
     if "metadata" in output:
         new["metadata"] = {}
     return new

@@ -15,7 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-from teleport.book.notebook_form import Cell, is_tidy, outside_of_code, read, text
+from teleport.book.notebook_form import (
+    NotebookCell,
+    is_tidy,
+    joined,
+    load_notebook,
+    outside_of_code,
+)
 
 MOST_LINES = 25
 """Lines of a code cell that still fit a screen with the text above them."""
@@ -44,7 +50,7 @@ def faults(path: Path) -> list[str]:
       metadata what is to be seen, for those who cannot see it; images in text have a description;
     - the file is in normal form (`tidy`).
     """
-    notebook = read(path)
+    notebook = load_notebook(path)
     found = list(_order(notebook["cells"]))
     for number, cell in enumerate(notebook["cells"]):
         place = f"{path.name}, cell {number} ({cell.get('id', 'without id')}): "
@@ -58,8 +64,10 @@ def faults(path: Path) -> list[str]:
     return found
 
 
-def _order(cells: list[Cell]) -> Iterator[str]:
-    counts = [c["execution_count"] for c in cells if c["cell_type"] == "code" and text(c["source"])]
+def _order(cells: list[NotebookCell]) -> Iterator[str]:
+    counts = [
+        c["execution_count"] for c in cells if c["cell_type"] == "code" and joined(c["source"])
+    ]
     if counts != list(range(1, len(counts) + 1)):
         at = next(i for i, count in enumerate(counts) if count != i + 1)
         yield (
@@ -68,29 +76,29 @@ def _order(cells: list[Cell]) -> Iterator[str]:
         )
 
 
-def _outputs(cell: Cell) -> Iterator[str]:
+def _outputs(cell: NotebookCell) -> Iterator[str]:
     if not cell["outputs"] and any(map(_speaks, _statements(cell))):
         yield "prints or shows something, but no output is stored: run it and save"
     for output in cell["outputs"]:
         if output["output_type"] == "error":
             yield f"ends with the error {output['ename']}: make it run, or catch and print it"
         elif output.get("name") == "stderr":
-            start = text(output["text"]).strip()[:60]
+            start = joined(output["text"]).strip()[:60]
             yield f"writes to the standard error stream ({start}...): remove the cause"
         elif found := _WARNING.search(_shown(output)):
             yield f"shows {found[0]!r} in its output: remove the cause"
 
 
-def _statements(cell: Cell) -> list[ast.stmt]:
+def _statements(cell: NotebookCell) -> list[ast.stmt]:
     try:
         return _parsed(cell).body
     except SyntaxError:
         return []
 
 
-def _parsed(cell: Cell) -> ast.Module:
+def _parsed(cell: NotebookCell) -> ast.Module:
     """The code of a cell; the one magic that chapters may need to show figures is left out."""
-    lines = text(cell["source"]).splitlines()
+    lines = joined(cell["source"]).splitlines()
     return ast.parse("\n".join("" if line == "%matplotlib inline" else line for line in lines))
 
 
@@ -107,31 +115,31 @@ def _speaks(node: ast.AST) -> bool:
     return any(map(_speaks, ast.iter_child_nodes(node)))
 
 
-def _shown(output: Cell) -> str:
+def _shown(output: NotebookCell) -> str:
     """What an output shows as text."""
     data = output.get("data", {})
-    return text(output.get("text", "")) + text(data.get("text/plain", ""))
+    return joined(output.get("text", "")) + joined(data.get("text/plain", ""))
 
 
-def _paths(cell: Cell) -> Iterator[str]:
-    whole = [text(cell["source"]), *map(_shown, cell.get("outputs", []))]
+def _paths(cell: NotebookCell) -> Iterator[str]:
+    whole = [joined(cell["source"]), *map(_shown, cell.get("outputs", []))]
     for part in whole:
         if found := _ABSOLUTE.search(part):
             line = next(line for line in part.splitlines() if found[0] in line).strip()
             yield f"holds a path of one machine ({line[:60]}): use a relative one or none"
 
 
-def _length(cell: Cell) -> Iterator[str]:
-    lines = len(text(cell["source"]).splitlines())
+def _length(cell: NotebookCell) -> Iterator[str]:
+    lines = len(joined(cell["source"]).splitlines())
     if lines > MOST_LINES:
         yield f"has {lines} lines, {MOST_LINES} are allowed: split it where the idea changes"
 
 
-def _figures(cell: Cell) -> Iterator[str]:
+def _figures(cell: NotebookCell) -> Iterator[str]:
     outputs = cell["outputs"]
     if not any(kind.startswith("image/") for o in outputs for kind in o.get("data", {})):
         return
-    printed = [text(o["text"]) for o in outputs if o["output_type"] == "stream"]
+    printed = [joined(o["text"]) for o in outputs if o["output_type"] == "stream"]
     printed += [_shown(o) for o in outputs if o["output_type"] == "execute_result"]
     if not any(re.search(r"\d", part) for part in printed):
         yield "shows a figure and no number: print what is to be read off it in the same cell"
@@ -143,7 +151,7 @@ def _figures(cell: Cell) -> Iterator[str]:
         )
 
 
-def _names_used(cell: Cell) -> Iterator[str]:
+def _names_used(cell: NotebookCell) -> Iterator[str]:
     try:
         tree = _parsed(cell)
     except SyntaxError as error:
@@ -228,8 +236,8 @@ def _defined(module: ModuleType) -> set[str]:
     return names
 
 
-def _images(cell: Cell) -> Iterator[str]:
-    lines = list(outside_of_code(text(cell["source"])))
+def _images(cell: NotebookCell) -> Iterator[str]:
+    lines = list(outside_of_code(joined(cell["source"])))
     if any(map(_BARE_IMAGE.search, lines)):
         yield "has an image without a description: ![what is to be seen](file)"
     if any(re.match(r"\s*(:{3,}|`{3,})\{(image|figure)\}", line) for line in lines) and not any(
@@ -238,14 +246,14 @@ def _images(cell: Cell) -> Iterator[str]:
         yield "has an image directive without :alt:"
 
 
-CODE_CHECKS: tuple[Callable[[Cell], Iterator[str]], ...] = (
+CODE_CHECKS: tuple[Callable[[NotebookCell], Iterator[str]], ...] = (
     _outputs,
     _paths,
     _names_used,
     _length,
     _figures,
 )
-TEXT_CHECKS: tuple[Callable[[Cell], Iterator[str]], ...] = (_paths, _images)
+TEXT_CHECKS: tuple[Callable[[NotebookCell], Iterator[str]], ...] = (_paths, _images)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,7 @@ Keys = tuple[str | int, ...]
 """The way to a key: ``("title",)``, or ``("chapter", 2, "file")`` in the third ``[[chapter]]``."""
 
 
-def statements(text: str) -> list[tuple[int, str]]:
+def toml_statements(text: str) -> list[tuple[int, str]]:
     """Split a TOML document into its statements, each with the number of its first line.
 
     A statement is a header or a key with its value, over as many lines as the value takes: the
@@ -31,12 +31,12 @@ def statements(text: str) -> list[tuple[int, str]]:
     return found
 
 
-def places(text: str) -> dict[Keys, int]:
+def key_lines(text: str) -> dict[Keys, int]:
     """The line of every table and every key that a TOML document sets, counted from 1."""
     found: dict[Keys, int] = {}
     table: Keys = ()
     count: dict[Keys, int] = {}
-    for line, statement in statements(text):
+    for line, statement in toml_statements(text):
         keys = _keys(tomllib.loads(statement))
         if re.match(r"\s*\[\[", statement):
             index = count.get(keys, 0)

@@ -22,7 +22,7 @@ OUTCOMES = {
 
 
 @dataclass(frozen=True)
-class Case:
+class Situation:
     """One thing a model or closure may contain.
 
     Attributes:
@@ -49,12 +49,12 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Kind:
+class SituationKind:
     """Cases that are alike, and why they matter."""
 
     title: str
     why: str
-    cases: tuple[Case, ...]
+    cases: tuple[Situation, ...]
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class Refusals:
     """The whole table; ``setup`` is the code that every case begins with."""
 
     setup: str
-    kinds: tuple[Kind, ...]
+    kinds: tuple[SituationKind, ...]
 
 
 def read_refusals(path: Path) -> Refusals:
     """Read the table; unknown keys are errors."""
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     kinds = (
-        Kind(kind["title"], kind["why"], tuple(Case(**case) for case in kind["case"]))
+        SituationKind(kind["title"], kind["why"], tuple(Situation(**case) for case in kind["case"]))
         for kind in table["kind"]
     )
     return Refusals(table["setup"], tuple(kinds))
@@ -82,7 +82,7 @@ def refusals_page(table: Refusals) -> str:
     )
 
 
-def _section(kind: Kind) -> str:
+def _section(kind: SituationKind) -> str:
     head = "| | a teleport | a null space | it says |\n|---|---|---|---|"
     code = "\n\n".join(f"# {case.what.replace('`', '')}\n{_source(case)}" for case in kind.cases)
     return "\n".join(
@@ -97,13 +97,13 @@ def _section(kind: Kind) -> str:
     )
 
 
-def _row(case: Case) -> str:
+def _row(case: Situation) -> str:
     said = dict.fromkeys(words for words in map(case.says_of, ("step", "keep")) if words)
     words = "; ".join(f"“{each}”" for each in said)
     return f"| {case.what} | {OUTCOMES[case.step]} | {OUTCOMES[case.keep]} | {words} |"
 
 
-def _source(case: Case) -> str:
+def _source(case: Situation) -> str:
     parts = [case.code.strip()]
     if case.inside:
         parts.append(f"with {case.inside}:\n    ...  # the call")

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from teleport.bounds.lipschitz import LINEAR, jump, lipschitz
 from teleport.errors import UnsupportedModelError
 from teleport.layers.rule import rule_for
+from teleport.report import text_table
 from teleport.subspace import Basis, RowSpace
 
 
@@ -118,10 +119,8 @@ class NetworkBound:
         for m in self.layers:
             values = (m.lipschitz, m.own, m.own_a_priori, m.bound, m.a_priori, m.measured)
             rows.append((m.name or "(model)", m.kind, *(f"{value:.3g}" for value in values)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
         end = f"output moved by {self.measured:.3g}, at most {self.bound:.3g} (tau {self.tau:g})"
-        return "\n".join([*(line.rstrip() for line in lines), end])
+        return "\n".join([*text_table(rows), end])
 
 
 def network_bound(

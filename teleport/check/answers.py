@@ -8,7 +8,7 @@ from torch import Tensor
 
 from teleport.check.literal import cut
 
-TOLERANCE = 1e-9
+ANSWER_TOLERANCE = 1e-9
 """Relative to the largest entry: rounding of float64 in cases as small as ours stays far below."""
 
 
@@ -30,7 +30,7 @@ def misfit(answer: Any, like: Any) -> tuple[str, str] | None:
     return _not_sequence(answer, like)
 
 
-def alike(first: Any, second: Any, tolerance: float = TOLERANCE) -> bool:
+def alike(first: Any, second: Any, tolerance: float = ANSWER_TOLERANCE) -> bool:
     """Whether two answers have the same values; never raises."""
     if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
         return len(first) == len(second) and all(
@@ -44,7 +44,7 @@ def alike(first: Any, second: Any, tolerance: float = TOLERANCE) -> bool:
     return near(a.reshape(b.shape), b, tolerance)
 
 
-def near(a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> bool:
+def near(a: Tensor, b: Tensor, tolerance: float = ANSWER_TOLERANCE) -> bool:
     """Whether two tensors of one shape agree up to rounding, relative to the larger one."""
     if not a.numel():
         return True

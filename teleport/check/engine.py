@@ -16,7 +16,7 @@ import torch
 
 from teleport.check.answers import alike, factor, misfit, transposed
 from teleport.check.draw import Draw, hypothesis
-from teleport.check.guard import LIMIT, Outcome, Watch, call, copied
+from teleport.check.guard import CALL_SECONDS, Outcome, Watch, call, copied
 from teleport.check.literal import cut, literal, statements
 from teleport.check.verdict import Verdict
 
@@ -137,7 +137,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Trial:
     """A case, what came of it, and what is wrong with that."""
 
     case: Case
@@ -176,7 +176,7 @@ def examine(check: Check, fn: Any) -> Verdict:
     if refused is not None:
         return refused
     watch = Watch(BUDGET)
-    survey: list[Attempt] = []
+    survey: list[Trial] = []
     _search(check, fn, survey, watch)
     first = min(attempt.order for attempt in survey)
     if first == math.inf:
@@ -191,7 +191,7 @@ def examine(check: Check, fn: Any) -> Verdict:
 def _search(
     check: Check,
     fn: Callable[..., Any],
-    attempts: list[Attempt],
+    attempts: list[Trial],
     watch: Watch,
     shrink: int | float | None = None,
 ) -> None:
@@ -230,9 +230,9 @@ def _search(
         return
 
 
-def _attempt(check: Check, fn: Callable[..., Any], case: Case) -> Attempt:
+def _attempt(check: Check, fn: Callable[..., Any], case: Case) -> Trial:
     outcome = call(fn, case)
-    return Attempt(case, outcome, _problem(check, case, outcome))
+    return Trial(case, outcome, _problem(check, case, outcome))
 
 
 def _problem(check: Check, case: Case, outcome: Outcome) -> Problem | None:
@@ -243,7 +243,7 @@ def _problem(check: Check, case: Case, outcome: Outcome) -> Problem | None:
         return Problem(main.theorem, main.statement, expected, got, advice)
 
     if outcome.timed_out:
-        statement, got = "An answer comes in time.", f"no answer after {LIMIT:g} s"
+        statement, got = "An answer comes in time.", f"no answer after {CALL_SECONDS:g} s"
         advice = "Look for a loop whose condition never becomes false."
         return Problem("", statement, expected, got, advice)
     if outcome.raised is not None:
@@ -314,7 +314,7 @@ def _unusable(check: Check, fn: Any) -> Verdict | None:
     return None
 
 
-def _told(check: Check, fn: Callable[..., Any], worst: Attempt, survey: list[Attempt]) -> Verdict:
+def _told(check: Check, fn: Callable[..., Any], worst: Trial, survey: list[Trial]) -> Verdict:
     """The verdict on a wrong function, from its smallest counterexample."""
     problem = worst.problem
     assert problem is not None
@@ -337,7 +337,7 @@ def _told(check: Check, fn: Callable[..., Any], worst: Attempt, survey: list[Att
     )
 
 
-def _diagnosis(check: Check, survey: list[Attempt]) -> str:
+def _diagnosis(check: Check, survey: list[Trial]) -> str:
     """The hint of the first mistake that gives all the answers of the survey, or nothing."""
     for mistake in [*check.mistakes, *_general(check)]:
         if all(_explains(check, mistake, attempt) for attempt in survey):
@@ -346,7 +346,7 @@ def _diagnosis(check: Check, survey: list[Attempt]) -> str:
     return "" if constant is None else f"Every answer is {constant:g} times what it should be."
 
 
-def _explains(check: Check, mistake: Mistake, attempt: Attempt) -> bool:
+def _explains(check: Check, mistake: Mistake, attempt: Trial) -> bool:
     try:
         answer = mistake.answer(*map(copied, attempt.case.values()))
         if not attempt.outcome.returned:
@@ -364,7 +364,7 @@ def _general(check: Check) -> Iterator[Mistake]:
     )
 
 
-def _constant(check: Check, survey: list[Attempt]) -> float | None:
+def _constant(check: Check, survey: list[Trial]) -> float | None:
     """The number that all answers are too large by, if it is one number."""
     found = set()
     for attempt in survey:

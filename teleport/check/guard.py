@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LIMIT = 3.0
+CALL_SECONDS = 3.0
 """Seconds that one call may take, see `Watch`. The cases are tiny: a right answer takes
 milliseconds."""
 
 ASLEEP = 0.02
 """A process that uses a smaller share of the time is not kept waiting by others: it sleeps."""
 
-LONGEST = 10.0
+WALL_FACTOR = 10.0
 """Times its limit that anything may take, however busy the machine is."""
 
 TICK = 0.02
@@ -54,7 +54,7 @@ class Watch:
         """Whether the limit is reached."""
         wall, used = time.monotonic() - self._wall, time.process_time() - self._used
         late = wall >= self._limit and used < ASLEEP * wall
-        return used >= self._limit or late or wall >= LONGEST * self._limit
+        return used >= self._limit or late or wall >= WALL_FACTOR * self._limit
 
 
 class TimeUp(BaseException):
@@ -124,7 +124,7 @@ def detached(value: Any) -> Any:
     return value
 
 
-def call(fn: Callable[..., Any], case: Mapping[str, Any], limit: float = LIMIT) -> Outcome:
+def call(fn: Callable[..., Any], case: Mapping[str, Any], limit: float = CALL_SECONDS) -> Outcome:
     """Call ``fn`` with copies of the values of a case, in their order."""
     arguments = {name: copied(value) for name, value in case.items()}
     stream = Bounded()

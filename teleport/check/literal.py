@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-LONGEST = 600
+MOST_CHARACTERS = 600
 """Characters of a value that is not ours to print whole."""
 
 
@@ -35,7 +35,7 @@ def literal(value: Any) -> str:
     return cut(repr(value))
 
 
-def cut(text: str, longest: int = LONGEST) -> str:
+def cut(text: str, longest: int = MOST_CHARACTERS) -> str:
     """The text, or its beginning and how much was left out."""
     left_out = len(text) - longest
     return text if left_out <= 0 else f"{text[:longest]} … ({left_out} more characters)"

@@ -19,7 +19,7 @@ KINDS = ("code", "markdown", "raw")
 
 
 @dataclass(frozen=True)
-class Cell:
+class AnswerCell:
     """A cell of a notebook, its parts of the kind they have to be.
 
     Attributes:
@@ -63,7 +63,7 @@ def read_notebook(path: Path, content: bytes) -> Submission:
     return Submission(_without_text(units), f"<{path.name}>", "".join(texts))
 
 
-def _cells(path: Path, content: bytes) -> list[Cell]:
+def _cells(path: Path, content: bytes) -> list[AnswerCell]:
     try:
         book = json.loads(content)  # UTF-8, UTF-16 or UTF-32, with a byte order mark or without
     except (ValueError, RecursionError) as error:
@@ -80,7 +80,7 @@ def _cells(path: Path, content: bytes) -> list[Cell]:
     return [_cell(f"{path}, cell {number}", number, cell) for number, cell in enumerate(found, 1)]
 
 
-def _cell(where: str, number: int, cell: Any) -> Cell:
+def _cell(where: str, number: int, cell: Any) -> AnswerCell:
     if not isinstance(cell, dict):
         raise CheckError(f"{where}: not a notebook cell, but {_shown(cell)}")
     kind, source = cell.get("cell_type"), cell.get("source")
@@ -94,7 +94,7 @@ def _cell(where: str, number: int, cell: Any) -> Cell:
     metadata = _object(where, "metadata", cell.get("metadata", {}))
     marks = _object(where, "metadata.nbgrader", metadata.get("nbgrader", {}))
     heading = metadata.get("exercise", {})
-    return Cell(
+    return AnswerCell(
         number,
         kind,
         source.rstrip("\n") + "\n",
@@ -137,7 +137,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-def _unit(path: Path, cell: Cell, marked: bool, names: Names) -> tuple[Unit | None, str]:
+def _unit(path: Path, cell: AnswerCell, marked: bool, names: Names) -> tuple[Unit | None, str]:
     """A cell as a piece, and the lines that it adds to the text; None if it is no code."""
     exercise = str(cell.graded.get("grade_id", ""))
     points = float(cell.graded.get("points", 0))
@@ -170,12 +170,12 @@ def _moved(unit: Unit, lines: int) -> Unit:
     return unit
 
 
-def _deleted(cells: list[Cell]) -> Iterator[Unit]:
+def _deleted(cells: list[AnswerCell]) -> Iterator[Unit]:
     """Exercises of our sheets that have their heading left, but not the cell that grades them.
 
     A cell that was moved below another heading is not missing: there are as many as headings then.
     """
-    headings: dict[str, Cell] = {}
+    headings: dict[str, AnswerCell] = {}
     graded: dict[str, set[str]] = {}
     label = ""
     for cell in cells:

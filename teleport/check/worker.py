@@ -18,7 +18,7 @@ from teleport.check.session import Session
 from teleport.check.submission import read_submission
 
 
-def run(path: Path, results: TextIO, skip: set[int]) -> None:
+def run_pieces(path: Path, results: TextIO, skip: set[int]) -> None:
     """Run every piece but those to skip; the pieces share their variables, as cells do."""
     submission = read_submission(path)
     sys.path.insert(0, str(path.parent))
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     with open(results, "a", encoding="utf-8") as stream, open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
-        run(Path(path), stream, {int(index) for index in skip})
+        run_pieces(Path(path), stream, {int(index) for index in skip})
 
 
 if __name__ == "__main__":

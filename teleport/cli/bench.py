@@ -7,6 +7,7 @@ import typer
 
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, checked_threads
+from teleport.cli.progress import step_progress
 from teleport.lab.experiments.choices import BENCHMARK_NAMES, NOT_IN_ALL
 
 
@@ -35,8 +36,6 @@ def bench(
 ) -> None:
     """Measure what teleporting costs, in gradients; print tables with the budgets beside."""
     with loading():
-        from tqdm import tqdm
-
         from teleport.cli.show import show
         from teleport.lab.bench import benchmarks
         from teleport.lab.experiments.run import device_of
@@ -46,28 +45,14 @@ def bench(
     where = device_of(device)
     folder = new_folder(f"bench-{what}", out)
     command = COMMAND_LINE.get()
-    with tqdm(unit="job", dynamic_ncols=True) as bar:
-
-        def start(total: int) -> None:
-            bar.total = total
-
-        def progress(what: str) -> None:
-            bar.update(bar.n < bar.total and bool(bar.desc))
-            bar.set_description(what)
-
-        try:
-            benchmarks.run(
-                names,
-                preset,
-                where,
-                folder,
-                threads=threads,
-                command=command,
-                start=start,
-                progress=progress,
-            )
-        except KeyboardInterrupt:
-            bar.close()
-            typer.echo(f"interrupted; the records so far are complete in {folder}", err=True)
-            raise typer.Exit(130) from None
+    with step_progress(None, folder, "job") as progress:
+        benchmarks.run_benchmarks(
+            names,
+            preset,
+            where,
+            folder,
+            threads=threads,
+            command=command,
+            progress=progress,
+        )
     show(folder)

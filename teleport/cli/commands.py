@@ -7,7 +7,7 @@ import typer
 
 import teleport
 from teleport.book.commands import app as book_app
-from teleport.cli import bench, check, data, experiments, keep, paper
+from teleport.cli import bench, check, data, experiments, keep, paper, records
 
 app = typer.Typer(
     name="teleport",
@@ -49,6 +49,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sensitivity": paper.sensitivity,
     "report": experiments.report,
     "figure": experiments.figure,
+    "pack": records.pack,
+    "unpack": records.unpack,
     "check": check.check,
 }
 for _name, _command in _COMMANDS.items():

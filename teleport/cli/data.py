@@ -25,7 +25,7 @@ def list_sets() -> None:
 
 
 @app.command("fetch")
-def fetch(names: Annotated[list[str], typer.Argument(help="Data sets.")]) -> None:
+def fetch_sets(names: Annotated[list[str], typer.Argument(help="Data sets.")]) -> None:
     """Download data sets to $TELEPORT_DATA or the user's cache folder and check them."""
     with loading():
         from teleport import data as datasets
@@ -35,7 +35,7 @@ def fetch(names: Annotated[list[str], typer.Argument(help="Data sets.")]) -> Non
 
 
 @app.command("verify")
-def verify(
+def verify_sets(
     names: Annotated[
         list[str] | None, typer.Argument(help="Data sets; default: all that are there.")
     ] = None,

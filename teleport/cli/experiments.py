@@ -9,7 +9,8 @@ import typer
 
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, Threads, check_names, checked_threads
-from teleport.cli.output import console, count_of, say, step_progress
+from teleport.cli.output import console, count_of, say
+from teleport.cli.progress import step_progress
 from teleport.errors import RunError
 from teleport.lab.experiments.choices import CHECKPOINT_SECONDS, INITS, OPTIMIZER_NAMES
 from teleport.lab.experiments.schedule import SCHEDULES
@@ -120,7 +121,7 @@ def run(
     with loading():
         from teleport import data as datasets
         from teleport.cli.show import show
-        from teleport.lab.experiments.arms import Settings, lent_tuning, teleport_settings
+        from teleport.lab.experiments.arms import RunSettings, lent_tuning, teleport_settings
         from teleport.lab.experiments.run import device_of, run_arms, steps_per_run
         from teleport.lab.experiments.table import find_experiment
         from teleport.lab.experiments.tensorboard import check_tensorboard
@@ -143,7 +144,7 @@ def run(
         tau=tau,
         after=after,
     )
-    settings = Settings(
+    settings = RunSettings(
         name, preset, optimizer, epochs, device=device, activation=activation, teleport=options
     )
     settings.size()  # names are checked before any folder is made
@@ -230,7 +231,7 @@ def sweep(
     check_names(experiments, preset, schedule)  # at once; the rest is checked with PyTorch
     with loading():
         from teleport.cli.show import say_diverged
-        from teleport.lab.experiments.dask import check_cluster
+        from teleport.lab.experiments.executors import cluster
         from teleport.lab.experiments.run import device_named, device_of
         from teleport.lab.experiments.sweep import Plan, check_folders, check_jobs
         from teleport.lab.records.checkpoint import locked
@@ -252,7 +253,8 @@ def sweep(
     for note in check_jobs(plan.jobs(Path())):  # all is checked before any folder is made
         say(f"note: {note}")
     if scheduler is not None:
-        check_cluster(scheduler)
+        with cluster(scheduler):
+            pass  # as what runs the cells will be, before anything is written
     command = COMMAND_LINE.get()
     folder = open_folder("sweep", out, resume=out is not None).resolve()
     cells = plan.jobs(folder, checkpoint_seconds=checkpoint, command=command, threads=threads)
@@ -274,31 +276,25 @@ def _sweep(
     processes: int,
     scheduler: str | None,
 ) -> "list[Failure]":
-    from teleport.lab.experiments.dask import run_on_cluster
-    from teleport.lab.experiments.processes import run_local
+    from teleport.lab.experiments.executors import Processes, cluster, run_jobs
     from teleport.lab.experiments.sweep import Job, total_steps
 
-    with step_progress(total_steps(cells), folder) as progress:
-        count = [0]
+    with (
+        step_progress(total_steps(cells), folder) as progress,
+        Processes(processes) if scheduler is None else cluster(scheduler) as executor,
+    ):
+        done = 0
+
+        def stepped(steps: int) -> None:
+            progress(f"cell {done} of {len(cells)}", steps)
 
         def ended(job: Job) -> None:
-            count[0] += 1
-            progress(f"cell {count[0]} of {len(cells)}", 0)
+            nonlocal done
+            done += 1
+            stepped(0)
 
-        progress(f"cell 0 of {len(cells)}", 0)
-        if scheduler is None:
-            return run_local(
-                cells,
-                processes,
-                stepped=lambda steps: progress(f"cell {count[0]} of {len(cells)}", steps),
-                ended=ended,
-            )
-
-        def ended_there(job: Job) -> None:
-            ended(job)
-            progress(f"cell {count[0]} of {len(cells)}", total_steps([job]))
-
-        return run_on_cluster(cells, scheduler, ended=ended_there)
+        stepped(0)
+        return run_jobs(cells, executor, stepped=stepped, ended=ended)
 
 
 def report(
@@ -310,10 +306,10 @@ def report(
     """Print the matrix of all runs below a folder as Markdown."""
     with loading():
         from teleport.cli.show import draw_report
-        from teleport.lab.analysis.outcomes import blocks, markdown
+        from teleport.lab.analysis.outcomes import blocks, matrix_markdown
 
     found = blocks(folder)
-    typer.echo(markdown(found))
+    typer.echo(matrix_markdown(found))
     if figures is None:
         return
     try:

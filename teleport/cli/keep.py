@@ -7,7 +7,7 @@ import typer
 
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, Threads
-from teleport.cli.output import step_progress
+from teleport.cli.progress import step_progress
 from teleport.lab.experiments.choices import METHOD_NAMES, SEQUENCE_NAMES
 from teleport.lab.experiments.entry import one_of
 
@@ -49,7 +49,7 @@ def continual(
         from teleport.lab.keeping.training import (
             LR_GRID,
             TUNING_SEED,
-            Course,
+            SequenceRun,
             default_strategies,
             run_strategies,
         )
@@ -58,7 +58,7 @@ def continual(
 
     rates = list(LR_GRID) if tune and not lr else lr
     strategies = default_strategies(name, methods.split(",") if methods else None, tau, rates)
-    course = Course(name, preset, "validation" if tune else "test")
+    course = SequenceRun(name, preset, "validation" if tune else "test")
     course.size()
     start = first_seed + TUNING_SEED if tune else first_seed
     numbers = range(start, start + seeds)

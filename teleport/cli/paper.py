@@ -8,7 +8,8 @@ import typer
 
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, Threads, check_names
-from teleport.cli.output import say, step_progress
+from teleport.cli.output import say
+from teleport.cli.progress import step_progress
 
 
 def spectrum(
@@ -243,14 +244,23 @@ def sensitivity(
     check_names([name], preset)
     with loading():
         from teleport.cli.show import show
-        from teleport.lab.analysis.sensitivity import SIZES, check_sensitivity, places, write_design
+        from teleport.lab.analysis.sensitivity import (
+            SIZE_FACTORS,
+            check_sensitivity,
+            latin_hypercube,
+            write_design,
+        )
         from teleport.lab.records.folders import resumed_folder
         from teleport.line_search import load_search
         from teleport.runtime.threads import threads_for, using_threads
 
         load_search()
 
-    total = len(places(points)) * (1 + len(SIZES)) * check_sensitivity(name, preset, epochs)
+    total = (
+        len(latin_hypercube(points))
+        * (1 + len(SIZE_FACTORS))
+        * check_sensitivity(name, preset, epochs)
+    )
     folder = resumed_folder("sensitivity", out, resume)
     with step_progress(total, folder) as progress, using_threads(threads_for(threads)):
         write_design(

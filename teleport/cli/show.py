@@ -21,7 +21,16 @@ from teleport.lab.analysis.curves import (
     loss_figure,
     matrix_figure,
 )
-from teleport.lab.analysis.outcomes import Block, how, length, smaller, without_controls
+from teleport.lab.analysis.outcomes import (
+    FolderOutcome,
+    gap_text,
+    how,
+    length,
+    number_text,
+    ratio_text,
+    smaller,
+    without_controls,
+)
 from teleport.lab.analysis.sensitivity import Outcomes, read_outcomes
 from teleport.lab.bench.plots import scaling_figure
 from teleport.lab.bench.tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
@@ -160,6 +169,7 @@ def _keep(folder: Path, tables: list[Table], figures: dict[str, Figure]) -> None
     """Print tables, keep them as text beside the figures, say where."""
     console().print(*tables)
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # one in a packed study need not be there
         with (folder / "table.txt").open("w", encoding="utf-8") as file:
             console(file=file).print(*tables)
         for name, drawn in figures.items():
@@ -245,7 +255,7 @@ def _room_table(moves: Moves) -> Table:
     return table
 
 
-def draw_report(found: list[Block], figures: Path) -> None:
+def draw_report(found: list[FolderOutcome], figures: Path) -> None:
     """A figure for every experiment of a report, into a folder."""
     for name in dict.fromkeys(block.experiment for block in found):
         rows = {
@@ -291,6 +301,7 @@ def _show_runs(folder: Path) -> None:
         console().print(table)
     say_diverged(runs)
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # one in a packed study need not be there
         with (folder / "table.txt").open("w", encoding="utf-8") as file:
             console(file=file).print(*tables)
         drawn.savefig(folder / "figure.png", dpi=150)
@@ -380,18 +391,18 @@ _SUMMARY: dict[str, Callable[[ArmSummary], str]] = {
     "ended": lambda s: s.status,
     "final train loss": lambda s: f"{s.train_loss:.4f}",
     "final test loss": lambda s: f"{s.test_loss:.4f}",
-    "final test accuracy": lambda s: _number(s.test_accuracy, "{:.4f}"),
+    "final test accuracy": lambda s: number_text(s.test_accuracy, "{:.4f}"),
     "seconds training": lambda s: f"{s.train_seconds:.2f}",
     "seconds teleporting": lambda s: f"{s.teleport_seconds:.2f}",
-    "gradient-norm growth": lambda s: _number(s.growth, "x {:.4f}"),
-    "drift, teleport batches": lambda s: _number(s.drift, "{:.1e}"),
-    "drift, held-out data": lambda s: _number(s.held_out_drift, "{:+.4f}"),
-    "to own baseline: steps": lambda s: _ratio(s.to_own, "steps"),
-    "to own baseline: seconds": lambda s: _ratio(s.to_own, "seconds"),
-    "to own baseline: log loss": lambda s: _gap(s.to_own),
-    "to best baseline: steps": lambda s: _ratio(s.to_best, "steps"),
-    "to best baseline: seconds": lambda s: _ratio(s.to_best, "seconds"),
-    "to best baseline: log loss": lambda s: _gap(s.to_best),
+    "gradient-norm growth": lambda s: number_text(s.growth, "x {:.4f}"),
+    "drift, teleport batches": lambda s: number_text(s.drift, "{:.1e}"),
+    "drift, held-out data": lambda s: number_text(s.held_out_drift, "{:+.4f}"),
+    "to own baseline: steps": lambda s: _times(s.to_own, "steps"),
+    "to own baseline: seconds": lambda s: _times(s.to_own, "seconds"),
+    "to own baseline: log loss": lambda s: _log_gap(s.to_own),
+    "to best baseline: steps": lambda s: _times(s.to_best, "steps"),
+    "to best baseline: seconds": lambda s: _times(s.to_best, "seconds"),
+    "to best baseline: log loss": lambda s: _log_gap(s.to_best),
 }
 
 
@@ -441,16 +452,9 @@ def _summaries(summaries: list[ArmSummary]) -> Table:
     return table
 
 
-def _number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else form.format(value)
+def _times(comparison: Comparison | None, axis: str) -> str:
+    return ratio_text(comparison, axis, "x {:.2f}") or "-"
 
 
-def _ratio(comparison: Comparison | None, axis: str) -> str:
-    return "-" if comparison is None else _number(getattr(comparison, axis), "x {:.2f}")
-
-
-def _gap(comparison: Comparison | None) -> str:
-    if comparison is None or math.isnan(comparison.log_loss):
-        return "-"
-    spread = _number(comparison.log_loss_spread, " ± {:.3f}").replace("-", "")
-    return f"{comparison.log_loss:+.3f}{spread}"
+def _log_gap(comparison: Comparison | None) -> str:
+    return gap_text(comparison) or "-"

@@ -7,7 +7,7 @@ loaded. From `dataset` to `sets`, each module imports only from those before it.
 """
 
 from teleport.data.catalogue import SAMPLE_NAME, SOURCES, Source
-from teleport.data.dataset import Dataset, Kind, LossKind, Parts, batches, take
+from teleport.data.dataset import DataKind, Dataset, LossKind, Parts, batches, take
 from teleport.data.download import SourceFile
 from teleport.data.images import read_idx
 from teleport.data.sets import FileStatus, SetInfo, available, fetch, load, verify
@@ -17,9 +17,9 @@ __all__ = [
     "ROOT_VARIABLE",
     "SAMPLE_NAME",
     "SOURCES",
+    "DataKind",
     "Dataset",
     "FileStatus",
-    "Kind",
     "LossKind",
     "Parts",
     "SetInfo",

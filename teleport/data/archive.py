@@ -21,10 +21,10 @@ ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, IndexError, 
 # The same for tar files, with headers that nest too deep or hold numbers that are none or too big.
 TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 PIECE = 1 << 20  # bytes decompressed at once; asking for the limit would reserve all of it
-LIMIT = 1 << 30  # bytes; the largest official content, Tiny-ImageNet's, is about a quarter of it
+UNPACKED_LIMIT = 1 << 30  # bytes; the largest official content is about a quarter of it
 
 
-def gunzip(content: bytes, where: str, limit: int = LIMIT) -> bytes:
+def gunzip(content: bytes, where: str, limit: int = UNPACKED_LIMIT) -> bytes:
     """Decompress gzip, but never to more than ``limit`` bytes.
 
     Args:
@@ -52,7 +52,9 @@ def gunzip(content: bytes, where: str, limit: int = LIMIT) -> bytes:
     return result.getvalue()
 
 
-def tar_members(content: bytes, where: str, limit: int = LIMIT) -> Iterator[tuple[str, bytes]]:
+def tar_members(
+    content: bytes, where: str, limit: int = UNPACKED_LIMIT
+) -> Iterator[tuple[str, bytes]]:
     """Read the files in a gzipped tar archive one after the other.
 
     Args:
@@ -82,7 +84,9 @@ def tar_members(content: bytes, where: str, limit: int = LIMIT) -> Iterator[tupl
         ) from error
 
 
-def zip_members(content: bytes, where: str, limit: int = LIMIT) -> Iterator[tuple[str, bytes]]:
+def zip_members(
+    content: bytes, where: str, limit: int = UNPACKED_LIMIT
+) -> Iterator[tuple[str, bytes]]:
     """Read the files in a zip archive one after the other.
 
     Args:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from teleport.data import builders, sources
-from teleport.data.dataset import Kind, Parts
+from teleport.data.dataset import DataKind, Parts
 from teleport.data.download import SourceFile
 from teleport.data.store import Checked
 
@@ -30,7 +30,7 @@ class Source:
     """
 
     what: str
-    kind: Kind
+    kind: DataKind
     files: tuple[SourceFile, ...]
     folder: str
     build: Callable[[Sequence[Checked]], Parts]
@@ -51,7 +51,7 @@ class Source:
 def _mnist(what: str, folder: str, files: tuple[SourceFile, ...], train: int) -> dict[str, Source]:
     """A set of 28 x 28 images, flat and as two kinds of sequence."""
 
-    def source(kind: Kind, how: str, shape: tuple[int, ...]) -> Source:
+    def source(kind: DataKind, how: str, shape: tuple[int, ...]) -> Source:
         build = partial(builders.idx_images, train=train, shape=shape)
         note = f"first {train:,} images for training, rest for test; pixels / 255; {how}"
         recipe = f"{train}" if kind == "images" else f"{train} {shape}"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Kind = Literal["images", "sequences", "windows", "tokens"]
+DataKind = Literal["images", "sequences", "windows", "tokens"]
 LossKind = Literal["cross_entropy", "mse"]
 Pair = tuple[Tensor, Tensor]
 
@@ -75,7 +75,7 @@ class Dataset:
     classes: int
     checksum: str
     source: str
-    kind: Kind = "images"
+    kind: DataKind = "images"
     valid_inputs: Tensor = field(default_factory=lambda: torch.empty(0))
     valid_targets: Tensor = field(default_factory=lambda: torch.empty(0))
     names: tuple[str, ...] = ()

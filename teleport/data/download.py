@@ -6,18 +6,19 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from teleport.errors import DataError
 
 if TYPE_CHECKING:
     from requests import Response
+    from requests.adapters import HTTPAdapter
 
-CHUNK = 1 << 16  # bytes that are written at once; a cut connection loses at most as many
-ATTEMPTS = 4  # in a row that bring nothing
+WRITE_SIZE = 1 << 16  # bytes that are written at once; a cut connection loses at most as many
+ATTEMPTS = 4  # of a server in trouble
 PAUSE = 0.5  # seconds before the second attempt; doubled before each further one
 TIMEOUT = 30  # seconds without an answer
-LIMIT = 1 << 30  # bytes of one file, well above any data set's
+DOWNLOAD_LIMIT = 1 << 30  # bytes of one file, well above any data set's
 
 
 @dataclass(frozen=True)
@@ -110,22 +111,18 @@ def _transfer(url: str, part: Path) -> bool:
     from requests import RequestException  # late: it is slow to load and mostly not needed
     from urllib3.exceptions import HTTPError
 
-    resumed, failed = False, 0  # attempts in a row that gave nothing
+    resumed = False
     while True:
         before = part.stat().st_size
         resumed = resumed or before > 0
         try:
             _request(url, part)
         except RequestException as error:
-            status = 0 if error.response is None else error.response.status_code
-            if status == 416 and before:  # nothing comes after what is there: the digest decides
-                return resumed
-            gained = part.stat().st_size > before
-            failed = 0 if gained else failed + 1
-            hopeful = gained or status >= 500 or status == 429
-            if not hopeful or failed == ATTEMPTS:
+            if error.response is not None and error.response.status_code == 416 and before:
+                return resumed  # nothing comes after what is there: the digest decides
+            if part.stat().st_size <= before:
                 raise DataError(_reason(error)) from error
-            time.sleep(PAUSE * 2 ** max(failed - 1, 0))
+            time.sleep(PAUSE)
         except (HTTPError, ValueError) as error:  # what requests lets through of a bad answer
             raise DataError(f"an answer that cannot be read ({_reason(error)})") from error
         else:
@@ -133,53 +130,70 @@ def _transfer(url: str, part: Path) -> bool:
 
 
 def _request(url: str, part: Path) -> None:
-    import pooch  # late: it loads widgets, which warn in a notebook that has none
+    """Ask for what the partial file lacks, and append it as it comes."""
+    from requests import Session
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-    with part.open("r+b") as output:
+    # Some servers unpack a .gz on the way, which changes its checksum, unless told not to.
+    headers = {"Accept-Encoding": "identity"}
+    with Session() as session, part.open("r+b") as output:
         start = output.seek(0, os.SEEK_END)
-
-        def restart_unless_continued(response: "Response", *_: object, **__: object) -> None:
-            _check_length(response.headers.get("Content-Length", "0"))
-            if response.status_code == 200:  # the server does not resume: from the beginning
-                output.truncate(0)
-                output.seek(0)
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, _asking_again())
+        with session.get(url, headers=headers, timeout=TIMEOUT, stream=True) as response:
+            response.raise_for_status()
+            length = _length(response)
+            if start and response.status_code == 200:  # the server does not resume: from 0
+                start = output.seek(output.truncate(0))
             if response.status_code == 206:
                 answer = response.headers.get("Content-Range", "")
                 if not answer.startswith(f"bytes {start}-"):
                     raise DataError(f"asked for bytes from {start}, got range {answer!r}")
+            columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+            quiet = not sys.stderr.isatty()
+            with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+                task = bar.add_task(part.stem, total=length and start + length, completed=start)
+                for chunk in response.iter_content(WRITE_SIZE):
+                    if output.tell() + len(chunk) > DOWNLOAD_LIMIT:  # a server may send without end
+                        output.truncate(0)  # the disk is needed
+                        raise DataError(
+                            f"sent more than {DOWNLOAD_LIMIT} bytes, and no file has as many"
+                        )
+                    output.write(chunk)
+                    bar.advance(task, len(chunk))
 
-        # Some servers unpack a .gz on the way, which changes its checksum, unless told not to.
-        headers = {"Accept-Encoding": "identity"}
-        if start:
-            headers["Range"] = f"bytes={start}-"
-        pooch.HTTPDownloader(
-            progressbar=sys.stderr.isatty(),
-            chunk_size=CHUNK,
-            headers=headers,
-            timeout=TIMEOUT,
-            hooks={"response": restart_unless_continued},
-        )(url, _Bounded(output), None)
+
+def _asking_again() -> "HTTPAdapter":
+    """Asks a server in trouble again, for a while; everything else is said at once."""
+    from requests.adapters import HTTPAdapter
+    from urllib3 import Retry
+
+    retry = Retry(
+        ATTEMPTS - 1,
+        connect=0,
+        read=0,
+        other=0,
+        status_forcelist=(429, *range(500, 600)),
+        backoff_factor=PAUSE,
+        raise_on_status=False,
+        respect_retry_after_header=False,  # it may ask for hours
+    )
+    return HTTPAdapter(max_retries=retry)
 
 
-def _check_length(announced: str) -> None:
+def _length(response: "Response") -> int | None:
+    """Bytes that an answer announces; None if it does not."""
+    announced = response.headers.get("Content-Length")
+    if announced is None:
+        return None
     if not (announced.isascii() and announced.isdigit()):
         raise DataError(f"an answer that cannot be read (its length is {announced!r})")
-    if int(announced) > LIMIT:
-        raise DataError(f"announced {announced} bytes, and no file has more than {LIMIT}")
-
-
-class _Bounded:
-    """A file that takes no more than a data set can have: a server may send without end."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.flush = file.flush
-
-    def write(self, chunk: bytes) -> None:
-        if self._file.tell() + len(chunk) > LIMIT:
-            self._file.truncate(0)  # the disk is needed
-            raise DataError(f"sent more than {LIMIT} bytes, and no file has as many")
-        self._file.write(chunk)
+    if int(announced) > DOWNLOAD_LIMIT:
+        raise DataError(f"announced {announced} bytes, and no file has more than {DOWNLOAD_LIMIT}")
+    return int(announced)
 
 
 def _reason(error: BaseException) -> str:

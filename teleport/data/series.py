@@ -16,7 +16,7 @@ from teleport.errors import DataError
 
 WEEK = 7 * 24  # steps in a window: a week of hours (paper, section 4.3)
 DAY = 24  # steps from the last input to the target: a day of hours
-SHARES = (0.6, 0.2, 0.2)  # of the time steps, for training, validation and test
+SPLIT_SHARES = (0.6, 0.2, 0.2)  # of the time steps, for training, validation and test
 
 
 def read_table(
@@ -89,7 +89,9 @@ def split_windows(
     Raises:
         ValueError: A part is too short for a single window.
     """
-    first, second = (round(len(table) * share) for share in (SHARES[0], SHARES[0] + SHARES[1]))
+    first, second = (
+        round(len(table) * share) for share in (SPLIT_SHARES[0], SPLIT_SHARES[0] + SPLIT_SHARES[1])
+    )
     train = table[:first]
     mean, deviation = train.mean(0), train.std(0)
     # A constant column has no deviation but the rounding of its mean.

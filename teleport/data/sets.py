@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from teleport.data.catalogue import SAMPLE_NAME, SOURCES, Source
-from teleport.data.dataset import Dataset, Kind
+from teleport.data.dataset import DataKind, Dataset
 from teleport.data.download import SourceFile
 from teleport.data.store import (
     ROOT_VARIABLE,
@@ -35,7 +35,7 @@ class SetInfo:
     """
 
     name: str
-    kind: Kind
+    kind: DataKind
     what: str
     where: str
     how: str

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import platformdirs
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -58,9 +59,7 @@ def root_folder(root: str | Path | None) -> Path:
 
 def cache_folder() -> Path:
     """The folder for what can be made again; on Linux it follows ``$XDG_CACHE_HOME``."""
-    import pooch  # late: it loads widgets, which warn in a notebook that has none
-
-    return Path(pooch.os_cache(CACHE_NAME))
+    return Path(platformdirs.user_cache_dir(CACHE_NAME))
 
 
 def locate(folder: Path, file: SourceFile) -> Path | None:

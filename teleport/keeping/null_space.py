@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from teleport.errors import ClosureError, NullSpaceError
 from teleport.layers.one_hot import AxisBasis
+from teleport.layers.part import Part
 from teleport.layers.shared_weight import TiedBasis
-from teleport.layers.support import NO_GRADIENT, Block, Use, cover
-from teleport.recording import USED_OUTSIDE, watch, without_gradients
+from teleport.layers.support import NO_GRADIENT, Block, cover
+from teleport.recording import USED_OUTSIDE, watch
+from teleport.report import text_table
+from teleport.runtime.closures import without_gradients
 from teleport.runtime.precision import Autocast
 from teleport.runtime.randomness import Quiet, RandomState, drawing_modules, names_of_drawing
 from teleport.runtime.ranks import Ranks, ranks_of, silenced
@@ -171,10 +174,9 @@ class NullSpace:
         for name, basis in self.bases.items():
             total = basis.rank + basis.null_dim
             rows.append((name, str(total), str(basis.rank), str(basis.null_dim)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        lines = text_table(rows)
         lines += [f"{name or '(model)'}  frozen: {why}" for name, why in self.frozen.items()]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: basis.shape for name, basis in self.bases.items()}
@@ -330,9 +332,9 @@ class _Survey:
         self.seen = False
 
     def _watch(self, closure: Callable[[], Any], autocast: Autocast) -> None:
-        def see(use: Use, x: Tensor) -> None:
+        def see(block: Block, part: Part, x: Tensor) -> None:
             with Autocast().off():  # that of the closure, too
-                use.block.collect(self.spaces[use.block], use.part, x)
+                block.collect(self.spaces[block], part, x)
 
         def run() -> None:
             is_first = not self.seen

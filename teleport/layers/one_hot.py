@@ -31,7 +31,7 @@ class AxisBasis(Projector):
     dtype: torch.dtype = torch.float64
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         return (len(self.kept),)
 
     @property
@@ -68,8 +68,9 @@ class AxisBasis(Projector):
 class AxisSpace(Space):
     """Counts how often each of ``size`` tokens is the input."""
 
+    count: int = 0
+
     def __init__(self, size: int) -> None:
-        self.count = 0
         self._size = size
         self._counts: Tensor | None = None
 

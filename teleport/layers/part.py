@@ -58,12 +58,14 @@ class Slot:
 
 
 class Part(ABC):
-    """One weight matrix of a module. All methods are pure.
+    """One weight matrix of a module. Only `put` and `write` change the parameters.
 
     Attributes:
         name: distinguishes the parts of a module; empty if there is one.
         slots: the pieces of parameters the matrix is made of, weight first. A bias that does not
             require a gradient is a constant: it has no slot, no column, and does not move.
+        parameters: those of the slots, as they were when the part was made.
+        has_bias_column: whether the bias moves with the weights.
         orientation: ``"upright"`` if a two-dimensional weight is stored as the matrix,
             ``"transposed"`` if as its transpose, else empty. One of each can share a weight.
         gram_pays: whether inner products of rows are cheaper than the matrix if rows < d_in.
@@ -78,6 +80,8 @@ class Part(ABC):
         self.bias = bias
         moves = bias is not None and bias.parameter.requires_grad
         self.slots = (weight, bias) if bias is not None and moves else (weight,)
+        self.parameters = tuple(slot.parameter for slot in self.slots)
+        self.has_bias_column = len(self.slots) == 2
         self._own = [(s, s.parameter) for s in (weight, bias) if s is not None]
 
     @property
@@ -97,11 +101,6 @@ class Part(ABC):
         if torch._C._functorch.maybe_current_level() is not None:
             return "called inside a torch.func transform, such as vmap"
         return ""
-
-    @property
-    def has_bias_column(self) -> bool:
-        """Whether the bias moves with the weights."""
-        return len(self.slots) == 2
 
     @abstractmethod
     def compute(self, x: Tensor) -> Tensor:
@@ -192,7 +191,11 @@ class Part(ABC):
 
     def of(self, tensors: Mapping[nn.Parameter, Tensor]) -> Float[Tensor, "*groups d_out d_in"]:
         """The part's matrix of a value per parameter, for example of a gradient."""
-        return self.join([slot.of(tensors[slot.parameter]) for slot in self.slots])
+        return self.join(self.pieces_of(tensors))
+
+    def pieces_of(self, tensors: Mapping[nn.Parameter, Tensor]) -> Pieces:
+        """The part's share of a value per parameter."""
+        return tuple(slot.of(tensors[slot.parameter]) for slot in self.slots)
 
     def pieces(self) -> Pieces:
         """The present weights: views of the parameters."""

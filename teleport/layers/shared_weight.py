@@ -32,11 +32,11 @@ class TiedBasis(Projector):
     other: Projector
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
+    def dtype(self) -> torch.dtype:
         return self.own.dtype
 
     @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+    def shape(self) -> tuple[int, ...]:
         return self.own.shape
 
     @property
@@ -75,7 +75,7 @@ class TiedSpace(Space):
         self.own, self.other = own, other
 
     @property
-    def count(self) -> int:  # type: ignore[override]
+    def count(self) -> int:
         """Inputs of both uses."""
         return self.own.count + self.other.count
 

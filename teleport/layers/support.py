@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +15,7 @@ from teleport.errors import NonFiniteInputError, UnsupportedModelError
 from teleport.layers.part import Part, Slot
 from teleport.layers.rule import RULES, LayerRule, rule_for
 from teleport.layers.shared_weight import TiedSpace
+from teleport.report import text_table
 from teleport.runtime.wrappers import named_modules
 from teleport.subspace import Projector, Space
 
@@ -37,7 +39,7 @@ class Block:
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """The parameters the matrix is made of, or of rows of."""
-        return tuple(slot.parameter for slot in self.part.slots)
+        return self.part.parameters
 
     def gradient_from(self, part: Part, gradient: Tensor) -> Tensor:
         """A gradient in the matrix of one of its parts, in its own; a bias gets none from other."""
@@ -78,41 +80,45 @@ class Block:
             raise NonFiniteInputError(self.name) from None
 
 
-@dataclass(eq=False, frozen=True)
-class Use:
-    """One way in which a module uses a block: which block, and through which of its parts."""
-
-    block: Block
-    part: Part
+Product = Callable[[Block, Part, Tensor], Tensor]
+"""``product(block, part, x)``: ``W x + b`` with the matrix of a block, used by one of its parts."""
 
 
 @dataclass(eq=False, frozen=True)
 class Site:
-    """A module whose forward pass is covered: its rule, its parts, what is covered of them."""
+    """A module whose forward pass is covered.
+
+    Attributes:
+        module: whose forward pass is rewritten.
+        rule: how.
+        parts: the module's weight matrices, by name.
+        covered: of those that may move, the block and the part of it that stands for the matrix.
+    """
 
     module: nn.Module
     rule: LayerRule[Any]
     parts: dict[str, Part]
-    uses: dict[str, Use]
+    covered: dict[str, tuple[Block, Part]] = field(default_factory=dict)
 
-    def forward(self, apply: Callable[[Use, Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The module's forward pass with every covered product left to ``apply(use, x)``."""
+    def forward(self, product: Product, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass with every covered matrix left to ``product``."""
 
-        def product(name: str, x: Tensor) -> Tensor:
-            use = self.uses.get(name)
-            return self.parts[name].compute(x) if use is None else apply(use, x)
+        def apply(name: str, x: Tensor) -> Tensor:
+            if name in self.covered:
+                return product(*self.covered[name], x)
+            return self.parts[name].compute(x)
 
-        return self.rule.forward(self.module, product, *args, **kwargs)
+        return self.rule.forward(self.module, apply, *args, **kwargs)
 
     @property
     def blocks(self) -> list[Block]:
         """What is covered, in the order of the parts."""
-        return [use.block for use in self.uses.values()]
+        return [block for block, _ in self.covered.values()]
 
     def without(self, left_out: Collection[Block]) -> "Site":
         """The same site with some of its blocks computed as the module does itself."""
-        kept = {name: use for name, use in self.uses.items() if use.block not in left_out}
-        return Site(self.module, self.rule, self.parts, kept)
+        kept = {name: pair for name, pair in self.covered.items() if pair[0] not in left_out}
+        return replace(self, covered=kept)
 
 
 @dataclass(frozen=True)
@@ -128,16 +134,6 @@ class Coverage:
     sites: list[Site]
     blocks: list[Block]
     frozen: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A module with a rule, before it is known which of its parts can move."""
-
-    name: str
-    module: nn.Module
-    rule: LayerRule[Any]
-    parts: dict[str, Part]
 
 
 def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
@@ -157,23 +153,28 @@ def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
     """
     found, frozen = _find(model)
     conflicts, ties = _shared(model, found)
-    uses: dict[Any, Use] = {}
+    covered: dict[Any, tuple[Block, Part]] = {}
     in_one_memory = _in_one_memory(model)
-    for entry in found:
-        for part in entry.parts.values():
-            full = _join(entry.name, part.name)
+    for name, site in found.items():
+        for part in site.parts.values():
+            full = _join(name, part.name)
             if part.key in conflicts:
                 frozen[full] = "shares a parameter with another layer in part"
             elif not in_one_memory.isdisjoint(slot.parameter for slot in part.slots):
                 frozen[full] = "it shares its memory with another parameter"
             elif why := _why_weights_stay(part):
                 frozen[full] = why
-            elif part.key not in uses:
-                uses |= _new_uses(full, entry.rule.kind, part, ties)
-    blocks = {use.block: None for use in uses.values()}
+            elif part.key not in covered:
+                covered |= _new_block(full, site.rule.kind, part, ties)
+    blocks = list(dict.fromkeys(block for block, _ in covered.values()))
     if at_least_one and not blocks:
         raise UnsupportedModelError(_no_layer(model, frozen))
-    return Coverage([_site(entry, uses) for entry in found], list(blocks), frozen)
+    return Coverage([_with(site, covered) for site in found.values()], blocks, frozen)
+
+
+def _with(site: Site, covered: dict[Any, tuple[Block, Part]]) -> Site:
+    mine = {n: covered[part.key] for n, part in site.parts.items() if part.key in covered}
+    return replace(site, covered=mine)
 
 
 def _in_one_memory(model: nn.Module) -> set[nn.Parameter]:
@@ -201,9 +202,9 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
-def _find(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:
+def _find(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
     """Modules with a rule, and for all others with parameters why there is none that serves."""
-    found: list[_Found] = []
+    found: dict[str, Site] = {}
     frozen: dict[str, str] = {}
     inside: set[nn.Module] = set()
     for name, module in named_modules(model):
@@ -221,25 +222,22 @@ def _find(model: nn.Module) -> tuple[list[_Found], dict[str, str]]:
             if why := rule.obstacle(module) or _obstacle(module, list(parts.values())):
                 frozen[name] = why
             else:
-                found.append(_Found(name, module, rule, parts))
+                found[name] = Site(module, rule, parts)
         elif list(module.parameters(recurse=False)):
             frozen[name] = f"no rule for {type(module).__name__}"
     return found, frozen
 
 
-def _new_uses(name: str, kind: str, part: Part, ties: dict[Any, Part]) -> dict[Any, Use]:
-    """The uses of a block found first at this part; the upright one of a tied pair leads."""
+def _new_block(
+    name: str, kind: str, part: Part, ties: dict[Any, Part]
+) -> dict[Any, tuple[Block, Part]]:
+    """The block found first at this part, by part; the upright one of a tied pair leads."""
     other = ties.get(part.key)
     if other is None:
-        return {part.key: Use(Block(name, kind, part), part)}
+        return {part.key: (Block(name, kind, part), part)}
     lead, follow = (part, other) if part.orientation == "upright" else (other, part)
     block = Block(name, f"{kind}, tied", lead, follow)
-    return {lead.key: Use(block, lead), follow.key: Use(block, follow)}
-
-
-def _site(entry: _Found, uses: dict[Any, Use]) -> Site:
-    mine = {part.name: uses[part.key] for part in entry.parts.values() if part.key in uses}
-    return Site(entry.module, entry.rule, entry.parts, mine)
+    return {lead.key: (block, lead), follow.key: (block, follow)}
 
 
 def _why_weights_stay(part: Part) -> str:
@@ -282,13 +280,13 @@ def _obstacle(module: nn.Module, parts: Sequence[Part]) -> str:
     return ""
 
 
-def _shared(model: nn.Module, found: Sequence[_Found]) -> tuple[set[Any], dict[Any, Part]]:
+def _shared(model: nn.Module, found: dict[str, Site]) -> tuple[set[Any], dict[Any, Part]]:
     """Keys of parts that share a parameter with anything but an equal part.
 
     The second of the two holds those that may: an upright part and a transposed one that share a
     whole weight and nothing else, each with the other. The first holds all others.
     """
-    with_rule = {part for entry in found for part in entry.module.modules()}
+    with_rule = {part for site in found.values() for part in site.module.modules()}
     native = {
         parameter
         for module in model.modules()
@@ -296,8 +294,8 @@ def _shared(model: nn.Module, found: Sequence[_Found]) -> tuple[set[Any], dict[A
         for parameter in module.parameters(recurse=False)
     }
     holders: dict[nn.Parameter, dict[Any, tuple[Part, Slot]]] = {}
-    for entry in found:
-        for part in entry.parts.values():
+    for site in found.values():
+        for part in site.parts.values():
             for slot in part.slots:
                 holders.setdefault(slot.parameter, {})[part.key] = part, slot
     conflicts: set[Any] = set()
@@ -325,6 +323,25 @@ def _can_tie(a: Part, b: Part) -> bool:
     )
 
 
+def selected(
+    names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> set[str]:
+    """The names that match a pattern of ``include`` (all by default) and none of ``exclude``."""
+
+    def matches(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    wanted = (name for name in names if include is None or matches(name, include))
+    return {name for name in wanted if not matches(name, exclude or ())}
+
+
+def require_matches(names: Sequence[str], patterns: Sequence[str]) -> None:
+    """Raise ValueError for a pattern that matches none of the names."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"no layer matches {pattern!r}; the model's layers are {names}")
+
+
 @dataclass(frozen=True)
 class Support:
     """What `supported` found, as a table: ``(name, kind, parameters, verdict)`` per layer."""
@@ -344,11 +361,7 @@ class Support:
     def __str__(self) -> str:
         rows = [("layer", "kind", "parameters", "verdict")]
         rows += [(n or "(model)", k, f"{count:,}", why) for n, k, count, why in self.lines]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = (
-            "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows
-        )
-        return "\n".join(table)
+        return "\n".join(text_table(rows))
 
 
 def supported(model: nn.Module) -> Support:

@@ -14,12 +14,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from teleport.rivals.batch import require
+from teleport.errors import require
 from teleport.rivals.climb import Move
 from teleport.rivals.rescaling import ROUNDING, Couplings, Rescaling
 from teleport.rivals.rival import Rival
 
-TOLERANCE = 1e-6
+BALANCE_TOLERANCE = 1e-6
 """Change of a log factor that counts as none: a little more than single precision resolves."""
 
 SWEEPS = 1000

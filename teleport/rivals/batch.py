@@ -8,13 +8,7 @@ from torch import Tensor, nn
 
 from teleport.errors import NonFiniteLossError
 from teleport.objective import ascent_double_backward, gradient, mean_grad_norm, trainable
-from teleport.recording import Closure
-
-
-def require(name: str, value: object, valid: bool, allowed: str) -> None:
-    """Raise ValueError for an argument out of range, with its value and the range."""
-    if not valid:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+from teleport.runtime.closures import Closure
 
 
 class Batch:

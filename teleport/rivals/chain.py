@@ -53,7 +53,7 @@ def chain(
             f"{type(model).__name__}. Pass the nn.Sequential inside it, if there is one"
         )
     leaves = list(_leaves(model, ""))
-    blocks = {site.module: use.block for site in coverage.sites for use in site.uses.values()}
+    blocks = {site.module: block for site in coverage.sites for block in site.blocks}
     stages: list[Stage] = []
     for place, (name, module) in enumerate(leaves):
         if not isinstance(module, kinds):

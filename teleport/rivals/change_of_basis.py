@@ -11,7 +11,8 @@ that is another network, and not done here.
 import torch
 from torch import Tensor, nn
 
-from teleport.rivals.batch import Batch, require
+from teleport.errors import require
+from teleport.rivals.batch import Batch
 from teleport.rivals.climb import Move
 from teleport.rivals.rescaling import ROUNDING, Rescaling
 from teleport.rivals.rival import Rival

@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from teleport.errors import GroupElementError
+from teleport.errors import GroupElementError, require
 from teleport.line_search import step_to_norm
-from teleport.rivals.batch import Batch, require
+from teleport.rivals.batch import Batch
 
 GROWTH_ACCURACY = 1e-3
 """To what part of the wanted squared norm a rival's line search goes: its trials are expensive."""

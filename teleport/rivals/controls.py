@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from teleport.direction import Direction
-from teleport.landscape import FrozenWalk, StreamedWalk, Walk
+from teleport.errors import require
+from teleport.landscape import Landscape
 from teleport.layers.support import Block, cover
 from teleport.line_search import step_to_norm
 from teleport.objective import gradient, trainable
-from teleport.recording import Closure
 from teleport.report import TeleportReport
-from teleport.rivals.batch import Batch, require
+from teleport.rivals.batch import Batch
 from teleport.rivals.climb import Move
 from teleport.rivals.rival import MAX_DRIFT, Rival
+from teleport.runtime.closures import Closure
 from teleport.runtime.transaction import Transaction
 from teleport.subspace import Projector
 from teleport.teleporter import Teleporter
@@ -217,53 +218,50 @@ class RandomNullDirection(Rival):
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
         if self._like is not None and not self._norms:
             return as_still(self._like)
-        walk = null_walk(self, batch, self._tau)
-        wanted = self._norms or {b: 1.0 for b in walk.blocks if b not in walk.fixed}
-        bases = walk.bases([block for block in wanted if block in walk.blocks], self._tau)
+        landscape = null_landscape(self, batch, self._tau)
+        wanted = self._norms or {b: 1.0 for b in landscape.blocks if b not in landscape.fixed}
+        bases = landscape.bases([block for block in wanted if block in landscape.blocks], self._tau)
         room = {block: basis for block, basis in bases.items() if basis.null_dim > 0}
         if not room:
             return Move((), "nothing can move: no layer has a null space on this batch")
         along = {block: self._draw(block, basis) for block, basis in room.items()}
-        step = 1.0 if self._growth is None else self._step(walk, along, norm)
+        step = 1.0 if self._growth is None else self._step(landscape, along, norm)
         if step is None:
             return Move((), "no step along the random direction reaches the wanted growth")
-        walk.advance(along, step)
-        walk.write()
+        landscape.advance(along, step)
+        landscape.write()
         return Move((step,), "a random direction of the null space")
 
     def _draw(self, block: Block, basis: Projector) -> Tensor:
         drawn = basis.project(_normal(block.part.matrix(), self._generator))
         return drawn if self._growth else self._norms[block] / drawn.norm() * drawn
 
-    def _step(self, walk: Walk, along: Direction, norm: float) -> float | None:
+    def _step(self, landscape: Landscape, along: Direction, norm: float) -> float | None:
         """The step that reaches the growth; its sign is chosen at a thousandth of the weights."""
         assert self._growth is not None
         length = math.sqrt(sum(float(d.double().square().sum()) for d in along.values()))
         weights = math.sqrt(sum(float(b.part.matrix().double().square().sum()) for b in along))
         trial = 1e-3 * (weights or 1.0) / length
-        ahead, behind = (walk.norm_squared_at(along, sign * trial) for sign in (1.0, -1.0))
+        ahead, behind = (landscape.norm_squared_at(along, sign * trial) for sign in (1.0, -1.0))
         sign = 1.0 if ahead >= behind else -1.0
         start, target = norm**2, (self._growth * norm) ** 2
         if start == 0.0:
             return None
         step = step_to_norm(
-            lambda s: walk.norm_squared_at(along, sign * s),
+            lambda s: landscape.norm_squared_at(along, sign * s),
             start,
             (target - start) / trial,
             target,
-            8 * torch.finfo(walk.dtype).eps,
+            8 * torch.finfo(landscape.dtype).eps,
             exact_slope=False,
         )
         return None if step is None else sign * step
 
 
-def null_walk(rival: Rival, batch: Batch, tau: float) -> Walk:
+def null_landscape(rival: Rival, batch: Batch, tau: float) -> Landscape:
     """What finds the null space of a batch and moves in it, without bound on the steps."""
-    sites = rival.coverage.sites
-    if tau == 1.0 and len(batch.closures) == 1:
-        return FrozenWalk(rival.model, sites, batch.closures[0])
-    names = {block.name for block in rival.coverage.blocks}
-    return StreamedWalk(rival.model, sites, batch.closures, names)
+    frozen = tau == 1.0 and len(batch.closures) == 1
+    return Landscape(rival.model, rival.coverage.sites, batch.closures, frozen=frozen)
 
 
 def _of_blocks(blocks: Sequence[Block], values: Mapping[str, float]) -> dict[Block, float]:

@@ -13,8 +13,9 @@ the last hidden layer; here all hidden layers are balanced, as their objective s
 
 from torch import nn
 
-from teleport.rivals.balance import SWEEPS, TOLERANCE, BalancedRescaling, least_sum
-from teleport.rivals.batch import Batch, require
+from teleport.errors import require
+from teleport.rivals.balance import BALANCE_TOLERANCE, SWEEPS, BalancedRescaling, least_sum
+from teleport.rivals.batch import Batch
 from teleport.rivals.climb import Move
 
 
@@ -44,7 +45,7 @@ class EquiNormalization(BalancedRescaling):
         model: nn.Module,
         p: float = 2.0,
         *,
-        tolerance: float = TOLERANCE,
+        tolerance: float = BALANCE_TOLERANCE,
         sweeps: int = SWEEPS,
     ) -> None:
         super().__init__(model, "equi-normalisation", tolerance, sweeps)

@@ -27,15 +27,15 @@ from teleport.errors import ClosureError, GroupElementError, UnsupportedModelErr
 
 INVERSE_KINDS = ("exact", "first_order")
 PSEUDO_INVERSES = ("qr", "svd")
-Function = Callable[[Tensor], Tensor]
+Elementwise = Callable[[Tensor], Tensor]
 
 
-def _inverse_elu(module: nn.Module) -> Function:
+def _inverse_elu(module: nn.Module) -> Elementwise:
     alpha = float(module.alpha)  # type: ignore[arg-type]
     return lambda y: torch.where(y > 0, y, torch.log1p(torch.where(y > 0, 0.0, y) / alpha))
 
 
-def _inverse_softplus(module: nn.Module) -> Function:
+def _inverse_softplus(module: nn.Module) -> Elementwise:
     beta, threshold = float(module.beta), float(module.threshold)  # type: ignore[arg-type]
 
     def inverse(y: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def _inverse_softplus(module: nn.Module) -> Function:
     return inverse
 
 
-def _inverse_leaky_relu(module: nn.Module) -> Function:
+def _inverse_leaky_relu(module: nn.Module) -> Elementwise:
     slope = float(module.negative_slope)  # type: ignore[arg-type]
     if slope <= 0.0:
         raise UnsupportedModelError(
@@ -55,7 +55,7 @@ def _inverse_leaky_relu(module: nn.Module) -> Function:
     return lambda y: functional.leaky_relu(y, 1.0 / slope)
 
 
-INVERSES: dict[type[nn.Module], Callable[[nn.Module], Function]] = {
+INVERSES: dict[type[nn.Module], Callable[[nn.Module], Elementwise]] = {
     nn.Identity: lambda module: lambda y: y,
     nn.LeakyReLU: _inverse_leaky_relu,
     nn.Tanh: lambda module: torch.atanh,
@@ -75,8 +75,8 @@ class Bend:
         inverse: σ⁻¹; NaN or infinite outside the range of σ.
     """
 
-    forward: Function
-    inverse: Function
+    forward: Elementwise
+    inverse: Elementwise
 
 
 def group_action(

@@ -18,7 +18,8 @@ problem; their rule for the step size is not reproduced.
 import torch
 from torch import nn
 
-from teleport.rivals.batch import Batch, require
+from teleport.errors import require
+from teleport.rivals.batch import Batch
 from teleport.rivals.climb import Move, Ray, StepRule, climb
 from teleport.rivals.rival import MAX_DRIFT, Rival
 

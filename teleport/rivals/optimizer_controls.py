@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from teleport.errors import require
 from teleport.layers.support import cover
-from teleport.rivals.batch import require
 
 
 class RaisedLearningRate:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from teleport.direction import Direction
+from teleport.errors import require
 from teleport.objective import ascent_double_backward, gradient, squared_norm
-from teleport.recording import Closure
 from teleport.report import TeleportReport
-from teleport.rivals.batch import Batch, require, sum_
+from teleport.rivals.batch import Batch, sum_
 from teleport.rivals.climb import Move
-from teleport.rivals.controls import as_still, move_norms, null_walk
+from teleport.rivals.controls import as_still, move_norms, null_landscape
 from teleport.rivals.rival import MAX_DRIFT, Rival
+from teleport.runtime.closures import Closure
 
 Slope = Callable[[Closure, Sequence[nn.Parameter]], list[Tensor]]
 """The gradient of an objective of a closure's loss, one tensor per parameter."""
@@ -136,8 +137,10 @@ class ObjectiveStep(Rival):
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
         if not self._length:
             return as_still(self._like)
-        walk = null_walk(self, batch, self._tau)
-        bases = walk.bases([b for b in walk.blocks if b not in walk.fixed], self._tau)
+        landscape = null_landscape(self, batch, self._tau)
+        bases = landscape.bases(
+            [b for b in landscape.blocks if b not in landscape.fixed], self._tau
+        )
         slopes = dict(zip(batch.parameters, self._of_batch(batch), strict=True))
         along: Direction = {
             block: basis.project(block.part.of(slopes))
@@ -148,8 +151,8 @@ class ObjectiveStep(Rival):
         if not 0.0 < length < math.inf:
             return Move((), f"the objective's slope in the null space has the norm {length:g}")
         step = self._length / length
-        walk.advance(along, step)
-        walk.write()
+        landscape.advance(along, step)
+        landscape.write()
         return Move((step,), "a step in the null space along another objective")
 
     def _of_batch(self, batch: Batch) -> list[Tensor]:

@@ -31,12 +31,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from teleport.errors import ClosureError
-from teleport.recording import Closure, evaluate, without_gradients
-from teleport.rivals.balance import SWEEPS, TOLERANCE, BalancedRescaling, most_even
+from teleport.rivals.balance import BALANCE_TOLERANCE, SWEEPS, BalancedRescaling, most_even
 from teleport.rivals.batch import Batch
 from teleport.rivals.chain import Stage
 from teleport.rivals.climb import Move
 from teleport.rivals.rescaling import HOMOGENEOUS
+from teleport.runtime.closures import Closure, evaluate, without_gradients
 
 
 class PathConditioning(BalancedRescaling):
@@ -61,7 +61,7 @@ class PathConditioning(BalancedRescaling):
     """
 
     def __init__(
-        self, model: nn.Module, *, tolerance: float = TOLERANCE, sweeps: int = SWEEPS
+        self, model: nn.Module, *, tolerance: float = BALANCE_TOLERANCE, sweeps: int = SWEEPS
     ) -> None:
         super().__init__(model, "path conditioning", tolerance, sweeps)
 

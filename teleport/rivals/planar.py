@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Point = Float[Tensor, "2"]
+PlanePoint = Float[Tensor, "2"]
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,22 @@ class PlanarFunction:
     """
 
     name: str
-    to_uv: Callable[[Point], Point]
-    from_uv: Callable[[Point], Point]
+    to_uv: Callable[[PlanePoint], PlanePoint]
+    from_uv: Callable[[PlanePoint], PlanePoint]
     minimum: tuple[float, float]
 
-    def __call__(self, point: Point) -> Float[Tensor, ""]:
+    def __call__(self, point: PlanePoint) -> Float[Tensor, ""]:
         """The value at (x, y)."""
         return self.to_uv(point).square().sum()
 
-    def rotate(self, point: Point, angle: float | Tensor) -> Point:
+    def rotate(self, point: PlanePoint, angle: float | Tensor) -> PlanePoint:
         """The point with (u, v) turned by an angle in radians: another point of the level set."""
         u, v = self.to_uv(point)
         turn = torch.as_tensor(angle, dtype=point.dtype)
         c, s = turn.cos(), turn.sin()
         return self.from_uv(torch.stack([c * u - s * v, s * u + c * v]))
 
-    def gradient(self, point: Point, create_graph: bool = False) -> Point:
+    def gradient(self, point: PlanePoint, create_graph: bool = False) -> PlanePoint:
         """∇f at (x, y)."""
         with torch.enable_grad():
             there = point if point.requires_grad else point.detach().requires_grad_()
@@ -50,22 +50,22 @@ class PlanarFunction:
         return grad
 
 
-def _booth(p: Point) -> Point:
+def _booth(p: PlanePoint) -> PlanePoint:
     x, y = p
     return torch.stack([x + 2 * y - 7, 2 * x + y - 5])
 
 
-def _booth_back(q: Point) -> Point:
+def _booth_back(q: PlanePoint) -> PlanePoint:
     u, v = q
     return torch.stack([(2 * (v + 5) - (u + 7)) / 3, (2 * (u + 7) - (v + 5)) / 3])
 
 
-def _rosenbrock(p: Point) -> Point:
+def _rosenbrock(p: PlanePoint) -> PlanePoint:
     x, y = p
     return torch.stack([10 * (x**2 - y), x - 1])
 
 
-def _rosenbrock_back(q: Point) -> Point:
+def _rosenbrock_back(q: PlanePoint) -> PlanePoint:
     u, v = q
     return torch.stack([v + 1, (v + 1) ** 2 - u / 10])
 
@@ -75,8 +75,12 @@ ROSENBROCK = PlanarFunction("Rosenbrock", _rosenbrock, _rosenbrock_back, (1.0, 1
 
 
 def so2_teleport(
-    function: PlanarFunction, point: Point, steps: int = 10, lr: float = 1e-3, angle: float = 0.0
-) -> Point:
+    function: PlanarFunction,
+    point: PlanePoint,
+    steps: int = 10,
+    lr: float = 1e-3,
+    angle: float = 0.0,
+) -> PlanePoint:
     """Gradient ascent on the angle for ½‖∇f‖² at the turned point.
 
     The published script starts at a random angle; here it is an argument, 0 by default.

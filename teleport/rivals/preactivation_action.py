@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from teleport.errors import UnsupportedModelError
-from teleport.rivals.group_action import Function, only_activation, pseudo_inverse_of
+from teleport.rivals.group_action import Elementwise, only_activation, pseudo_inverse_of
 
 ELEMENTWISE = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU,
@@ -41,7 +41,7 @@ def preactivation_action(
     matrices: Sequence[Float[Tensor, "_ _"]],
     rows: Float[Tensor, "n d_in"],
     elements: Sequence[Float[Tensor, "_ _"]],
-    activations: Sequence[Function],
+    activations: Sequence[Elementwise],
     *,
     pseudo_inverse: str = "qr",
 ) -> list[Tensor]:
@@ -76,7 +76,7 @@ def preactivation_action(
     return new
 
 
-def elementwise_of(after: Sequence[tuple[str, nn.Module]]) -> Function:
+def elementwise_of(after: Sequence[tuple[str, nn.Module]]) -> Elementwise:
     """The activation between two linear layers.
 
     Raises:

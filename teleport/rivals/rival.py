@@ -6,21 +6,21 @@ back. What is compared is then only the move itself.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import nn
 
-from teleport.errors import GroupElementError, NonFiniteLossError
-from teleport.layers.support import Block, Coverage, cover
+from teleport.errors import require
+from teleport.guard import GuardedMove, HeldOut, Outcome, frozen_layers
+from teleport.layers.support import Coverage, cover
 from teleport.line_search import load_search
-from teleport.recording import Closure, evaluate, without_gradients
 from teleport.report import LayerReport, TeleportReport
-from teleport.rivals.batch import Batch, require
+from teleport.rivals.batch import Batch
 from teleport.rivals.climb import Move
 from teleport.runtime.clock import now
+from teleport.runtime.closures import Closure
 from teleport.runtime.transaction import Transaction
 
 MAX_DRIFT = 0.01
@@ -70,88 +70,44 @@ class Rival(ABC):
         require("closure", closure, bool(parts), "a closure or a list of at least one")
         with torch.inference_mode(False), Transaction(self.model) as transaction:
             repeatable = [transaction.repeatable(part) for part in parts]
-            held = None if held_out is None else _HeldOut(transaction.repeatable(held_out))
-            batch = Batch(self.model, repeatable)
-            report, note = transaction.until_quiet(lambda: self._attempt(batch, held))
+            held = HeldOut(None if held_out is None else transaction.repeatable(held_out))
+            move = _RivalMove(self, Batch(self.model, repeatable), held)
+            report, note = transaction.until_quiet(move.run)
             if report.steps and not report.rolled_back:
                 transaction.commit()
-        spent = now() - started - (held.seconds if held else 0.0)
+        spent = now() - started - held.seconds
         return replace(report, seconds=spent, reason=report.reason + note)
 
-    def _attempt(self, batch: Batch, held_out: "_HeldOut | None") -> TeleportReport:
-        before = batch.measure()
-        held_before = held_out.loss() if held_out else None
-        start = {block: block.part.matrix() for block in self.coverage.blocks}
-        tolerance = math.inf if self.max_drift is None else self.max_drift * abs(before[0])
-        move, after, held_after, failure = Move((), ""), before, held_before, ""
-        try:
-            move = self._move(batch, *before)
-            if move.step_sizes:
-                after = batch.measure()
-                held_after = held_out.loss() if held_out else None
-                failure = _objection(before[0], after, tolerance)
-        except NonFiniteLossError:
-            failure = "the loss became NaN or infinite on the way"
-        except GroupElementError as error:
-            failure = str(error)
-        moved = {
-            block: 0.0 if failure else float((block.part.matrix() - matrix).norm())
-            for block, matrix in start.items()
-        }
-        return TeleportReport(
-            loss_before=before[0],
-            loss_after=before[0] if failure else after[0],
-            grad_norm_before=before[1],
-            grad_norm_after=before[1] if failure else after[1],
-            held_out_before=held_before,
-            held_out_after=held_before if failure else held_after,
-            tolerance=tolerance,
-            steps=len(move.step_sizes),
-            step_sizes=move.step_sizes,
-            rolled_back=bool(failure),
-            reason=failure or move.reason,
-            seconds=0.0,
-            layers=tuple(self._layer_reports(moved, bool(failure))),
-        )
 
-    def _layer_reports(self, moved: dict[Block, float], failed: bool) -> list[LayerReport]:
-        def report(block: Block, norm: float) -> LayerReport:
+class _RivalMove(GuardedMove):
+    """One call of `Rival.step`."""
+
+    def __init__(self, rival: Rival, batch: Batch, held_out: HeldOut) -> None:
+        self.rival, self.batch, self.held_out = rival, batch, held_out
+
+    def _start(self) -> Outcome:
+        self._from = {block: block.part.matrix() for block in self.rival.coverage.blocks}
+        return self._outcome()
+
+    def _outcome(self) -> Outcome:
+        return Outcome(*self.batch.measure(), self.held_out.loss())
+
+    def _move(self, before: Outcome) -> tuple[str, Outcome]:
+        move = self.rival._move(self.batch, before.loss, before.norm)
+        self.step_sizes = list(move.step_sizes)
+        return move.reason, self._outcome() if move.step_sizes else before
+
+    def _tolerance(self, before: Outcome) -> float:
+        share = self.rival.max_drift
+        return math.inf if share is None else share * abs(before.loss)
+
+    def _layers(self, before: Outcome, end: Outcome, failed: bool) -> Iterable[LayerReport]:
+        for block, start in self._from.items():
+            norm = 0.0 if failed else float((block.part.matrix() - start).norm())
             status = "rolled back" if failed else "moved" if norm else "not moved"
-            *groups, d_out, d_in = block.part.matrix().shape
+            *groups, d_out, d_in = start.shape
             count = math.prod(groups)
-            return LayerReport(
+            yield LayerReport(
                 block.name, block.kind, d_in, d_out, None, None, norm, None, status, count
             )
-
-        frozen = (
-            LayerReport(name, "", None, None, None, None, 0.0, None, f"frozen: {why}")
-            for name, why in self.coverage.frozen.items()
-        )
-        return [*(report(block, norm) for block, norm in moved.items()), *frozen]
-
-
-def _objection(loss: float, after: tuple[float, float], allowed: float) -> str:
-    """What is wrong with the new position, if anything."""
-    if not math.isfinite(after[1]):
-        return f"the gradient norm became {after[1]}"
-    drift = abs(after[0] - loss)
-    if drift <= allowed:
-        return ""
-    return f"the loss moved by {drift:.2e}, more than the allowed {allowed:.2e}"
-
-
-class _HeldOut:
-    """The held-out loss, and the time it took, which is not the move's."""
-
-    def __init__(self, closure: Closure) -> None:
-        self.closure = closure
-        self.seconds = 0.0
-
-    def loss(self) -> float:
-        started = now()
-        try:
-            return float(without_gradients(partial(evaluate, self.closure)).detach())
-        except NonFiniteLossError:
-            return math.nan  # only reported: no reason to undo anything
-        finally:
-            self.seconds += now() - started
+        yield from frozen_layers(self.rival.coverage.frozen)

@@ -17,15 +17,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from teleport.errors import ClosureError, GroupElementError
-from teleport.layers.support import Use
-from teleport.recording import Closure, watch
-from teleport.rivals.batch import Batch, require
+from teleport.errors import ClosureError, GroupElementError, require
+from teleport.layers.part import Part
+from teleport.layers.support import Block
+from teleport.recording import watch
+from teleport.rivals.batch import Batch
 from teleport.rivals.chain import chain
 from teleport.rivals.climb import Move, Ray, StepRule, climb
 from teleport.rivals.group_action import INVERSE_KINDS, PSEUDO_INVERSES, bend_of, group_action
 from teleport.rivals.preactivation_action import elementwise_of, preactivation_action
 from teleport.rivals.rival import MAX_DRIFT, Rival
+from teleport.runtime.closures import Closure
 
 ACTIONS = ("activations", "preactivations")
 
@@ -150,9 +152,9 @@ class SymmetryTeleporter(Rival):
         """Input rows of the first layer over all parts of the batch."""
         found = []
 
-        def see(use: Use, x: Tensor) -> None:
-            if use.block is self._blocks[0]:
-                found.append(use.part.rows(x))
+        def see(block: Block, part: Part, x: Tensor) -> None:
+            if block is self._blocks[0]:
+                found.append(part.rows(x))
 
         for closure in closures:
             watch(self.coverage.sites, closure, see)

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import teleport
 from teleport import cli
 from teleport.book import build, check_links, over_budget, read_book
-from teleport.book.build import TIMES
+from teleport.book.build import TIMES_NAME
 from teleport.book.execute import run_notebook
 from teleport.book.generated import citation, public_names
-from teleport.book.places import places
+from teleport.book.places import key_lines
 from teleport.book.serve import server
 from teleport.errors import BookError
 from tests.support.waiting import HANG
@@ -288,7 +288,7 @@ def test_places_are_the_lines_where_keys_were_written(data: st.DataObject) -> No
     for index in range(data.draw(st.integers(0, 3))):
         write("[[table]]", "table", index)
         write_keys("table", index)
-    assert places("\n".join(lines)) == expected
+    assert key_lines("\n".join(lines)) == expected
 
 
 # Building
@@ -352,10 +352,10 @@ def test_executing_shows_new_outputs_and_leaves_the_notebook_alone(small: Path) 
     page = build(small, small.parent / "out", run=True)
     assert "42 new" in page.with_name("02_small.html").read_text()
     assert file.read_bytes() == before
-    times = json.loads((page.parent / TIMES).read_text())
+    times = json.loads((page.parent / TIMES_NAME).read_text())
     assert 0 < times["02_small.ipynb"] < 30
     assert over_budget(read_book(small), page.parent) == []
-    (page.parent / TIMES).write_text('{"02_small.ipynb": 31}')
+    (page.parent / TIMES_NAME).write_text('{"02_small.ipynb": 31}')
     assert over_budget(read_book(small), page.parent) == [
         "02_small.ipynb took 31 s, its budget is 30 s"
     ]

@@ -81,16 +81,16 @@ def repository(folder: Path, chapter: str = CHAPTER, tests: str = TESTS) -> Path
 def record(root: Path, examples: int = 3, *, only: str = "") -> None:
     """Write as if all marked tests, or one, had run just now."""
     found = [test for test in ledger.marked(root) if only in test]
-    digests = {test: ledger.digest(root / test.split("::")[0]) for test in found}
+    digests = {test: ledger.file_digest(root / test.split("::")[0]) for test in found}
     ledger.update(root, {test: (examples, source) for test, source in digests.items()})
 
 
 def test_the_book_its_tests_and_the_ledger_agree() -> None:
-    assert ledger.faults(ROOT) == []
+    assert ledger.ledger_faults(ROOT) == []
 
 
 def test_agreement_is_no_fault(tmp_path: Path) -> None:
-    assert ledger.faults(repository(tmp_path)) == []
+    assert ledger.ledger_faults(repository(tmp_path)) == []
 
 
 def test_theorems_are_read_with_title_and_page_and_not_from_examples(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ CHAPTERS = {
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_a_chapter_that_disagrees_with_the_tests_is_found(tmp_path: Path, name: str) -> None:
     chapter, message = CHAPTERS[name]
-    found = ledger.faults(repository(tmp_path, chapter))
+    found = ledger.ledger_faults(repository(tmp_path, chapter))
     assert any(message in fault for fault in found)
     assert len(found) == (2 if name == "theorem of no chapter" else 1)
 
@@ -143,22 +143,22 @@ def test_a_ledger_older_than_a_test_file_is_found_until_it_is_written_anew(tmp_p
     root = repository(tmp_path)
     path = root / "tests" / "test_a.py"
     path.write_text(TESTS.replace("x > 0", "x > -1"))
-    assert ledger.faults(root) == [
+    assert ledger.ledger_faults(root) == [
         "tests/test_a.py: chapters/ledger.json is older than the file: run "
         "`pytest tests/test_a.py --ledger`, or `pytest tests -m verifies --ledger` for all"
     ]
     record(root, only="test_drawn")
-    (fault,) = ledger.faults(root)  # of the other tests nothing is known yet
+    (fault,) = ledger.ledger_faults(root)  # of the other tests nothing is known yet
     assert "is older than the file" in fault
     record(root)
-    assert ledger.faults(root) == []
+    assert ledger.ledger_faults(root) == []
 
 
 def test_new_tests_and_rows_of_tests_that_are_gone_are_found(tmp_path: Path) -> None:
     root = repository(tmp_path)
     path = root / "tests" / "test_a.py"
     path.rename(path.with_name("test_b.py"))
-    found = ledger.faults(root)
+    found = ledger.ledger_faults(root)
     assert "chapters/ledger.json has no row for test_drawn and 2 more: run `pytest" in found[0]
     assert found[1:] == [
         f"chapters/ledger.json has a row for tests/test_a.py::{name}, which is no marked test: run "
@@ -166,20 +166,20 @@ def test_new_tests_and_rows_of_tests_that_are_gone_are_found(tmp_path: Path) -> 
         for name in ("test_cases", "test_drawn", "test_refusing")
     ]
     record(root)
-    assert ledger.faults(root) == []
+    assert ledger.ledger_faults(root) == []
 
 
 def test_a_repository_without_a_ledger_is_told_how_to_make_one(tmp_path: Path) -> None:
     root = repository(tmp_path)
-    (root / ledger.LEDGER).unlink()
-    (fault,) = ledger.faults(root)
+    (root / ledger.LEDGER_PATH).unlink()
+    (fault,) = ledger.ledger_faults(root)
     assert ledger.REGENERATE in fault
 
 
 def test_a_test_that_ran_no_example_verifies_nothing(tmp_path: Path) -> None:
     root = repository(tmp_path)
     record(root, 0, only="test_drawn")
-    (fault,) = ledger.faults(root)
+    (fault,) = ledger.ledger_faults(root)
     assert "tests/test_a.py::test_drawn ran no example" in fault
 
 
@@ -194,7 +194,7 @@ def test_a_test_that_ran_no_example_verifies_nothing(tmp_path: Path) -> None:
 )
 def test_a_test_marked_as_exact_has_no_tolerance(tmp_path: Path, body: str, what: str) -> None:
     tests = TESTS.replace("assert x**power >= 0", body)
-    (fault,) = ledger.faults(repository(tmp_path, tests=tests))
+    (fault,) = ledger.ledger_faults(repository(tmp_path, tests=tests))
     assert f"test_drawn is marked as exact, but uses {what}:" in fault
 
 
@@ -211,9 +211,9 @@ def test_marks_that_cannot_be_read_are_refused(tmp_path: Path, mark: str) -> Non
 @pytest.mark.parametrize("content", ["{", "{}", '{"tests": []}', '{"tests": {"a": {"b": 1}}}'])
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path, content: str) -> None:
     root = repository(tmp_path)
-    (root / ledger.LEDGER).write_text(content)
+    (root / ledger.LEDGER_PATH).write_text(content)
     with pytest.raises(ValueError, match=r"ledger\.json is not a ledger .* run `pytest"):
-        ledger.faults(root)
+        ledger.ledger_faults(root)
 
 
 def run_pytest(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -224,12 +224,12 @@ def run_pytest(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_run_writes_the_examples_that_passed_summed_over_parameters(tmp_path: Path) -> None:
     root = repository(tmp_path)
-    (root / ledger.LEDGER).unlink()
+    (root / ledger.LEDGER_PATH).unlink()
     done = run_pytest(root, "-m", "verifies", "--ledger")
     assert done.returncode == 0, done.stdout
     assert "chapters/ledger.json: 3 tests of 3 written" in done.stdout
-    assert ledger.faults(root) == []
-    rows = ledger.read(root / ledger.LEDGER)
+    assert ledger.ledger_faults(root) == []
+    rows = ledger.read_ledger(root / ledger.LEDGER_PATH)
     examples = {test.split("::")[1]: row.examples for test, row in rows.items()}
     assert examples == {"test_cases": 3, "test_drawn": 14, "test_refusing": 5}
 
@@ -239,14 +239,14 @@ def test_a_file_that_is_edited_while_its_tests_run_is_newer_than_the_ledger(tmp_
     edits = TESTS.replace("assert x > 0", "open(__file__, 'a').write('# edited\\n')")
     root = repository(tmp_path, tests=edits)
     assert run_pytest(root, "-m", "verifies", "--ledger").returncode == 0
-    (fault,) = ledger.faults(root)
+    (fault,) = ledger.ledger_faults(root)
     assert "is older than the file" in fault
 
 
 @pytest.mark.slow
 def test_a_failing_run_and_a_part_of_a_test_leave_the_ledger_as_it_was(tmp_path: Path) -> None:
     root = repository(tmp_path)
-    before = (root / ledger.LEDGER).read_bytes()
+    before = (root / ledger.LEDGER_PATH).read_bytes()
     (root / "tests" / "test_a.py").write_text(TESTS.replace("x > 0", "x < 0"))
     done = run_pytest(root, "--ledger")
     assert done.returncode == 1
@@ -254,7 +254,7 @@ def test_a_failing_run_and_a_part_of_a_test_leave_the_ledger_as_it_was(tmp_path:
     done = run_pytest(root, "--ledger", "-k", "drawn")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "name whole files, no -k" in done.stderr
-    assert (root / ledger.LEDGER).read_bytes() == before
+    assert (root / ledger.LEDGER_PATH).read_bytes() == before
 
 
 def test_the_page_shows_every_theorem_with_its_tests(tmp_path: Path) -> None:

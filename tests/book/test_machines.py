@@ -70,7 +70,11 @@ def wanted(machine: str, threads: int) -> list[Path]:
 
 def compared(chapter: Path) -> list[Any]:
     """The code cells whose outputs nbval compares."""
-    code = [cell for cell in notebook_form.read(chapter)["cells"] if cell["cell_type"] == "code"]
+    code = [
+        cell
+        for cell in notebook_form.load_notebook(chapter)["cells"]
+        if cell["cell_type"] == "code"
+    ]
     return [c for c in code if "nbval-ignore-output" not in c["metadata"].get("tags", ())]
 
 

@@ -200,7 +200,7 @@ def test_tidying_keeps_every_printed_character_and_is_idempotent(
     text = notebook_form.normal_form(notebook)
     (cell,) = json.loads(text)["cells"]
     for name in ("stdout", "stderr"):
-        after = [notebook_form.text(o["text"]) for o in cell["outputs"] if o.get("name") == name]
+        after = [notebook_form.joined(o["text"]) for o in cell["outputs"] if o.get("name") == name]
         assert "".join(after) == "".join(text for stream, text in streams if stream == name)
     kinds = [output.get("name", "figure") for output in cell["outputs"]]
     assert all(a != b for a, b in pairwise(kinds))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from teleport import NullSpace, Teleporter, TeleportError, TeleportReport, null_space
-from teleport.book.refusals import Case, read_refusals
+from teleport.book.refusals import Situation, read_refusals
 from tests.support.fingerprint import fingerprint
 
 TOP = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 class World(dict[str, Any]):
     """The names of a case after its code has run; all numbers in double precision."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Situation) -> None:
         super().__init__()
         self.case = case
         exec(TABLE.setup, self)
@@ -80,7 +80,7 @@ def come_to(run: Callable[[], tuple[str, str]]) -> tuple[str, str]:
 
 
 @every
-def test_a_step_does_what_the_page_says(case: Case) -> None:
+def test_a_step_does_what_the_page_says(case: Situation) -> None:
     def run() -> tuple[str, str]:
         report = step(world, Teleporter(world["model"], growth=1.2))
         return "moves" if report.steps else "stays", str(report)
@@ -119,7 +119,7 @@ def step(world: World, teleporter: Teleporter) -> TeleportReport:
 
 
 @every
-def test_a_null_space_does_what_the_page_says(case: Case) -> None:
+def test_a_null_space_does_what_the_page_says(case: Situation) -> None:
     def run() -> tuple[str, str]:
         old = world["x"][:4].clone()
         with world.around():

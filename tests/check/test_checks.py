@@ -24,7 +24,7 @@ from teleport.check.chapters.ch03_mlp import SquaredError
 from teleport.check.chapters.ch08_rivals import sigma, undo
 from teleport.check.engine import BUDGET, CASES, _attempt, _diagnosis, _search
 from teleport.check.grading import grade
-from teleport.check.guard import LONGEST, Bounded, TimeUp, Watch, run_within
+from teleport.check.guard import WALL_FACTOR, Bounded, TimeUp, Watch, run_within
 from teleport.check.literal import literal
 from teleport.check.places import CHAPTER_OF
 from teleport.cli import main
@@ -351,7 +351,7 @@ class Clocks:
 
 @pytest.mark.parametrize(
     ("share", "ends"),
-    [(1.0, 3.0), (2.0, 1.5), (0.5, 6.0), (0.2, 15.0), (0.05, 3.0 * LONGEST), (0.0, 3.0)],
+    [(1.0, 3.0), (2.0, 1.5), (0.5, 6.0), (0.2, 15.0), (0.05, 3.0 * WALL_FACTOR), (0.0, 3.0)],
 )
 def test_a_limit_is_of_the_processor_s_time_unless_the_work_sleeps(monkeypatch, share, ends):
     clocks = Clocks(monkeypatch, share)

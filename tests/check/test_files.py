@@ -37,7 +37,7 @@ def graded(monkeypatch, tmp_path_factory):
         monkeypatch.setattr(sys, "path", list(sys.path))
         told = tmp_path_factory.mktemp("told") / "results"
         with told.open("w", encoding="utf-8") as results:
-            worker.run(path, results, set())
+            worker.run_pieces(path, results, set())
         messages = [json.loads(line) for line in told.read_text().split("\n") if line]
         run = _Run(ended={message["end"]: message for message in messages if "end" in message})
         return Grades(str(path), tuple(_graded(read_submission(path).units, run)))

@@ -15,7 +15,7 @@ from teleport.lab.experiments import choices
 from teleport.lab.experiments.entry import SIZES
 from teleport.lab.experiments.models import ACTIVATIONS
 from teleport.lab.experiments.optimizers import OPTIMIZERS
-from teleport.lab.keeping.methods import METHODS
+from teleport.lab.keeping.methods import LEARNING_METHODS
 from teleport.lab.keeping.tasks import SEQUENCES
 
 COMMANDS = [
@@ -27,7 +27,7 @@ COMMANDS = [
 WRONG = ["run --nope", "run nope", "run --preset x", "run --schedule x", "sweep nope", "tau nope"]
 WRONG += ["continual nope", "run --threads 0", "bench step --threads 2000", "spectrum nope"]
 NO_HELP = ["--version", "list", *WRONG]
-HEAVY = ["torch", "numpy", "scipy", "matplotlib", "pooch", "requests", "sphinx", "transformers"]
+HEAVY = ["torch", "numpy", "scipy", "matplotlib", "requests", "sphinx", "transformers"]
 
 
 def python(code: str, *arguments: str) -> str:
@@ -123,7 +123,7 @@ def test_a_rule_of_the_users_own_is_not_replaced_later() -> None:
 def test_what_can_be_chosen_is_what_there_is() -> None:
     assert tuple(ACTIVATIONS) == choices.ACTIVATION_NAMES
     assert tuple(OPTIMIZERS) == choices.OPTIMIZER_NAMES
-    assert tuple(METHODS) == choices.METHOD_NAMES
+    assert tuple(LEARNING_METHODS) == choices.METHOD_NAMES
     assert tuple(SEQUENCES) == choices.SEQUENCE_NAMES
     assert tuple(BENCHMARKS) == choices.BENCHMARK_NAMES
     from teleport.lab.experiments.networks import MAKERS

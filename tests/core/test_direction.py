@@ -8,12 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teleport.direction import direction, grad_norm_squared, project_ascent
+from teleport.direction import direction, project_ascent
 from teleport.layers.support import Block, cover
 from teleport.line_search import step_to_norm
 from teleport.objective import ascent_double_backward, trainable
-from teleport.recording import Tape, record
+from teleport.recording import record
 from teleport.subspace import Basis, RowSpace
+from teleport.tape import Tape
 from tests.support.networks import GRAPHS, Task, task, without_dropout
 from tests.support.strategies import (
     NEVER_DEAD,
@@ -167,7 +168,7 @@ def test_norm_of_the_tape_is_the_gradient_norm(case: Case) -> None:
     problem = case.build()
     tape, _ = recorded(problem)
     wanted = gradient_norm(problem.model, problem.closure) ** 2
-    assert abs(grad_norm_squared(tape) - wanted) <= 1e-11 * (1e-12 + wanted)
+    assert abs(tape.norm_squared() - wanted) <= 1e-11 * (1e-12 + wanted)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -176,7 +177,7 @@ def test_norm_of_the_tape_counts_all_parameters(name: str) -> None:
     without_dropout(problem.model)
     tape, _ = recorded(problem)
     wanted = gradient_norm(problem.model, problem.closure) ** 2
-    assert abs(grad_norm_squared(tape) - wanted) <= 1e-11 * wanted
+    assert abs(tape.norm_squared() - wanted) <= 1e-11 * wanted
 
 
 def samples_on_a_ray(case: Case, count: int) -> list[float]:
@@ -238,7 +239,7 @@ def test_frozen_tape_gives_the_norm_of_the_moved_model(case: Case, distance: flo
     wanted = 2 * objective(problem)
     terms = sum(float((tape.deltas(b).norm() * tape.rows(b).norm()) ** 2) for b in tape.blocks)
     rounding = 1e-14 * math.sqrt(wanted * terms)  # the gradient's terms may cancel
-    assert abs(grad_norm_squared(tape) - wanted) <= 1e-9 * wanted + rounding
+    assert abs(tape.norm_squared() - wanted) <= 1e-9 * wanted + rounding
 
 
 @given(st.floats(0.1, 10.0), st.floats(0.0, 10.0), st.integers(1, 8), st.floats(1.01, 1e6))

@@ -1,9 +1,9 @@
-"""A teleport batch in pieces, or in one piece seen by either walk, is one and the same teleport."""
+"""A teleport batch in pieces, or in one, with frozen activations or without, is one teleport."""
 
 import gc
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleporter, TeleportReport, recording
-from teleport.landscape import FrozenWalk, StreamedWalk, Walk, _multiplications
+from teleport.landscape import Landscape, _multiplications
 from teleport.layers.support import cover
 from teleport.runtime.threads import WORTH_THREADS, in_parallel, using_threads, worth_threads
 from teleport.subspace import Basis
@@ -124,16 +124,18 @@ def test_an_empty_list_of_closures_is_refused() -> None:
         Teleporter(task("plain").model).step([])
 
 
-def walks(name: str, seed: int) -> tuple[Walk, Walk]:
-    """Both walks over one batch, each on a model of its own."""
-    frozen, streamed = task(name, seed), task(name, seed)
-    for problem in (frozen, streamed):
+def frozen(model: nn.Module, closure: Callable[[], Tensor]) -> Landscape:
+    return Landscape(model, cover(model).sites, [closure], frozen=True)
+
+
+def both(name: str, seed: int) -> tuple[Landscape, Landscape]:
+    """Of one batch, with frozen activations and without, each on a model of its own."""
+    one, other = task(name, seed), task(name, seed)
+    for problem in (one, other):
         without_dropout(problem.model)
-    coverage = cover(streamed.model)
-    names = {block.name for block in coverage.blocks}
     return (
-        FrozenWalk(frozen.model, cover(frozen.model).sites, frozen.closure),
-        StreamedWalk(streamed.model, coverage.sites, [streamed.closure], names),
+        frozen(one.model, one.closure),
+        Landscape(other.model, cover(other.model).sites, [other.closure]),
     )
 
 
@@ -145,13 +147,13 @@ def named(values: dict) -> dict:
 @pytest.mark.parametrize("name", GRAPHS)
 @few
 @given(seed=seeds)
-def test_frozen_and_streamed_walks_agree(name: str, seed: int) -> None:
+def test_both_landscapes_agree(name: str, seed: int) -> None:
     """Loss, norm, fixed layers, directions to 1e-10 of the whole direction."""
-    frozen, streamed = walks(name, seed)
-    assert abs(frozen.loss - streamed.loss) <= 1e-12 * frozen.loss
-    assert abs(frozen.norm_squared() / streamed.norm_squared() - 1) <= 1e-11
-    assert {b.name for b in frozen.fixed} == {b.name for b in streamed.fixed}
-    found, wanted = (named(w.tangent_direction(w.bases(w.blocks, 1.0))) for w in walks(name, seed))
+    one, other = both(name, seed)
+    assert abs(one.loss - other.loss) <= 1e-12 * one.loss
+    assert abs(one.norm_squared() / other.norm_squared() - 1) <= 1e-11
+    assert {b.name for b in one.fixed} == {b.name for b in other.fixed}
+    found, wanted = (named(w.tangent_direction(w.bases(w.blocks, 1.0))) for w in both(name, seed))
     size = sum(float(d.square().sum()) for d in wanted.values()) ** 0.5
     assert found.keys() == wanted.keys()
     assert all((found[n] - d).norm() <= 1e-10 * size for n, d in wanted.items())
@@ -161,55 +163,50 @@ def test_frozen_and_streamed_walks_agree(name: str, seed: int) -> None:
 @pytest.mark.parametrize("name", GRAPHS)
 @few
 @given(seed=seeds, length=st.floats(0.01, 1.0))
-def test_frozen_and_streamed_walks_see_the_same_norm_ahead(
-    name: str, seed: int, length: float
-) -> None:
+def test_both_landscapes_have_the_same_norm_ahead(name: str, seed: int, length: float) -> None:
     """One by a backward pass over a frozen tape, the other by running the moved model."""
     norms = []
-    for walk in walks(name, seed):
-        along = walk.tangent_direction(walk.bases(walk.blocks, 1.0))
+    for landscape in both(name, seed):
+        along = landscape.tangent_direction(landscape.bases(landscape.blocks, 1.0))
         size = sum(float(d.square().sum()) for d in along.values()) ** 0.5
-        ahead = walk.norm_squared_at(along, length / size)
-        walk.advance(along, length / size)
-        assert walk.norm_squared() == ahead
-        walk.look_back()
-        norms.append((ahead, walk.norm_squared()))
+        ahead = landscape.norm_squared_at(along, length / size)
+        landscape.advance(along, length / size)
+        assert landscape.norm_squared() == ahead
+        norms.append((ahead, landscape.norm_squared()))
     assert all(abs(a / b - 1) <= 1e-9 for a, b in zip(*norms, strict=True))
 
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_writing_the_start_undoes_writing_the_position(name: str) -> None:
     problem = task(name)
-    walk = FrozenWalk(problem.model, cover(problem.model).sites, problem.closure)
+    landscape = frozen(problem.model, problem.closure)
     before = parameters(problem)
-    along = walk.tangent_direction(walk.bases(walk.blocks, 1.0))
-    walk.advance(along, 1.0)
-    walk.write()
+    along = landscape.tangent_direction(landscape.bases(landscape.blocks, 1.0))
+    landscape.advance(along, 1.0)
+    landscape.write()
     assert not torch.equal(parameters(problem), before)
-    walk.write_start()
+    landscape.write_start()
     assert torch.equal(parameters(problem), before)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_looking_ahead_does_not_move_the_position(name: str) -> None:
-    """Looks share memory; the position has its own."""
     problem = task(name)
-    walk = FrozenWalk(problem.model, cover(problem.model).sites, problem.closure)
-    along = walk.tangent_direction(walk.bases(walk.blocks, 1.0))
+    landscape = frozen(problem.model, problem.closure)
+    along = landscape.tangent_direction(landscape.bases(landscape.blocks, 1.0))
     for step in (0.5, 0.25):
-        walk.norm_squared_at(along, 3.0)
-        walk.advance(along, step)
-    here = {b: [piece.clone() for piece in pieces] for b, pieces in walk.position.items()}
-    norm = walk.norm_squared()
-    walk.norm_squared_at(along, 2.0)
-    for block, pieces in walk.position.items():
+        landscape.norm_squared_at(along, 3.0)
+        landscape.advance(along, step)
+    here = {b: [piece.clone() for piece in pieces] for b, pieces in landscape.position.items()}
+    norm = landscape.norm_squared()
+    landscape.norm_squared_at(along, 2.0)
+    for block, pieces in landscape.position.items():
         start = block.part.pieces()
         moved = block.part.split(along[block])
         for old, now, was, direction in zip(here[block], pieces, start, moved, strict=True):
             assert torch.equal(old, now)
             assert (now - (was + 0.75 * direction)).abs().max() <= 1e-12 * (1 + now.abs().max())
-    walk.look_back()
-    assert walk.norm_squared() == pytest.approx(norm, rel=1e-12)
+    assert landscape.norm_squared() == pytest.approx(norm, rel=1e-12)
 
 
 def test_layers_with_the_same_inputs_share_a_basis() -> None:
@@ -222,13 +219,16 @@ def test_layers_with_the_same_inputs_share_a_basis() -> None:
     with sdpa_kernel(SDPBackend.MATH):
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            walk = FrozenWalk(model, cover(model).sites, lambda: model(x).square().mean())
+            landscape = frozen(model, lambda: model(x).square().mean())
         finally:
             torch.backends.mha.set_fastpath_enabled(True)
-    bases = {b.name.rsplit(".", 1)[-1]: basis for b, basis in walk.bases(walk.blocks, 1.0).items()}
+    bases = {
+        b.name.rsplit(".", 1)[-1]: basis
+        for b, basis in landscape.bases(landscape.blocks, 1.0).items()
+    }
     assert bases["q"] is bases["k"] is bases["v"]
     assert bases["q"] is not bases["out"]
-    alone = walk.bases([b for b in walk.blocks if b.name.endswith("k")], 1.0)
+    alone = landscape.bases([b for b in landscape.blocks if b.name.endswith("k")], 1.0)
     assert torch.equal(next(iter(alone.values())).vectors, bases["q"].vectors)
 
 
@@ -255,10 +255,10 @@ def test_layers_in_parallel_are_layers_in_turn() -> None:
             in_parallel(lambda n: 1 // n, [1, 0, 2])
         assert torch.get_num_threads() == 3
         problem = task("residual")
-        walk = FrozenWalk(problem.model, cover(problem.model).sites, problem.closure)
-        many = named(walk.bases(walk.blocks, 1.0, parallel=True))
+        landscape = frozen(problem.model, problem.closure)
+        many = named(landscape.bases(landscape.blocks, 1.0, parallel=True))
         torch.set_num_threads(1)
-        one = named(walk.bases(walk.blocks, 1.0))
+        one = named(landscape.bases(landscape.blocks, 1.0))
         assert all(torch.equal(one[n].vectors, many[n].vectors) for n in one)
     finally:
         torch.set_num_threads(before)
@@ -293,11 +293,11 @@ def test_bases_are_made_at_the_same_time_where_the_rule_says_or_the_caller(
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 9, bias=False)).double()
     x = torch.randn(6, 5, dtype=torch.float64)
     sites = cover(model).sites
-    walk: Walk = FrozenWalk(model, sites, lambda: model(x).square().sum())
+    landscape = frozen(model, lambda: model(x).square().sum())
     if tau < 1.0:
-        walk = StreamedWalk(model, sites, [lambda: model(x).square().sum()], {"0", "2"})
+        landscape = Landscape(model, sites, [lambda: model(x).square().sum()], movable={"0", "2"})
     with using_threads(2):
-        found = [walk.bases(walk.blocks, tau, parallel=p) for p in (None, True, False)]
+        found = [landscape.bases(landscape.blocks, tau, parallel=p) for p in (None, True, False)]
     assert asked == [pays, True, False]
     assert costs == [[6.0 * 6 * 6, 7.0 * 6 * 6]]
     first = named(found[0])
@@ -312,8 +312,8 @@ def test_work_that_is_not_a_product_on_the_cpu_needs_no_threads(
     monkeypatch.setattr("teleport.landscape.worth_threads", lambda c: bool(costs.extend(c)))
     model = nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 3)).double()
     tokens = torch.randint(50, (6,))
-    walk = FrozenWalk(model, cover(model).sites, lambda: model(tokens).square().sum())
-    walk.bases(walk.blocks, 1.0)
+    landscape = frozen(model, lambda: model(tokens).square().sum())
+    landscape.bases(landscape.blocks, 1.0)
     assert costs == [0.0, 5.0**3]
     (elsewhere,) = cover(nn.Sequential(nn.Linear(4, 3, device="meta"))).blocks
     assert _multiplications(elsewhere, 6) == 0.0

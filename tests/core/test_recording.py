@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from teleport.direction import drive_of
 from teleport.layers.support import Block, cover
-from teleport.recording import Tape, record
+from teleport.recording import push_tangents, record
+from teleport.tape import Tape
 from tests.support.fingerprint import fingerprint
 from tests.support.networks import GRAPHS, Task, task, without_dropout
 from tests.support.strategies import (
@@ -35,7 +35,7 @@ def tape_of(problem: Problem | Task) -> Tape:
 
 
 def drive_by_gradient(tape: Tape, block: Block) -> Callable[[], Iterator[Tensor]]:
-    return partial(drive_of, tape, block, block.part.split(tape.weight_gradient(block)))
+    return partial(tape.drive_of, block, block.part.split(tape.weight_gradient(block)))
 
 
 def products(tape: Tape) -> list[Tensor]:
@@ -110,7 +110,7 @@ def test_input_tangents_are_directional_derivatives(case: Case) -> None:
     problem = case.build()
     tape = tape_of(problem)
     drive = {b: drive_by_gradient(tape, b) for b in tape.blocks}
-    tape.push_tangents(problem.model, problem.closure, drive, {})
+    push_tangents(tape, problem.model, problem.closure, drive, {})
     names = [name for name, _ in problem.model.named_parameters()]
     velocity = dict(zip(names, gradient(problem.model, problem.closure), strict=True))
     state = {n: p.detach() for n, p in problem.model.named_parameters()}
@@ -138,10 +138,10 @@ def test_the_tangent_pass_ends_at_the_last_wanted_call(case: Case, last: int) ->
 
     def drive(block: Block) -> Iterator[Tensor]:
         asked.append(tape.blocks.index(block))
-        yield from drive_of(tape, block, block.part.pieces())
+        yield from tape.drive_of(block, block.part.pieces())
 
     drives = {b: partial(drive, b) for b in tape.blocks}
-    tape.push_tangents(problem.model, problem.closure, drives, {}, wanted={tape.blocks[last]})
+    push_tangents(tape, problem.model, problem.closure, drives, {}, wanted={tape.blocks[last]})
     assert asked == list(range(last))
     kept = [tape.tangents(b) is not None for b in tape.blocks]
     assert kept == [0 < n == last for n in range(len(tape.blocks))]
@@ -163,7 +163,7 @@ def test_in_place_activations_do_not_reach_what_was_recorded() -> None:
 
         tape = record(model, cover(model).sites, closure)
         drive = {b: drive_by_gradient(tape, b) for b in tape.blocks}
-        tape.push_tangents(model, closure, drive, {})
+        push_tangents(tape, model, closure, drive, {})
         return [tape.tangents(b) for b in tape.blocks[1:]]
 
     pairs = zip(tangents(inplace=True), tangents(inplace=False), strict=True)
@@ -175,8 +175,8 @@ def test_in_place_activations_do_not_reach_what_was_recorded() -> None:
 def test_only_the_first_layer_has_inputs_without_tangent(case: Case) -> None:
     problem = case.build()
     tape = tape_of(problem)
-    drive = {b: partial(drive_of, tape, b, b.part.pieces()) for b in tape.blocks}
-    tape.push_tangents(problem.model, problem.closure, drive, {})
+    drive = {b: partial(tape.drive_of, b, b.part.pieces()) for b in tape.blocks}
+    push_tangents(tape, problem.model, problem.closure, drive, {})
     assert tape.tangents(tape.blocks[0]) is None
     assert not tape.depends_on_parameters(tape.blocks[0])
     assert all(tape.depends_on_parameters(b) for b in tape.blocks[1:])

@@ -41,7 +41,7 @@ def mirrors() -> Iterator[Mirrors]:
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep the user's own cache out of the tests."""
     folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr("pooch.os_cache", lambda name: folder)
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: folder)
     monkeypatch.setenv("NO_PROXY", "*")
     return folder
 

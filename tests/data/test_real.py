@@ -35,7 +35,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Decode anew in a folder of this test run, once for all tests."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pooch.os_cache", lambda name: folder)
+        patch.setattr("platformdirs.user_cache_dir", lambda name: folder)
         yield
 
 

@@ -185,7 +185,7 @@ def test_root_is_the_argument_then_the_variable_then_the_cache(
     small: SmallSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small.place()
-    monkeypatch.setattr("pooch.os_cache", lambda name: small.root)
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: small.root)
     monkeypatch.delenv(data.ROOT_VARIABLE, raising=False)
     assert data.fetch("mnist") == small.folder
     monkeypatch.setenv(data.ROOT_VARIABLE, str(small.root / "absent"))

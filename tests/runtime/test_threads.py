@@ -8,13 +8,13 @@ import torch
 
 from teleport import cli, data
 from teleport.errors import RunError
-from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.arms import Arm, RunSettings
 from teleport.lab.experiments.run import Cell, run_cell
 from teleport.runtime.cores import cores, wait_without_spinning
 from teleport.runtime.threads import threads_for
 from tests.support.tables import small
 
-CELL = Cell(Settings("mnist-sample", "tiny", epochs=1), Arm(0.1), 0, 0)
+CELL = Cell(RunSettings("mnist-sample", "tiny", epochs=1), Arm(0.1), 0, 0)
 
 
 def group(system: Path, line: str, files: dict[str, str]) -> Path:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from teleport import Teleporter, TeleportReport, landscape, null_space, supported, teleporter
+from teleport import Teleporter, TeleportReport, ascent, direction, null_space, supported
 from teleport.runtime.transaction import Transaction
 from teleport.subspace import Basis, RowSpace
 from tests.support.fingerprint import all_but_weights, fingerprint
@@ -297,8 +297,8 @@ def outside_the_closure(rank: int, place: str) -> Found:
         "transaction": (Transaction, "__enter__"),
         "factor": (RowSpace, "factor"),
         "basis": (RowSpace, "basis"),
-        "project": (landscape, "without_rounding"),
-        "report": (teleporter.Attempt, "_layer_report"),
+        "project": (direction, "without_rounding"),
+        "report": (ascent.Ascent, "_layer"),
     }[place]
     original = getattr(owner, name)
 
@@ -321,7 +321,7 @@ def outside_the_closure(rank: int, place: str) -> Found:
 def other_arithmetic(rank: int) -> Found:
     """Rank 1 rounds otherwise: another rank of a basis, another last digit of a direction."""
     model = DistributedDataParallel(build("perceptron"))
-    basis, surviving = RowSpace.basis, landscape.without_rounding
+    basis, surviving = RowSpace.basis, direction.without_rounding
 
     def fewer(*args: Any, **kwargs: Any) -> Basis:
         whole = basis(*args, **kwargs)
@@ -330,10 +330,10 @@ def other_arithmetic(rank: int) -> Found:
     try:
         if rank == 1:
             RowSpace.basis = fewer
-            landscape.without_rounding = lambda *args: surviving(*args) * (1 + 1e-12)
+            direction.without_rounding = lambda *args: surviving(*args) * (1 + 1e-12)
         return told(model, Teleporter(model, growth=2.0).step(loss_of(model, *shards(rank))))
     finally:
-        RowSpace.basis, landscape.without_rounding = basis, surviving
+        RowSpace.basis, direction.without_rounding = basis, surviving
 
 
 def disagreeing(rank: int) -> list[tuple[str, str]]:

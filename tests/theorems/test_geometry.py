@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from teleport import OptimizerStateError, Teleporter, TeleportReport
-from teleport.direction import direction, grad_norm_squared, project_ascent
-from teleport.landscape import FrozenWalk, StreamedWalk
+from teleport.direction import direction, project_ascent
+from teleport.landscape import Landscape
 from teleport.layers.support import Block, cover
-from teleport.objective import Metric, Shares, ascent_double_backward, trainable
-from teleport.preconditioner import metric_of
+from teleport.objective import Metric, Shares, ascent_double_backward, metric_of, trainable
 from teleport.recording import record
 from teleport.subspace import RowSpace
 from teleport.teleporter import METHODS
@@ -53,6 +52,11 @@ def drawn_metric(model: nn.Module, seed: int) -> Metric:
     generator = torch.Generator().manual_seed(seed)
     inverse = {p: torch.randn(p.shape, generator=generator).to(p).exp() for p in trainable(model)}
     return Metric(inverse)
+
+
+def frozen_landscape(problem: Problem | Task, metric: Metric) -> Landscape:
+    sites = cover(problem.model).sites
+    return Landscape(problem.model, sites, [problem.closure], frozen=True, metric=metric)
 
 
 def ascent(problem: Problem | Task, metric: Metric) -> list[Tensor]:
@@ -95,7 +99,7 @@ def test_tangents_along_the_divided_gradient_give_the_projected_ascent(
     assume(rank_is_clear(problem))
     metric = drawn_metric(problem.model, seed)
     full = join_like(problem, ascent(problem, metric))
-    walk = FrozenWalk(problem.model, cover(problem.model).sites, problem.closure, metric)
+    walk = frozen_landscape(problem, metric)
     bases = walk.bases(walk.blocks, 1.0)
     fast, slow = walk.tangent_direction(bases), walk.double_backward_direction(bases)
     size = 1.0 + sum(float(a.norm()) for a in full)
@@ -126,7 +130,7 @@ def test_it_holds_in_any_graph(name: str, seed: int) -> None:
     size = 1.0 + math.sqrt(sum(float(a.square().sum()) for a in full.values()))
     assert all((found[b] - wanted[b]).norm() <= 1e-11 * size for b in bases)
     norm = root_of_twice_d(problem, metric)
-    assert abs(math.sqrt(grad_norm_squared(tape, metric)) - norm) <= 1e-10 * norm
+    assert abs(math.sqrt(tape.norm_squared(metric)) - norm) <= 1e-10 * norm
 
 
 @pytest.mark.verifies("thm-geometry")
@@ -135,7 +139,7 @@ def test_d_grows_along_the_direction_by_its_squared_norm(case: Case, seed: int) 
     """Central difference of a polynomial: error h² times its third derivative, and eps D / h."""
     problem = case.build()
     metric = drawn_metric(problem.model, seed)
-    walk = FrozenWalk(problem.model, cover(problem.model).sites, problem.closure, metric)
+    walk = frozen_landscape(problem, metric)
     along = list(walk.tangent_direction(walk.bases(walk.blocks, 1.0)).values())
     squared = sum(float(a.square().sum()) for a in along)
     size = root_of_twice_d(problem, metric) ** 2
@@ -154,7 +158,7 @@ def test_d_is_a_polynomial_in_the_step(case: Case, seed: int) -> None:
     """The values at degree + 1 steps determine the one at any other."""
     problem = case.build()
     metric = drawn_metric(problem.model, seed)
-    walk = FrozenWalk(problem.model, cover(problem.model).sites, problem.closure, metric)
+    walk = frozen_landscape(problem, metric)
     along = walk.tangent_direction(walk.bases(walk.blocks, 1.0))
     length = math.sqrt(sum(float(a.square().sum()) for a in along.values()))
     assume(length > 1e-6)
@@ -241,9 +245,9 @@ def test_a_batch_in_pieces_is_one_batch(name: str, method: str, seed: int) -> No
     problem = task(name, seed)
     metric = drawn_metric(problem.model, seed)
     sites = cover(problem.model).sites
-    frozen = FrozenWalk(problem.model, sites, problem.closure, metric)
+    frozen = frozen_landscape(problem, metric)
     names = {block.name for block in frozen.blocks}
-    streamed = StreamedWalk(problem.model, sites, [problem.closure] * 2, names, metric=metric)
+    streamed = Landscape(problem.model, sites, [problem.closure] * 2, movable=names, metric=metric)
     assert streamed.norm_squared() == pytest.approx(frozen.norm_squared(), rel=1e-11)
     how = f"{method}_direction"
     one = getattr(frozen, how)(frozen.bases(frozen.blocks, 1.0))

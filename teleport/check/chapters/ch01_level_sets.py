@@ -10,13 +10,13 @@ from teleport.check.answers import alike
 from teleport.check.draw import Draw
 from teleport.check.engine import Case, Check, Mistake, Property
 
-MATRIX = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
-SHIFT = torch.tensor([7.0, 5.0], dtype=torch.float64)
+BOOTH_MATRIX = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
+BOOTH_SHIFT = torch.tensor([7.0, 5.0], dtype=torch.float64)
 
 
 def booth(point: Tensor) -> Tensor:
     """``‖J p - s‖²``, Booth's function."""
-    return (MATRIX @ point - SHIFT).square().sum()
+    return (BOOTH_MATRIX @ point - BOOTH_SHIFT).square().sum()
 
 
 def _turn(vector: Tensor, angle: float) -> Tensor:
@@ -25,7 +25,9 @@ def _turn(vector: Tensor, angle: float) -> Tensor:
 
 
 def _rotated(point: Tensor, angle: float) -> Tensor:
-    turned: Tensor = torch.linalg.solve(MATRIX, _turn(MATRIX @ point - SHIFT, angle) + SHIFT)
+    turned: Tensor = torch.linalg.solve(
+        BOOTH_MATRIX, _turn(BOOTH_MATRIX @ point - BOOTH_SHIFT, angle) + BOOTH_SHIFT
+    )
     return turned
 
 
@@ -61,11 +63,13 @@ rotation = Check(
         ),
         Mistake(
             "You return the turned q. Solve J p = q + (7, 5) for the point.",
-            lambda point, angle: _turn(MATRIX @ point - SHIFT, angle),
+            lambda point, angle: _turn(BOOTH_MATRIX @ point - BOOTH_SHIFT, angle),
         ),
         Mistake(
             "You forgot to add (7, 5) again before you solve for the point.",
-            lambda p, angle: torch.linalg.solve(MATRIX, _turn(MATRIX @ p - SHIFT, angle)),
+            lambda p, angle: torch.linalg.solve(
+                BOOTH_MATRIX, _turn(BOOTH_MATRIX @ p - BOOTH_SHIFT, angle)
+            ),
         ),
         Mistake(
             "The angle is in radians, not in degrees.",

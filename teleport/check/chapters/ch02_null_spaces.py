@@ -11,7 +11,7 @@ from teleport.check.answers import alike, misfit
 from teleport.check.draw import Draw
 from teleport.check.engine import Case, Check, Mistake, Property
 
-TAUS = (0.9, 0.5, 0.99)
+RANK_TAUS = (0.9, 0.5, 0.99)
 
 
 def _cut_at(matrix: Tensor, share: float, of: Any = torch.linalg.matrix_norm) -> int:
@@ -148,7 +148,7 @@ energy_rank = Check(
     name="energy_rank",
     takes={"values": "[v], largest first", "tau": "in (0, 1)"},
     gives="whole number",
-    cases=lambda draw: {"values": _spectrum(draw), "tau": draw.choice(*TAUS)},
+    cases=lambda draw: {"values": _spectrum(draw), "tau": draw.choice(*RANK_TAUS)},
     answer=_energy_rank,
     properties=[
         Property(
@@ -243,7 +243,7 @@ basis = Check(
     name="basis",
     takes={"rows": "[n, d_in]", "tau": "in (0, 1]"},
     gives="[d_in, k]",
-    cases=lambda draw: {"rows": _axes_rows(draw), "tau": draw.choice(1.0, *TAUS)},
+    cases=lambda draw: {"rows": _axes_rows(draw), "tau": draw.choice(1.0, *RANK_TAUS)},
     answer=_basis,
     properties=[
         Property(

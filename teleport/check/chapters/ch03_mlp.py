@@ -44,7 +44,7 @@ class SquaredError:
         ]
 
 
-def gradient(weights: Weights, loss: Callable[[Weights], Tensor]) -> Weights:
+def weights_gradient(weights: Weights, loss: Callable[[Weights], Tensor]) -> Weights:
     """∇L."""
     leaves = [w.detach().clone().requires_grad_() for w in weights]
     return list(torch.autograd.grad(loss(leaves), leaves))
@@ -313,7 +313,9 @@ teleport_gradient = Check(
         )
     ],
     mistakes=[
-        Mistake("That is the gradient of the loss, g. Differentiate ½ ‖g‖² once more.", gradient),
+        Mistake(
+            "That is the gradient of the loss, g. Differentiate ½ ‖g‖² once more.", weights_gradient
+        ),
         Mistake(
             "The factor ½ is missing in T: this is the gradient of ‖g‖².",
             lambda w, loss: ascent(w, loss, lambda square: square),
@@ -397,11 +399,13 @@ teleport_step = Check(
         Mistake(
             "You moved along the projected gradient of the loss. It lies in the span of the "
             "inputs, so nothing moves (thm-span). What survives is part of ∇T.",
-            lambda w, loss, b, eta: reference.equation_5(w, _project(gradient(w, loss), b), eta),
+            lambda w, loss, b, eta: reference.equation_5(
+                w, _project(weights_gradient(w, loss), b), eta
+            ),
         ),
         Mistake(
             "You moved along the gradient of the loss. Move along the projected ∇T.",
-            lambda w, loss, b, eta: reference.equation_5(w, gradient(w, loss), eta),
+            lambda w, loss, b, eta: reference.equation_5(w, weights_gradient(w, loss), eta),
         ),
         Mistake(
             "The direction has the factor 2: T is *half* of ‖g‖².",
@@ -446,7 +450,7 @@ def _walk_while(
 
 
 def _norm(weights: Weights, loss: Any) -> float:
-    return float(torch.cat([g.flatten() for g in gradient(weights, loss)]).norm())
+    return float(torch.cat([g.flatten() for g in weights_gradient(weights, loss)]).norm())
 
 
 def _cap_case(draw: Draw) -> Case:

@@ -9,7 +9,7 @@ from teleport import reference
 from teleport.check.draw import Draw
 from teleport.check.engine import Case, Check, Mistake, Property
 
-TAUS = (0.75, 0.9, 0.96)
+DRIFT_TAUS = (0.75, 0.9, 0.96)
 
 
 def _axis_rows(draw: Draw, size: int) -> Tensor:
@@ -33,7 +33,7 @@ def _bound(move: Tensor, rows: Tensor, tau: float) -> float:
 
 
 def _move_case(draw: Draw) -> Case:
-    size, tau = draw.choice(2, 3), draw.choice(*TAUS)
+    size, tau = draw.choice(2, 3), draw.choice(*DRIFT_TAUS)
     rows = _axis_rows(draw, size)
     # Projected with coordinate axes: the entries stay whole numbers.
     move = _outside(draw.matrix(draw.choice(1, 2), size), rows, tau).round()
@@ -140,7 +140,7 @@ def _steps_case(draw: Draw) -> Case:
     return {
         "gradients": [draw.matrix(out, size) for _ in range(steps)],
         "rows": [_axis_rows(draw, size) for _ in range(steps)],
-        "tau": draw.choice(*TAUS),
+        "tau": draw.choice(*DRIFT_TAUS),
     }
 
 

@@ -9,7 +9,7 @@ from teleport.check.answers import alike
 from teleport.check.draw import Draw
 from teleport.check.engine import Case, Check, Mistake, Property
 
-Pair = tuple[Tensor, Tensor]
+WeightPair = tuple[Tensor, Tensor]
 
 
 def sigma(z: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def _bar(element: Tensor) -> Tensor:
     return enlarged
 
 
-def _act(first: Tensor, second: Tensor, rows: Tensor, element: Tensor) -> Pair:
+def _act(first: Tensor, second: Tensor, rows: Tensor, element: Tensor) -> WeightPair:
     before = rows @ first.T
     change = undo(sigma(before) @ element.T) - before
     new = first + (torch.linalg.pinv(rows) @ change).T
@@ -65,7 +65,7 @@ def _moved(case: Case, got: Any) -> bool:
     return alike(sigma(case["rows"] @ got[0].T), wanted)
 
 
-def _whole(first: Tensor, second: Tensor, rows: Tensor, element: Tensor) -> Pair:
+def _whole(first: Tensor, second: Tensor, rows: Tensor, element: Tensor) -> WeightPair:
     wanted = undo(sigma(rows @ first.T) @ element.T)
     new = (torch.linalg.pinv(rows) @ wanted).T
     return new, second @ torch.linalg.inv(_bar(element))
@@ -134,7 +134,7 @@ group_action = Check(
 """Symmetry teleportation: one group element between two layers."""
 
 
-def _rescale(first: Tensor, second: Tensor, factors: Tensor) -> Pair:
+def _rescale(first: Tensor, second: Tensor, factors: Tensor) -> WeightPair:
     return factors[:, None] * first, second / torch.cat([factors, factors.new_ones(1)])
 
 
@@ -202,7 +202,7 @@ change_of_basis = Check(
 """A positive factor for every hidden neuron of a network with ReLU or LeakyReLU."""
 
 
-def _balance(first: Tensor, second: Tensor) -> Pair:
+def _balance(first: Tensor, second: Tensor) -> WeightPair:
     factors = (second[:, :-1].norm(dim=0) / first.norm(dim=1)).sqrt()
     return _rescale(first, second, factors)
 

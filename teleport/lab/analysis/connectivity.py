@@ -16,17 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import stdtrit
+from scipy import stats
 from torch import nn
 
 from teleport.data import Dataset, load
 from teleport.errors import RunError
-from teleport.lab.experiments.arms import Arm, Settings, teleport_settings, tuning
+from teleport.lab.experiments.arms import Arm, RunSettings, teleport_settings, tuning
 from teleport.lab.experiments.training import Training, check_fits, look
 from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import FloatArray, Split, has_begun, read_rows, twice
 from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.study import record_paths
 from teleport.lab.records.writer import RecordWriter, environment
 
 GROWTHS = (1.5,)
@@ -69,8 +70,7 @@ def excess(losses: FloatArray) -> FloatArray:
 
 def interval(values: FloatArray) -> tuple[float, float]:
     """Mean over seeds and half its 95 % interval by Student's t, ``[seeds]``; at least two."""
-    count = len(values)
-    half = stdtrit(count - 1, 0.975) * values.std(ddof=1) / np.sqrt(count)
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return float(values.mean()), float(half)
 
 
@@ -95,7 +95,7 @@ def between(first: nn.Module, second: nn.Module, share: float) -> nn.Module:
 
 
 def forked(
-    settings: Settings,
+    settings: RunSettings,
     lr: float,
     seed: int,
     dataset: Dataset,
@@ -165,14 +165,14 @@ def points_on_line(to: str, first: Training, second: Training, count: int) -> It
 
 def settings_of(
     name: str, preset: str = "cpu", epochs: int | None = None
-) -> tuple[Settings, float]:
+) -> tuple[RunSettings, float]:
     """How an experiment is trained here: with SGD at its tuned rate, which is returned as well.
 
     Raises:
         ValueError: for an unknown name or preset, a count < 1, or an experiment whose rate is not
             known.
     """
-    settings = Settings(name, preset, "sgd", epochs, teleport=teleport_settings(name))
+    settings = RunSettings(name, preset, "sgd", epochs, teleport=teleport_settings(name))
     settings.size()
     return settings, tuning(name, "sgd").tuned
 
@@ -317,7 +317,7 @@ def read_lines(folder: Path) -> list[Lines]:
         RunError: if there are none, or a record is damaged, broken off or of something else.
     """
     found: dict[tuple[int, str], list[Record]] = {}
-    for path in filter(has_begun, sorted(folder.glob("*.jsonl"))):
+    for path in filter(has_begun, record_paths(folder)):
         rows = read_rows(path)
         if rows[0].get("figure") != "connectivity":
             raise RunError(f"{path} is not a record of `teleport connectivity`")

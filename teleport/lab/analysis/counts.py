@@ -5,21 +5,21 @@ from typing import Any
 
 import numpy as np
 
-from teleport.lab.analysis.outcomes import Block
+from teleport.lab.analysis.outcomes import FolderOutcome, gap_text, ratio_text
 from teleport.lab.experiments.arms import CONTROLS
 from teleport.lab.records.compare import ArmSummary, Comparison, compare
 from teleport.lab.records.runs import by_arm
 
-Place = tuple[Block, ArmSummary]
+Place = tuple[FolderOutcome, ArmSummary]
 """One arm with a teleport, and where it is found."""
 
 
-def schedule_name(block: Block) -> str:
+def schedule_name(block: FolderOutcome) -> str:
     """``"paper"`` for steps of a fixed size, the paper's way, else ``"default"``."""
     return "paper" if block.runs[0].config["settings"]["teleport"]["lr"] else "default"
 
 
-def teleporting(block: Block) -> list[ArmSummary]:
+def teleporting(block: FolderOutcome) -> list[ArmSummary]:
     """The arms with a teleport, controls and rivals left out, the lowest learning rate first.
 
     Of those that begin with PyTorch's initial gain; `gained` has the others.
@@ -27,12 +27,12 @@ def teleporting(block: Block) -> list[ArmSummary]:
     return _teleporting(block, gained=False)
 
 
-def gained(block: Block) -> list[ArmSummary]:
+def gained(block: FolderOutcome) -> list[ArmSummary]:
     """Those of `teleporting` that begin with another initial gain, the tuned one."""
     return _teleporting(block, gained=True)
 
 
-def _teleporting(block: Block, gained: bool) -> list[ArmSummary]:
+def _teleporting(block: FolderOutcome, gained: bool) -> list[ArmSummary]:
     runs = by_arm(block.runs)
 
     def training(arm: ArmSummary) -> Mapping[str, Any]:
@@ -48,7 +48,7 @@ def _teleporting(block: Block, gained: bool) -> list[ArmSummary]:
     return sorted(own, key=lambda arm: float(training(arm)["lr"]))
 
 
-def low_and_tuned(found: Sequence[Block]) -> dict[str, list[Place]]:
+def low_and_tuned(found: Sequence[FolderOutcome]) -> dict[str, list[Place]]:
     """The arms with a teleport by how well their training was tuned before.
 
     At the lowest rate of their block, at the highest, the tuned, and at the tuned rate and initial
@@ -64,7 +64,7 @@ def low_and_tuned(found: Sequence[Block]) -> dict[str, list[Place]]:
     return places
 
 
-def controls(block: Block, arm: ArmSummary) -> dict[str, tuple[Comparison, Comparison]]:
+def controls(block: FolderOutcome, arm: ArmSummary) -> dict[str, tuple[Comparison, Comparison]]:
     """By control of an arm: the control against the baseline, and the teleport against the control.
 
     Only those that were run.
@@ -98,7 +98,8 @@ def holm(comparisons: Sequence[Comparison | None], level: float = 0.05) -> list[
     """Those that stay resolved when it is taken into account how many were looked at.
 
     The step-down procedure of Holm (1979): at most a share ``level`` of such families of
-    comparisons without any difference has one that stays.
+    comparisons without any difference has one that stays. SciPy does not have it, and for these
+    lines statsmodels would bring pandas along, 85 MB.
 
     Args:
         comparisons: the family; those of one seed, or without a number, count as not resolved.
@@ -116,7 +117,7 @@ def holm(comparisons: Sequence[Comparison | None], level: float = 0.05) -> list[
     return kept
 
 
-def tally(found: Sequence[Block]) -> str:
+def tally(found: Sequence[FolderOutcome]) -> str:
     """The places of `low_and_tuned` against their baselines; and who was faster."""
     lines = []
     for name, places in low_and_tuned(found).items():
@@ -133,22 +134,11 @@ def tally(found: Sequence[Block]) -> str:
 
 def gap(comparison: Comparison | None) -> str:
     """The log loss with its spread, in bold where resolved; "-" where a run diverged at once."""
-    if comparison is None:
-        return ""
-    if np.isnan(comparison.log_loss):
-        return "-"
-    text = f"{comparison.log_loss:+.3f}"
-    if not np.isnan(comparison.log_loss_spread):
-        text += f" ± {comparison.log_loss_spread:.3f}"
-    return f"**{text}**" if comparison.resolved else text
+    text = gap_text(comparison)
+    return f"**{text}**" if comparison is not None and comparison.resolved else text
 
 
-def ratio(value: float) -> str:
-    """A ratio of ways, or a dash where the median over seeds never got there."""
-    return "-" if np.isnan(value) else f"{value:.2f}"
-
-
-def outcome_rows(found: Sequence[Block]) -> list[list[str]]:
+def outcome_rows(found: Sequence[FolderOutcome]) -> list[list[str]]:
     """A row for every arm with a teleport, the head first: losses, ratios, log losses."""
     head = ["experiment", "optimizer", "schedule", "rate", "seeds", "train loss", "test loss"]
     head += ["steps", "seconds", "log loss, same rate", "log loss, best baseline"]
@@ -156,17 +146,19 @@ def outcome_rows(found: Sequence[Block]) -> list[list[str]]:
     return [head, *(_outcome(block, arm) for block, arm in places)]
 
 
-def _outcome(block: Block, arm: ArmSummary) -> list[str]:
+def _outcome(block: FolderOutcome, arm: ArmSummary) -> list[str]:
     plain = next(other for other in block.summaries if other.arm == arm.baseline)
     pairs = ((plain.train_loss, arm.train_loss), (plain.test_loss, arm.test_loss))
     losses = [f"{before:.3f} → {after:.3f}" for before, after in pairs]
     assert arm.to_own is not None
-    ways = [ratio(arm.to_own.steps), ratio(arm.to_own.seconds)]
+    ways = [ratio_text(arm.to_own, axis) for axis in ("steps", "seconds")]
     place = [block.experiment, block.optimizer, schedule_name(block), arm.baseline]
     return [*place, str(arm.runs), *losses, *ways, gap(arm.to_own), gap(arm.to_best)]
 
 
-def control_rows(found: Sequence[Block], names: Sequence[str] = CONTROLS) -> list[list[str]]:
+def control_rows(
+    found: Sequence[FolderOutcome], names: Sequence[str] = CONTROLS
+) -> list[list[str]]:
     """A row for every arm that has all these controls, the head first.
 
     The log losses of the teleport and of the controls against the same baseline, then of the

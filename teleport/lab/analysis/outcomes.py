@@ -12,11 +12,12 @@ from teleport.lab.records.compare import ArmSummary, Comparison, best_baseline, 
 from teleport.lab.records.runs import Run, by_arm, check_no_copies, first_row, has_begun, read_runs
 from teleport.lab.records.sameness import check_alike
 from teleport.lab.records.schema import made_by
+from teleport.lab.records.study import record_folders, record_paths
 from teleport.teleporter import DEFAULT_GROWTH
 
 
 @dataclass(frozen=True)
-class Block:
+class FolderOutcome:
     """One folder of records: an experiment with one optimizer and one way to teleport.
 
     Attributes:
@@ -106,7 +107,7 @@ def smaller(config: dict[str, Any]) -> str:
     return f" ({', '.join(f'{key} {value}' for key, value in sizes.items())})" if sizes else ""
 
 
-def blocks(folder: Path) -> list[Block]:
+def blocks(folder: Path) -> list[FolderOutcome]:
     """Every folder below with runs that teleport and their baselines.
 
     The same runs may be in several folders, recorded again each time, but not copied.
@@ -117,7 +118,7 @@ def blocks(folder: Path) -> list[Block]:
     folders = list(_folders(folder))
     check_no_copies(run for _, runs in folders for run in runs)
     found = [
-        Block(path.relative_to(folder), runs, summarise(runs), best_baseline(by_arm(runs)))
+        FolderOutcome(path.relative_to(folder), runs, summarise(runs), best_baseline(by_arm(runs)))
         for path, runs in folders
     ]
     compared = [b for b in found if any(s.to_own is not None for s in b.summaries)]
@@ -130,29 +131,29 @@ def blocks(folder: Path) -> list[Block]:
 
 
 def _folders(folder: Path) -> Iterator[tuple[Path, list[Run]]]:
-    for path in sorted({record.parent for record in folder.rglob("*.jsonl")}):
-        records = [record for record in sorted(path.glob("*.jsonl")) if has_begun(record)]
+    for path in record_folders(folder):
+        records = [record for record in record_paths(path) if has_begun(record)]
         if any(made_by(first_row(record)) == "run" for record in records):
             runs = read_runs(path)
             check_alike(runs)
             yield path, runs
 
 
-_Cell = Callable[[Block, ArmSummary], str]
+_Cell = Callable[[FolderOutcome, ArmSummary], str]
 _COLUMNS: dict[str, _Cell] = {
     "arm": lambda b, s: s.arm + (" (best baseline)" if s.arm == b.best else ""),
     "seeds": lambda b, s: str(s.runs),
-    "train loss": lambda b, s: _number(s.train_loss, "{:.4f}") + _end(s),
-    "test loss": lambda b, s: _number(s.test_loss, "{:.4f}"),
-    "same lr: steps": lambda b, s: _ratio(s.to_own, "steps"),
-    "same lr: seconds": lambda b, s: _ratio(s.to_own, "seconds"),
-    "same lr: log loss": lambda b, s: _gap(s.to_own),
-    "best: steps": lambda b, s: _ratio(s.to_best, "steps"),
-    "best: seconds": lambda b, s: _ratio(s.to_best, "seconds"),
-    "best: log loss": lambda b, s: _gap(s.to_best),
-    "growth": lambda b, s: "" if s.to_own is None else _number(s.growth, "{:.4g}"),
-    "drift": lambda b, s: _number(s.drift, "{:.0e}"),
-    "drift elsewhere": lambda b, s: _number(s.held_out_drift, "{:+.3f}"),
+    "train loss": lambda b, s: number_text(s.train_loss, "{:.4f}") + _end(s),
+    "test loss": lambda b, s: number_text(s.test_loss, "{:.4f}"),
+    "same lr: steps": lambda b, s: ratio_text(s.to_own, "steps"),
+    "same lr: seconds": lambda b, s: ratio_text(s.to_own, "seconds"),
+    "same lr: log loss": lambda b, s: gap_text(s.to_own),
+    "best: steps": lambda b, s: ratio_text(s.to_best, "steps"),
+    "best: seconds": lambda b, s: ratio_text(s.to_best, "seconds"),
+    "best: log loss": lambda b, s: gap_text(s.to_best),
+    "growth": lambda b, s: "" if s.to_own is None else number_text(s.growth, "{:.4g}"),
+    "drift": lambda b, s: number_text(s.drift, "{:.0e}"),
+    "drift elsewhere": lambda b, s: number_text(s.held_out_drift, "{:+.3f}"),
     "teleport share of time": lambda b, s: _share(s),
 }
 
@@ -169,18 +170,23 @@ batch; *elsewhere*: on other training examples.
 """
 
 
-def markdown(found: Sequence[Block]) -> str:
+def matrix_markdown(found: Sequence[FolderOutcome]) -> str:
     """The matrix: one table per block, good and bad alike."""
     parts = [LEGEND]
     for block in found:
         rows = [[cell(block, s) for cell in _COLUMNS.values()] for s in block.summaries]
-        lines = [list(_COLUMNS), ["---"] * len(_COLUMNS), *rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        table = "\n".join(markdown([list(_COLUMNS), *rows]))
         parts.append(f"### {block.title}\n\n{table}\n\nRecords: `{block.folder}`\n")
     return "\n".join(parts)
 
 
-def without_controls(block: Block) -> list[Run]:
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first row is its head."""
+    rule = ["---"] * len(rows[0])
+    return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
+
+
+def without_controls(block: FolderOutcome) -> list[Run]:
     """The runs a figure of trajectories shows: with and without teleport, but no control."""
     return [run for run in block.runs if not run.config["training"].get("rival")]
 
@@ -189,21 +195,23 @@ def _end(summary: ArmSummary) -> str:
     return "" if summary.status == "finished" else f" ({summary.status})"
 
 
-def _number(value: float, form: str) -> str:
+def number_text(value: float, form: str = "{:.2f}") -> str:
+    """A number, or a dash for none."""
     return "-" if math.isnan(value) else form.format(value)
 
 
-def _ratio(comparison: Comparison | None, axis: str) -> str:
-    return "" if comparison is None else _number(getattr(comparison, axis), "{:.2f}")
+def ratio_text(comparison: Comparison | None, axis: str, form: str = "{:.2f}") -> str:
+    """The ratio of steps or seconds; empty without a comparison."""
+    return "" if comparison is None else number_text(getattr(comparison, axis), form)
 
 
-def _gap(comparison: Comparison | None) -> str:
+def gap_text(comparison: Comparison | None) -> str:
+    """The log loss with its spread; a dash if a run diverged at once, empty for no comparison."""
     if comparison is None:
         return ""
-    if math.isnan(comparison.log_loss):
-        return "-"
     spread = comparison.log_loss_spread
-    return f"{comparison.log_loss:+.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}")
+    behind = "" if math.isnan(spread) else f" ± {spread:.3f}"
+    return number_text(comparison.log_loss, "{:+.3f}" + behind)
 
 
 def _share(summary: ArmSummary) -> str:

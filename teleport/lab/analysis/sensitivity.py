@@ -19,7 +19,7 @@ from scipy.stats import qmc
 
 from teleport.data import Dataset, load
 from teleport.errors import RunError
-from teleport.lab.experiments.arms import PAPER_STEPS, Arm, Settings, teleport_settings
+from teleport.lab.experiments.arms import PAPER_STEPS, Arm, RunSettings, teleport_settings
 from teleport.lab.experiments.run import Cell, run_cell, steps_per_run
 from teleport.lab.experiments.schedule import Schedule
 from teleport.lab.experiments.training import check_fits
@@ -28,18 +28,19 @@ from teleport.lab.records.compare import compare
 from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import FloatArray, Run, has_begun, read_rows, read_run, twice
 from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.study import record_paths
 from teleport.lab.records.writer import RecordWriter, environment
 from teleport.report import growth
 
-GROWTHS = (1.1, 3.0)
+GROWTH_RANGE = (1.1, 3.0)
 """Of the gradient norm, on a logarithmic scale."""
-STEPS = (0.02, 0.5)
+STEP_RANGE = (0.02, 0.5)
 """Fixed teleport step sizes, the paper's η, on a logarithmic scale."""
-OPEN = (1e-4, 0.1)
+OPEN_RANGE = (1e-4, 0.1)
 """Shares 1 - τ of the input energy, on a logarithmic scale; τ = 1 has no place on it."""
-BATCHES = (32.0, 512.0)
+BATCH_RANGE = (32.0, 512.0)
 """Examples of a teleport batch, on a logarithmic scale."""
-LRS = (0.05, 0.4)
+LR_RANGE = (0.05, 0.4)
 """Learning rates of SGD, on a logarithmic scale."""
 LATEST = 0.8
 """The part of the training within which the teleport comes."""
@@ -47,8 +48,8 @@ LATEST = 0.8
 NAMES = ("size", "1 - τ", "batch n", "time", "lr")
 """The factors, in the order of the places of a point."""
 
-GROWN, FIXED = "wanted growth", "fixed step"
-SIZES = {GROWN: "growth", FIXED: "step size"}
+WANTED_GROWTH, FIXED_STEP = "wanted growth", "fixed step"
+SIZE_FACTORS = {WANTED_GROWTH: "growth", FIXED_STEP: "step size"}
 """The designs: what sets how far a teleport goes, and the name of the factor ``size`` there."""
 
 
@@ -57,8 +58,8 @@ class Values:
     """The settings at one point.
 
     Attributes:
-        growth: wanted, in the design `GROWN`.
-        step: fixed, in the design `FIXED`.
+        growth: wanted, in the design `WANTED_GROWTH`.
+        step: fixed, in the design `FIXED_STEP`.
         open: 1 - τ.
         n: examples of the teleport batch.
         after: training steps before the teleport.
@@ -73,7 +74,7 @@ class Values:
     lr: float
 
 
-def places(count: int, seed: int = 0) -> FloatArray:
+def latin_hypercube(count: int, seed: int = 0) -> FloatArray:
     """A Latin hypercube ``[count, factors]`` in [0, 1): one point in each stratum of a factor.
 
     Raises:
@@ -94,12 +95,12 @@ def values_at(place: Sequence[float], steps: int) -> Values:
 
     size, open_, batch, time, lr = place
     return Values(
-        between(GROWTHS, size),
-        between(STEPS, size),
-        between(OPEN, open_),
-        round(between(BATCHES, batch)),
+        between(GROWTH_RANGE, size),
+        between(STEP_RANGE, size),
+        between(OPEN_RANGE, open_),
+        round(between(BATCH_RANGE, batch)),
         int(LATEST * steps * time),
-        between(LRS, lr),
+        between(LR_RANGE, lr),
     )
 
 
@@ -108,7 +109,7 @@ class Effects:
     """What a regression says about one design.
 
     Attributes:
-        design: `GROWN` or `FIXED`.
+        design: `WANTED_GROWTH` or `FIXED_STEP`.
         names: of the terms: the mean over the design; each factor; the curvature of the size; and
             the size times the learning rate.
         values: of a factor, the change of the response from the low to the high end of its range.
@@ -138,7 +139,8 @@ def effects(design: str, at: FloatArray, response: FloatArray) -> Effects:
     """Least squares of a response on the factors, with intervals by Student's t.
 
     The spread of log losses grows with the learning rate; the intervals allow for a variance that
-    differs from point to point (HC3, MacKinnon and White 1985).
+    differs from point to point (HC3, MacKinnon and White 1985; five lines here, where statsmodels
+    has them in 85 MB with pandas).
 
     Args:
         design: its name.
@@ -148,7 +150,7 @@ def effects(design: str, at: FloatArray, response: FloatArray) -> Effects:
     Raises:
         ValueError: if fewer points are left than terms, and one more.
     """
-    size = SIZES[design]
+    size = SIZE_FACTORS[design]
     names = ("mean", size, *NAMES[1:], f"{size}, curvature", f"{size} x lr")
     kept = np.isfinite(response)
     x, y = at[kept] - 0.5, response[kept]
@@ -169,13 +171,13 @@ def effects(design: str, at: FloatArray, response: FloatArray) -> Effects:
     return Effects(design, names, values, half_widths, len(y), explained)
 
 
-def settings_of(name: str, preset: str = "cpu", epochs: int | None = None) -> Settings:
+def design_settings(name: str, preset: str = "cpu", epochs: int | None = None) -> RunSettings:
     """How an experiment is trained here: with SGD; for the preset's epochs unless given.
 
     Raises:
         ValueError: for an unknown name or preset, or a count < 1.
     """
-    settings = Settings(name, preset, "sgd", epochs, teleport=teleport_settings(name))
+    settings = RunSettings(name, preset, "sgd", epochs, teleport=teleport_settings(name))
     settings.size()
     return settings
 
@@ -187,17 +189,17 @@ def check_sensitivity(name: str, preset: str = "cpu", epochs: int | None = None)
         Training steps of one run.
 
     Raises:
-        ValueError: as `settings_of`.
+        ValueError: as `design_settings`.
         RunError: as `check_fits`.
         DataError: if the data cannot be had.
     """
-    settings = settings_of(name, preset, epochs)
+    settings = design_settings(name, preset, epochs)
     dataset = load(settings.recipe().data)
-    check_fits(_with(settings, values_at([1.0] * len(NAMES), 1), GROWN), dataset)
+    check_fits(_with(settings, values_at([1.0] * len(NAMES), 1), WANTED_GROWTH), dataset)
     return steps_per_run(settings, dataset)
 
 
-def _with(settings: Settings, at: Values, design: str) -> Settings:
+def _with(settings: RunSettings, at: Values, design: str) -> RunSettings:
     """The same training with the teleport of a point."""
     shared = replace(
         settings.teleport,
@@ -205,7 +207,7 @@ def _with(settings: Settings, at: Values, design: str) -> Settings:
         tau=1.0 - at.open,
         batch_size=at.n,
     )
-    if design == GROWN:
+    if design == WANTED_GROWTH:
         return replace(settings, teleport=replace(shared, growth=at.growth))
     cap = settings.recipe().teleport.cap
     fixed = replace(shared, lr=at.step, steps=PAPER_STEPS, cap=cap)
@@ -234,7 +236,7 @@ def write_design(
         folder: an existing one, for the records.
         preset: its size.
         epochs: instead of the preset's.
-        points: see `places`.
+        points: see `latin_hypercube`.
         resume: leave complete records, and make those again that were broken off.
         command: the command line, for the records.
         progress: told what is being computed, and the steps done since the last call.
@@ -244,7 +246,7 @@ def write_design(
         RunError: if the folder is in use or holds other records, or a record exists already or
             cannot be written.
     """
-    settings = settings_of(name, preset, epochs)
+    settings = design_settings(name, preset, epochs)
     dataset = load(settings.recipe().data)
     steps, digits = steps_per_run(settings, dataset), max(2, len(str(points - 1)))
     asked = {
@@ -258,14 +260,14 @@ def write_design(
     }
     with locked(folder / ".lock", str(folder)):
         check_folder(folder, "sensitivity", asked)
-        for order, place in enumerate(places(points).tolist()):
+        for order, place in enumerate(latin_hypercube(points).tolist()):
             path = folder / f"{order:0{digits}d}-{slug(name)}-seed{order}.jsonl"
             at = values_at(place, steps)
             point = {"order": order, "seed": order, "place": place, "values": asdict(at)}
             told = partial(progress, f"point {order + 1} of {points}")
             if resume:
                 if is_complete(path, point):
-                    told(steps * (1 + len(SIZES)))
+                    told(steps * (1 + len(SIZE_FACTORS)))
                     continue
                 path.unlink(missing_ok=True)
             config = {"command": command, "figure": "sensitivity", **asked, **point}
@@ -277,7 +279,7 @@ def write_design(
 
 def _measure(
     writer: RecordWriter,
-    settings: Settings,
+    settings: RunSettings,
     at: Values,
     seed: int,
     dataset: Dataset,
@@ -288,8 +290,8 @@ def _measure(
         with tempfile.TemporaryDirectory() as folder:
             return read_run(run_cell(cell, dataset, Path(folder), progress=progress))
 
-    plain = trained(GROWN, False)
-    for design in SIZES:
+    plain = trained(WANTED_GROWTH, False)
+    for design in SIZE_FACTORS:
         run = trained(design, True)
         report = run.teleports[0] if run.teleports else {}  # none if it diverged before
         grown = growth(report["grad_norm_before"], report["grad_norm_after"]) if report else 1.0
@@ -313,7 +315,7 @@ class Outcomes:
 
     Attributes:
         config: of the first point.
-        design: `GROWN` or `FIXED`.
+        design: `WANTED_GROWTH` or `FIXED_STEP`.
         places: ``[points, factors]``.
         log_loss: of the teleport against none, ``[points]``; NaN where there is nothing to compare.
         growth: reached, ``[points]``.
@@ -343,7 +345,7 @@ def read_outcomes(folder: Path) -> list[Outcomes]:
     """
     points: dict[int, Path] = {}
     rows: list[list[dict[str, Any]]] = []
-    for path in filter(has_begun, sorted(folder.glob("*.jsonl"))):
+    for path in filter(has_begun, record_paths(folder)):
         config, *others = read_rows(path)
         if config.get("figure") != "sensitivity":
             raise RunError(f"{path} is not a record of `teleport sensitivity`")
@@ -357,7 +359,7 @@ def read_outcomes(folder: Path) -> list[Outcomes]:
             f"{folder} holds {len(rows)} of {wanted} points of a design; "
             "`teleport sensitivity` with --resume makes the others"
         )
-    return [_outcomes(design, rows) for design in SIZES]
+    return [_outcomes(design, rows) for design in SIZE_FACTORS]
 
 
 def _checked(
@@ -365,12 +367,12 @@ def _checked(
 ) -> list[dict[str, Any]]:
     """The rows of one point: its configuration, then one outcome for every design."""
     found = {row.get("design"): row for row in others if row["type"] == "outcome"}
-    if set(found) != set(SIZES) or len(config["place"]) != len(NAMES):
+    if set(found) != set(SIZE_FACTORS) or len(config["place"]) != len(NAMES):
         raise RunError(
-            f"{path} does not have an outcome for {' and '.join(SIZES)} at a place of {len(NAMES)} "
-            "factors; make its record again"
+            f"{path} does not have an outcome for {' and '.join(SIZE_FACTORS)} at a place of "
+            f"{len(NAMES)} factors; make its record again"
         )
-    return [config, *(found[design] for design in SIZES)]
+    return [config, *(found[design] for design in SIZE_FACTORS)]
 
 
 def _outcomes(design: str, points: list[list[dict[str, Any]]]) -> Outcomes:

@@ -29,14 +29,15 @@ from torch.nn.functional import cross_entropy
 from teleport.direction import Direction
 from teleport.errors import RunError
 from teleport.lab.bench.rivals import (
-    BUDGET,
+    GRADIENT_BUDGET,
     same_batch_table,
     same_budget_table,
     symmetry_speed_ratio,
 )
 from teleport.lab.bench.timing import (
+    Measurement,
     Stopwatch,
-    Task,
+    TimedTask,
     Timing,
     interleaved,
     peak_bytes,
@@ -45,24 +46,23 @@ from teleport.lab.bench.timing import (
 from teleport.lab.experiments.choices import NOT_IN_ALL
 from teleport.lab.experiments.models import Transformer, cnn, mlp
 from teleport.lab.records.writer import RecordWriter, environment
-from teleport.landscape import FrozenWalk
+from teleport.landscape import Landscape
 from teleport.layers.support import Block, cover
 from teleport.objective import trainable
-from teleport.recording import Tape
 from teleport.report import TeleportReport
 from teleport.rivals import SymmetryTeleporter
 from teleport.runtime.cores import check_threads
 from teleport.runtime.threads import using_threads
 from teleport.runtime.transaction import _unfused
 from teleport.subspace import Projector
+from teleport.tape import Tape
 from teleport.teleporter import Teleporter
 
-Row = dict[str, Any]
-Job = tuple[str, Callable[[], list[Row]]]
+BenchmarkJob = tuple[str, Callable[[], list[Measurement]]]
 
 
 @dataclass(frozen=True)
-class Case:
+class Workload:
     """A network with a batch.
 
     Attributes:
@@ -85,7 +85,7 @@ class Case:
         """Loss of every batch."""
         return [partial(_loss, self.model, x, y) for x, y in self.batches]
 
-    def copy(self) -> "Case":
+    def copy(self) -> "Workload":
         """The same with a model of its own, to be moved."""
         return replace(self, model=deepcopy(self.model))
 
@@ -97,59 +97,65 @@ def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 # How the library does what is timed: the only lines that know its inner parts.
 
 
-def gradient(case: Case) -> tuple[Tensor, ...]:
+def ordinary_gradient(case: Workload) -> tuple[Tensor, ...]:
     """One ordinary gradient: what everything is compared with."""
     return torch.autograd.grad(case.closure(), trainable(case.model))
 
 
-def recorded(case: Case) -> FrozenWalk:
+def recorded(case: Workload) -> Landscape:
     """The first recording of a teleport: forward and backward pass with everything captured."""
-    return FrozenWalk(case.model, cover(case.model).sites, case.closure)
+    return Landscape(case.model, cover(case.model).sites, [case.closure], frozen=True)
 
 
-def candidates(walk: FrozenWalk) -> list[Block]:
+def kept_tape(landscape: Landscape) -> Tape:
+    """The tape of a landscape of `recorded`."""
+    assert landscape.tape is not None
+    return landscape.tape
+
+
+def candidates(landscape: Landscape) -> list[Block]:
     """The blocks that a teleport makes bases for."""
-    return [block for block in walk.blocks if block not in walk.fixed]
+    return [block for block in landscape.blocks if block not in landscape.fixed]
 
 
-def gram_bytes(walk: FrozenWalk) -> int:
+def gram_bytes(landscape: Landscape) -> int:
     """Size of the float64 Gram matrices behind the bases, each on its smaller side."""
     total = 0
-    for block in candidates(walk):
+    for block in candidates(landscape):
         *groups, _, d_in = block.part.matrix_shape
-        total += 8 * math.prod(groups) * min(walk._tape.row_count(block), d_in) ** 2
+        total += 8 * math.prod(groups) * min(kept_tape(landscape).row_count(block), d_in) ** 2
     return total
 
 
-def sequential_bases(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
+def sequential_bases(landscape: Landscape, blocks: Sequence[Block]) -> dict[Block, Projector]:
     """Bases one after the other, each with all threads."""
-    return {block: walk.bases([block], 1.0)[block] for block in blocks}
+    return {block: landscape.bases([block], 1.0)[block] for block in blocks}
 
 
-def parallel_bases(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
+def parallel_bases(landscape: Landscape, blocks: Sequence[Block]) -> dict[Block, Projector]:
     """Bases at the same time, a thread to each, whether that pays or not."""
-    return walk.bases(blocks, 1.0, parallel=True)
+    return landscape.bases(blocks, 1.0, parallel=True)
 
 
-def bases_as_made(walk: FrozenWalk, blocks: Sequence[Block]) -> dict[Block, Projector]:
+def bases_as_made(landscape: Landscape, blocks: Sequence[Block]) -> dict[Block, Projector]:
     """Bases as a teleport makes them: shared where inputs are, at the same time if that pays."""
-    return walk.bases(blocks, 1.0)
+    return landscape.bases(blocks, 1.0)
 
 
-def room(bases: dict[Block, Projector]) -> dict[Block, Projector]:
+def with_room(bases: dict[Block, Projector]) -> dict[Block, Projector]:
     """Those that leave something to move in."""
     return {block: basis for block, basis in bases.items() if basis.null_dim > 0}
 
 
-def deltas(walk: FrozenWalk) -> None:
+def deltas(landscape: Landscape) -> None:
     """One backward pass on the frozen activations."""
-    walk.look_back()
+    kept_tape(landscape).backward()
 
 
-def tangent_step(walk: FrozenWalk, bases: dict[Block, Projector]) -> Direction:
+def tangent_step(landscape: Landscape, bases: dict[Block, Projector]) -> Direction:
     """One step's direction: the backward pass, the tangent pass, the projection."""
-    deltas(walk)
-    return walk.tangent_direction(bases)
+    deltas(landscape)
+    return landscape.tangent_direction(bases)
 
 
 def teleporter(model: nn.Module, steps: int | None, method: str) -> Teleporter:
@@ -163,7 +169,7 @@ def teleporter(model: nn.Module, steps: int | None, method: str) -> Teleporter:
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalingPoint:
     """One setting of the scaling benchmark.
 
     Attributes:
@@ -182,7 +188,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Preset:
+class BenchmarkSize:
     """How much is measured.
 
     Attributes:
@@ -199,14 +205,14 @@ class Preset:
     small: bool
     rounds: int
     seconds: float
-    base: Point
+    base: ScalingPoint
     axes: dict[str, tuple[int, ...]]
     depths: tuple[int, ...]
     layer_size: tuple[int, int]
     limit: float
     rival_seconds: float
 
-    def points(self) -> list[tuple[str, Point]]:
+    def points(self) -> list[tuple[str, ScalingPoint]]:
         """Points with the letter they vary; the base comes first and only once."""
         varied = [
             (letter, replace(self.base, **{letter: value}))
@@ -226,28 +232,28 @@ class Setting:
         threads: of PyTorch's operations on a CPU.
     """
 
-    preset: Preset
+    preset: BenchmarkSize
     device: torch.device
     threads: int
 
 
 PRESETS = {
-    "tiny": Preset(
+    "tiny": BenchmarkSize(
         small=True,
         rounds=2,
         seconds=1.0,
-        base=Point(t=2, d=24, n=6, l=3, b=1),
+        base=ScalingPoint(t=2, d=24, n=6, l=3, b=1),
         axes={"t": (1, 2, 4), "d": (16, 24, 32), "n": (4, 6, 8), "l": (2, 3, 4), "b": (1, 2, 3)},
         depths=(2, 4),
         layer_size=(24, 6),
         limit=5.0,
         rival_seconds=1.0,
     ),
-    "cpu": Preset(
+    "cpu": BenchmarkSize(
         small=False,
         rounds=15,
         seconds=15.0,
-        base=Point(t=8, d=512, n=128, l=3, b=1),
+        base=ScalingPoint(t=8, d=512, n=128, l=3, b=1),
         axes={
             "t": (1, 2, 4, 8, 16),
             "d": (256, 512, 1024, 2048),
@@ -260,11 +266,11 @@ PRESETS = {
         limit=5.0,
         rival_seconds=60.0,
     ),
-    "paper": Preset(
+    "paper": BenchmarkSize(
         small=False,
         rounds=50,
         seconds=60.0,
-        base=Point(t=8, d=1024, n=200, l=3, b=1),
+        base=ScalingPoint(t=8, d=1024, n=200, l=3, b=1),
         axes={
             "t": (1, 2, 4, 8, 16, 32),
             "d": (512, 1024, 2048, 4096),
@@ -280,7 +286,7 @@ PRESETS = {
 }
 
 
-def networks(small: bool, device: torch.device) -> list[Case]:
+def networks(small: bool, device: torch.device) -> list[Workload]:
     """The three networks of the speed budgets, or the same kinds with a few units."""
     if small:
         return [
@@ -317,15 +323,15 @@ def _case(
     classes: int,
     device: torch.device,
     batches: int = 1,
-) -> Case:
+) -> Workload:
     drawn = tuple(
         (torch.randn(inputs).to(device), torch.randint(classes, inputs[:1]).to(device))
         for _ in range(batches)
     )
-    return Case(name, shape, model.to(device), drawn)
+    return Workload(name, shape, model.to(device), drawn)
 
 
-def _mlp_at(point: Point, device: torch.device) -> Case:
+def _mlp_at(point: ScalingPoint, device: torch.device) -> Workload:
     """A perceptron with LeakyReLU: symmetry teleportation needs an invertible activation."""
     modules = mlp(point.d, 10, (point.d,) * (point.l - 1))
     model = nn.Sequential(*(nn.LeakyReLU(0.1) if isinstance(m, nn.ReLU) else m for m in modules))
@@ -335,31 +341,31 @@ def _mlp_at(point: Point, device: torch.device) -> Case:
 # Benchmarks.
 
 
-def step_jobs(setting: Setting) -> list[Job]:
+def step_jobs(setting: Setting) -> list[BenchmarkJob]:
     """The phases of a teleport and all of it, per network."""
 
-    def job(number: int) -> list[Row]:
+    def job(number: int) -> list[Measurement]:
         case = _seeded(networks, setting.preset.small, setting.device)[number]
         with _unfused():
-            walk = recorded(case)
-            bases = room(sequential_bases(walk, candidates(walk)))
-            along = tangent_step(walk, bases)
+            landscape = recorded(case)
+            bases = with_room(sequential_bases(landscape, candidates(landscape)))
+            along = tangent_step(landscape, bases)
         own = {
-            "tangent step": Task(lambda _: tangent_step(walk, bases), within=_unfused),
-            "of it: deltas": Task(lambda _: deltas(walk), within=_unfused),
-            "of it: tangents, projection": Task(
-                lambda _: walk.tangent_direction(bases), lambda: deltas(walk), _unfused
+            "tangent step": TimedTask(lambda _: tangent_step(landscape, bases), within=_unfused),
+            "of it: deltas": TimedTask(lambda _: deltas(landscape), within=_unfused),
+            "of it: tangents, projection": TimedTask(
+                lambda _: landscape.tangent_direction(bases), lambda: deltas(landscape), _unfused
             ),
-            "double backward direction": Task(
-                lambda _: walk.double_backward_direction(bases), within=_unfused
+            "double backward direction": TimedTask(
+                lambda _: landscape.double_backward_direction(bases), within=_unfused
             ),
-            "one look of the line search": Task(
-                lambda _: walk.norm_squared_at(along, 1e-3), within=_unfused
+            "one look of the line search": TimedTask(
+                lambda _: landscape.norm_squared_at(along, 1e-3), within=_unfused
             ),
-            "first recording": Task(lambda _: recorded(case), within=_unfused),
+            "first recording": TimedTask(lambda _: recorded(case), within=_unfused),
             "default teleport, all in": _teleport_task(case, None, "tangent"),
         }
-        floor, projected = floors(walk._tape, bases)
+        floor, projected = floors(kept_tape(landscape), bases)
         rows = _timed(setting, case, own)
         for row in rows:
             if row["operation"] == "tangent step":
@@ -397,26 +403,26 @@ def floors(tape: Tape, bases: dict[Block, Projector]) -> tuple[float, float]:
     return step / ordinary, (step + projection) / ordinary
 
 
-def basis_jobs(setting: Setting) -> list[Job]:
+def basis_jobs(setting: Setting) -> list[BenchmarkJob]:
     """The bases of one teleport batch: all of a network, and each."""
 
-    def job(number: int) -> list[Row]:
+    def job(number: int) -> list[Measurement]:
         case = _seeded(networks, setting.preset.small, setting.device)[number]
         with _unfused():
-            walk = recorded(case)
-            made = sequential_bases(walk, candidates(walk))
+            landscape = recorded(case)
+            made = sequential_bases(landscape, candidates(landscape))
 
-        def some(numbers: list[int], walk: FrozenWalk) -> object:
-            blocks = candidates(walk)
-            return bases_as_made(walk, [blocks[i] for i in numbers])
+        def some(numbers: list[int], landscape: Landscape) -> object:
+            blocks = candidates(landscape)
+            return bases_as_made(landscape, [blocks[i] for i in numbers])
 
-        # Every run gets a fresh walk: rows and Gram matrices are kept once they are formed.
+        # Every run gets a fresh landscape: rows and Gram matrices are kept once they are formed.
         fresh = partial(recorded, case)
-        tasks = {"all bases": Task(partial(some, list(range(len(made)))), fresh, _unfused)}
+        tasks = {"all bases": TimedTask(partial(some, list(range(len(made)))), fresh, _unfused)}
         notes = {}
         for i, (block, basis) in enumerate(made.items()):
-            tasks[block.name] = Task(partial(some, [i]), fresh, _unfused)
-            rows = walk._tape.row_count(block)
+            tasks[block.name] = TimedTask(partial(some, [i]), fresh, _unfused)
+            rows = kept_tape(landscape).row_count(block)
             notes[block.name] = {"rows": rows, "rank": basis.rank, "null_dim": basis.null_dim}
         rows_ = _timed(setting, case, tasks)
         return [{**row, **notes.get(row["operation"], {})} for row in rows_]
@@ -424,11 +430,11 @@ def basis_jobs(setting: Setting) -> list[Job]:
     return [(name, partial(job, i)) for i, name in enumerate(_names(setting))]
 
 
-def scaling_jobs(setting: Setting) -> list[Job]:
+def scaling_jobs(setting: Setting) -> list[BenchmarkJob]:
     """Seconds of a whole teleport at every point, per method, for `measure.power_law`."""
     too_slow: set[tuple[str, str]] = set()
 
-    def job(letter: str, point: Point) -> list[Row]:
+    def job(letter: str, point: ScalingPoint) -> list[Measurement]:
         case = _seeded(_mlp_at, point, setting.device)
         tasks = {
             "paper (double backward)": _teleport_task(case, point.t, "double_backward"),
@@ -450,19 +456,19 @@ def scaling_jobs(setting: Setting) -> list[Job]:
     ]
 
 
-def memory_jobs(setting: Setting) -> list[Job]:
+def memory_jobs(setting: Setting) -> list[BenchmarkJob]:
     """Peak bytes of a default teleport and of one gradient, beyond the model and its batch."""
 
-    def job(number: int) -> list[Row]:
+    def job(number: int) -> list[Measurement]:
         case = _seeded(networks, setting.preset.small, setting.device)[number]
         with _unfused():
             grams = gram_bytes(recorded(case))
         held = [*case.model.parameters(), *case.model.buffers()]
-        row: Row = {
+        row: Measurement = {
             "network": case.name,
             "shape": case.shape,
             "model": sum(p.numel() * p.element_size() for p in held),
-            "gradient": peak_bytes(lambda: gradient(case), setting.device),
+            "gradient": peak_bytes(lambda: ordinary_gradient(case), setting.device),
             "grams": grams,
         }
         for method in ("tangent", "double_backward"):
@@ -474,18 +480,18 @@ def memory_jobs(setting: Setting) -> list[Job]:
     return [(name, partial(job, i)) for i, name in enumerate(_names(setting))]
 
 
-def layers_jobs(setting: Setting) -> list[Job]:
+def layers_jobs(setting: Setting) -> list[BenchmarkJob]:
     """Bases of l layers, one after the other with all threads, and at once with a thread each."""
     width, samples = setting.preset.layer_size
 
-    def job(depth: int) -> list[Row]:
+    def job(depth: int) -> list[Measurement]:
         # The first layer is a fixed point and needs no basis, so one more than the depth.
-        case = _seeded(_mlp_at, Point(1, width, samples, depth + 1, 1), setting.device)
+        case = _seeded(_mlp_at, ScalingPoint(1, width, samples, depth + 1, 1), setting.device)
         fresh = partial(recorded, case)
         every = partial(using_threads, os.cpu_count() or 1)
         tasks = {
-            "sequential": Task(lambda w: sequential_bases(w, candidates(w)), fresh, every),
-            "parallel": Task(lambda w: parallel_bases(w, candidates(w)), fresh, every),
+            "sequential": TimedTask(lambda w: sequential_bases(w, candidates(w)), fresh, every),
+            "parallel": TimedTask(lambda w: parallel_bases(w, candidates(w)), fresh, every),
         }
         # By the wall clock, as it is: CPU time adds up what runs at the same time.
         rows = _timed(setting, case, tasks, stopwatch_for(setting.device, threads=None))
@@ -494,7 +500,7 @@ def layers_jobs(setting: Setting) -> list[Job]:
     return [(f"l = {depth}", partial(job, depth)) for depth in setting.preset.depths]
 
 
-def rivals_jobs(setting: Setting) -> list[Job]:
+def rivals_jobs(setting: Setting) -> list[BenchmarkJob]:
     """Every way to teleport on the same images, once and for the same time.
 
     And seconds against symmetry teleportation. All at the sizes of the scaling benchmark's base.
@@ -507,42 +513,42 @@ def rivals_jobs(setting: Setting) -> list[Job]:
         "device": setting.device,
     }
 
-    def same_batch() -> list[Row]:
+    def same_batch() -> list[Measurement]:
         table = same_batch_table(hidden=(base.d, base.d), samples=base.n, **spent)
         return [{"part": "same batch", **_rival_row(asdict(row), row.timing)} for row in table]
 
-    def same_budget() -> list[Row]:
+    def same_budget() -> list[Measurement]:
         """Every round on its own: how many steps fit depends on the machine."""
         where: dict[str, Any] = {"threads": setting.threads, "device": setting.device}
-        rows: list[Row] = []
+        rows: list[Measurement] = []
         started = time.perf_counter()
         for number in range(preset.rounds):
             if number and time.perf_counter() - started > preset.rival_seconds:
                 break
             table = same_budget_table(hidden=(base.d, base.d), samples=base.n, **where)
-            note = {"part": "same budget", "gradients": BUDGET, "round": number}
+            note = {"part": "same budget", "gradients": GRADIENT_BUDGET, "round": number}
             rows += [{**note, **asdict(row)} for row in table]
         return rows
 
-    def speed(activation: type[nn.Module]) -> list[Row]:
+    def speed(activation: type[nn.Module]) -> list[Measurement]:
         found = symmetry_speed_ratio(
             base.d, base.n, base.l, base.t, batches=base.b, activation=activation, **spent
         )
         note = {"part": "speed", "activation": activation.__name__}
         return [{**note, **_rival_row({"way": w}, timing)} for w, timing in found.timings.items()]
 
-    jobs: list[Job] = [("same batch", same_batch), ("same budget", same_budget)]
+    jobs: list[BenchmarkJob] = [("same batch", same_batch), ("same budget", same_budget)]
     for kind in (nn.LeakyReLU, nn.Tanh):
         jobs.append((f"speed, {kind.__name__}", partial(speed, kind)))
     return jobs
 
 
-def _rival_row(row: Row, timing: Timing) -> Row:
+def _rival_row(row: Measurement, timing: Timing) -> Measurement:
     times = {"seconds": list(timing.seconds), "gradient_seconds": list(timing.reference)}
     return {**{key: value for key, value in row.items() if key != "timing"}, **times}
 
 
-BENCHMARKS: dict[str, Callable[[Setting], list[Job]]] = {
+BENCHMARKS: dict[str, Callable[[Setting], list[BenchmarkJob]]] = {
     "step": step_jobs,
     "basis": basis_jobs,
     "scaling": scaling_jobs,
@@ -552,7 +558,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Job]]] = {
 }
 
 
-def chosen(what: str, preset: str) -> tuple[list[str], Preset]:
+def chosen(what: str, preset: str) -> tuple[list[str], BenchmarkSize]:
     """Names of the benchmarks meant, and the preset of that name.
 
     Raises:
@@ -566,7 +572,7 @@ def chosen(what: str, preset: str) -> tuple[list[str], Preset]:
     return (every if what == "all" else [what]), PRESETS[preset]
 
 
-def run(
+def run_benchmarks(
     names: Sequence[str],
     preset: str,
     device: torch.device,
@@ -574,8 +580,7 @@ def run(
     *,
     threads: int = 1,
     command: str = "",
-    start: Callable[[int], None] = lambda total: None,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> None:
     """Run benchmarks; each leaves the record ``<name>.jsonl`` in the folder.
 
@@ -586,8 +591,8 @@ def run(
         folder: exists, and holds none of these records yet.
         threads: of PyTorch's operations.
         command: for the record.
-        start: told how many jobs there are.
-        progress: told the name of each job when it begins, and nothing ("") at the end.
+        progress: told the name of a job, how many ended since the last call, and how many
+            there are: when a job begins and when it has ended.
 
     Raises:
         ValueError: if ``threads`` is less than 1.
@@ -597,7 +602,7 @@ def run(
     setting = Setting(PRESETS[preset], device, threads)
     with using_threads(threads):
         jobs = {name: BENCHMARKS[name](setting) for name in names}
-        start(sum(len(each) for each in jobs.values()))
+        total = sum(len(each) for each in jobs.values())
         for name, each in jobs.items():
             with RecordWriter(folder / f"{name}.jsonl") as writer:
                 writer.write(
@@ -611,30 +616,36 @@ def run(
                     command=command,
                     **environment(),
                 )
-                _run_jobs(name, each, writer, progress)
-        progress("")
+                _run_jobs(name, each, writer, lambda what, done: progress(what, done, total))
 
 
 def _run_jobs(
-    name: str, jobs: Sequence[Job], writer: RecordWriter, progress: Callable[[str], None]
+    name: str,
+    jobs: Sequence[BenchmarkJob],
+    writer: RecordWriter,
+    progress: Callable[[str, int], None],
 ) -> None:
     started, status = time.perf_counter(), "interrupted"
     try:
         for what, job in jobs:
-            progress(f"{name}: {what}")
+            progress(f"{name}: {what}", 0)
             for row in job():
                 writer.write("measurement", **row)
+            progress(f"{name}: {what}", 1)
         status = "finished"
     finally:
         writer.write("end", status=status, load=_load(), seconds=time.perf_counter() - started)
 
 
 def _timed(
-    setting: Setting, case: Case, tasks: dict[str, Task], stopwatch: Stopwatch | None = None
-) -> list[Row]:
+    setting: Setting,
+    case: Workload,
+    tasks: dict[str, TimedTask],
+    stopwatch: Stopwatch | None = None,
+) -> list[Measurement]:
     """Time tasks against the gradient of a case; one row each, all repeats in it."""
     timings = interleaved(
-        Task(lambda _: gradient(case)),
+        TimedTask(lambda _: ordinary_gradient(case)),
         tasks,
         rounds=setting.preset.rounds,
         seconds=setting.preset.seconds,
@@ -652,34 +663,34 @@ def _timed(
     ]
 
 
-def _teleport_task(case: Case, steps: int | None, method: str) -> Task:
+def _teleport_task(case: Workload, steps: int | None, method: str) -> TimedTask:
     """A teleport of a copy of the model on every batch of the case."""
 
-    def prepare() -> tuple[Case, Teleporter]:
+    def prepare() -> tuple[Workload, Teleporter]:
         own = case.copy()
         return own, teleporter(own.model, steps, method)
 
-    def teleports(prepared: tuple[Case, Teleporter]) -> None:
+    def teleports(prepared: tuple[Workload, Teleporter]) -> None:
         own, mover = prepared
         for closure in own.closures():
             _as_asked(mover.step(closure), steps or 1)
 
-    return Task(teleports, prepare)
+    return TimedTask(teleports, prepare)
 
 
-def _symmetry_task(case: Case, steps: int) -> Task:
+def _symmetry_task(case: Workload, steps: int) -> TimedTask:
     """With the pseudo-inverse of its authors: deep layers' inputs are singular in float32."""
 
-    def prepare() -> tuple[Case, Any]:
+    def prepare() -> tuple[Workload, Any]:
         own = case.copy()
         return own, SymmetryTeleporter(own.model, steps, lr=1e-6, pseudo_inverse="svd")
 
-    def teleports(prepared: tuple[Case, Any]) -> None:
+    def teleports(prepared: tuple[Workload, Any]) -> None:
         own, mover = prepared
         for closure in own.closures():
             _as_asked(mover.step(closure), steps)
 
-    return Task(teleports, prepare)
+    return TimedTask(teleports, prepare)
 
 
 def _as_asked(report: TeleportReport, steps: int) -> None:

@@ -20,7 +20,14 @@ from torch.nn.functional import cross_entropy
 
 from teleport.data import load
 from teleport.errors import RunError
-from teleport.lab.bench.timing import Spread, Stopwatch, Task, Timing, interleaved, stopwatch_for
+from teleport.lab.bench.timing import (
+    Spread,
+    Stopwatch,
+    TimedTask,
+    Timing,
+    interleaved,
+    stopwatch_for,
+)
 from teleport.objective import grad_norm, gradient, trainable
 from teleport.report import TeleportReport
 from teleport.rivals import (
@@ -33,7 +40,7 @@ from teleport.rivals.ways import OURS, RESCALINGS, STEPS, Way, ways
 from teleport.runtime.threads import using_threads
 from teleport.teleporter import Teleporter
 
-Part = tuple[Tensor, Tensor]
+LabelledBatch = tuple[Tensor, Tensor]
 """Inputs and classes."""
 
 
@@ -44,7 +51,7 @@ Prepared = tuple[Teleporter | Rival, list[Callable[[], Tensor]]]
 CPU = torch.device("cpu")
 
 
-BUDGET = 30.0
+GRADIENT_BUDGET = 30.0
 """Gradients whose time a way may spend in `same_budget_table`."""
 
 
@@ -53,7 +60,7 @@ HELD_OUT = 1000
 
 
 @dataclass(frozen=True)
-class Row:
+class WayRow:
     """One way to move, on the same batch as all others.
 
     Attributes:
@@ -88,7 +95,7 @@ def same_batch_table(
     seconds: float = math.inf,
     threads: int = 1,
     device: torch.device = CPU,
-) -> list[Row]:
+) -> list[WayRow]:
     """Let every rival and control move the same perceptron on the same batch.
 
     Args:
@@ -116,7 +123,7 @@ def same_batch_table(
             for name, way in ways(growth, seed).items()
         }
         looks = {name: _look(make, others) for name, make in movers.items()}
-        timings = _timed(model, batch, movers, repeats, seconds, threads)
+        timings = _timings(model, batch, movers, repeats, seconds, threads)
         return [_row(name, report, timings[name]) for name, report in looks.items()]
 
 
@@ -127,11 +134,11 @@ def _work(
     samples: int,
     warmup_steps: int,
     device: torch.device,
-) -> tuple[nn.Sequential, Part, Part]:
+) -> tuple[nn.Sequential, LabelledBatch, LabelledBatch]:
     """A perceptron after some training, a batch, and other images."""
     images = load(data)
     model = _perceptron([images.width, *hidden, images.classes], activation)
-    _warm_up(model, images.train_inputs, images.train_targets, warmup_steps)
+    _train_a_little(model, images.train_inputs, images.train_targets, warmup_steps)
     chosen = torch.randperm(len(images.train_inputs))[: samples + HELD_OUT]
     batch, others = (
         (images.train_inputs[part].to(device), images.train_targets[part].to(device))
@@ -140,17 +147,17 @@ def _work(
     return model.to(device), batch, others
 
 
-def _look(make: Callable[[], Prepared], others: Part) -> TeleportReport:
+def _look(make: Callable[[], Prepared], others: LabelledBatch) -> TeleportReport:
     """What one way does, with the loss of other images; not timed."""
     mover, (closure,) = make()
     return mover.step(closure, held_out=_closure(mover.model, others))
 
 
-def _row(name: str, report: TeleportReport, timing: Timing) -> Row:
+def _row(name: str, report: TeleportReport, timing: Timing) -> WayRow:
     held = report.held_out_drift
     assert held is not None
     assert report.held_out_before is not None
-    return Row(
+    return WayRow(
         way=name,
         growth=report.growth,
         drift=report.drift / abs(report.loss_before),
@@ -212,7 +219,7 @@ def same_budget_table(
     growth: float = 1.5,
     warmup_steps: int = 50,
     seed: int = 0,
-    gradients: float = BUDGET,
+    gradients: float = GRADIENT_BUDGET,
     threads: int = 1,
     device: torch.device = CPU,
 ) -> list[BudgetRow]:
@@ -257,7 +264,7 @@ def same_budget_table(
 
 
 def _spend(
-    name: str, prepared: Prepared, others: Part, gradients: float, stopwatch: Stopwatch
+    name: str, prepared: Prepared, others: LabelledBatch, gradients: float, stopwatch: Stopwatch
 ) -> BudgetRow:
     mover, (closure,) = prepared
     parameters, held_out = trainable(mover.model), _closure(mover.model, others)
@@ -337,7 +344,7 @@ def symmetry_speed_ratio(
         movers = {
             name: partial(_prepared, model, way, parts) for name, way in speed_ways(steps).items()
         }
-        return Speed(_timed(model, parts[0], movers, repeats, seconds, threads))
+        return Speed(_timings(model, parts[0], movers, repeats, seconds, threads))
 
 
 def speed_ways(steps: int) -> dict[str, Callable[[nn.Sequential], Teleporter | Rival]]:
@@ -358,7 +365,7 @@ def speed_ways(steps: int) -> dict[str, Callable[[nn.Sequential], Teleporter | R
 def _prepared(
     model: nn.Sequential,
     way: Callable[..., Teleporter | Rival],
-    parts: Sequence[Part],
+    parts: Sequence[LabelledBatch],
     *matched: Rehearsal,
 ) -> Prepared:
     """A copy of the model, ready to be moved."""
@@ -366,9 +373,9 @@ def _prepared(
     return way(own, *matched), [_closure(own, part) for part in parts]
 
 
-def _timed(
+def _timings(
     model: nn.Module,
-    batch: Part,
+    batch: LabelledBatch,
     movers: Mapping[str, Callable[[], Prepared]],
     repeats: int,
     seconds: float,
@@ -376,8 +383,8 @@ def _timed(
 ) -> dict[str, Timing]:
     reference, parameters = _closure(model, batch), trainable(model)
     return interleaved(
-        Task(lambda _: gradient(reference, parameters)),
-        {name: Task(_move, make) for name, make in movers.items()},
+        TimedTask(lambda _: gradient(reference, parameters)),
+        {name: TimedTask(_move, make) for name, make in movers.items()},
         rounds=repeats,
         seconds=seconds,
         stopwatch=stopwatch_for(batch[0].device, threads),
@@ -399,7 +406,7 @@ def _perceptron(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequen
     return nn.Sequential(*layers[:-1])
 
 
-def _warm_up(model: nn.Module, inputs: Tensor, targets: Tensor, steps: int) -> None:
+def _train_a_little(model: nn.Module, inputs: Tensor, targets: Tensor, steps: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(steps):
         chosen = torch.randint(len(inputs), (32,))

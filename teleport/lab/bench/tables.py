@@ -3,15 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from teleport.errors import RunError
 from teleport.lab.bench.benchmarks import BENCHMARKS
-from teleport.lab.bench.timing import Curve, Spread, Timing, power_law
+from teleport.lab.bench.timing import Curve, Measurement, Spread, Timing, power_law
 from teleport.lab.records.runs import read_rows
+from teleport.lab.records.study import record_paths
 from teleport.rivals.ways import OURS
-
-Row = dict[str, Any]
 
 BUDGETS = {
     ("MLP", "tangent step"): 1.0,
@@ -54,8 +52,8 @@ class Benchmark:
     """
 
     name: str
-    config: Row
-    rows: list[Row]
+    config: Measurement
+    rows: list[Measurement]
     status: str
 
     @property
@@ -86,7 +84,7 @@ class Sheet:
 
 def holds_benchmarks(folder: Path) -> bool:
     """Whether a folder has records of benchmarks."""
-    return any((folder / f"{name}.jsonl").exists() for name in BENCHMARKS)
+    return not BENCHMARKS.keys().isdisjoint(path.stem for path in record_paths(folder))
 
 
 def read_benchmarks(folder: Path) -> dict[str, Benchmark]:
@@ -96,10 +94,9 @@ def read_benchmarks(folder: Path) -> dict[str, Benchmark]:
         RunError: if there is none, or a record is damaged or of something else.
     """
     found = {}
-    for name in BENCHMARKS:
-        path = folder / f"{name}.jsonl"
-        if not path.exists():
-            continue
+    paths = {path.stem: path for path in record_paths(folder)}
+    for name in [name for name in BENCHMARKS if name in paths]:
+        path = paths[name]
         config, *rest = read_rows(path)
         if config.get("benchmark") != name:
             raise RunError(f"{path} is not a record of the benchmark {name!r}")
@@ -116,7 +113,7 @@ def sheets(benchmark: Benchmark) -> list[Sheet]:
     return _SHEETS[benchmark.name](benchmark)
 
 
-def timing(row: Row) -> Timing:
+def timing(row: Measurement) -> Timing:
     """The repeats of a row."""
     return Timing(tuple(row["seconds"]), tuple(row["gradient_seconds"]))
 
@@ -326,7 +323,7 @@ def _same_budget(benchmark: Benchmark) -> Iterator[Sheet]:
     for way in dict.fromkeys(row["way"] for row in found):
         rounds = [row for row in found if row["way"] == way]
 
-        def median(key: str, rounds: list[Row] = rounds) -> float:
+        def median(key: str, rounds: list[Measurement] = rounds) -> float:
             return Spread.of([float(row[key]) for row in rounds]).median
 
         cost = Spread.of([row["seconds"] / row["gradient_seconds"] for row in rounds])
@@ -392,23 +389,23 @@ _SHEETS: dict[str, Callable[[Benchmark], list[Sheet]]] = {
 }
 
 
-def _by_network(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
+def _by_network(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
     for name in dict.fromkeys(row["network"] for row in rows):
         group = [row for row in rows if row["network"] == name]
         yield f"{name} {group[0]['shape']}", group
 
 
-def _gradient_line(network: str, group: Sequence[Row]) -> tuple[str, ...]:
+def _gradient_line(network: str, group: Sequence[Measurement]) -> tuple[str, ...]:
     seconds = Spread.of([s for row in group for s in row["gradient_seconds"]])
     return (network, "one gradient", "1", "", f"{1e3 * seconds.median:.1f}", "", "", "")
 
 
-def _ratio_cells(row: Row) -> tuple[str, ...]:
+def _ratio_cells(row: Measurement) -> tuple[str, ...]:
     seconds = Spread.of(row["seconds"])
     return ("", row["operation"], *_gradient_cells(row), f"{1e3 * seconds.median:.1f}")
 
 
-def _gradient_cells(row: Row) -> tuple[str, str]:
+def _gradient_cells(row: Measurement) -> tuple[str, str]:
     ratio = timing(row).ratio
     return f"{ratio.median:.2f}", f"{ratio.low:.2f} - {ratio.high:.2f} ({len(row['seconds'])})"
 

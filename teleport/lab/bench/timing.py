@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+Measurement = dict[str, Any]
+"""One row of a benchmark's record."""
+
 Stopwatch = Callable[[Callable[[], object]], float]
 """Runs something and returns how many seconds it took."""
 
@@ -28,7 +31,7 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Task:
+class TimedTask:
     """Something to be timed.
 
     Attributes:
@@ -83,8 +86,8 @@ class Timing:
 
 
 def interleaved(
-    reference: Task,
-    tasks: Mapping[str, Task],
+    reference: TimedTask,
+    tasks: Mapping[str, TimedTask],
     *,
     rounds: int,
     seconds: float,
@@ -125,7 +128,7 @@ def interleaved(
     }
 
 
-def task_after(reference: Task, task: Task, stopwatch: Stopwatch) -> tuple[float, float]:
+def task_after(reference: TimedTask, task: TimedTask, stopwatch: Stopwatch) -> tuple[float, float]:
     """Seconds of the task and of the reference, which runs first."""
     before = reference.seconds(stopwatch)
     return task.seconds(stopwatch), before

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from teleport.lab.experiments.entry import Experiment, Preset, Tuning, one_of
-from teleport.lab.experiments.interventions import MOVES, OBJECTIVES, ON_THE_OPTIMIZER
+from teleport.lab.experiments.interventions import MOVES, ON_THE_OPTIMIZER, OTHER_OBJECTIVES
 from teleport.lab.experiments.optimizers import find_optimizer
 from teleport.lab.experiments.schedule import SCHEDULES, Schedule
 from teleport.lab.experiments.table import find_experiment
@@ -190,7 +190,7 @@ def rival_arms(experiment: str, optimizer: str) -> list[Arm]:
 
 def objective_arms(experiment: str, optimizer: str) -> list[Arm]:
     """The default arms, and every other objective at the low and at the tuned learning rate."""
-    return _arms(experiment, optimizer, OBJECTIVES)
+    return _arms(experiment, optimizer, OTHER_OBJECTIVES)
 
 
 def controlled(arm: Arm, names: Sequence[str]) -> list[Arm]:
@@ -219,7 +219,7 @@ def _at_tuned_gain(experiment: str, optimizer: str) -> Arm:
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """Everything a run depends on but its arm and seed."""
 
     experiment: str = "mnist-sample"

@@ -17,40 +17,40 @@ if TYPE_CHECKING:
 else:  # names for whoever checks types while the program runs
     Module, Dataset = "torch.nn.Module", "teleport.data.Dataset"
 
-Check = Callable[[Any], bool]
+Condition = Callable[[Any], bool]
 
 
-def natural(value: Any) -> bool:
+def is_natural(value: Any) -> bool:
     """Whether it is an integer >= 1."""
     return type(value) is int and value >= 1
 
 
-def count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     """Whether it is an integer >= 0."""
     return type(value) is int and value >= 0
 
 
-def positive(value: Any) -> bool:
+def is_positive(value: Any) -> bool:
     """Whether it is a number > 0, and finite also as a float."""
     return type(value) in (int, float) and 0 < value <= sys.float_info.max
 
 
-def naturals(value: Any) -> bool:
+def is_naturals(value: Any) -> bool:
     """Whether it is a list of integers >= 1."""
-    return isinstance(value, list) and bool(value) and all(map(natural, value))
+    return isinstance(value, list) and bool(value) and all(map(is_natural, value))
 
 
-def text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether it is a text and not empty."""
     return isinstance(value, str) and bool(value)
 
 
-def initialisation(value: Any) -> bool:
+def is_initialisation(value: Any) -> bool:
     """Whether it is one of `INITS`."""
     return value in INITS
 
 
-def readout(value: Any) -> bool:
+def is_readout(value: Any) -> bool:
     """Whether it is one of `READOUTS`."""
     return value in READOUTS
 
@@ -66,14 +66,14 @@ def one_of(what: str, name: str, known: Mapping[str, Any]) -> Any:
     return known[name]
 
 
-ALLOWED: dict[Check, str] = {
-    natural: "an integer >= 1",
-    count: "an integer >= 0",
-    positive: "a number > 0",
-    naturals: "a list of integers >= 1",
-    text: "a text",
-    initialisation: f"one of {', '.join(INITS)}",
-    readout: f"one of {', '.join(READOUTS)}",
+ALLOWED: dict[Condition, str] = {
+    is_natural: "an integer >= 1",
+    is_count: "an integer >= 0",
+    is_positive: "a number > 0",
+    is_naturals: "a list of integers >= 1",
+    is_text: "a text",
+    is_initialisation: f"one of {', '.join(INITS)}",
+    is_readout: f"one of {', '.join(READOUTS)}",
 }
 """What each check lets pass, for messages."""
 
@@ -191,11 +191,16 @@ class Experiment:
         return MAKERS[kind](dataset, sizes)
 
 
-SIZES: dict[str, dict[str, Check]] = {
-    "mlp": {"hidden": naturals},
-    "cnn": {"channels": naturals},
-    "residual": {"widths": naturals},
-    "resnet18": {"width": natural},
-    "transformer": {"heads": natural, "width": natural, "blocks": natural, "readout": readout},
+SIZES: dict[str, dict[str, Condition]] = {
+    "mlp": {"hidden": is_naturals},
+    "cnn": {"channels": is_naturals},
+    "residual": {"widths": is_naturals},
+    "resnet18": {"width": is_natural},
+    "transformer": {
+        "heads": is_natural,
+        "width": is_natural,
+        "blocks": is_natural,
+        "readout": is_readout,
+    },
 }
 """The kinds of networks, each with its sizes and their checks; `networks` makes them."""

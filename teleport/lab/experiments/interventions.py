@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from teleport.objective import grad_norm, trainable
-from teleport.recording import Closure
 from teleport.report import TeleportReport
 from teleport.rivals import (
     ObjectiveStep,
@@ -25,6 +24,7 @@ from teleport.rivals import (
 )
 from teleport.rivals.other_objectives import Slope
 from teleport.rivals.ways import RESCALINGS, ways
+from teleport.runtime.closures import Closure
 from teleport.teleporter import DEFAULT_GROWTH, Teleporter
 
 LONGEST_TRIAL = 40
@@ -45,10 +45,10 @@ MOVES = (
 ON_THE_OPTIMIZER = ("lr raised", "lr raised per layer", "warm restarts", "optimizer reset")
 """Controls that move no weight."""
 
-OBJECTIVES = ("shorter gradient", "flatter curvature", "step decrease", "sharpness")
+OTHER_OBJECTIVES = ("shorter gradient", "flatter curvature", "step decrease", "sharpness")
 """What else can be climbed in the null space, for as long as the teleport's move is."""
 
-INTERVENTIONS = (*MOVES, *ON_THE_OPTIMIZER, *OBJECTIVES)
+INTERVENTIONS = (*MOVES, *ON_THE_OPTIMIZER, *OTHER_OBJECTIVES)
 
 
 @dataclass
@@ -107,7 +107,7 @@ def intervene(
     if name in MOVES:
         mover = ways(wanted, seed)[name](subject.model, rehearsal)
         return mover.step(closure, held_out=held_out)
-    if name in OBJECTIVES:
+    if name in OTHER_OBJECTIVES:
         slope = _slope(name, float(subject.optimizer.param_groups[0]["lr"]))
         mover = ObjectiveStep(subject.model, slope, rehearsal.report)
         return mover.step(closure, held_out=held_out)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from teleport.data import Dataset, load
 from teleport.errors import RunError
-from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.arms import Arm, RunSettings
 from teleport.lab.experiments.choices import CHECKPOINT_SECONDS
 from teleport.lab.experiments.models import mlp
 from teleport.lab.experiments.optimizers import find_optimizer
@@ -39,7 +39,7 @@ class Cell:
         order: its arm's place among the arms, for the name of the record and the tables.
     """
 
-    settings: Settings
+    settings: RunSettings
     arm: Arm
     seed: int
     order: int
@@ -54,14 +54,14 @@ class Cell:
         return f"{s.experiment} {s.optimizer} {self.arm.name} (seed {self.seed})"
 
 
-def steps_per_run(settings: Settings, dataset: Dataset) -> int:
+def steps_per_run(settings: RunSettings, dataset: Dataset) -> int:
     """Training steps of one run."""
     size = settings.size()
     return size.epochs * (train_size(size, dataset) // settings.batch())
 
 
 def run_arms(
-    settings: Settings,
+    settings: RunSettings,
     arms: Sequence[Arm],
     seeds: Sequence[int],
     out: Path,
@@ -299,7 +299,7 @@ def _unavailable(name: str, error: Exception) -> RunError:
     return RunError(f"device {name!r} is not available here ({reason}); use cpu")
 
 
-def _warm_up(settings: Settings) -> None:
+def _warm_up(settings: RunSettings) -> None:
     """One step and one teleport nobody times: first calls load what later calls find loaded."""
     state = torch.get_rng_state()
     device = device_of(settings.device)

@@ -1,4 +1,4 @@
-"""A matrix of experiments and its cells; `processes` and `dask`, beside this module, run them.
+"""A matrix of experiments and its cells; `executors`, beside this module, runs them.
 
 A cell is one run: experiment, optimizer, arm, seed. Cells that are finished are left alone, and
 broken ones go on from their checkpoint.
@@ -13,7 +13,7 @@ from threading import Lock
 from teleport.data import Dataset, load
 from teleport.errors import TeleportError
 from teleport.lab.experiments.arms import (
-    Settings,
+    RunSettings,
     control_arms,
     default_arms,
     lent_tuning,
@@ -33,6 +33,7 @@ from teleport.lab.experiments.table import find_experiment, give
 from teleport.lab.experiments.training import check_fits, late_teleport
 from teleport.lab.records.folders import slug
 from teleport.lab.records.sameness import ADDED, is_complete
+from teleport.lab.records.study import refuse_packed
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Plan:
         for name in self.names:
             options, experiment = teleport_settings(name, self.schedule), find_experiment(name)
             for optimizer in self.optimizers:
-                settings = Settings(
+                settings = RunSettings(
                     name,
                     self.preset,
                     optimizer,
@@ -155,6 +156,8 @@ def check_folders(jobs: Sequence[Job]) -> None:
     Raises:
         RunError: as `check_beside`.
     """
+    for folder in dict.fromkeys(job.folder for job in jobs):
+        refuse_packed(folder)
     for folder in dict.fromkeys(job.folder for job in jobs if job.folder.is_dir()):
         cells = [job.cell for job in jobs if job.folder == folder]
         check_beside(cells, _data(cells[0].settings.recipe().data, "cpu"), folder)
@@ -166,7 +169,7 @@ def total_steps(jobs: Sequence[Job]) -> int:
 
 
 @lru_cache
-def _steps(settings: Settings) -> int:
+def _steps(settings: RunSettings) -> int:
     return steps_per_run(settings, _data(settings.recipe().data, "cpu"))
 
 

@@ -17,17 +17,17 @@ from teleport.errors import RunError
 from teleport.lab.experiments.entry import (
     ALLOWED,
     SIZES,
-    Check,
+    Condition,
     Experiment,
     PaperTeleport,
     Preset,
     Tuning,
-    count,
-    initialisation,
-    natural,
+    is_count,
+    is_initialisation,
+    is_natural,
+    is_positive,
+    is_text,
     one_of,
-    positive,
-    text,
 )
 
 if sys.version_info >= (3, 11):
@@ -39,26 +39,26 @@ MARKS = ("paper", "ours")
 TOO_LONG = "a chain of `like`, or of tables in tables, is too long to follow; shorten it"
 
 
-_PRESET: dict[str, Check] = {
-    "epochs": natural,
-    "evaluate_every": natural,
-    "evaluate_size": natural,
-    "train_size": natural,
+_PRESET: dict[str, Condition] = {
+    "epochs": is_natural,
+    "evaluate_every": is_natural,
+    "evaluate_size": is_natural,
+    "train_size": is_natural,
 }
-_TUNING: dict[str, Check] = {
-    "on": text,
-    "low": positive,
-    "tuned": positive,
-    "gain_lr": positive,
-    "init": initialisation,
-    "head_gain": positive,
+_TUNING: dict[str, Condition] = {
+    "on": is_text,
+    "low": is_positive,
+    "tuned": is_positive,
+    "gain_lr": is_positive,
+    "init": is_initialisation,
+    "head_gain": is_positive,
 }
-_TELEPORT: dict[str, Check] = {
-    "lr": positive,
-    "cap": positive,
-    "warmup_steps": count,
-    "n": natural,
-    "held_out": natural,
+_TELEPORT: dict[str, Condition] = {
+    "lr": is_positive,
+    "cap": is_positive,
+    "warmup_steps": is_count,
+    "n": is_natural,
+    "held_out": is_natural,
 }
 
 
@@ -228,11 +228,11 @@ def _experiment(name: str, entry: dict[str, Any]) -> Experiment:
     sizes = _sizes(f"{name}.network", network)
     return Experiment(
         name=name,
-        title=_checked(f"{name}.title", entry["title"], text),
-        data=_checked(f"{name}.data", marked("data", entry["data"]), text),
+        title=_checked(f"{name}.title", entry["title"], is_text),
+        data=_checked(f"{name}.data", marked("data", entry["data"]), is_text),
         network=network,
         batch_size=_checked(
-            f"{name}.batch_size", marked("batch_size", entry["batch_size"]), natural
+            f"{name}.batch_size", marked("batch_size", entry["batch_size"]), is_natural
         ),
         teleport=PaperTeleport(**_values(f"{name}.teleport", table("teleport"), _TELEPORT)),
         presets={
@@ -243,14 +243,14 @@ def _experiment(name: str, entry: dict[str, Any]) -> Experiment:
             key: Tuning(**_values(f"{name}.tuning.{key}", value, _TUNING))
             for key, value in table("tuning").items()
         },
-        tuning_of=_checked(f"{name}.tuning_of", marked("tuning_of", entry["tuning_of"]), text)
+        tuning_of=_checked(f"{name}.tuning_of", marked("tuning_of", entry["tuning_of"]), is_text)
         if "tuning_of" in entry
         else None,
         marks=marks,
     )
 
 
-def _sizes(where: str, network: dict[str, Any]) -> dict[str, Check]:
+def _sizes(where: str, network: dict[str, Any]) -> dict[str, Condition]:
     kind = network.get("kind")
     if not isinstance(kind, str) or kind not in SIZES:
         raise RunError(f"{where}.kind: must be one of {', '.join(SIZES)}; got {kind!r}")
@@ -260,7 +260,7 @@ def _sizes(where: str, network: dict[str, Any]) -> dict[str, Check]:
     return sizes
 
 
-def _preset(where: str, value: Any, sizes: dict[str, Check]) -> Preset:
+def _preset(where: str, value: Any, sizes: dict[str, Condition]) -> Preset:
     if not isinstance(value, dict):
         raise RunError(f"{where}: expected a table, got {value!r}")
     network = value.get("network", {})
@@ -272,7 +272,7 @@ def _preset(where: str, value: Any, sizes: dict[str, Check]) -> Preset:
 def _values(
     where: str,
     given: Any,
-    checks: Mapping[str, Check],
+    checks: Mapping[str, Condition],
     optional: AbstractSet[str] = frozenset(),
 ) -> dict[str, Any]:
     if not isinstance(given, dict):
@@ -292,7 +292,7 @@ def _keys(
             raise RunError(f"{where}.{key}: missing")
 
 
-def _checked(where: str, value: Any, check: Check) -> Any:
+def _checked(where: str, value: Any, check: Condition) -> Any:
     if not check(value):
         raise RunError(f"{where}: must be {ALLOWED[check]}, got {value!r}")
     return value

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from teleport.data import Dataset, batches, take
 from teleport.errors import NonFiniteLossError, RunError
-from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.arms import Arm, RunSettings
 from teleport.lab.experiments.entry import Preset
 from teleport.lab.experiments.interventions import Subject, intervene
 from teleport.lab.experiments.models import initialise
@@ -27,7 +27,7 @@ def train_size(size: Preset, dataset: Dataset) -> int:
     return min(size.train_size or len(dataset.train_inputs), len(dataset.train_inputs))
 
 
-def check_fits(settings: Settings, dataset: Dataset, teleports: bool = True) -> None:
+def check_fits(settings: RunSettings, dataset: Dataset, teleports: bool = True) -> None:
     """Refuse, before anything is written, what every run would break off with.
 
     Args:
@@ -54,7 +54,7 @@ def check_fits(settings: Settings, dataset: Dataset, teleports: bool = True) -> 
     _check_network(settings, dataset)
 
 
-def _check_network(settings: Settings, dataset: Dataset) -> None:
+def _check_network(settings: RunSettings, dataset: Dataset) -> None:
     inputs, targets = dataset.train_inputs[:2], dataset.train_targets[:2]
     wanted = targets.shape if dataset.loss_kind == "mse" else (*targets.shape, dataset.outputs)
     try:
@@ -74,7 +74,7 @@ def _check_network(settings: Settings, dataset: Dataset) -> None:
         ) from error
 
 
-def late_teleport(settings: Settings, dataset: Dataset) -> str:
+def late_teleport(settings: RunSettings, dataset: Dataset) -> str:
     """What to tell the user if no run gets as far as its first teleport; else nothing."""
     size = settings.size()
     per_epoch = train_size(size, dataset) // settings.batch()
@@ -139,7 +139,7 @@ class Training:
 
     writer: RecordWriter
 
-    def __init__(self, settings: Settings, arm: Arm, seed: int, dataset: Dataset) -> None:
+    def __init__(self, settings: RunSettings, arm: Arm, seed: int, dataset: Dataset) -> None:
         self.settings, self.arm, self.seed = settings, arm, seed
         self.dataset, self.size = dataset, settings.size()
         check_fits(settings, dataset, arm.teleport)

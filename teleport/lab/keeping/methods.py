@@ -1,6 +1,6 @@
 """Ways to learn the next task without losing the old ones.
 
-Each is a class with the same few hooks in a training step, and one line in `METHODS`.
+Each is a class with the same few hooks in a training step, and one line in `LEARNING_METHODS`.
 """
 
 from dataclasses import replace
@@ -123,7 +123,7 @@ class Random(Projected):
         return NullSpace({n: random_basis(b, self.draws) for n, b in bases.items()})
 
 
-METHODS: dict[str, type[Plain]] = {
+LEARNING_METHODS: dict[str, type[Plain]] = {
     "plain": Plain,
     "projected": Projected,
     "lazy": Lazy,

@@ -66,12 +66,6 @@ def _sequence(runs: Sequence[Run]) -> TaskSequence:
     return SEQUENCES[name]
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; the first row is its head."""
-    rule = ["---"] * len(rows[0])
-    return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
-
-
 def forgetting_tables(runs: Sequence[Run]) -> list[Table]:
     """One table, a line for every arm."""
     sequence = _sequence(runs)

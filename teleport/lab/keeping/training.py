@@ -24,7 +24,7 @@ from teleport.lab.experiments.entry import one_of
 from teleport.lab.experiments.models import mlp
 from teleport.lab.experiments.optimizers import within_range
 from teleport.lab.experiments.run import Progress
-from teleport.lab.keeping.methods import METHODS, Plain
+from teleport.lab.keeping.methods import LEARNING_METHODS, Plain
 from teleport.lab.keeping.tasks import SEQUENCES, Size, Task, TaskSequence
 from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
@@ -100,8 +100,8 @@ def default_strategies(
     """
     known: TaskSequence = one_of("sequence", sequence, SEQUENCES)
     strategies = []
-    for method in METHODS if methods is None else methods:
-        kind: type[Plain] = one_of("method", method, METHODS)
+    for method in LEARNING_METHODS if methods is None else methods:
+        kind: type[Plain] = one_of("method", method, LEARNING_METHODS)
         for tau in (taus or (known.tau,)) if kind.uses_tau else (None,):
             rates = lrs or [TUNED.get((sequence, method), DEFAULT_LR)]
             strategies += [Strategy(method, lr, tau) for lr in rates]
@@ -118,7 +118,7 @@ def _check(strategy: Strategy) -> None:
 
 
 @dataclass(frozen=True)
-class Course:
+class SequenceRun:
     """Everything a run depends on but its strategy and seed.
 
     Attributes:
@@ -158,7 +158,7 @@ class Course:
 
 
 def run_strategies(
-    course: Course,
+    course: SequenceRun,
     strategies: Sequence[Strategy],
     seeds: Sequence[int],
     out: Path,
@@ -189,7 +189,7 @@ def run_strategies(
         DataError: if the data cannot be had.
     """
     sets = course.sets()
-    _warm_up(strategies)
+    _try_out(strategies)
     with locked(out / ".lock", str(out)):
         _check_beside(course, strategies, seeds, out, sets)
         return [
@@ -202,7 +202,7 @@ def run_strategies(
 
 
 def _run_seed(
-    course: Course,
+    course: SequenceRun,
     strategies: Sequence[Strategy],
     seed: int,
     out: Path,
@@ -232,7 +232,7 @@ def _run_seed(
 
 
 def _check_beside(
-    course: Course,
+    course: SequenceRun,
     strategies: Sequence[Strategy],
     seeds: Sequence[int],
     out: Path,
@@ -271,7 +271,7 @@ class _Learning:
         branch = copy(self)
         branch.model = deepcopy(self.model)
         draws = torch.Generator().manual_seed(self.seed + 1_000_003)
-        branch.method = METHODS[strategy.method](strategy.tau or 1.0, draws)
+        branch.method = LEARNING_METHODS[strategy.method](strategy.tau or 1.0, draws)
         branch.lr, branch.writer, branch.rows = strategy.lr, writer, []
         for row in self.rows:
             branch._write(row)
@@ -371,13 +371,13 @@ def _learn_first(size: Size, tasks: list[Task], seed: int, split: str) -> _Learn
     return first
 
 
-def _warm_up(strategies: Sequence[Strategy]) -> None:
+def _try_out(strategies: Sequence[Strategy]) -> None:
     """A few steps nobody times: first calls load what later calls find loaded."""
     state = torch.get_rng_state()
     model: nn.Module = mlp(4, 2, hidden=(8,))
     x, y = torch.rand(8, 4), torch.zeros(8, dtype=torch.long)
     for strategy in strategies:
-        method = METHODS[strategy.method](strategy.tau or 1.0, torch.Generator())
+        method = LEARNING_METHODS[strategy.method](strategy.tau or 1.0, torch.Generator())
         method.learned(model, x, y)
         inputs, targets = method.batch(x, y)
         cross_entropy(model(inputs), targets).backward()
@@ -387,7 +387,7 @@ def _warm_up(strategies: Sequence[Strategy]) -> None:
 
 
 def _config(
-    course: Course, strategy: Strategy, seed: int, order: int, sets: Sequence[Dataset]
+    course: SequenceRun, strategy: Strategy, seed: int, order: int, sets: Sequence[Dataset]
 ) -> dict[str, Any]:
     return {
         **asdict(course),

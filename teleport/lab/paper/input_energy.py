@@ -21,12 +21,13 @@ from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import FloatArray, has_begun, read_rows, twice
 from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.study import record_paths
 from teleport.lab.records.writer import RecordWriter
 from teleport.layers.one_hot import AxisBasis
 from teleport.layers.shared_weight import TiedBasis
 from teleport.subspace import Basis, Projector
 
-TAUS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5)
+FIGURE_TAUS = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5)
 """The thresholds of the paper's Figure 6."""
 
 
@@ -54,7 +55,7 @@ class Spectrum:
 
 
 def spectra(
-    model: nn.Module, closure: Callable[[], Any], taus: Sequence[float] = TAUS
+    model: nn.Module, closure: Callable[[], Any], taus: Sequence[float] = FIGURE_TAUS
 ) -> list[Spectrum]:
     """The spectra of all covered layers of a model.
 
@@ -179,7 +180,7 @@ def read_spectra(folder: Path) -> list[Measured]:
     """
     found = []
     first: dict[tuple[str, int], Path] = {}
-    for path in filter(has_begun, sorted(folder.glob("*.jsonl"))):
+    for path in filter(has_begun, record_paths(folder)):
         config, *rows = read_rows(path)
         if config.get("figure") != "spectrum":
             raise RunError(f"{path} is not a record of `teleport spectrum`")

@@ -19,15 +19,16 @@ from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import has_begun, read_rows, twice
 from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.study import record_paths
 from teleport.lab.records.writer import RecordWriter
 from teleport.objective import grad_norm, trainable
-from teleport.recording import Closure
 from teleport.report import TeleportReport
 from teleport.runtime.clock import now
+from teleport.runtime.closures import Closure
 from teleport.runtime.transaction import Transaction
 from teleport.teleporter import Teleporter
 
-TAUS = (1.0, 0.999, 0.99, 0.9)
+MOVE_TAUS = (1.0, 0.999, 0.99, 0.9)
 """The thresholds that are tried."""
 
 
@@ -97,7 +98,7 @@ def write_moves(
             cannot be written.
     """
     asked = {"preset": preset, "trained": trained, "growth": growth, "n": n}
-    asked |= {"evaluating": evaluating, "taus": list(TAUS)}
+    asked |= {"evaluating": evaluating, "taus": list(MOVE_TAUS)}
     with locked(folder / ".lock", str(folder)):
         check_folder(folder, "moves", asked)
         for order, name in enumerate(names):
@@ -113,7 +114,7 @@ def write_moves(
                     at.model.train(not evaluating)
                     shared = {"command": command, "order": order, "figure": "moves"}
                     writer.write("config", **shared, **(asked | at.config))
-                    for tau in TAUS:
+                    for tau in MOVE_TAUS:
                         progress(f"{name}, seed {seed}: tau {tau:g}")
                         base = _gradient_seconds(at.model, at.closure)
                         report, undone = try_move(at.model, at.closure, at.held_out, tau, growth)
@@ -151,7 +152,7 @@ def read_moves(folder: Path) -> list[Moves]:
     """
     found: dict[str, Moves] = {}
     first: dict[tuple[str, int], Path] = {}
-    for path in filter(has_begun, sorted(folder.glob("*.jsonl"))):
+    for path in filter(has_begun, record_paths(folder)):
         config, *rows = read_rows(path)
         if config.get("figure") != "moves":
             raise RunError(f"{path} is not a record of `teleport moves`")

@@ -17,9 +17,11 @@ from teleport.errors import RunError
 from teleport.lab.paper.snapshot import moment
 from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import FloatArray, read_rows
+from teleport.lab.records.study import record_paths
 from teleport.lab.records.writer import RecordWriter
 from teleport.layers.support import cover
-from teleport.recording import Closure, record
+from teleport.recording import record
+from teleport.runtime.closures import Closure
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def read_product(folder: Path) -> tuple[dict[str, Any], Product]:
     Raises:
         RunError: if there is no record, or it is damaged or of something else.
     """
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in record_paths(folder):
         config, *others = read_rows(path)
         found = [row for row in others if row["type"] == "product"]
         if config.get("figure") == "product" and found:

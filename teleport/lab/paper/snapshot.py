@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from teleport.data import Dataset, batches, load, take
-from teleport.lab.experiments.arms import Settings, teleport_settings
+from teleport.lab.experiments.arms import RunSettings, teleport_settings
 from teleport.lab.experiments.entry import Experiment
 from teleport.lab.experiments.optimizers import find_optimizer
 from teleport.lab.experiments.training import check_fits, train_size
 from teleport.lab.records.writer import environment
-from teleport.recording import Closure
+from teleport.runtime.closures import Closure
 
 UNTUNED = ("sgd", 0.1)
 """How an experiment is trained of which no learning rate was tuned."""
@@ -53,11 +53,11 @@ def check_moment(experiment: str, preset: str, n: int | None = None) -> None:
     _checked(experiment, preset, n)
 
 
-def _checked(experiment: str, preset: str, n: int | None) -> tuple[Settings, Dataset]:
+def _checked(experiment: str, preset: str, n: int | None) -> tuple[RunSettings, Dataset]:
     options = teleport_settings(experiment)
     if n is not None:
         options = replace(options, batch_size=n)
-    settings = Settings(experiment, preset, teleport=options)
+    settings = RunSettings(experiment, preset, teleport=options)
     settings.size()
     dataset = load(settings.recipe().data)
     check_fits(settings, dataset)

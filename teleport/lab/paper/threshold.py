@@ -14,23 +14,24 @@ from torch import nn
 
 from teleport.errors import RunError
 from teleport.lab.experiments.table import find_experiment
-from teleport.lab.paper.input_energy import TAUS
+from teleport.lab.paper.input_energy import FIGURE_TAUS
 from teleport.lab.paper.snapshot import moment
 from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import read_rows
 from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.study import record_paths
 from teleport.lab.records.writer import RecordWriter
-from teleport.recording import Closure
+from teleport.runtime.closures import Closure
 from teleport.runtime.transaction import Transaction
 from teleport.teleporter import Teleporter
 
-LONGEST = 1000.0
+DIVERGED_GROWTH = 1000.0
 """Growth of the gradient norm beyond which a trajectory is not followed: it diverges there."""
 
 
 @dataclass(frozen=True)
-class Point:
+class TrajectoryPoint:
     """Where a teleport of some steps ends.
 
     Attributes:
@@ -48,13 +49,13 @@ class Point:
 
 def trajectory(
     model: nn.Module, closure: Closure, held_out: Closure, tau: float, *, lr: float, steps: int
-) -> tuple[list[Point], str]:
+) -> tuple[list[TrajectoryPoint], str]:
     """Loss and gradient norm after 0, 1, ..., ``steps`` teleport steps of a fixed size.
 
     Each is the end of a teleport of its own from the same start: within a teleport the bases stay
     those of its start (paper Algorithm 1), which a step after a step would not do at τ < 1. The
-    drift is not bounded, and the growth of the norm only by `LONGEST`. The model is as before
-    afterwards.
+    drift is not bounded, and the growth of the norm only by `DIVERGED_GROWTH`. The model is as
+    before afterwards.
 
     Args:
         model: the model.
@@ -67,10 +68,10 @@ def trajectory(
     Returns:
         The points, and why there are fewer than ``steps + 1`` of them; empty if there are not.
     """
-    points: list[Point] = []
+    points: list[TrajectoryPoint] = []
     for number in range(1, steps + 1):
         teleporter = Teleporter(
-            model, tau=tau, lr=lr, steps=number, growth=LONGEST, max_drift=math.inf
+            model, tau=tau, lr=lr, steps=number, growth=DIVERGED_GROWTH, max_drift=math.inf
         )
         with Transaction(model):  # nothing is committed: the next one starts at the same place
             report = teleporter.step(closure, held_out=held_out)
@@ -78,10 +79,10 @@ def trajectory(
         assert before is not None
         assert after is not None
         if not points:
-            points.append(Point(0, report.loss_before, report.grad_norm_before, before))
+            points.append(TrajectoryPoint(0, report.loss_before, report.grad_norm_before, before))
         if report.rolled_back or report.step_sizes != (lr,) * number:
             return points, report.reason
-        points.append(Point(number, report.loss_after, report.grad_norm_after, after))
+        points.append(TrajectoryPoint(number, report.loss_after, report.grad_norm_after, after))
     return points, ""
 
 
@@ -93,7 +94,7 @@ def write_trajectories(
     trained: int = 50,
     lr: float | None = None,
     teleport_steps: int = 8,
-    taus: Sequence[float] = TAUS,
+    taus: Sequence[float] = FIGURE_TAUS,
     seed: int = 0,
     resume: bool = False,
     command: str = "",
@@ -157,7 +158,7 @@ class Trajectories:
     """The record of one experiment: its configuration, and points by τ."""
 
     config: dict[str, Any]
-    by_tau: dict[float, list[Point]]
+    by_tau: dict[float, list[TrajectoryPoint]]
 
 
 def read_trajectories(folder: Path) -> Trajectories:
@@ -166,7 +167,7 @@ def read_trajectories(folder: Path) -> Trajectories:
     Raises:
         RunError: if there are none, or the record is damaged or of something else.
     """
-    paths = sorted(folder.glob("*.jsonl"))
+    paths = record_paths(folder)
     if len(paths) != 1:
         names = " and ".join(path.name for path in paths) or "none"
         raise RunError(
@@ -175,9 +176,9 @@ def read_trajectories(folder: Path) -> Trajectories:
     config, *rows = read_rows(paths[0])
     if config.get("figure") != "tau":
         raise RunError(f"{paths[0]} is not a record of `teleport tau`")
-    by_tau: dict[float, list[Point]] = {}
+    by_tau: dict[float, list[TrajectoryPoint]] = {}
     for row in (row for row in rows if row["type"] == "point"):
-        point = Point(*(row[field.name] for field in fields(Point)))
+        point = TrajectoryPoint(*(row[field.name] for field in fields(TrajectoryPoint)))
         by_tau.setdefault(row["tau"], []).append(point)
     if not by_tau:
         raise RunError(f"{paths[0]} ends before the first teleport; run `teleport tau` again")

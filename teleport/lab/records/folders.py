@@ -9,6 +9,7 @@ from teleport.errors import RunError
 from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.runs import first_row, has_begun
 from teleport.lab.records.schema import made_by
+from teleport.lab.records.study import refuse_packed
 
 OF_A_RUN = re.compile(r"\d\d+-.*-seed\d+\.(jsonl|checkpoint(\.new)?)")
 """Names of the files that runs keep."""
@@ -25,14 +26,16 @@ def open_folder(name: str, out: Path | None, resume: bool = False, force: bool =
 
     Raises:
         ValueError: if both are wanted, or one of them without ``out``.
-        RunError: if the folder is in use, exists already, cannot be made, or is to start over and
-            holds other records than of runs; it stays as it is.
+        RunError: if the folder is in use, in a packed study, exists already, cannot be made, or is
+            to start over and holds other records than of runs; it stays as it is.
     """
     if resume and force:
         raise ValueError("--resume goes on and --force starts over: give one of them")
     if (resume or force) and out is None:
         option = "--resume" if resume else "--force"
         raise ValueError(f"{option} needs the folder to use; give it with --out")
+    if out is not None:
+        refuse_packed(out)
     if out is None or not out.is_dir() or not (resume or force):
         return new_folder(name, out, ", or --resume to go on in it, or --force to start over in it")
     if force:
@@ -69,6 +72,8 @@ def resumed_folder(name: str, out: Path | None, resume: bool) -> Path:
     """
     if resume and out is None:
         raise ValueError("--resume needs the folder to go on in; give it with --out")
+    if out is not None:
+        refuse_packed(out)
     if resume and out is not None and out.is_dir():
         return out
     return new_folder(name, out, ", or --resume to go on in it")
@@ -83,7 +88,8 @@ def new_folder(name: str, out: Path | None, instead: str = "") -> Path:
         instead: what else the command can do if ``out`` is there, for the message.
 
     Raises:
-        RunError: if the folder exists already, or cannot be made or written to.
+        RunError: if the folder exists already, is in a packed study, or cannot be made or written
+            to.
     """
     if out is not None:
         return _make_folder(out, instead)
@@ -93,6 +99,7 @@ def new_folder(name: str, out: Path | None, instead: str = "") -> Path:
 
 
 def _make_folder(folder: Path, instead: str = "") -> Path:
+    refuse_packed(folder)
     try:
         folder.mkdir(parents=True)
         (folder / ".writable").touch()

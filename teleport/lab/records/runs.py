@@ -1,9 +1,10 @@
-"""Records of training runs: JSON lines on disk, and what can be read off them.
+"""Records of training runs: JSON lines on disk or packed, and what can be read off them.
 
 One file per run. The first line is the configuration (``"type": "config"``: arm, seed, versions,
 hardware, data checksum, command), then one line per evaluation and per teleport, last a line that
 says how the run ended. Lines are written whole and at once, so a record is complete up to the
-moment a run stops, whatever stops it.
+moment a run stops, whatever stops it. A record in a packed study (`teleport.lab.records.study`) is
+read by the path it would have as a file.
 """
 
 import json
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from teleport.errors import RunError
 from teleport.lab.records.schema import ROWS, check_row, made_by
+from teleport.lab.records.study import is_packed, packed_config, packed_rows, record_paths
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -117,6 +119,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         RunError: if the file cannot be read, or a line other than a torn last one is damaged or
             lacks what `teleport.lab.records.schema` says it must have.
     """
+    if is_packed(path):
+        packed = packed_rows(path)
+        for number, row in enumerate(packed, start=1):
+            check_row(path, number, row, packed[0])
+        return packed
     lines = _read(path).splitlines()
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
@@ -140,6 +147,8 @@ def first_row(path: Path) -> dict[str, Any]:
     Raises:
         RunError: if the file cannot be read, or the line is damaged.
     """
+    if is_packed(path):
+        return packed_config(path)
     try:
         with path.open("rb") as file:
             return _row(file.readline())
@@ -155,7 +164,7 @@ def has_begun(path: Path) -> bool:
     Raises:
         RunError: if the file cannot be read.
     """
-    return b"\n" in _read(path)
+    return is_packed(path) or b"\n" in _read(path)
 
 
 def _read(path: Path) -> bytes:
@@ -199,9 +208,10 @@ def read_runs(folder: Path) -> list[Run]:
         RunError: if the folder does not exist or holds no record, or one is damaged, or two are of
             one run.
     """
-    if not folder.is_dir():
+    paths = record_paths(folder)
+    if not paths and not folder.is_dir():
         raise RunError(f"{folder} is not a folder; give one that `teleport run` has written")
-    runs = [read_run(path) for path in sorted(folder.glob("*.jsonl")) if has_begun(path)]
+    runs = [read_run(path) for path in paths if has_begun(path)]
     if not runs:
         raise RunError(f"{folder} holds no records (*.jsonl); give one `teleport run` has written")
     makers = {made_by(run.config): run.path for run in runs}

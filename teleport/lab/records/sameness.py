@@ -11,6 +11,7 @@ from typing import Any
 from teleport.errors import RunError
 from teleport.lab.records.runs import Run, first_row, has_begun, read_rows, twice
 from teleport.lab.records.schema import check_row, made_by
+from teleport.lab.records.study import refuse_packed
 
 SHARED = ("experiment", "preset", "settings", "size", "network", "batch_size", "data")
 """Keys of a training run's first row that are the same for all runs of a folder."""
@@ -81,8 +82,10 @@ def check_folder(
 
     Raises:
         RunError: naming the first record that does not belong, or that is one of those to be
-            written under another name, or two records of one arm and seed.
+            written under another name, or two records of one arm and seed; or if the folder is in
+            a packed study.
     """
+    refuse_packed(folder)
     kept: dict[tuple[str, int], Path] = {}
     for path in sorted(folder.glob("*.jsonl")):
         if not has_begun(path):

@@ -29,7 +29,7 @@ from teleport.lab.analysis.connectivity import (
     read_lines,
 )
 from teleport.lab.analysis.curves import connectivity_figure
-from teleport.lab.experiments.arms import Arm, Settings, TeleportSettings
+from teleport.lab.experiments.arms import Arm, RunSettings, TeleportSettings
 from teleport.lab.experiments.run import Cell, run_cell
 from teleport.lab.experiments.schedule import Schedule
 from teleport.lab.experiments.training import Training, look
@@ -76,14 +76,14 @@ def test_networks_with_statistics_are_refused() -> None:
         between(model, model, 0.5)
 
 
-def early(after: int, growth: float | None = None) -> Settings:
+def early(after: int, growth: float | None = None) -> RunSettings:
     teleport = TeleportSettings(
         Schedule(epochs=1, batches=1, warmup_steps=after),
         growth=growth,
         batch_size=64,
         held_out_size=64,
     )
-    return Settings("sample-rows", "tiny", "sgd", teleport=teleport)
+    return RunSettings("sample-rows", "tiny", "sgd", teleport=teleport)
 
 
 @pytest.fixture(scope="module")

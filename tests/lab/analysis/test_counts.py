@@ -21,7 +21,7 @@ from teleport.lab.analysis.counts import (
     tally,
     teleporting,
 )
-from teleport.lab.analysis.outcomes import Block
+from teleport.lab.analysis.outcomes import FolderOutcome
 from teleport.lab.experiments.arms import CONTROLS
 from teleport.lab.records.compare import Comparison, best_baseline, summarise
 from teleport.lab.records.runs import Run, by_arm
@@ -60,9 +60,9 @@ def make_runs(lr: float, factor: float, rival: str | None, order: int) -> list[R
     return runs
 
 
-def make_block(arms: list[tuple[float, float, str | None]]) -> Block:
+def make_block(arms: list[tuple[float, float, str | None]]) -> FolderOutcome:
     runs = [run for order, arm in enumerate(arms) for run in make_runs(*arm, order)]
-    return Block(Path("made-up"), runs, summarise(runs), best_baseline(by_arm(runs)))
+    return FolderOutcome(Path("made-up"), runs, summarise(runs), best_baseline(by_arm(runs)))
 
 
 factors = st.floats(0.3, 0.9) | st.floats(1.1, 3.0)

@@ -19,17 +19,17 @@ from teleport.errors import RunError
 from teleport.lab.analysis import sensitivity
 from teleport.lab.analysis.curves import effects_figure
 from teleport.lab.analysis.sensitivity import (
-    FIXED,
-    GROWN,
+    FIXED_STEP,
     NAMES,
-    SIZES,
+    SIZE_FACTORS,
+    WANTED_GROWTH,
     effects,
-    places,
+    latin_hypercube,
     read_outcomes,
     values_at,
     write_design,
 )
-from teleport.lab.experiments.arms import Arm, Settings, teleport_settings
+from teleport.lab.experiments.arms import Arm, RunSettings, teleport_settings
 from teleport.lab.experiments.run import Cell, run_cell
 from teleport.lab.experiments.schedule import Schedule
 from teleport.lab.records.compare import compare
@@ -42,17 +42,17 @@ shares = st.floats(0.0, 1.0)
 @given(st.integers(10, 80), st.integers(0, 2**31))
 @settings(max_examples=6)
 def test_a_latin_hypercube_has_one_point_in_every_stratum(count: int, seed: int) -> None:
-    at = places(count, seed)
+    at = latin_hypercube(count, seed)
     assert at.shape == (count, len(NAMES))
     strata = np.floor(at * count).astype(int)
     for factor in strata.T:
         assert sorted(factor) == list(range(count))
-    np.testing.assert_array_equal(places(count, seed), at)
+    np.testing.assert_array_equal(latin_hypercube(count, seed), at)
 
 
 def test_too_few_points_are_refused() -> None:
     with pytest.raises(ValueError, match="points must be an integer >= 10, got 9"):
-        places(9)
+        latin_hypercube(9)
 
 
 @given(st.lists(shares, min_size=5, max_size=5), st.integers(1, 10_000))
@@ -83,17 +83,17 @@ def known(at: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.column_stack([np.ones(len(x)), x, *rest]) @ weights
 
 
-@given(coefficients, st.integers(12, 60), st.integers(0, 1000), st.sampled_from(list(SIZES)))
+@given(coefficients, st.integers(12, 60), st.integers(0, 1000), st.sampled_from(list(SIZE_FACTORS)))
 @settings(max_examples=8)
 def test_effects_of_a_known_response_are_found(
     weights: list[float], count: int, seed: int, design: str
 ) -> None:
-    at, wanted = places(count, seed), np.array(weights)
+    at, wanted = latin_hypercube(count, seed), np.array(weights)
     response = known(at, wanted)
     found = effects(design, at, response)
     np.testing.assert_allclose(found.values, wanted, atol=1e-9)
     np.testing.assert_allclose(found.half_widths, 0.0, atol=1e-9)
-    size = SIZES[design]
+    size = SIZE_FACTORS[design]
     assert found.names[:2] == ("mean", size)
     assert found.names[2:] == (*NAMES[1:], f"{size}, curvature", f"{size} x lr")
     # what the words of `Effects` say, by the response itself
@@ -104,18 +104,20 @@ def test_effects_of_a_known_response_are_found(
     assert found.values[-2] == pytest.approx(4.0 * ((low + high) / 2.0 - middle), abs=1e-9)
     response[[0, 3]] = np.nan, np.inf  # diverged before there was anything to compare
     if count >= 14:
-        without = effects(design, places(count, seed), response)
+        without = effects(design, latin_hypercube(count, seed), response)
         assert without.points == count - 2
         np.testing.assert_allclose(without.values, wanted, atol=1e-9)
 
 
 def test_intervals_hold_what_they_promise_where_the_spread_is_that_of_the_rate() -> None:
-    draws, at = np.random.default_rng(0), places(40)
+    draws, at = np.random.default_rng(0), latin_hypercube(40)
     wanted = np.array([-0.1, -0.3, 0.0, 0.0, 0.1, 0.2, 0.0, 0.1])
     spread = 0.05 * np.exp(3.0 * at[:, -1])
     held, resolved = np.zeros(8), np.zeros(8)
     for _ in range(400):
-        found = effects(GROWN, at, known(at, wanted) + spread * draws.standard_normal(len(at)))
+        found = effects(
+            WANTED_GROWTH, at, known(at, wanted) + spread * draws.standard_normal(len(at))
+        )
         held += abs(found.values - wanted) <= found.half_widths
         resolved += found.resolved
     assert (held / 400 > 0.92).all()
@@ -125,11 +127,11 @@ def test_intervals_hold_what_they_promise_where_the_spread_is_that_of_the_rate()
 
 
 def test_too_few_outcomes_are_refused() -> None:
-    at = places(12)
+    at = latin_hypercube(12)
     response = np.full(12, np.nan)
     response[:8] = 0.1
     with pytest.raises(ValueError, match="8 terms need more points than that, got 8"):
-        effects(GROWN, at, response)
+        effects(WANTED_GROWTH, at, response)
 
 
 TABLE = SMALL + (
@@ -164,10 +166,10 @@ def made(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
 def test_the_sensitivity_command(made: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     first = Path("printed.txt").read_text(encoding="utf-8")
     found = read_outcomes(Path("design"))
-    assert [outcomes.design for outcomes in found] == [GROWN, FIXED]
+    assert [outcomes.design for outcomes in found] == [WANTED_GROWTH, FIXED_STEP]
     assert found[0].config["command"] == shlex.join(["teleport", *made])
     for outcomes in found:
-        np.testing.assert_array_equal(outcomes.places, places(10))
+        np.testing.assert_array_equal(outcomes.places, latin_hypercube(10))
         answer = outcomes.effects
         for value, half in zip(answer.values, answer.half_widths, strict=True):
             assert f"{value:+.4f} ± {half:.4f}" in first
@@ -176,7 +178,7 @@ def test_the_sensitivity_command(made: list[str], capsys: pytest.CaptureFixture[
         np.testing.assert_array_equal(outcomes.log_loss[still], 0.0)
         assert (outcomes.log_loss[~still] != 0.0).any()
     figure = effects_figure([outcomes.effects for outcomes in found], "a title")
-    assert [axes.get_title() for axes in figure.axes] == [f"{d}, 10 points" for d in SIZES]
+    assert [axes.get_title() for axes in figure.axes] == [f"{d}, 10 points" for d in SIZE_FACTORS]
     figure.savefig(BytesIO())
     Path("design/figure.png").unlink()
     assert cli.main(["figure", "design"]) == 0
@@ -189,7 +191,10 @@ def test_an_outcome_is_that_of_two_runs(made: list[str], tmp_path: Path) -> None
     config, *rows = (json.loads(line) for line in path.read_text().splitlines())
     at, dataset = values_at(config["place"], 20), load("mnist-sample")
     assert config["values"]["lr"] == at.lr
-    own = {GROWN: {"growth": at.growth}, FIXED: {"lr": at.step, "steps": 8, "cap": 3.0}}
+    own = {
+        WANTED_GROWTH: {"growth": at.growth},
+        FIXED_STEP: {"lr": at.step, "steps": 8, "cap": 3.0},
+    }
     for design, options in own.items():
         teleport = teleport_settings("t.toml:even", tau=1.0 - at.open, after=at.after, **options)
         object.__setattr__(teleport, "batch_size", at.n)
@@ -197,7 +202,7 @@ def test_an_outcome_is_that_of_two_runs(made: list[str], tmp_path: Path) -> None
         for number, moves in enumerate((False, True)):
             folder = tmp_path / f"{design}{number}"
             folder.mkdir()
-            chosen = Settings("t.toml:even", "tiny", teleport=teleport)
+            chosen = RunSettings("t.toml:even", "tiny", teleport=teleport)
             cell = Cell(chosen, Arm(at.lr, moves), config["seed"], 0)
             runs.append(read_run(run_cell(cell, dataset, folder)))
         plain, moved = runs

@@ -20,7 +20,7 @@ from teleport.lab.bench import benchmarks
 from teleport.lab.bench.rivals import Speed, repeated_ways, speed_ways
 from teleport.lab.bench.tables import Benchmark, curves, read_benchmarks, sheets
 from teleport.lab.experiments.models import Transformer, cnn, mlp
-from teleport.landscape import FrozenWalk
+from teleport.landscape import Landscape
 from teleport.rivals.ways import ways
 from teleport.runtime.transaction import _unfused
 
@@ -147,7 +147,7 @@ def test_gram_matrices_are_counted_on_their_smaller_side() -> None:
 
 def test_the_floor_is_a_count_of_multiplications() -> None:
     model, x = mlp(3, 2, (8, 5)), torch.randn(4, 3)
-    case = benchmarks.Case("MLP", "", model, ((x, torch.zeros(4, dtype=torch.long)),))
+    case = benchmarks.Workload("MLP", "", model, ((x, torch.zeros(4, dtype=torch.long)),))
     walk = benchmarks.recorded(case)
     _, second, third = walk.blocks
     bases = benchmarks.sequential_bases(walk, [second, third])
@@ -158,27 +158,27 @@ def test_the_floor_is_a_count_of_multiplications() -> None:
     own = 4 * 4 * 8 + 4 * 4 * 5  # the Gram matrix of the rows times the cotangents
     step = (two + three) + (two + own) + (two + three)
     projection = 2 * (4 * 9 * 4) + 2 * (2 * 6 * 4)
-    assert benchmarks.floors(walk._tape, bases) == (step / gradient, (step + projection) / gradient)
+    assert benchmarks.floors(walk.tape, bases) == (step / gradient, (step + projection) / gradient)
     # Where only the head moves, its inputs' tangents still pass through every layer before it.
     head = {third: bases[third]}
     step = (two + three) + (two + own) + three
-    assert benchmarks.floors(walk._tape, head)[0] == step / gradient
+    assert benchmarks.floors(walk.tape, head)[0] == step / gradient
     # Where only the layer after the first moves, nothing later needs a tangent.
     middle = {second: bases[second]}
     step = (two + three) + 4 * 4 * 8 + two
-    assert benchmarks.floors(walk._tape, middle)[0] == step / gradient
+    assert benchmarks.floors(walk.tape, middle)[0] == step / gradient
 
 
 @pytest.mark.parametrize(("rows", "floor"), [(1, 1.0), (64, 5 / 3)])
 def test_floors_of_a_deep_network_are_those_of_the_cost_model(rows: int, floor: float) -> None:
     """1 with few rows, 5/3 with many, up to the ends of the network and the rows' Gram matrix."""
     model = nn.Sequential(*(layer for _ in range(120) for layer in (nn.Linear(24, 24), nn.Tanh())))
-    case = benchmarks.Case(
+    case = benchmarks.Workload(
         "", "", model, ((torch.randn(rows, 24), torch.zeros(rows, dtype=torch.long)),)
     )
     walk = benchmarks.recorded(case)
     bases = benchmarks.sequential_bases(walk, benchmarks.candidates(walk))
-    assert benchmarks.floors(walk._tape, bases)[0] == pytest.approx(floor, rel=0.03)
+    assert benchmarks.floors(walk.tape, bases)[0] == pytest.approx(floor, rel=0.03)
 
 
 @pytest.mark.parametrize("number", range(3), ids=NETWORKS)
@@ -189,7 +189,7 @@ def test_what_is_timed_is_what_a_teleport_does(number: int) -> None:
     before = {k: v.clone() for k, v in case.model.state_dict().items()}
     with _unfused():
         walk = benchmarks.recorded(case)
-        bases = benchmarks.room(benchmarks.sequential_bases(walk, benchmarks.candidates(walk)))
+        bases = benchmarks.with_room(benchmarks.sequential_bases(walk, benchmarks.candidates(walk)))
         assert bases
         first = benchmarks.tangent_step(walk, bases)
         walk.norm_squared_at(first, 0.1)
@@ -256,15 +256,15 @@ def test_symmetry_teleportation_is_measured_too() -> None:
 
 def test_parallel_bases_are_measured_with_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
-    sound = FrozenWalk.bases
+    sound = Landscape.bases
 
     def bases(
-        self: FrozenWalk, blocks: Sequence[Any], tau: float, parallel: bool | None = None
+        self: Landscape, blocks: Sequence[Any], tau: float, parallel: bool | None = None
     ) -> dict[Any, Any]:
         seen.add((len(blocks), tau, torch.get_num_threads(), parallel))
         return sound(self, blocks, tau, parallel)
 
-    monkeypatch.setattr(FrozenWalk, "bases", bases)
+    monkeypatch.setattr(Landscape, "bases", bases)
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     before = torch.get_num_threads()
     rows = [row for _, job in benchmarks.layers_jobs(SETTING) for row in job()]
@@ -334,7 +334,7 @@ def test_sizes_of_the_rivals_are_those_of_the_base(monkeypatch: pytest.MonkeyPat
     same = ((24, 24), 6, 3, TINY.rival_seconds)
     again = [same[:3]] * 2
     assert asked == [same, *again, (*sizes, nn.LeakyReLU), (*sizes, nn.Tanh)]
-    assert benchmarks.PRESETS["cpu"].base == benchmarks.Point(t=8, d=512, n=128, l=3, b=1)
+    assert benchmarks.PRESETS["cpu"].base == benchmarks.ScalingPoint(t=8, d=512, n=128, l=3, b=1)
 
 
 def test_the_same_time_is_shown_by_medians_over_the_rounds() -> None:
@@ -395,10 +395,10 @@ def test_bad_arguments_are_named_with_what_is_allowed(
 def test_an_interrupted_benchmark_keeps_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stops() -> list[benchmarks.Row]:
+    def stops() -> list[benchmarks.Measurement]:
         raise KeyboardInterrupt
 
-    def jobs(setting: benchmarks.Setting) -> list[benchmarks.Job]:
+    def jobs(setting: benchmarks.Setting) -> list[benchmarks.BenchmarkJob]:
         return [*benchmarks.memory_jobs(setting)[:1], ("the next one", stops)]
 
     monkeypatch.setitem(benchmarks.BENCHMARKS, "memory", jobs)
@@ -417,14 +417,16 @@ def test_threads_are_set_for_the_benchmark_only_and_recorded(
     before = torch.get_num_threads()
     seen = []
 
-    def job() -> list[benchmarks.Row]:
+    def job() -> list[benchmarks.Measurement]:
         seen.append(torch.get_num_threads())
         return []
 
     monkeypatch.setitem(benchmarks.BENCHMARKS, "memory", lambda setting: [("nothing", job)])
-    told: list[str] = []
-    benchmarks.run(["memory"], "tiny", CPU, tmp_path, threads=2, progress=told.append)
-    assert told == ["memory: nothing", ""]
+    told: list[tuple[str, int, int]] = []
+    benchmarks.run_benchmarks(
+        ["memory"], "tiny", CPU, tmp_path, threads=2, progress=lambda *what: told.append(what)
+    )
+    assert told == [("memory: nothing", 0, 1), ("memory: nothing", 1, 1)]
     assert seen == [2]
     assert torch.get_num_threads() == before
     config = json.loads((tmp_path / "memory.jsonl").read_text().splitlines()[0])

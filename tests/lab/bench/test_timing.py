@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from teleport.lab.bench.timing import (
     Spread,
-    Task,
+    TimedTask,
     Timing,
     interleaved,
     peak_bytes,
@@ -42,11 +42,13 @@ class Clock:
         work()
         return self.now - started
 
-    def task(self, name: str, seconds: float) -> Task:
-        return Task(lambda _: self.spend(name, seconds))
+    def task(self, name: str, seconds: float) -> TimedTask:
+        return TimedTask(lambda _: self.spend(name, seconds))
 
 
-def measured(clock: Clock, reference: Task, tasks: dict[str, Task], **options: float) -> dict:
+def measured(
+    clock: Clock, reference: TimedTask, tasks: dict[str, TimedTask], **options: float
+) -> dict:
     settings = {"rounds": 3, "seconds": 1e9, **options}
     return interleaved(reference, tasks, stopwatch=clock.stopwatch, clock=clock, **settings)
 
@@ -73,7 +75,7 @@ def test_preparation_and_surroundings_are_not_timed_and_surround_every_run() -> 
         clock.spend("prepare", 100.0)
         return "made"
 
-    task = Task(lambda made: clock.spend(f"run on {made}", 3.0), prepare, within)
+    task = TimedTask(lambda made: clock.spend(f"run on {made}", 3.0), prepare, within)
     timing = measured(clock, clock.task("r", 1.0), {"a": task}, rounds=1)["a"]
     assert timing.seconds == (3.0,)
     assert clock.log[-4:] == ["in", "prepare", "run on made", "out"]
@@ -95,7 +97,7 @@ def test_a_machine_that_changes_its_speed_between_rounds_does_not_change_a_ratio
         clock.spend("r", 1.0)
 
     tasks = {"a": clock.task("a", ratio)}
-    timing = measured(clock, Task(reference), tasks, rounds=len(speeds))["a"]
+    timing = measured(clock, TimedTask(reference), tasks, rounds=len(speeds))["a"]
     assert timing.reference == pytest.approx(speeds)
     spread = timing.ratio
     for value in (spread.low, spread.median, spread.high):
@@ -137,7 +139,7 @@ def test_collection_of_garbage_waits_and_is_as_before_after_an_error() -> None:
     assert gc.isenabled()
     frozen = gc.get_freeze_count()
     with pytest.raises(KeyError):
-        measured(clock, clock.task("r", 1.0), {"a": Task(fails)})
+        measured(clock, clock.task("r", 1.0), {"a": TimedTask(fails)})
     assert seen == [False]
     assert gc.isenabled()
     assert gc.get_freeze_count() == frozen

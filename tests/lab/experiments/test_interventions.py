@@ -11,13 +11,19 @@ from torch.nn.functional import cross_entropy
 
 from teleport import Teleporter, cli
 from teleport.lab.analysis.curves import gap_figure
-from teleport.lab.experiments.arms import Arm, Settings, default_arms, objective_arms, rival_arms
+from teleport.lab.experiments.arms import (
+    Arm,
+    RunSettings,
+    default_arms,
+    objective_arms,
+    rival_arms,
+)
 from teleport.lab.experiments.interventions import (
     INTERVENTIONS,
     LONGEST_TRIAL,
     MOVES,
-    OBJECTIVES,
     ON_THE_OPTIMIZER,
+    OTHER_OBJECTIVES,
     Subject,
     intervene,
     lasting,
@@ -82,7 +88,7 @@ def test_weights_move_if_the_name_is_a_move_and_the_report_says_so(
     state = deepcopy(training.optimizer.state_dict()["state"])
     report = intervene(name, training.subject, training.closure, held_out=training.closure)
     moved = weights(training.model) != before
-    assert moved == (name in (*MOVES, *OBJECTIVES))
+    assert moved == (name in (*MOVES, *OTHER_OBJECTIVES))
     assert (report.steps > 0) == moved
     assert (report.loss_after == report.loss_before) or moved
     if name == "optimizer reset":
@@ -152,12 +158,12 @@ def test_rival_arms_are_the_default_arms_and_each_rival_at_both_learning_rates()
         others = objective_arms("mnist-sample", optimizer)
         assert [*others[:5], others[-1]] == default
         assert [(a.lr, a.rival) for a in others[5:-1]] == [
-            (lr, name) for lr in by_rate for name in OBJECTIVES
+            (lr, name) for lr in by_rate for name in OTHER_OBJECTIVES
         ]
 
 
 def test_a_rival_arm_leaves_a_record_with_its_report(tmp_path: Path) -> None:
-    settings = Settings("mnist-sample", "tiny", activation="leaky_relu")
+    settings = RunSettings("mnist-sample", "tiny", activation="leaky_relu")
     (path,) = run_arms(settings, [Arm(0.05, True, rival="noise, same norm")], [0], tmp_path)
     run = read_run(path)
     assert run.status == "finished"

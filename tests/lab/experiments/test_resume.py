@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from teleport import cli, data
 from teleport.errors import RunError
-from teleport.lab.experiments.arms import Arm, Settings, TeleportSettings
+from teleport.lab.experiments.arms import Arm, RunSettings, TeleportSettings
 from teleport.lab.experiments.interventions import ON_THE_OPTIMIZER
 from teleport.lab.experiments.run import Cell, run_arms, run_cell
 from teleport.lab.experiments.schedule import Schedule
@@ -30,7 +30,9 @@ from tests.support.disk import full_disk
 from tests.support.waiting import HANG, wait_for
 
 TWICE = TeleportSettings(Schedule(epochs=2, batches=2, warmup_steps=3), batch_size=64)
-TINY = Settings("sample-rows", "tiny", "adam", epochs=2, teleport=replace(TWICE, held_out_size=64))
+TINY = RunSettings(
+    "sample-rows", "tiny", "adam", epochs=2, teleport=replace(TWICE, held_out_size=64)
+)
 PLAIN = Arm(0.002)
 MOVED = Arm(0.002, teleport=True)
 
@@ -163,7 +165,7 @@ def test_a_control_on_the_optimizer_goes_on_bit_for_bit(
     control: str, optimizer: str, tmp_path: Path
 ) -> None:
     """Those that drive the steps go on from before them: their own state is not saved."""
-    settings_ = Settings(
+    settings_ = RunSettings(
         "mnist-sample",
         "tiny",
         optimizer,

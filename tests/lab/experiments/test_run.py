@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from teleport.errors import NonFiniteLossError, RunError
 from teleport.lab.analysis.curves import draw_losses, gap_figure, loss_figure, matrix_figure
-from teleport.lab.experiments.arms import Arm, Settings, TeleportSettings, default_arms
+from teleport.lab.experiments.arms import Arm, RunSettings, TeleportSettings, default_arms
 from teleport.lab.experiments.choices import INITS
 from teleport.lab.experiments.interventions import INTERVENTIONS
 from teleport.lab.experiments.models import mlp
@@ -30,7 +30,7 @@ from teleport.lab.records.runs import Run, by_arm, read_runs
 from tests.support.waiting import HANG, wait_for
 
 EARLY = TeleportSettings(schedule=Schedule(warmup_steps=20), batch_size=100, held_out_size=100)
-TINY = Settings(preset="tiny", teleport=EARLY)
+TINY = RunSettings(preset="tiny", teleport=EARLY)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_only_an_overflow_is_taken_for_a_divergence() -> None:
 TUNED = [(e.name, optimizer) for e in EXPERIMENTS.values() for optimizer in e.tuning]
 
 
-ROWS = Settings("sample-rows", "tiny")
+ROWS = RunSettings("sample-rows", "tiny")
 """1,280 examples, an evaluation every 10 steps."""
 
 
@@ -188,7 +188,7 @@ def test_unknown_names_are_answered_with_the_known_ones(
     change: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        replace(Settings(), **change).size()  # type: ignore[arg-type]
+        replace(RunSettings(), **change).size()  # type: ignore[arg-type]
 
 
 def test_an_absent_device_is_refused(tmp_path: Path) -> None:

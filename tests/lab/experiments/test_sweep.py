@@ -7,8 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +17,10 @@ import torch
 
 from teleport import cli
 from teleport.errors import RunError
-from teleport.lab.analysis.outcomes import blocks, markdown
-from teleport.lab.experiments import dask as cluster_of
-from teleport.lab.experiments import sweep
+from teleport.lab.analysis.outcomes import blocks, matrix_markdown
+from teleport.lab.experiments import executors, sweep
 from teleport.lab.experiments.arms import control_arms, default_arms
-from teleport.lab.experiments.dask import run_on_cluster
-from teleport.lab.experiments.processes import run_local
+from teleport.lab.experiments.executors import Processes, run_jobs
 from teleport.lab.experiments.sweep import Plan, run_job, total_steps
 from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.compare import summarise
@@ -113,31 +111,36 @@ def test_processes_do_what_one_process_does_and_done_cells_are_left(
 def test_a_cell_that_fails_or_dies_is_listed_and_the_others_finish(
     small: str, tmp_path: Path
 ) -> None:
-    jobs = plan(small, seeds=1).jobs(tmp_path)
+    jobs = plan(small, seeds=1, epochs=6).jobs(tmp_path)
     jobs[0].folder.mkdir(parents=True)
     (jobs[0].folder / jobs[0].cell.record).write_text('{"type": "config", "seed": 7}\n')
     ended: list[sweep.Job] = []
     killed: list[int] = []
 
     def stepped(count: int) -> None:
-        if not killed and children():  # one is at work on the second cell
+        if ended and not killed and children():  # one is at work
             killed.extend(children())
             os.kill(killed[0], signal.SIGKILL)
 
-    failures = run_local(jobs, 1, stepped=stepped, ended=ended.append)
+    with Processes(1) as executor:
+        failures = run_jobs(jobs, executor, stepped=stepped, ended=ended.append)
     assert ended == jobs
-    assert [failure.job for failure in failures] == jobs[:2]
-    assert "another" in failures[0].reason
-    assert "exit code -9" in failures[1].reason
-    for job in jobs[2:]:
-        assert read_run(job.folder / job.cell.record).status == "finished"
+    damaged, died = failures
+    assert damaged.job == jobs[0]
+    assert "another" in damaged.reason
+    assert "exit code -9" in died.reason
+    for job in jobs[1:]:
+        if job != died.job:
+            assert read_run(job.folder / job.cell.record).status == "finished"
     # The same again: what was killed goes on, what is damaged fails again.
-    assert [failure.job for failure in run_local(jobs, 1)] == jobs[:1]
+    with Processes(1) as executor:
+        assert [failure.job for failure in run_jobs(jobs, executor)] == jobs[:1]
 
 
 def children() -> list[int]:
-    task = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return [pid for pid in map(int, task) if "spawn_main" in command_of(pid)]
+    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    found = [int(pid) for task in tasks for pid in task.read_text().split()]
+    return [pid for pid in found if "spawn_main" in command_of(pid)]
 
 
 def command_of(pid: int) -> str:
@@ -202,7 +205,7 @@ def test_the_report_holds_every_arm_with_the_numbers_of_its_records(
     figures = tmp_path / "figures"
     assert cli.main(["report", str(swept), "--figures", str(figures)]) == 0
     printed = capsys.readouterr().out
-    assert printed.strip() == markdown(blocks(swept)).strip()
+    assert printed.strip() == matrix_markdown(blocks(swept)).strip()
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line[:5] == "| lr "]
     assert len(rows) == len(control_arms(small, "sgd")) + len(default_arms(small, "adam"))
     for block in blocks(swept):
@@ -312,7 +315,8 @@ def test_a_cluster_does_what_one_process_does_though_a_worker_is_killed(
             if len(ended) == 2:
                 workers[0].kill()
 
-        failures = run_on_cluster(jobs, address, ended=kill_one)
+        with executors.cluster(address) as executor:
+            failures = run_jobs(jobs, executor, ended=kill_one)
     assert failures == []
     assert len(ended) == len(jobs)
     mine, theirs = trajectories(tmp_path), trajectories(swept)
@@ -333,13 +337,15 @@ def test_cells_that_a_dead_scheduler_took_along_are_listed_and_go_on(
             if len(ended) == 2:
                 scheduler.kill()
 
-        failures = run_on_cluster(jobs, address, ended=kill_it)
+        with executors.cluster(address) as executor:
+            failures = run_jobs(jobs, executor, ended=kill_it)
     assert sorted(map(str, ended), key=str) == sorted(map(str, jobs), key=str)
     failed = [failure.job for failure in failures]
     assert [job for job in jobs if job not in failed] == [job for job in jobs if sweep.is_done(job)]
     assert len(failed) >= 2
     assert all("scheduler" in failure.reason for failure in failures)
-    assert run_local(jobs, 1) == []
+    with Processes(1) as executor:
+        assert run_jobs(jobs, executor) == []
     mine, theirs = trajectories(tmp_path), trajectories(swept)
     assert all(theirs[name] == rows for name, rows in mine.items())
 
@@ -380,30 +386,42 @@ def test_the_device_is_the_workers(
     assert "device 'gpu' is not available" in capsys.readouterr().err
 
 
-class Finished:
-    """What Dask says of a cell whose worker ran it to the end."""
+class Elsewhere(ThreadPoolExecutor):
+    """Says that it has run a cell to its end, and has not done it here."""
 
-    status = "finished"
-
-    def exception(self) -> None:
-        return None
+    def submit(self, *_: object) -> "Future[str]":  # type: ignore[override]
+        return super().submit(str)
 
 
 def test_a_record_that_is_on_another_machine_is_missed(small: str, tmp_path: Path) -> None:
     (job, *_) = plan(small, seeds=1).jobs(tmp_path)
-    assert "under the same path" in cluster_of._why_not_done(Finished(), job)
-    run_job(job)
-    assert cluster_of._why_not_done(Finished(), job) == ""
+    with Elsewhere() as executor:
+        (failure,) = run_jobs([job], executor)
+    assert "under the same path" in failure.reason
 
 
 def test_a_record_that_is_not_the_one_wanted_fails_its_cell_only(
     small: str, tmp_path: Path
 ) -> None:
     """A worker whose data differ from those here, say, writes what is another record here."""
-    (job, *_) = plan(small, seeds=1).jobs(tmp_path)
-    record = run_job(job)
-    record.write_text(record.read_text().replace('"checksum": "', '"checksum": "not ', 1))
-    assert "data.checksum" in cluster_of._why_not_done(Finished(), job)
+    jobs = plan(small, seeds=1).jobs(tmp_path)[:2]
+
+    class Other(ThreadPoolExecutor):
+        def submit(self, function: Callable[..., str], job: sweep.Job) -> "Future[str]":  # type: ignore[override]
+            return super().submit(self.run, job)
+
+        def run(self, job: sweep.Job) -> str:
+            record = run_job(job)
+            if job == jobs[0]:
+                record.write_text(
+                    record.read_text().replace('"checksum": "', '"checksum": "not ', 1)
+                )
+            return ""
+
+    with Other(1) as executor:
+        (failure,) = run_jobs(jobs, executor)
+    assert failure.job == jobs[0]
+    assert "data.checksum" in failure.reason
 
 
 def test_the_threads_of_a_worker_do_what_one_does(small: str, swept: Path, tmp_path: Path) -> None:
@@ -418,9 +436,12 @@ def test_the_threads_of_a_worker_do_what_one_does(small: str, swept: Path, tmp_p
 
 @pytest.mark.parametrize("protocol", ["tcp", "tls", "ucx", "nonsense"])
 def test_a_scheduler_that_does_not_answer_is_named(
-    protocol: str, small: str, tmp_path: Path
+    protocol: str,
 ) -> None:
     pytest.importorskip("distributed")
-    jobs = plan(small).jobs(tmp_path)
-    with socket_free() as port, pytest.raises(RunError, match="does not answer"):
-        run_on_cluster(jobs, f"{protocol}://127.0.0.1:{port}", timeout=1.0)
+    with (
+        socket_free() as port,
+        pytest.raises(RunError, match="does not answer"),
+        executors.cluster(f"{protocol}://127.0.0.1:{port}", timeout=1.0),
+    ):
+        pass

@@ -15,7 +15,7 @@ from teleport.lab.experiments.arms import (
     GAIN_CONTROLS,
     MORE_GAIN,
     Arm,
-    Settings,
+    RunSettings,
     control_arms,
     default_arms,
     lent_tuning,
@@ -109,7 +109,7 @@ def test_a_table_of_ones_own_is_used_by_file_and_name(tmp_path: Path) -> None:
     assert mine.presets == find_experiment(f"{path}:base").presets
     with pytest.raises(ValueError, match="base, mine"):
         find_experiment(f"{path}:yours")
-    assert Settings(f"{path}:mine", "tiny").size().epochs == 1
+    assert RunSettings(f"{path}:mine", "tiny").size().epochs == 1
 
 
 def test_another_kind_of_network_inherits_no_sizes(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from teleport import cli
 from teleport.data import load
 from teleport.errors import RunError
-from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.arms import Arm, RunSettings
 from teleport.lab.experiments.run import Cell, run_cell
 from teleport.lab.experiments.tensorboard import SCALARS, Board
 from teleport.lab.records.runs import read_run, read_runs
@@ -139,7 +139,7 @@ def test_only_the_errors_of_the_board_s_own_thread_are_kept_back(
 @pytest.mark.parametrize("step", [9, 10, 11])
 def test_a_run_that_goes_on_shows_every_evaluation_once(step: int, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    cell = Cell(Settings("sample-rows", "tiny"), Arm(0.1), 0, 0)
+    cell = Cell(RunSettings("sample-rows", "tiny"), Arm(0.1), 0, 0)
     dataset = load("mnist-sample-rows")
     left = [step + 1]  # an evaluation is due every ten steps; a checkpoint follows every step
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from teleport import cli
 from teleport.data import load
 from teleport.errors import RunError
+from teleport.lab.analysis.outcomes import markdown
 from teleport.lab.experiments.models import mlp
 from teleport.lab.keeping.measures import (
     accuracy_matrix,
@@ -21,13 +22,13 @@ from teleport.lab.keeping.measures import (
     measures,
     summarise_forgetting,
 )
-from teleport.lab.keeping.methods import METHODS, Lazy, Plain, random_basis
-from teleport.lab.keeping.report import forgetting_figure, forgetting_rows, markdown
+from teleport.lab.keeping.methods import LEARNING_METHODS, Lazy, Plain, random_basis
+from teleport.lab.keeping.report import forgetting_figure, forgetting_rows
 from teleport.lab.keeping.tasks import SEQUENCES, Task
 from teleport.lab.keeping.training import (
     TUNED,
     TUNING_SEED,
-    Course,
+    SequenceRun,
     Strategy,
     default_strategies,
     run_strategies,
@@ -36,7 +37,7 @@ from teleport.lab.records.runs import Run, read_runs
 from teleport.subspace import RowSpace
 from tests.support.examples import examples
 
-TINY = Course("digits", "tiny")
+TINY = SequenceRun("digits", "tiny")
 SEEDS = st.integers(0, 2**31)
 
 
@@ -164,7 +165,7 @@ class Toy:
         self.model: nn.Module = mlp(12, 3, hidden=(16,)).double()
         self.old, self.new = torch.randn(2, 5, 12, dtype=torch.float64)
         self.labels = torch.randint(3, (5,))
-        self.method = METHODS[method](tau, generator(seed))
+        self.method = LEARNING_METHODS[method](tau, generator(seed))
         self.method.learned(self.model, self.old, self.labels)
 
     def loss(self) -> torch.Tensor:
@@ -234,7 +235,7 @@ def test_lazy_projects_every_tenth_step() -> None:
 
 
 def test_replay_puts_old_images_with_their_labels_behind_the_batch() -> None:
-    method = METHODS["replay"](1.0, generator(0))
+    method = LEARNING_METHODS["replay"](1.0, generator(0))
     model = nn.Linear(1, 1)
     for task in range(2):
         labels = torch.arange(50) + 100 * task
@@ -250,7 +251,7 @@ def test_replay_puts_old_images_with_their_labels_behind_the_batch() -> None:
 
 @pytest.mark.parametrize("name", ["digits", "permuted-mnist"])
 def test_validation_images_are_neither_trained_on_nor_tested_on(name: str) -> None:
-    course = Course(name, "tiny")
+    course = SequenceRun(name, "tiny")
     for task in course.tasks(course.sets(), 0):
         assert task.pixels is None or task.pixels.sort().values.tolist() == list(range(784))
         inputs, targets = task.training()
@@ -285,7 +286,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_methods_of_a_seed_start_from_the_same_first_task(folder: Path) -> None:
     runs = read_runs(folder)
-    assert len(runs) == 2 * len(METHODS)
+    assert len(runs) == 2 * len(LEARNING_METHODS)
     starts = {}
     for run in runs:
         assert run.status == "finished"
@@ -339,7 +340,7 @@ def test_nothing_is_overwritten_without_resume_or_with_another_configuration(
     before = path.read_bytes()
     with pytest.raises(RunError, match="cannot write"):
         run_strategies(TINY, strategies, [0], tmp_path)
-    other = Course("digits", "tiny", split="validation")
+    other = SequenceRun("digits", "tiny", split="validation")
     with pytest.raises(RunError, match="another split"):
         run_strategies(other, strategies, [0], tmp_path, resume=True)
     assert path.read_bytes() == before
@@ -357,21 +358,21 @@ def test_a_run_that_diverges_is_recorded_and_the_next_one_runs(tmp_path: Path) -
 
 def test_every_method_has_a_strategy_and_every_tau() -> None:
     found = default_strategies("mnist-fashion", taus=[1.0, 0.9], lrs=[0.1])
-    assert {s.method for s in found} == set(METHODS)
-    for method in METHODS:
+    assert {s.method for s in found} == set(LEARNING_METHODS)
+    for method in LEARNING_METHODS:
         taus = [s.tau for s in found if s.method == method]
-        assert taus == ([1.0, 0.9] if METHODS[method].uses_tau else [None])
+        assert taus == ([1.0, 0.9] if LEARNING_METHODS[method].uses_tau else [None])
     assert {s.lr for s in found} == {0.1}
     assert len({s.name for s in found}) == len(found)
     for name in ("digits", "mnist-fashion", "permuted-mnist"):
         tuned = default_strategies(name)
-        assert {(s.method, s.lr) for s in tuned} == {(m, TUNED[name, m]) for m in METHODS}
+        assert {(s.method, s.lr) for s in tuned} == {(m, TUNED[name, m]) for m in LEARNING_METHODS}
         assert {s.tau for s in tuned} == {None, SEQUENCES[name].tau}
-    assert all(not kind.uses_tau for kind in (Plain, METHODS["replay"]))
+    assert all(not kind.uses_tau for kind in (Plain, LEARNING_METHODS["replay"]))
 
 
 def test_a_permuted_sequence_is_drawn_as_matrices(tmp_path: Path) -> None:
-    tiny = Course("permuted-mnist", "tiny")
+    tiny = SequenceRun("permuted-mnist", "tiny")
     strategies = default_strategies("permuted-mnist", ["plain", "projected"], [0.9])
     run_strategies(tiny, strategies, [0], tmp_path)
     runs = read_runs(tmp_path)
@@ -385,7 +386,7 @@ def test_a_permuted_sequence_is_drawn_as_matrices(tmp_path: Path) -> None:
 
 def test_the_table_is_markdown_with_a_cell_for_every_column(folder: Path) -> None:
     head, rule, *lines = markdown(forgetting_rows(read_runs(folder)))
-    assert len(lines) == len(METHODS)
+    assert len(lines) == len(LEARNING_METHODS)
     assert {line.count("|") for line in (head, rule, *lines)} == {11}
 
 

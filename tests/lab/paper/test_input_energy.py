@@ -16,13 +16,13 @@ from torch import nn
 from teleport import Teleporter, cli, null_space
 from teleport.data import load
 from teleport.errors import RunError
-from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.arms import Arm, RunSettings
 from teleport.lab.experiments.run import Cell, run_cell
 from teleport.lab.experiments.table import find_experiment
-from teleport.lab.paper.input_energy import TAUS, Spectrum, read_spectra, spectra
+from teleport.lab.paper.input_energy import FIGURE_TAUS, Spectrum, read_spectra, spectra
 from teleport.lab.paper.plots import spectrum_figure, threshold_figure
 from teleport.lab.paper.snapshot import moment, rate_of
-from teleport.lab.paper.threshold import LONGEST, read_trajectories, trajectory
+from teleport.lab.paper.threshold import DIVERGED_GROWTH, read_trajectories, trajectory
 from teleport.lab.records.runs import read_run
 from teleport.objective import grad_norm, trainable
 from tests.support.networks import task
@@ -51,7 +51,7 @@ def inputs_of(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_captured_energy_is_that_of_the_svd_and_ranks_are_the_rank_rule_s(seed: int) -> None:
     t = task("plain", seed)
     found = {s.layer: s for s in spectra(t.model, t.closure)}
-    spaces = {tau: null_space(t.model, [t.closure], tau) for tau in TAUS}
+    spaces = {tau: null_space(t.model, [t.closure], tau) for tau in FIGURE_TAUS}
     expected = inputs_of(t.model, t.x)
     assert list(found) == list(expected)
     for name, rows in expected.items():
@@ -62,7 +62,7 @@ def test_captured_energy_is_that_of_the_svd_and_ranks_are_the_rank_rule_s(seed: 
         np.testing.assert_allclose(s.captured, captured[: len(s.shares)], rtol=1e-9)
         assert s.ranks == {tau: space.bases[name].rank for tau, space in spaces.items()}
         assert s.ranks[1.0] == np.linalg.matrix_rank(rows.numpy())
-        for tau in TAUS[1:]:
+        for tau in FIGURE_TAUS[1:]:
             assert s.ranks[tau] == 1 + int((captured < tau).sum())
 
 
@@ -102,7 +102,7 @@ def test_every_group_of_a_convolution_has_a_spectrum_of_its_own() -> None:
 
 def test_a_moment_is_that_of_a_run_with_the_same_seed(tmp_path: Path) -> None:
     """The run teleports after 50 steps: its batch has the loss and gradient of the moment's."""
-    options = Settings("mnist-sample", "tiny")
+    options = RunSettings("mnist-sample", "tiny")
     _, lr = rate_of(options.recipe())
     path = run_cell(Cell(options, Arm(lr, True), 3, 0), load("mnist-sample"), tmp_path)
     report = read_run(path).teleports[0]
@@ -147,8 +147,8 @@ def test_a_trajectory_that_diverges_is_broken_off() -> None:
     t = task("plain", 1)
     points, reason = trajectory(t.model, t.closure, t.closure, 0.5, lr=1e3, steps=5)
     assert len(points) < 6
-    assert f"{LONGEST:g}" in reason
-    assert points[-1].grad_norm <= LONGEST * points[0].grad_norm
+    assert f"{DIVERGED_GROWTH:g}" in reason
+    assert points[-1].grad_norm <= DIVERGED_GROWTH * points[0].grad_norm
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> str:
@@ -197,7 +197,7 @@ def test_the_tau_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert cli.main(["tau", name, *chosen, "--out", str(out)]) == 0
     first = printed(capsys)
     found = read_trajectories(out)
-    assert list(found.by_tau) == list(TAUS)
+    assert list(found.by_tau) == list(FIGURE_TAUS)
     assert found.config["teleport_lr"] == 0.1
     assert found.config["trained"] == 2
     at = moment(name, "tiny", 2)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from teleport import Teleporter, cli
 from teleport.errors import RunError
-from teleport.lab.paper.moves import TAUS, Moves, read_moves, try_move
+from teleport.lab.paper.moves import MOVE_TAUS, Moves, read_moves, try_move
 from teleport.lab.paper.moves_report import MOVE_COLUMNS, move_cells, outcome, room
 from teleport.lab.paper.snapshot import moment
 from teleport.runtime.transaction import Transaction
@@ -21,7 +21,7 @@ from tests.support.fingerprint import fingerprint
 from tests.support.networks import task
 
 
-@given(st.integers(0, 2**31), st.sampled_from(TAUS))
+@given(st.integers(0, 2**31), st.sampled_from(MOVE_TAUS))
 @settings(max_examples=10)
 def test_a_move_is_that_of_a_default_teleport_and_the_model_stays(seed: int, tau: float) -> None:
     t = task("plain", seed)
@@ -103,8 +103,8 @@ def test_the_moves_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     first = capsys.readouterr().out
     wide, slim = read_moves(out)
     assert [moves.config["experiment"] for moves in (wide, slim)] == ["mnist-sample", "narrow-mlp"]
-    assert list(wide.by_tau) == list(TAUS)
-    assert [len(rows) for rows in wide.by_tau.values()] == [2] * len(TAUS)
+    assert list(wide.by_tau) == list(MOVE_TAUS)
+    assert [len(rows) for rows in wide.by_tau.values()] == [2] * len(MOVE_TAUS)
     assert wide.config["teleport_batch"] == 30
     assert wide.config["command"] == " ".join(["teleport", *command])
     at = moment("mnist-sample", "tiny", 2, seed=1, n=30)
@@ -118,7 +118,7 @@ def test_the_moves_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     record = out / "01-narrow-mlp-seed1.jsonl"
     whole = record.read_text().splitlines(keepends=True)
     record.write_text("".join(whole[:3]))
-    assert [len(rows) for rows in read_moves(out)[1].by_tau.values()] == [1] * len(TAUS)
+    assert [len(rows) for rows in read_moves(out)[1].by_tau.values()] == [1] * len(MOVE_TAUS)
     assert cli.main(command) == 1
     assert "--resume" in capsys.readouterr().err
     assert cli.main([*command, "--resume"]) == 0

@@ -14,12 +14,15 @@ from scipy.stats import ttest_1samp
 from teleport.cli import main
 from teleport.errors import RunError
 from teleport.lab.analysis.outcomes import blocks
-from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.bench.tables import holds_benchmarks
+from teleport.lab.experiments.arms import Arm, RunSettings
 from teleport.lab.experiments.run import run_arms
 from teleport.lab.paper.input_energy import read_spectra
 from teleport.lab.records.compare import best_baseline, compare, summarise
 from teleport.lab.records.runs import Run, by_arm, check_no_copies, read_run, read_runs
+from teleport.lab.records.study import record_folders
 from teleport.lab.records.writer import RecordWriter
+from tests.support.results import RESULTS, copy_records
 
 
 def make_run(
@@ -330,8 +333,6 @@ def test_a_folder_without_records_is_refused(tmp_path: Path, make: bool) -> None
 
 # One run counts once.
 
-RESULTS = Path(__file__).parents[3] / "chapters" / "results"
-
 
 def edited(text: str, **changes: Any) -> str:
     """A record whose first row says something else."""
@@ -343,7 +344,7 @@ def edited(text: str, **changes: Any) -> str:
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of two arms and two seeds."""
     folder = tmp_path_factory.mktemp("recorded")
-    run_arms(Settings("sample-rows", "tiny"), [Arm(0.1), Arm(0.1, True)], [0, 1], folder)
+    run_arms(RunSettings("sample-rows", "tiny"), [Arm(0.1), Arm(0.1, True)], [0, 1], folder)
     return folder
 
 
@@ -410,7 +411,7 @@ def test_runs_recorded_again_in_another_folder_are_reported(tmp_path: Path) -> N
     for name in ("first", "again"):
         (tmp_path / name).mkdir()
         arms = [Arm(0.1), Arm(0.1, True)]
-        run_arms(Settings("sample-rows", "tiny"), arms, [0], tmp_path / name)
+        run_arms(RunSettings("sample-rows", "tiny"), arms, [0], tmp_path / name)
     assert len(blocks(tmp_path)) == 2
 
 
@@ -421,7 +422,7 @@ def test_a_folder_with_a_run_twice_is_not_gone_on_with(recorded: Path, tmp_path:
     shutil.copy(out / "01-lr-0.1-teleport-seed1.jsonl", out / "copy.jsonl")
     before = sorted(out.iterdir())
     with pytest.raises(RunError, match=r"seed1\.jsonl and .*copy\.jsonl are both records of"):
-        run_arms(Settings("sample-rows", "tiny"), [Arm(0.2)], [0], out, resume=True)
+        run_arms(RunSettings("sample-rows", "tiny"), [Arm(0.2)], [0], out, resume=True)
     assert sorted(out.iterdir()) == before
 
 
@@ -445,10 +446,8 @@ def test_runs_that_say_too_little_are_no_copies_of_each_other() -> None:
 
 
 def test_a_copied_spectrum_is_refused(tmp_path: Path) -> None:
-    for source in (RESULTS / "spectrum").glob("*.jsonl"):
-        shutil.copy(source, tmp_path)
-    count = len(read_spectra(tmp_path))
-    assert count == len(list(tmp_path.glob("*.jsonl")))
+    copied = copy_records(RESULTS / "spectrum", tmp_path)
+    assert len(read_spectra(tmp_path)) == len(copied)
     shutil.copy(tmp_path / "05-etth1.jsonl", tmp_path / "05-etth1 (1).jsonl")
     with pytest.raises(RunError, match=r"05-etth1 \(1\)\.jsonl and .*05-etth1\.jsonl are both"):
         read_spectra(tmp_path)
@@ -457,7 +456,7 @@ def test_a_copied_spectrum_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_committed_folder_is_read() -> None:
     """None of them holds a run twice, and those recorded in two folders are no copies."""
-    folders = {path.parent for path in RESULTS.rglob("*.jsonl")}
-    read = [read_runs(folder) for folder in folders if "bench" not in folder.parts]
+    folders = record_folders(RESULTS)
+    read = [read_runs(folder) for folder in folders if not holds_benchmarks(folder)]
     assert sum(map(len, read)) > 1000
     assert len(blocks(RESULTS)) > 30

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from teleport import cli, data
 from teleport.errors import RunError
-from teleport.lab.experiments.arms import Arm, Settings
+from teleport.lab.experiments.arms import Arm, RunSettings
 from teleport.lab.experiments.run import Cell, configuration, run_arms
 from teleport.lab.experiments.sweep import Plan, check_folders
 from teleport.lab.experiments.table import _read_once
-from teleport.lab.keeping.training import Course, Strategy, run_strategies
+from teleport.lab.keeping.training import SequenceRun, Strategy, run_strategies
 from teleport.lab.paper.input_energy import write_spectra
 from teleport.lab.paper.threshold import write_trajectories
 from teleport.lab.records.checkpoint import locked
@@ -26,9 +26,11 @@ from teleport.lab.records.folders import open_folder
 from teleport.lab.records.runs import first_row, read_runs
 from teleport.lab.records.sameness import ADDED, SHARED, check_alike, check_folder, is_complete
 from teleport.lab.records.schema import made_by
+from teleport.lab.records.study import record_paths
+from tests.support.results import RESULTS
 from tests.support.tables import SMALL, small
 
-ROWS = Settings("sample-rows", "tiny")
+ROWS = RunSettings("sample-rows", "tiny")
 OPTIONS = ["sample-rows", "--preset", "tiny"]
 
 
@@ -108,7 +110,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for folder in made.values():
         folder.mkdir()
     run_arms(ROWS, [Arm(0.1)], [0], made["run"])
-    run_strategies(Course("digits", "tiny"), [Strategy("plain", 0.1)], [0], made["continual"])
+    run_strategies(SequenceRun("digits", "tiny"), [Strategy("plain", 0.1)], [0], made["continual"])
     write_spectra(["mnist-sample"], made["spectrum"], preset="tiny", steps=[1])
     write_trajectories("mnist-sample", made["tau"], preset="tiny", trained=1, teleport_steps=1)
     made["product"].rmdir()
@@ -121,8 +123,8 @@ def test_the_maker_of_a_record_is_told_by_its_first_row(folders: dict[str, Path]
     for command in RESUMED:
         (path,) = folders[command].glob("*.jsonl")
         assert made_by(first_row(path)) == command
-    bench = Path(__file__).parents[3] / "chapters" / "results" / "bench" / "before"
-    assert {made_by(first_row(path)) for path in bench.glob("*.jsonl")} == {"bench"}
+    bench = record_paths(RESULTS / "bench" / "before")
+    assert {made_by(first_row(path)) for path in bench} == {"bench"}
     assert made_by({"type": "config", "seed": 0}) == ""
 
 
@@ -236,7 +238,7 @@ def test_a_folder_that_mixes_runs_is_not_reported(
 WRITERS: dict[str, Callable[[Path], object]] = {
     "run": lambda out: run_arms(ROWS, [Arm(0.1)], [0], out, resume=True),
     "continual": lambda out: run_strategies(
-        Course("digits", "tiny"), [Strategy("plain", 0.1)], [0], out, resume=True
+        SequenceRun("digits", "tiny"), [Strategy("plain", 0.1)], [0], out, resume=True
     ),
     "spectrum": lambda out: write_spectra(
         ["mnist-sample"], out, preset="tiny", steps=[1], resume=True

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from teleport import cli
 from teleport.cli import show
 from teleport.errors import RunError
-from teleport.lab.analysis.outcomes import blocks, markdown
+from teleport.lab.analysis.outcomes import blocks, matrix_markdown
 from teleport.lab.bench.tables import curves, read_benchmarks, sheets
 from teleport.lab.keeping.report import forgetting_figure, forgetting_tables
 from teleport.lab.paper.input_energy import read_spectra
@@ -24,15 +23,15 @@ from teleport.lab.paper.products import read_product
 from teleport.lab.paper.threshold import read_trajectories
 from teleport.lab.records.runs import read_rows, read_runs
 from teleport.lab.records.schema import ROWS, made_by
-
-RESULTS = Path(__file__).parents[3] / "chapters" / "results"
+from teleport.lab.records.study import record_folders, record_paths
+from tests.support.results import RESULTS, copy_record, lines_of
 
 
 def show_runs(folder: Path) -> None:
     runs = read_runs(folder)
     show._tables(runs)
     show._loss_figure(runs)
-    markdown(blocks(folder))
+    matrix_markdown(blocks(folder))
 
 
 def show_tasks(folder: Path) -> None:
@@ -141,7 +140,7 @@ def test_a_damaged_field_is_read_over_or_named_with_its_file(
     show, names = SHOWN[what]
     folder = tmp_path_factory.mktemp(what)
     for name in names:
-        shutil.copy(RESULTS / name, folder)
+        copy_record(RESULTS / name, folder)
     chosen = data.draw(st.sampled_from(sorted(folder.glob("*.jsonl"))), "record")
     rows = [json.loads(line) for line in chosen.read_text().splitlines()]
     damage(rows, data)
@@ -156,7 +155,7 @@ def changed(folder: Path, where: str, value: Any = ...) -> tuple[Path, int]:
     """Copy two runs and change one field of the second, ``type.key.key``; ``...`` takes it out."""
     names = SHOWN["runs"][1]
     for name in names:
-        shutil.copy(RESULTS / name, folder)
+        copy_record(RESULTS / name, folder)
     path = folder / Path(names[1]).name
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     of, *keys, last = where.split(".")
@@ -236,7 +235,8 @@ def test_what_records_of_older_versions_lack_is_not_missed(where: str, tmp_path:
 
 
 def test_every_record_of_the_book_is_accepted() -> None:
-    makers = {made_by(read_rows(path)[0]) for path in RESULTS.rglob("*.jsonl")}
+    paths = [path for folder in record_folders(RESULTS) for path in record_paths(folder)]
+    makers = {made_by(read_rows(path)[0]) for path in paths}
     assert makers == set(ROWS)
 
 
@@ -247,7 +247,7 @@ def test_evaluations_of_tasks_look_at_as_many_as_were_learned(tmp_path: Path) ->
         ("losses", [0.1], "losses are 1, expected 2"),
         ("accuracies", [0.1] * 3, "accuracies are 3, expected 2"),
     ]:
-        rows = [json.loads(line) for line in source.read_text().splitlines()]
+        rows = [json.loads(line) for line in lines_of(source).splitlines()]
         rows[-2][key] = value
         path = tmp_path / "r.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -258,7 +258,7 @@ def test_evaluations_of_tasks_look_at_as_many_as_were_learned(tmp_path: Path) ->
 def test_an_unknown_sequence_of_tasks_is_named(tmp_path: Path) -> None:
     source = RESULTS / SHOWN["tasks"][1][0]
     path = tmp_path / "r.jsonl"
-    path.write_text(source.read_text().replace('"sequence": "digits"', '"sequence": "letters"'))
+    path.write_text(lines_of(source).replace('"sequence": "digits"', '"sequence": "letters"'))
     with pytest.raises(RunError, match=r"r\.jsonl.*'letters'.*digits"):
         show_tasks(tmp_path)
 
@@ -266,8 +266,9 @@ def test_an_unknown_sequence_of_tasks_is_named(tmp_path: Path) -> None:
 def test_a_folder_in_which_no_sequence_was_finished_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for path in (RESULTS / "continual" / "permuted-mnist").glob("*-seed0.jsonl"):
-        rows = path.read_text().splitlines(keepends=True)
+    records = record_paths(RESULTS / "continual" / "permuted-mnist")
+    for path in [path for path in records if path.stem.endswith("-seed0")]:
+        rows = lines_of(path).splitlines(keepends=True)
         (tmp_path / path.name).write_text("".join(rows[:-1]))
     assert cli.main(["figure", str(tmp_path)]) == 0
     assert "(seed 0): unfinished" in capsys.readouterr().out
@@ -276,7 +277,7 @@ def test_a_folder_in_which_no_sequence_was_finished_is_shown(
 
 def test_records_of_two_commands_are_not_shown_together(tmp_path: Path) -> None:
     for what in ("runs", "tasks"):
-        shutil.copy(RESULTS / SHOWN[what][1][0], tmp_path)
+        copy_record(RESULTS / SHOWN[what][1][0], tmp_path)
     with pytest.raises(RunError, match="records of two commands"):
         read_runs(tmp_path)
 
@@ -284,7 +285,7 @@ def test_records_of_two_commands_are_not_shown_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("last", [b"5", b"{}", b'{"type": "evaluation"}', b'{"type": "end"}'])
 def test_only_half_a_line_is_taken_for_what_a_kill_leaves(last: bytes, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    whole = (RESULTS / SHOWN["runs"][1][0]).read_bytes()
+    whole = lines_of(RESULTS / SHOWN["runs"][1][0]).encode()
     path.write_bytes(whole + last)
     with pytest.raises(RunError, match=r"r\.jsonl, line"):
         read_rows(path)

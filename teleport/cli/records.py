@@ -1,0 +1,31 @@
+"""``teleport pack`` and ``unpack``: finished runs in few files, and back."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from teleport.cli.loading import loading
+from teleport.cli.output import count_of
+
+
+def pack(
+    folder: Annotated[Path, typer.Argument(help="Folder of finished runs; all below it, too.")],
+    study: Annotated[Path, typer.Argument(help="New folder for the packed study.")],
+) -> None:
+    """Pack the records of finished runs into one list and a few Parquet tables; lose no number."""
+    with loading():
+        from teleport.lab.records import pack as packing
+
+    typer.echo(f"{count_of(packing.pack(folder, study), 'record')} packed in {study}")
+
+
+def unpack(
+    folder: Annotated[Path, typer.Argument(help="Packed study, or a folder in one.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the records.")],
+) -> None:
+    """Write the records of a packed study as JSON lines again, as runs write them."""
+    with loading():
+        from teleport.lab.records import pack as packing
+
+    typer.echo(f"{count_of(packing.unpack(folder, out), 'record')} written below {out}")

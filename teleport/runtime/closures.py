@@ -1,0 +1,53 @@
+"""A user's closure: called, checked, and with gradients only where it needs them."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from teleport.errors import ClosureError, NonFiniteLossError
+
+Closure = Callable[[], Tensor]
+"""Returns the scalar loss of a batch."""
+
+Result = TypeVar("Result")
+
+
+def evaluate(closure: Closure) -> Float[Tensor, ""]:
+    """Call the closure and check that it returned one finite number.
+
+    Raises:
+        ClosureError: otherwise, with what it returned.
+    """
+    loss = closure()
+    if not isinstance(loss, Tensor):
+        raise ClosureError(f"the closure returned {type(loss).__name__}, not a loss tensor")
+    if loss.numel() != 1:
+        raise ClosureError(
+            f"the closure returned a tensor of shape {tuple(loss.shape)}; it must return one "
+            "number: reduce it with .mean() or .sum()"
+        )
+    if not bool(loss.isfinite()):
+        raise NonFiniteLossError(
+            f"the closure returned {loss.item()}: from there no larger gradient can be sought. "
+            "Check the batch (is it empty?) and the learning rate"
+        )
+    return loss.reshape(())
+
+
+def without_gradients(run: Callable[[], Result]) -> Result:
+    """Run without gradients; with them if the forward pass itself needs them.
+
+    It does where it registers hooks on activations, or takes a derivative, as of an energy. Then it
+    is run a second time.
+    """
+    try:
+        with torch.no_grad():
+            return run()
+    except (NotImplementedError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError:
+        with torch.enable_grad():
+            return run()

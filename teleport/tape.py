@@ -1,0 +1,264 @@
+"""What was recorded of a closure: its layer calls, and what the loss makes of each.
+
+A `Tape` holds the graph of one run of the closure in which covered layers are replaced by relays
+(see `teleport.recording`). The graph between two relays holds no weight of a covered layer, so it
+serves any weights: `Tape.backward` propagates cotangents through those in `Tape.moved`.
+
+That is exact wherever the layer outputs do not change with the weights, which is what a move in the
+joint null space guarantees (theorem ``thm-invariance``): the forward pass is frozen, only the
+backward pass is repeated.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from teleport.layers.part import Part, Pieces
+from teleport.layers.support import Block, Site
+from teleport.objective import EUCLIDEAN, Metric, Shares
+from teleport.runtime.precision import at_least_single, coarsest, scaled
+from teleport.subspace import Space
+
+Position = dict[Block, Pieces]
+"""Weights of the blocks that moved."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a layer: what went in and came out, and what `Tape` finds out about it.
+
+    Attributes:
+        block: whose matrix was applied.
+        part: of it, that applied the matrix.
+        x, z: input and output as the product saw them; autocast may have lowered their dtype. The
+            memory of ``z`` is the model's, which may overwrite it in place.
+        constant: made without gradients, as in a frozen backbone: ``z`` is a number to the loss.
+        delta: dL/dz for the matrices of the last `Tape.backward`; None if the loss ignores ``z``.
+        x_dot: tangent of ``x`` from the last `push_tangents`; None if ``x`` does not depend on
+            trainable parameters (theorem ``thm-fixed``).
+    """
+
+    block: Block
+    part: Part
+    x: Tensor
+    z: Tensor
+    constant: bool = False
+    delta: Tensor | None = None
+    x_dot: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.constant:  # nothing tells whether its memory is overwritten afterwards
+            self.x, self.z = self.x.clone(), self.z.clone()
+        self.version = None if self.z.is_inference() else self.z._version
+
+    def output(self) -> Tensor:
+        """A copy of ``z``; computed again if an in-place activation has overwritten it."""
+        if self.constant or self.z._version == self.version:
+            return self.z.clone()
+        return self.part.compute(self.x.detach()).to(self.z.dtype)
+
+    def weight_gradient(self, x: Tensor | None, bias_input: float) -> Tensor | None:
+        """``δ xᵀ`` of some input in the shape of the block's matrix, for the last `backward`."""
+        if self.delta is None or x is None:
+            return None
+        gradient = self.part.weight_gradient(x, self.delta, bias_input)
+        return self.block.gradient_from(self.part, gradient)
+
+
+@dataclass(eq=False)
+class Tape:
+    """A recorded closure: its loss, its layer calls in order of execution, its graph.
+
+    Attributes:
+        loss: scalar, still attached to the graph.
+        calls: one entry per product with a covered matrix.
+        sites: the modules that were covered.
+        others: trainable parameters that no covered layer holds (or that leak out of one).
+        anchor: a leaf behind every relay.
+        left_out: blocks that were called and cannot be recorded, and why.
+        moved: weights for `backward` and `push_tangents` instead of the present ones, per block.
+        other_gradients: dL/dp of ``others`` from the last `backward`.
+        precision: the coarsest that anything was computed in.
+    """
+
+    loss: Float[Tensor, ""]
+    calls: list[Call]
+    sites: list[Site]
+    others: list[nn.Parameter]
+    anchor: Tensor
+    left_out: dict[Block, str] = field(default_factory=dict)
+    moved: Position = field(default_factory=dict)
+    other_gradients: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._calls: dict[Block, list[Call]] = {}
+        for call in self.calls:
+            self._calls.setdefault(call.block, []).append(call)
+        self._counts = {
+            b: sum(call.part.row_count(call.z) for call in calls)
+            for b, calls in self._calls.items()
+        }
+        self._dtypes = {
+            b: coarsest(call.z.dtype for call in calls) for b, calls in self._calls.items()
+        }
+        self.precision = coarsest([self.loss.dtype, *self._dtypes.values()])
+        self._rows: dict[Block, Tensor] = {}
+        self._grams: dict[Block, Tensor] = {}
+        self._gradients: dict[Block, Tensor] = {}
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Blocks that were called, in order of their first call."""
+        return list(self._calls)
+
+    def calls_of(self, block: Block) -> list[Call]:
+        """The calls of one block, in order of execution."""
+        return self._calls.get(block, [])
+
+    def pieces(self, call: Call) -> Pieces:
+        """The weights of a call: those of its block in ``moved``, or the present ones."""
+        pieces = self.moved.get(call.block)
+        return call.part.pieces() if pieces is None else pieces[: len(call.part.slots)]
+
+    def depends_on_parameters(self, block: Block) -> bool:
+        """Whether any input of the block depends on a trainable parameter."""
+        return any(call.x.requires_grad for call in self.calls_of(block))
+
+    def computed_in(self, block: Block) -> torch.dtype:
+        """The coarsest precision a block's products were computed in."""
+        return self._dtypes[block]
+
+    # ---- inputs: the rows a block's matrix acts on
+
+    def rows(self, block: Block) -> Float[Tensor, "*groups rows d_in"]:
+        """Input rows of all calls of a block, one below the other: the transpose of R_l (8).
+
+        Not for tied blocks, whose calls have rows of two kinds.
+        """
+        if block not in self._rows:
+            rows = [call.part.rows(call.x.detach()) for call in self.calls_of(block)]
+            self._rows[block] = _below(rows)
+        return self._rows[block]
+
+    def row_count(self, block: Block) -> int:
+        """Number of input rows, without forming them."""
+        return self._counts.get(block, 0)
+
+    def rows_key(self, block: Block) -> Any:
+        """Equal for two blocks only if the rows of all their calls are the same."""
+        keys = tuple(call.part.rows_key(call.x.detach()) for call in self.calls_of(block))
+        return block if None in keys or block.other is not None else keys
+
+    def row_gram(self, block: Block) -> Float[Tensor, "*groups rows rows"]:
+        """Inner products of all pairs of input rows."""
+        if block not in self._grams:
+            rows = at_least_single(self.rows(block))
+            self._grams[block] = rows @ rows.mT
+        return self._grams[block]
+
+    def collect(self, block: Block, space: Space) -> None:
+        """Add the inputs of all calls of a block to what ``block.space()`` returned."""
+        for call in self.calls_of(block):
+            block.collect(space, call.part, call.x.detach())
+
+    # ---- cotangents: one backward pass
+
+    def backward(self) -> None:
+        """Carry dL/dz to every call; fill ``delta`` and ``other_gradients``."""
+        self.differentiate([])
+
+    def differentiate(self, suspects: Sequence[nn.Parameter]) -> set[nn.Parameter]:
+        """`backward`; the ``others`` and ``suspects`` it reaches, not counting calls."""
+        self._gradients = {}
+        asked = [self.anchor, *self.others, *suspects]
+        _, *grads = torch.autograd.grad(self.loss, asked, retain_graph=True, allow_unused=True)
+        self.other_gradients = [
+            torch.zeros_like(p) if g is None else g
+            for p, g in zip(self.others, grads, strict=False)
+        ]
+        pairs = zip([*self.others, *suspects], grads, strict=True)
+        return {parameter for parameter, grad in pairs if grad is not None}
+
+    def deltas(self, block: Block) -> Float[Tensor, "*groups rows d_out"]:
+        """Cotangents of a block's outputs in the order of `rows`; 0 where the loss ignores them."""
+        calls = self.calls_of(block)
+        deltas = (torch.zeros_like(c.z) if c.delta is None else c.delta for c in calls)
+        return _below([block.part.out_rows(delta) for delta in deltas])
+
+    def weight_gradient(self, block: Block) -> Float[Tensor, "*groups d_out d_in"]:
+        """``Σ δ xᵀ`` over all calls (theorem ``thm-span``)."""
+        if block not in self._gradients:
+            terms = (call.weight_gradient(call.x.detach(), 1.0) for call in self.calls_of(block))
+            self._gradients[block] = self._sum(block, terms)
+        return self._gradients[block]
+
+    def shares(self, metric: Metric = EUCLIDEAN) -> Shares:
+        """What every block and every other trainable parameter has of ``gᵀ M⁻¹ g``."""
+        others = zip(self.others, self.other_gradients, strict=True)
+        shares: Shares = {p: metric.squared_norm(p, g) for p, g in others}
+        return shares | {block: self._norm_squared(block, metric) for block in self._calls}
+
+    def norm_squared(self, metric: Metric = EUCLIDEAN) -> float:
+        """``gᵀ M⁻¹ g`` over all trainable parameters, for the last `backward`."""
+        return sum(self.shares(metric).values())
+
+    def _norm_squared(self, block: Block, metric: Metric) -> float:
+        """``‖Σ δ xᵀ‖²``, or by Gram matrices ``Σ (δδᵀ)∘(xxᵀ)``."""
+        if not self._prefers_gram(block, metric):
+            return metric.block_squared_norm(block, self.weight_gradient(block))
+        deltas = at_least_single(self.deltas(block))
+        return float(((deltas @ deltas.mT) * self.row_gram(block)).double().sum())
+
+    def _prefers_gram(self, block: Block, metric: Metric) -> bool:
+        """Whether no gradient need be formed; a preconditioner takes it entry by entry."""
+        if metric.inverse is not None or block.other is not None or not block.part.gram_pays:
+            return False
+        return self.row_count(block) < block.part.matrix_shape[-1]
+
+    # ---- tangents: one forward-mode pass, see `teleport.recording.push_tangents`
+
+    def drive(self, block: Block, metric: Metric, scale: float) -> Iterator[Tensor]:
+        """(M⁻¹ G) x, scaled, for every call: the tangents due to the block's own weights."""
+        if not self._prefers_gram(block, metric):
+            velocity = metric.block_velocity(block, self.weight_gradient(block), scale)
+            yield from self.drive_of(block, block.part.split(velocity))
+            return
+        gram, calls = self.row_gram(block), self.calls_of(block)
+        products = gram @ scaled(self.deltas(block).to(gram.dtype), scale)
+        counts = [call.part.row_count(call.z) for call in calls]
+        for call, rows in zip(calls, products.split(counts, dim=-2), strict=True):
+            yield call.part.from_out_rows(rows, call.z)
+
+    def drive_of(self, block: Block, velocity: Pieces) -> Iterator[Tensor]:
+        """Ẇ x for every call of a block, in the shape of the outputs; each when it is asked for."""
+        for call in self.calls_of(block):
+            pieces = velocity[: len(call.part.slots)]
+            same = tuple(piece.to(call.z.dtype) for piece in pieces)
+            yield call.part.push_affine(call.x.detach(), same, call.z)
+
+    def tangents(self, block: Block) -> Float[Tensor, "*groups rows d_in"] | None:
+        """Tangents of a block's input rows, bias column 0; None if no call has one."""
+        calls = self.calls_of(block)
+        if all(call.x_dot is None for call in calls):
+            return None
+        dots = (torch.zeros_like(c.x) if c.x_dot is None else c.x_dot for c in calls)
+        return _below([block.part.rows(x_dot, bias_input=0.0) for x_dot in dots])
+
+    def survivor(self, block: Block) -> Float[Tensor, "*groups d_out d_in"]:
+        """``Σ δ ẋᵀ`` over all calls, not projected (theorem ``thm-survivor``)."""
+        terms = (call.weight_gradient(call.x_dot, 0.0) for call in self.calls_of(block))
+        return self._sum(block, terms)
+
+    def _sum(self, block: Block, terms: Iterable[Tensor | None]) -> Tensor:
+        dtype = block.part.weight.parameter.dtype
+        given = [term.to(dtype) for term in terms if term is not None]
+        return sum(given[1:], given[0]) if given else block.part.matrix().zero_()
+
+
+def _below(tensors: list[Tensor]) -> Tensor:
+    """One below the other; a single one is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-2)
