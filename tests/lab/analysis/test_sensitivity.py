@@ -163,6 +163,7 @@ def made(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[s
     return COMMAND
 
 
+@pytest.mark.slow
 def test_the_sensitivity_command(made: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     first = Path("printed.txt").read_text(encoding="utf-8")
     found = read_outcomes(Path("design"))
@@ -186,6 +187,7 @@ def test_the_sensitivity_command(made: list[str], capsys: pytest.CaptureFixture[
     assert Path("design/figure.png").exists()
 
 
+@pytest.mark.slow
 def test_an_outcome_is_that_of_two_runs(made: list[str], tmp_path: Path) -> None:
     path = sorted(Path("design").glob("*.jsonl"))[4]
     config, *rows = (json.loads(line) for line in path.read_text().splitlines())
@@ -206,12 +208,13 @@ def test_an_outcome_is_that_of_two_runs(made: list[str], tmp_path: Path) -> None
             cell = Cell(chosen, Arm(at.lr, moves), config["seed"], 0)
             runs.append(read_run(run_cell(cell, dataset, folder)))
         plain, moved = runs
-        assert teleport.lab.experiments.schedule == Schedule(1, 1, at.after)
+        assert teleport.schedule == Schedule(1, 1, at.after)
         (row,) = (row for row in rows if row.get("design") == design)
         assert row["log_loss"] == compare([moved], [plain]).log_loss
         assert row["rolled_back"] == moved.teleports[0]["rolled_back"]
 
 
+@pytest.mark.slow
 def test_complete_points_stay_and_broken_ones_are_made_again(
     made: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +264,7 @@ def test_bad_input_makes_no_folder(
     assert not Path("new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["place", "design", "order"])
 def test_a_record_of_something_else_is_named(made: list[str], change: str) -> None:
     path = max(Path("design").glob("*.jsonl"))

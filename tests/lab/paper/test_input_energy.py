@@ -46,6 +46,7 @@ def inputs_of(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: torch.cat([rows, torch.ones(len(rows), 1)], 1) for name, rows in seen.items()}
 
 
+@pytest.mark.slow
 @given(seeds)
 @settings(max_examples=12)
 def test_captured_energy_is_that_of_the_svd_and_ranks_are_the_rank_rule_s(seed: int) -> None:
@@ -242,6 +243,7 @@ def test_steps_and_foreign_records_are_refused(tmp_path: Path) -> None:
             read(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_record_that_was_killed_early_is_left_out_or_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +272,7 @@ def test_captured_of_nothing_is_nothing() -> None:
     assert len(Spectrum("unused", 3, (), {1.0: 0}).captured) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["spectrum", "tau"])
 def test_what_was_broken_off_is_made_again_and_what_is_complete_stays(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -265,6 +265,7 @@ def test_a_record_that_another_process_writes_is_not_taken_for_a_broken_one(
     assert record.read_bytes() != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "foreign",
     ["notes.jsonl", "00-mine-seed0.jsonl", "07-spectrum-seed3.jsonl", "08-damaged-seed3.jsonl"],
