@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from teleport.direction import Direction
-from teleport.guard import DEFAULT_MAX_DRIFT, GuardedMove, HeldOut, Outcome, frozen_layers, rounding
+from teleport.guard import (
+    DEFAULT_MAX_DRIFT,
+    GuardedMove,
+    HeldOut,
+    Standing,
+    frozen_layers,
+    rounding,
+)
 from teleport.landscape import Landscape
 from teleport.layers.support import Block, Coverage
 from teleport.line_search import step_to_norm
@@ -89,7 +96,7 @@ class Ascent(GuardedMove):
 
     # ---- the start, and where it ends
 
-    def _start(self) -> Outcome:
+    def _start(self) -> Standing:
         alone = len(self.closures) == 1 and self.ranks.size == 1
         self.fallback, self.unfrozen = "", False
         self.landscape = self._landscape(frozen=alone and self.settings.tau == 1.0)
@@ -117,7 +124,7 @@ class Ascent(GuardedMove):
         wanted = [b for b in able if b not in skipped]
         return self.landscape.bases(wanted, settings.tau)
 
-    def _move(self, before: Outcome) -> tuple[str, Outcome]:
+    def _move(self, before: Standing) -> tuple[str, Standing]:
         if not math.isfinite(before.norm):
             return _OVERFLOW, before
         reason = self._ascend()
@@ -134,12 +141,12 @@ class Ascent(GuardedMove):
             after = self._arrive() if self.step_sizes else before
         return reason, after
 
-    def _arrive(self) -> Outcome:
+    def _arrive(self) -> Standing:
         """Where it ended, from scratch: the model runs again with the new parameters."""
         self.landscape.write()
         return self._outcome(*self.landscape.measure()) if self._same() else self._plainly()
 
-    def _missed(self, before: Outcome, after: Outcome, said: float) -> bool:
+    def _missed(self, before: Standing, after: Standing, said: float) -> bool:
         """Whether the gradient norm there is another than frozen activations said.
 
         A direction that is free by the rank rule holds energy up to its cut. A move many times as
@@ -160,11 +167,11 @@ class Ascent(GuardedMove):
         """
         return self.landscape.precision == self.landscape.dtype
 
-    def _plainly(self) -> Outcome:
+    def _plainly(self) -> Standing:
         loss, gradient = self.landscape.measure_plainly()
         return self._outcome(loss, shares_of(gradient, self.landscape.blocks, self.metric))
 
-    def _outcome(self, loss: float, shares: Shares) -> Outcome:
+    def _outcome(self, loss: float, shares: Shares) -> Standing:
         norm = self.ranks.of_first(math.sqrt(sum(shares.values())))
         holders = holder_names(self.settings.model)
         squares: dict[str, float] = {}
@@ -173,7 +180,7 @@ class Ascent(GuardedMove):
             squares[name] = squares.get(name, 0.0) + square
         # A norm from Gram matrices may be below zero by rounding.
         norms = {name: math.sqrt(max(square, 0.0)) for name, square in squares.items()}
-        return Outcome(loss, norm, self.held_out.loss(), norms)
+        return Standing(loss, norm, self.held_out.loss(), norms)
 
     # ---- the steps
 
@@ -249,7 +256,7 @@ class Ascent(GuardedMove):
 
     # ---- the verdict
 
-    def _tolerance(self, before: Outcome) -> float:
+    def _tolerance(self, before: Standing) -> float:
         allowed, settings = DEFAULT_MAX_DRIFT * abs(before.loss), self.settings
         if settings.max_drift is not None:
             return settings.max_drift * abs(before.loss)
@@ -259,7 +266,7 @@ class Ascent(GuardedMove):
         ceiling = max(allowed, math.sqrt(torch.finfo(self.landscape.dtype).eps))
         return min(rounding(self.landscape, self.bases), ceiling)
 
-    def _objection(self, before: Outcome, after: Outcome, allowed: float) -> str:
+    def _objection(self, before: Standing, after: Standing, allowed: float) -> str:
         why = super()._objection(before, after, allowed)
         if not why or not math.isfinite(after.norm):
             return why
@@ -273,7 +280,7 @@ class Ascent(GuardedMove):
         note = f" (directions by double backward: {self.fallback})" if self.fallback else ""
         return note + UNFROZEN * self.unfrozen
 
-    def _layers(self, before: Outcome, end: Outcome, failed: bool) -> Iterable[LayerReport]:
+    def _layers(self, before: Standing, end: Standing, failed: bool) -> Iterable[LayerReport]:
         coverage = self.settings.coverage
         rows = [self._layer(block, failed) for block in coverage.blocks]
         for row in [*rows, *frozen_layers(coverage.frozen)]:

@@ -27,7 +27,7 @@ DEFAULT_MAX_DRIFT = 0.01
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Standing:
     """Where a move began or ended: the numbers of the report that depend on it.
 
     Attributes:
@@ -109,18 +109,18 @@ class GuardedMove(ABC):
         )
 
     @abstractmethod
-    def _start(self) -> Outcome:
+    def _start(self) -> Standing:
         """Measure the start."""
 
     @abstractmethod
-    def _move(self, before: Outcome) -> tuple[str, Outcome]:
+    def _move(self, before: Standing) -> tuple[str, Standing]:
         """Move and measure; why it ended, and where."""
 
     @abstractmethod
-    def _tolerance(self, before: Outcome) -> float:
+    def _tolerance(self, before: Standing) -> float:
         """How far the loss may be from where it began."""
 
-    def _objection(self, before: Outcome, after: Outcome, allowed: float) -> str:
+    def _objection(self, before: Standing, after: Standing, allowed: float) -> str:
         """What is wrong with the new position, if anything."""
         if not math.isfinite(after.norm):
             return f"the gradient norm became {after.norm}"
@@ -134,7 +134,7 @@ class GuardedMove(ABC):
         return ""
 
     @abstractmethod
-    def _layers(self, before: Outcome, end: Outcome, failed: bool) -> Iterable[LayerReport]:
+    def _layers(self, before: Standing, end: Standing, failed: bool) -> Iterable[LayerReport]:
         """One report for every layer."""
 
 

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from teleport.errors import ClosureError, NonFiniteLossError
 from teleport.layers.part import Part
-from teleport.layers.support import Block, Product, Site
+from teleport.layers.support import Block, CoveredProduct, Site
 from teleport.layers.weight_uses import WeightUses
 from teleport.runtime.closures import Closure, evaluate, without_gradients
 from teleport.runtime.interception import (
@@ -156,7 +156,7 @@ def push_tangents(
         raise NotImplementedError(f"the closure has no forward-mode pass: {error}") from error
 
 
-def _replaced(sites: Sequence[Site], product: Product) -> Any:
+def _replaced(sites: Sequence[Site], product: CoveredProduct) -> Any:
     """A context in which every covered product is left to ``product(block, part, x)``."""
     return replaced_forwards({site.module: partial(site.forward, product) for site in sites})
 

@@ -13,7 +13,6 @@ CONVENTIONS = {"app", "main", "setup"}
 CHECKED = {"energy_rank", "group_action", "teleport_gradient"}
 """A learner's function, and beside it in `teleport.check` the check that has to have its name."""
 
-CORE = {"BY_NAME", "Cell", "Group", "Result", "State"}
 """Of the core; to be given two names there."""
 
 

@@ -49,8 +49,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sensitivity": paper.sensitivity,
     "report": experiments.report,
     "figure": experiments.figure,
-    "pack": records.pack,
-    "unpack": records.unpack,
+    "pack": records.pack_folders,
+    "unpack": records.unpack_study,
     "check": check.check,
 }
 for _name, _command in _COMMANDS.items():

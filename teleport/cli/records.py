@@ -9,7 +9,7 @@ from teleport.cli.loading import loading
 from teleport.cli.output import count_of
 
 
-def pack(
+def pack_folders(
     folder: Annotated[Path, typer.Argument(help="Folder of finished runs; all below it, too.")],
     study: Annotated[Path, typer.Argument(help="New folder for the packed study.")],
 ) -> None:
@@ -20,7 +20,7 @@ def pack(
     typer.echo(f"{count_of(packing.pack(folder, study), 'record')} packed in {study}")
 
 
-def unpack(
+def unpack_study(
     folder: Annotated[Path, typer.Argument(help="Packed study, or a folder in one.")],
     out: Annotated[Path, typer.Argument(help="New folder for the records.")],
 ) -> None:

@@ -80,7 +80,7 @@ class Block:
             raise NonFiniteInputError(self.name) from None
 
 
-Product = Callable[[Block, Part, Tensor], Tensor]
+CoveredProduct = Callable[[Block, Part, Tensor], Tensor]
 """``product(block, part, x)``: ``W x + b`` with the matrix of a block, used by one of its parts."""
 
 
@@ -100,7 +100,7 @@ class Site:
     parts: dict[str, Part]
     covered: dict[str, tuple[Block, Part]] = field(default_factory=dict)
 
-    def forward(self, product: Product, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, product: CoveredProduct, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass with every covered matrix left to ``product``."""
 
         def apply(name: str, x: Tensor) -> Tensor:

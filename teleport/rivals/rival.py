@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from teleport.errors import require
-from teleport.guard import GuardedMove, HeldOut, Outcome, frozen_layers
+from teleport.guard import GuardedMove, HeldOut, Standing, frozen_layers
 from teleport.layers.support import Coverage, cover
 from teleport.line_search import load_search
 from teleport.report import LayerReport, TeleportReport
@@ -85,23 +85,23 @@ class _RivalMove(GuardedMove):
     def __init__(self, rival: Rival, batch: Batch, held_out: HeldOut) -> None:
         self.rival, self.batch, self.held_out = rival, batch, held_out
 
-    def _start(self) -> Outcome:
+    def _start(self) -> Standing:
         self._from = {block: block.part.matrix() for block in self.rival.coverage.blocks}
         return self._outcome()
 
-    def _outcome(self) -> Outcome:
-        return Outcome(*self.batch.measure(), self.held_out.loss())
+    def _outcome(self) -> Standing:
+        return Standing(*self.batch.measure(), self.held_out.loss())
 
-    def _move(self, before: Outcome) -> tuple[str, Outcome]:
+    def _move(self, before: Standing) -> tuple[str, Standing]:
         move = self.rival._move(self.batch, before.loss, before.norm)
         self.step_sizes = list(move.step_sizes)
         return move.reason, self._outcome() if move.step_sizes else before
 
-    def _tolerance(self, before: Outcome) -> float:
+    def _tolerance(self, before: Standing) -> float:
         share = self.rival.max_drift
         return math.inf if share is None else share * abs(before.loss)
 
-    def _layers(self, before: Outcome, end: Outcome, failed: bool) -> Iterable[LayerReport]:
+    def _layers(self, before: Standing, end: Standing, failed: bool) -> Iterable[LayerReport]:
         for block, start in self._from.items():
             norm = 0.0 if failed else float((block.part.matrix() - start).norm())
             status = "rolled back" if failed else "moved" if norm else "not moved"

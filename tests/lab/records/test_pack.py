@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from teleport.cli import main
 from teleport.errors import RunError
 from teleport.lab.analysis.connectivity import read_lines
-from teleport.lab.analysis.outcomes import blocks, markdown
+from teleport.lab.analysis.outcomes import blocks, matrix_markdown
 from teleport.lab.analysis.sensitivity import read_outcomes
 from teleport.lab.bench.tables import holds_benchmarks, read_benchmarks
-from teleport.lab.experiments.arms import Arm, Settings, teleport_settings
+from teleport.lab.experiments.arms import Arm, RunSettings, teleport_settings
 from teleport.lab.experiments.run import run_arms
 from teleport.lab.paper.input_energy import read_spectra
 from teleport.lab.paper.moves import read_moves
@@ -30,7 +30,7 @@ from teleport.lab.records.runs import first_row, has_begun, read_rows, read_runs
 from teleport.lab.records.study import INDEX, TABLES, record_folders, record_paths, write_study
 from tests.support.results import RESULTS, copy_records
 
-SETTINGS = Settings(
+SETTINGS = RunSettings(
     "sample-rows", "tiny", teleport=teleport_settings("sample-rows", "default", after=1)
 )
 ARMS = [Arm(0.1), Arm(0.1, True)]
@@ -180,9 +180,9 @@ def test_a_study_that_is_packed_anew_is_read_anew(loose: Path, tmp_path: Path) -
 def test_report_and_figure_say_the_same_of_both_forms(
     loose: Path, study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = markdown(blocks(loose))
-    assert said == markdown(blocks(study))
-    assert markdown(blocks(loose / "again")) == markdown(blocks(study / "again"))
+    said = matrix_markdown(blocks(loose))
+    assert said == matrix_markdown(blocks(study))
+    assert matrix_markdown(blocks(loose / "again")) == matrix_markdown(blocks(study / "again"))
     for folder in (loose, study):
         assert main(["report", str(folder)]) == 0
         assert capsys.readouterr().out.strip() == said.strip()
