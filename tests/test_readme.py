@@ -1,10 +1,12 @@
-"""What the README says is what the records and the library say.
+"""What the README and the pages of tables and use say is what the records and the library say.
 
 ``python tests/test_readme.py`` prints the generated parts.
 """
 
+import base64
 import contextlib
 import io
+import json
 import re
 from math import isnan
 from pathlib import Path
@@ -32,6 +34,8 @@ from teleport.rivals.ways import OURS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "chapters" / "results"
+PAGES = ("README.md", "chapters/results.md", "chapters/use.md", "chapters/commands.md")
+README, TABLES, USE, COMMANDS = PAGES
 SEQUENCES = ("mnist-fashion", "mnist-fashion-tau", "permuted-mnist")
 HEAD = [
     "| arm | final train loss | final test loss | steps | seconds | log loss |",
@@ -116,7 +120,7 @@ def rival_lines() -> list[str]:
             gains = " | ".join(f"{log_loss(one)} | {in_seconds(one)}" for one in found)
             cost = f"{timing(row).ratio.median:.1f}"
             lines.append(f"| {row['way']} | {row['growth']:.2f} | {drifts} | {cost} | {gains} |")
-    return [*lines, *speed_lines(measured)]
+    return [*lines, "", *speed_lines(measured)]
 
 
 def matrix_lines() -> list[str]:
@@ -169,8 +173,8 @@ def speed_lines(measured: list[dict[str, Any]]) -> list[str]:
 
 
 def example_output(change: tuple[str, str] = ("", "")) -> list[float]:
-    """The accuracies that the README's example prints."""
-    (code,) = re.findall(r"<!-- example: .*?```python\n(.*?)```", readme(), re.DOTALL)
+    """The accuracies that the example of the null space prints."""
+    (code,) = re.findall(r"<!-- example: .*?```python\n(.*?)```", page(USE), re.DOTALL)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code.replace(*change), {})
@@ -188,12 +192,12 @@ def example_report() -> str:
     return str(report)
 
 
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
-def between(start: str, end: str) -> list[str]:
-    found = re.search(rf"<!-- {start}.*?-->\n(.*?)<!-- {end}", readme(), re.DOTALL)
+def between(start: str, end: str, name: str = TABLES) -> list[str]:
+    found = re.search(rf"<!-- {start}.*?-->\n(.*?)<!-- {end}", page(name), re.DOTALL)
     assert found is not None
     return [line for line in found.group(1).splitlines() if line]
 
@@ -211,7 +215,7 @@ def test_the_costs_are_those_of_the_records() -> None:
 
 
 def test_the_rivals_are_those_of_the_records() -> None:
-    assert between("rivals", "end of rivals") == rival_lines()
+    assert between("rivals", "end of rivals") == [line for line in rival_lines() if line]
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -220,7 +224,7 @@ def test_the_sequences_are_those_of_the_records(name: str) -> None:
 
 
 def test_the_example_prints_what_the_text_below_it_says() -> None:
-    text = readme().split("<!-- end of example -->")[1]
+    text = page(USE).split("<!-- end of example -->")[1]
     said = [float(number) for number in re.findall(r"0\.\d{3}", text)[:5]]
     kept, before, learned, lost, plain = said
     assert example_output() == pytest.approx([kept, learned], abs=0.02)
@@ -229,11 +233,12 @@ def test_the_example_prints_what_the_text_below_it_says() -> None:
     assert lost < kept <= before
 
 
-def test_the_report_has_the_layers_and_ranks_the_library_prints() -> None:
+@pytest.mark.parametrize("name", [README, USE])
+def test_the_report_has_the_layers_and_ranks_the_library_prints(name: str) -> None:
     def layers(lines: list[str]) -> list[list[str]]:
         return [line.split()[:6] for line in lines if "Linear" in line]
 
-    shown = layers(between("report", "end of report"))
+    shown = layers(between("report", "end of report", name))
     assert shown == layers(example_report().splitlines())
     assert len(shown) == 3
 
@@ -241,15 +246,30 @@ def test_the_report_has_the_layers_and_ranks_the_library_prints() -> None:
 def test_the_support_table_names_every_rule() -> None:
     def named(kind: type) -> bool:
         stem = kind.__name__.rstrip("123d").removesuffix("Cell")
-        return stem in readme()
+        return stem in page(USE)
 
     assert [kind for kind in teleport.layers.RULES if not named(kind)] == []
 
 
-def test_every_file_the_readme_points_to_exists() -> None:
-    targets = re.findall(r"\]\(((?!http)[^)]+)\)", readme())
-    assert targets
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("name", PAGES)
+def test_every_file_that_is_pointed_to_exists(name: str) -> None:
+    targets = re.findall(r"\]\(((?!http)[^)]+)\)", page(name))
+    assert targets or name == COMMANDS
+    assert [target for target in targets if not ((ROOT / name).parent / target).exists()] == []
+
+
+def test_the_readme_is_two_screens_and_names_every_page() -> None:
+    assert len(page(README).splitlines()) <= 220
+    for name in PAGES[1:]:
+        assert f"]({name})" in page(README)
+
+
+def test_the_picture_is_that_of_the_reading_guide() -> None:
+    guide = json.loads(page("chapters/00_reading_guide.ipynb"))
+    outputs = [output for cell in guide["cells"] for output in cell.get("outputs", [])]
+    pictures = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    picture = (ROOT / "chapters" / "teleport.png").read_bytes()
+    assert picture == base64.b64decode(pictures[0])
 
 
 def test_the_matrix_is_that_of_the_records() -> None:
@@ -258,8 +278,8 @@ def test_the_matrix_is_that_of_the_records() -> None:
     assert written.strip() == outcomes.matrix_markdown(outcomes.blocks(RESULTS)).strip()
 
 
-def test_the_readme_names_every_experiment() -> None:
-    assert [name for name in EXPERIMENTS if f"`{name}`" not in readme()] == []
+def test_every_experiment_is_named() -> None:
+    assert [name for name in EXPERIMENTS if f"`{name}`" not in page(COMMANDS)] == []
 
 
 def test_every_committed_result_is_complete_and_tells_its_command() -> None:

@@ -1,7 +1,6 @@
 """The parts of the book's pages that are generated: contents, public names, how to cite."""
 
 import inspect
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -35,8 +34,8 @@ def public_names() -> str:
     rest = [name for name in names if name not in modules and name not in errors]
     parts = ["## Teleporting and null spaces\n", _rst(map(_entry, sorted(rest, key=str.lower)))]
     parts += ["## Errors\n", _rst(map(_entry, errors))]
-    for name in modules:
-        parts += [f"## teleport.{name}\n", _rst([_module(f"teleport.{name}")])]
+    for name, module in modules.items():
+        parts += [f"## teleport.{name}\n", _rst([_module(module)])]
     return "\n".join(parts)
 
 
@@ -52,9 +51,10 @@ def _entry(name: str) -> str:
     return f".. {kind}:: teleport.{name}\n" + ("   :members:\n" if kind == "autoclass" else "")
 
 
-def _module(name: str) -> str:
-    members = "   :imported-members:\n" if hasattr(import_module(name), "__all__") else ""
-    return f".. automodule:: {name}\n   :members:\n{members}"
+def _module(module: ModuleType) -> str:
+    """By where it lies, which need not be the name it is public under."""
+    members = "   :imported-members:\n" if hasattr(module, "__all__") else ""
+    return f".. automodule:: {module.__name__}\n   :members:\n{members}"
 
 
 def _rst(entries: Any) -> str:
