@@ -183,28 +183,28 @@ def ascent_double_backward(
     return [a / 2 for a in ascent] if velocity is None else list(ascent)
 
 
-State = Mapping[str, Any]
+OptimizerState = Mapping[str, Any]
 """Options of a parameter group, or what an optimizer knows of a parameter."""
 
 
-def _adam(group: State, state: State) -> Any:
+def _adam(group: OptimizerState, state: OptimizerState) -> Any:
     second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
     unbiased = at_least_single(second) / (1.0 - group["betas"][1] ** float(state["step"]))
     return unbiased.sqrt() + group["eps"]
 
 
-def _adagrad(group: State, state: State) -> Any:
+def _adagrad(group: OptimizerState, state: OptimizerState) -> Any:
     return at_least_single(state["sum"]).sqrt() + group["eps"]
 
 
-def _rmsprop(group: State, state: State) -> Any:
+def _rmsprop(group: OptimizerState, state: OptimizerState) -> Any:
     second = at_least_single(state["square_avg"])
     if group["centered"]:
         second = second - at_least_single(state["grad_avg"]).square()
     return second.sqrt() + group["eps"]
 
 
-DIAGONALS: dict[type[Optimizer], Callable[[State, State], Any] | None] = {
+DIAGONALS: dict[type[Optimizer], Callable[[OptimizerState, OptimizerState], Any] | None] = {
     SGD: None,
     Adam: _adam,
     AdamW: _adam,

@@ -11,28 +11,28 @@ from teleport.layers.linear import LinearPart
 from teleport.layers.part import Part, Slot, slot
 from teleport.layers.rule import Apply, LayerRule, register
 
-State = tuple[Tensor, ...]
-Cell = Callable[[Tensor, Tensor, State], State]
+HiddenState = tuple[Tensor, ...]
+CellStep = Callable[[Tensor, Tensor, HiddenState], HiddenState]
 
 
-def _lstm(x: Tensor, h: Tensor, state: State) -> State:
+def _lstm(x: Tensor, h: Tensor, state: HiddenState) -> HiddenState:
     i, f, g, o = (x + h).chunk(4, dim=-1)
     c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
 
-def _gru(x: Tensor, h: Tensor, state: State) -> State:
+def _gru(x: Tensor, h: Tensor, state: HiddenState) -> HiddenState:
     (xr, xz, xn), (hr, hz, hn) = x.chunk(3, dim=-1), h.chunk(3, dim=-1)
     z = (xz + hz).sigmoid()
     n = (xn + (xr + hr).sigmoid() * hn).tanh()
     return ((1 - z) * n + z * state[0],)
 
 
-def _elman(activation: Callable[[Tensor], Tensor]) -> Cell:
+def _elman(activation: Callable[[Tensor], Tensor]) -> CellStep:
     return lambda x, h, state: (activation(x + h),)
 
 
-def _cell(module: Any) -> Cell:
+def _cell(module: Any) -> CellStep:
     """How products of input and state become the next state: (hidden, memory) or (hidden,)."""
     if isinstance(module, (nn.LSTM, nn.LSTMCell)):
         return _lstm
@@ -105,7 +105,7 @@ def _suffixes(module: Any) -> list[str]:
     return [f"_l{layer}{way}" for layer in range(module.num_layers) for way in ways]
 
 
-def _starts(module: Any, sequence: Tensor, state: Any, batched: bool) -> list[State]:
+def _starts(module: Any, sequence: Tensor, state: Any, batched: bool) -> list[HiddenState]:
     """Initial states, one per layer and direction, each ``[samples, width]``."""
     count = len(_suffixes(module))
     if state is None:
@@ -119,8 +119,8 @@ def _starts(module: Any, sequence: Tensor, state: Any, batched: bool) -> list[St
 
 
 def _unroll(
-    module: Any, apply: Apply, suffix: str, sequence: Tensor, state: State, reverse: int
-) -> tuple[Tensor, State]:
+    module: Any, apply: Apply, suffix: str, sequence: Tensor, state: HiddenState, reverse: int
+) -> tuple[Tensor, HiddenState]:
     """One layer in one direction over ``[steps, samples, features]``."""
     cell, products = _cell(module), apply("ih" + suffix, sequence)
     order = range(len(sequence))
@@ -133,7 +133,7 @@ def _unroll(
     return torch.stack(outputs[::-1] if reverse else outputs), state
 
 
-def _packed_up(module: Any, sequence: Tensor, ends: list[State], batched: bool) -> Any:
+def _packed_up(module: Any, sequence: Tensor, ends: list[HiddenState], batched: bool) -> Any:
     """Output and final states in the shapes the module returns."""
     finals = tuple(torch.stack(pieces) for pieces in zip(*ends, strict=True))
     if not batched:

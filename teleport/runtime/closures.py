@@ -12,7 +12,7 @@ from teleport.errors import ClosureError, NonFiniteLossError
 Closure = Callable[[], Tensor]
 """Returns the scalar loss of a batch."""
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 def evaluate(closure: Closure) -> Float[Tensor, ""]:
@@ -37,7 +37,7 @@ def evaluate(closure: Closure) -> Float[Tensor, ""]:
     return loss.reshape(())
 
 
-def without_gradients(run: Callable[[], Result]) -> Result:
+def without_gradients(run: Callable[[], _Result]) -> _Result:
     """Run without gradients; with them if the forward pass itself needs them.
 
     It does where it registers hooks on activations, or takes a derivative, as of an energy. Then it

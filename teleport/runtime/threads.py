@@ -10,7 +10,7 @@ import torch
 from teleport.runtime.cores import cores, number_is_given
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 WORTH_THREADS = 2.5e8
@@ -31,8 +31,8 @@ def worth_threads(multiplications: Iterable[float]) -> bool:
 
 
 def in_parallel(
-    work: Callable[[Item], Result], items: Sequence[Item], parallel: bool = True
-) -> list[Result]:
+    work: Callable[[Item], _Result], items: Sequence[Item], parallel: bool = True
+) -> list[_Result]:
     """``[work(item) for item in items]``, with as many items at a time as torch has threads.
 
     Every item gets one thread, and the caller's number of threads is put back. Without

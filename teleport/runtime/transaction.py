@@ -23,7 +23,7 @@ from teleport.runtime.randomness import (
     names_of_drawing,
 )
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 _WITH_DROPOUT = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase)
 """What uses its ``training`` flag for dropout and for nothing else."""
@@ -89,7 +89,7 @@ class Transaction:
         """Back to the random state at entry, so that every call of a closure draws the same."""
         self._random.restore()
 
-    def repeatable(self, closure: Callable[[], Result]) -> Callable[[], Result]:
+    def repeatable(self, closure: Callable[[], _Result]) -> Callable[[], _Result]:
         """The closure, drawing the same random numbers at every call.
 
         Modules that draw in train mode are put into evaluation mode, as dropout is.
@@ -99,13 +99,13 @@ class Transaction:
         """
         heard = False
 
-        def call() -> Result:
+        def call() -> _Result:
             nonlocal heard
             self.rewind_random()
             self.quiet.enforce()
             if heard:
                 return closure()
-            results: list[Result] = []
+            results: list[_Result] = []
             drawing = drawing_modules(self.model, lambda: results.append(closure()))
             if self.quiet.add(drawing):
                 raise DrewError("modules of the model drew random numbers")
@@ -115,7 +115,7 @@ class Transaction:
 
         return call
 
-    def until_quiet(self, work: Callable[[], Result]) -> tuple[Result, str]:
+    def until_quiet(self, work: Callable[[], _Result]) -> tuple[_Result, str]:
         """Do work with repeatable closures, from the start for as long as modules draw in it.
 
         Returns:
