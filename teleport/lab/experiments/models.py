@@ -1,4 +1,4 @@
-"""The networks of the experiments, as plain ``nn.Module``s."""
+"""The networks of the experiments, as plain modules of ``torch.nn``."""
 
 from collections.abc import Sequence
 from itertools import pairwise
