@@ -451,7 +451,7 @@ def test_batches_refuse_different_lengths() -> None:
 
 
 def dataset(
-    kind: data.Kind, inputs: torch.Tensor, targets: torch.Tensor, classes: int
+    kind: data.DataKind, inputs: torch.Tensor, targets: torch.Tensor, classes: int
 ) -> data.Dataset:
     return data.Dataset("made", inputs, targets, inputs, targets, classes, "", "", kind=kind)
 
