@@ -200,12 +200,12 @@ def test_report_and_figure_say_the_same_of_both_forms(
 READERS: dict[str, Callable[[Path], Any]] = {
     "bench/after": read_benchmarks,
     "connectivity/mnist-sample": read_lines,
-    "continual/digits": read_runs,
-    "design": read_outcomes,
+    "keeping/digits": read_runs,
+    "sensitivity/design": read_outcomes,
     "moves/resnet18-training": read_moves,
-    "product/cifar10-jpeg-cnn": read_product,
-    "spectrum": read_spectra,
-    "tau/mnist-mlp": read_trajectories,
+    "paper/product/cifar10-jpeg-cnn": read_product,
+    "paper/spectrum": read_spectra,
+    "paper/tau/mnist-mlp": read_trajectories,
 }
 
 
