@@ -193,7 +193,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take the tier; the files with slow tests first, so that no process waits for the other."""
+    """Take the tier; long files first, so that at the end no process waits for the other."""
     slow = {item for item in items if item.get_closest_marker("slow")}
     if config.getoption("--deep"):
         out = {item for item in items if not item.get_closest_marker("verifies")}
@@ -203,10 +203,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         out = slow
     if out:
         config.hook.pytest_deselected(items=[item for item in items if item in out])
-    first = {item.path for item in slow}
-    items[:] = sorted(
-        (item for item in items if item not in out), key=lambda item: item.path not in first
-    )
+    long = {item.path for item in items if item in slow or item.path.suffix == ".ipynb"}
+    kept = (item for item in items if item not in out)
+    items[:] = sorted(kept, key=lambda item: item.path not in long)
 
 
 def every_tier(config: pytest.Config) -> bool:

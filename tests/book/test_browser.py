@@ -64,6 +64,9 @@ def book() -> Book:
 
 @pytest.fixture(scope="module")
 def pages(book: Book, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in TELEPORT_BOOK, where the book was built just now, or else built here."""
+    if built := os.environ.get("TELEPORT_BOOK"):
+        return Path(built)
     return build(book.file, tmp_path_factory.mktemp("book") / "out").parent
 
 
