@@ -9,6 +9,8 @@ a hint is a finding, not a guess.
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,11 +104,7 @@ class Check:
         Raises:
             CheckError: if Hypothesis is not installed.
         """
-        verdict = examine(self, fn)
-        LOG.append(verdict)
-        if not quiet:
-            print(verdict)  # noqa: T201
-        return verdict
+        return tell(examine(self, fn), quiet)
 
     @property
     def theorem(self) -> str:
@@ -120,8 +118,28 @@ class Check:
         return f"{self.name}({arguments}) -> {self.gives}"
 
 
-LOG: list[Verdict] = []
-"""Every verdict of this process; `teleport check` reads it."""
+_HEARD: ContextVar[list[Verdict] | None] = ContextVar("_HEARD", default=None)
+
+
+@contextmanager
+def hearing() -> Iterator[list[Verdict]]:
+    """The verdicts that are told meanwhile; `teleport check` reads them."""
+    heard: list[Verdict] = []
+    before = _HEARD.set(heard)
+    try:
+        yield heard
+    finally:
+        _HEARD.reset(before)
+
+
+def tell(verdict: Verdict, quiet: bool) -> Verdict:
+    """Print a verdict unless ``quiet``, let `hearing` know it, and return it."""
+    heard = _HEARD.get()
+    if heard is not None:
+        heard.append(verdict)
+    if not quiet:
+        print(verdict)  # noqa: T201
+    return verdict
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
-from teleport.check.engine import LOG
+from teleport.check.engine import tell
 from teleport.check.literal import cut
 from teleport.check.verdict import Verdict
 
@@ -85,7 +85,4 @@ def _verdict(
         got="" if passed else cut(repr(answer), 100),
         hint="" if passed else hint,
     )
-    LOG.append(verdict)
-    if not quiet:
-        print(verdict)  # noqa: T201
-    return verdict
+    return tell(verdict, quiet)

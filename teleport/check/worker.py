@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from teleport.check.engine import LOG
+from teleport.check.engine import hearing
 from teleport.check.guard import Bounded
 from teleport.check.session import Session
 from teleport.check.submission import read_submission
@@ -28,10 +28,11 @@ def run_pieces(path: Path, results: TextIO, skip: set[int]) -> None:
         if index in skip:
             continue
         _tell(results, {"begin": index})
-        before, stream = len(LOG), Bounded(2000)
-        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        stream = Bounded(2000)
+        quiet = contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream)
+        with quiet[0], quiet[1], hearing() as heard:
             error = unit.fault or session.run(unit.tree)
-        verdicts = [verdict.to_dict() for verdict in LOG[before:]]
+        verdicts = [verdict.to_dict() for verdict in heard]
         printed = stream.getvalue()
         _tell(results, {"end": index, "error": error, "verdicts": verdicts, "printed": printed})
 

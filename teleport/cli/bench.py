@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from teleport.cli.loading import loading
-from teleport.cli.options import COMMAND_LINE, checked_threads
+from teleport.cli.options import COMMAND_LINE, DeviceOption, checked_threads
 from teleport.cli.progress import step_progress
 from teleport.lab.experiments.choices import BENCHMARK_NAMES, NOT_IN_ALL
 
@@ -22,7 +22,7 @@ def bench(
     preset: Annotated[
         str, typer.Option(help="Size: tiny (seconds), cpu (minutes) or paper (for a GPU).")
     ] = "cpu",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: DeviceOption = "cpu",
     threads: Annotated[
         int,
         typer.Option(

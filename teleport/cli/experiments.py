@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from teleport.cli.loading import loading
-from teleport.cli.options import COMMAND_LINE, Threads, check_names, checked_threads
+from teleport.cli.options import (
+    COMMAND_LINE,
+    CheckpointOption,
+    ControlsOption,
+    DeviceOption,
+    EpochsOption,
+    PresetOption,
+    ResumeOption,
+    Threads,
+    check_names,
+    checked_threads,
+)
 from teleport.cli.output import console, count_of, say
 from teleport.cli.progress import step_progress
 from teleport.errors import RunError
@@ -43,7 +54,7 @@ def list_experiments() -> None:
 
 def run(
     name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")] = "mnist-sample",
-    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    preset: PresetOption = "cpu",
     optimizer: Annotated[
         str, typer.Option(help=f"{', '.join(OPTIMIZER_NAMES)}, or a class by its name.")
     ] = "sgd",
@@ -60,7 +71,7 @@ def run(
     teleports: Annotated[
         bool, typer.Option("--teleport/--no-teleport", help="Run the arms that teleport.")
     ] = True,
-    epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
+    epochs: EpochsOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
     first_seed: Annotated[
         int, typer.Option(min=0, help="The first of them; rates are tuned on others than compared.")
@@ -86,9 +97,7 @@ def run(
     ] = None,
     cap: Annotated[float | None, typer.Option(help="Upper bound on the gradient norm.")] = None,
     tau: Annotated[float, typer.Option(help="Share of input energy kept fixed, in (0, 1].")] = 1.0,
-    controls: Annotated[
-        bool, typer.Option("--controls", help="Add the controls that act on any network.")
-    ] = False,
+    controls: ControlsOption = False,
     rivals: Annotated[
         bool, typer.Option("--rivals", help="Add every rival and control as an arm.")
     ] = False,
@@ -98,19 +107,15 @@ def run(
     activation: Annotated[
         str, typer.Option(help="relu (the paper's), leaky_relu (needed by --rivals) or tanh.")
     ] = "relu",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    device: DeviceOption = "cpu",
     out: Annotated[
         Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in the folder of --out after a kill.")
-    ] = False,
+    resume: ResumeOption = False,
     force: Annotated[
         bool, typer.Option("--force", help="Start over in the folder of --out.")
     ] = False,
-    checkpoint: Annotated[
-        float, typer.Option(min=0.0, help="Seconds between checkpoints of a run.")
-    ] = CHECKPOINT_SECONDS,
+    checkpoint: CheckpointOption = CHECKPOINT_SECONDS,
     tensorboard: Annotated[
         Path | None, typer.Option(help="Folder for TensorBoard (extra tensorboard).")
     ] = None,
@@ -194,22 +199,18 @@ def sweep(
     ],
     optimizers: Annotated[str, typer.Option(help="Optimizers, with commas.")] = "sgd",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 3,
-    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    preset: PresetOption = "cpu",
     schedule: Annotated[
         str, typer.Option(help=f"When to teleport: {' or '.join(SCHEDULES)}.")
     ] = "default",
-    epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
-    controls: Annotated[
-        bool, typer.Option("--controls", help="Add the controls that act on any network.")
-    ] = False,
+    epochs: EpochsOption = None,
+    controls: ControlsOption = False,
     jobs: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 1,
     scheduler: Annotated[
         str | None, typer.Option(help="Address of a Dask scheduler, instead of --jobs.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    checkpoint: Annotated[
-        float, typer.Option(min=0.0, help="Seconds between checkpoints of a run.")
-    ] = CHECKPOINT_SECONDS,
+    device: DeviceOption = "cpu",
+    checkpoint: CheckpointOption = CHECKPOINT_SECONDS,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder; what is finished there is left. Default runs/<date>-sweep."),

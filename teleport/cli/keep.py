@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from teleport.cli.loading import loading
-from teleport.cli.options import COMMAND_LINE, Threads
+from teleport.cli.options import COMMAND_LINE, ResumeOption, Threads
 from teleport.cli.progress import step_progress
 from teleport.lab.experiments.choices import METHOD_NAMES, SEQUENCE_NAMES
 from teleport.lab.experiments.entry import one_of
@@ -34,9 +34,7 @@ def continual(
     tune: Annotated[
         bool, typer.Option("--tune", help="A grid of learning rates on validation images.")
     ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in the folder of --out; finished runs stay.")
-    ] = False,
+    resume: ResumeOption = False,
     out: Annotated[
         Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
     ] = None,

@@ -22,6 +22,18 @@ def checked_threads(threads: int | None) -> int | None:
     return threads
 
 
+PresetOption = Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")]
+EpochsOption = Annotated[int | None, typer.Option(help="Epochs; default from the preset.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on in the folder of --out; what is complete stays.")
+]
+CheckpointOption = Annotated[
+    float, typer.Option(min=0.0, help="Seconds between checkpoints of a run.")
+]
+ControlsOption = Annotated[
+    bool, typer.Option("--controls", help="Add the controls that act on any network.")
+]
 Threads = Annotated[
     int | None,
     typer.Option(

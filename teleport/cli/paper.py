@@ -7,14 +7,21 @@ from typing import Annotated
 import typer
 
 from teleport.cli.loading import loading
-from teleport.cli.options import COMMAND_LINE, Threads, check_names
+from teleport.cli.options import (
+    COMMAND_LINE,
+    EpochsOption,
+    PresetOption,
+    ResumeOption,
+    Threads,
+    check_names,
+)
 from teleport.cli.output import say
 from teleport.cli.progress import step_progress
 
 
 def spectrum(
     names: Annotated[list[str], typer.Argument(help="Experiments; see `teleport list`.")],
-    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    preset: PresetOption = "cpu",
     trained: Annotated[
         list[int] | None,
         typer.Option(min=0, help="Training steps to look after; may be repeated. Default 0, 50."),
@@ -23,9 +30,7 @@ def spectrum(
     out: Annotated[
         Path | None, typer.Option(help="New folder; default runs/<date>-spectrum.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in the folder of --out; complete records stay.")
-    ] = False,
+    resume: ResumeOption = False,
     threads: Threads = None,
 ) -> None:
     """Show how few directions hold the input energy of every layer (the paper's Figure 6a)."""
@@ -56,7 +61,7 @@ def spectrum(
 
 def tau(
     name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")],
-    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    preset: PresetOption = "cpu",
     trained: Annotated[int, typer.Option(min=0, help="Training steps before.")] = 50,
     lr: Annotated[
         float | None, typer.Option(help="Teleport step size; default the paper schedule's.")
@@ -64,9 +69,7 @@ def tau(
     steps: Annotated[int, typer.Option(min=1, help="Teleport steps.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of initial values, data order, batch.")] = 0,
     out: Annotated[Path | None, typer.Option(help="New folder; default runs/<date>-tau.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in the folder of --out; complete records stay.")
-    ] = False,
+    resume: ResumeOption = False,
     threads: Threads = None,
 ) -> None:
     """Follow gradient norm and loss over teleport steps for every tau (the paper's Figure 6b)."""
@@ -103,7 +106,7 @@ def tau(
 
 def moves(
     names: Annotated[list[str], typer.Argument(help="Experiments; see `teleport list`.")],
-    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    preset: PresetOption = "cpu",
     trained: Annotated[int, typer.Option(min=0, help="Training steps before.")] = 50,
     growth: Annotated[float, typer.Option(help="Of the gradient norm, asked for.")] = 1.5,
     batch: Annotated[
@@ -114,9 +117,7 @@ def moves(
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 3,
     out: Annotated[Path | None, typer.Option(help="New folder; default runs/<date>-moves.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in the folder of --out; complete records stay.")
-    ] = False,
+    resume: ResumeOption = False,
     threads: Threads = None,
 ) -> None:
     """Show which layers one teleport moves, and with which drift, for every tau."""
@@ -159,7 +160,7 @@ def product(
         str | None, typer.Option(help="Name of a layer in the network; default the first.")
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the inputs to show.")] = 48,
-    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
+    preset: PresetOption = "cpu",
     trained: Annotated[int, typer.Option(min=0, help="Training steps before.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Of initial values, data order, batch.")] = 0,
     out: Annotated[
@@ -186,16 +187,14 @@ def product(
 
 def connectivity(
     names: Annotated[list[str], typer.Argument(help="Experiments; see `teleport list`.")],
-    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
-    epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
+    preset: PresetOption = "cpu",
+    epochs: EpochsOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 5,
     points: Annotated[int, typer.Option(min=3, help="On every line, its ends included.")] = 11,
     out: Annotated[
         Path | None, typer.Option(help="New folder; default runs/<date>-connectivity.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in the folder of --out; complete records stay.")
-    ] = False,
+    resume: ResumeOption = False,
     threads: Threads = None,
 ) -> None:
     """Follow the loss on the line between networks trained with and without a teleport."""
@@ -229,15 +228,13 @@ def connectivity(
 
 def sensitivity(
     name: Annotated[str, typer.Argument(help="Experiment; see `teleport list`.")],
-    preset: Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")] = "cpu",
-    epochs: Annotated[int | None, typer.Option(help="Epochs; default from the preset.")] = None,
+    preset: PresetOption = "cpu",
+    epochs: EpochsOption = None,
     points: Annotated[int, typer.Option(help="Of the design, three runs each.")] = 48,
     out: Annotated[
         Path | None, typer.Option(help="New folder; default runs/<date>-sensitivity.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on in the folder of --out; complete records stay.")
-    ] = False,
+    resume: ResumeOption = False,
     threads: Threads = None,
 ) -> None:
     """Change all settings of a teleport at once; print the effect of each on the loss."""

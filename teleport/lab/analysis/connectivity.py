@@ -22,7 +22,7 @@ from torch import nn
 from teleport.data import Dataset, load
 from teleport.errors import RunError
 from teleport.lab.experiments.arms import Arm, RunSettings, teleport_settings, tuning
-from teleport.lab.experiments.training import Training, check_fits, look
+from teleport.lab.experiments.training import Training, check_fits, look, separate_draws
 from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
 from teleport.lab.records.runs import FloatArray, Split, has_begun, read_rows, twice
@@ -132,7 +132,7 @@ def forked(
             training.restore(moment, Path("moment"))
         yield f"growth {growth:g}", training, _trained(training, lambda: progress(1))
     training = Training(settings, Arm(lr), seed, dataset)
-    others = torch.Generator().manual_seed(seed + 3_000_003)  # orders the rest of the epoch
+    others = separate_draws(seed, use=3)  # orders the rest of the epoch
     if at:
         training.restore({**moment, "epoch_start": others.get_state()}, Path("moment"))
     else:

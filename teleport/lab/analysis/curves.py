@@ -13,13 +13,13 @@ from teleport.lab.analysis.sensitivity import Effects
 from teleport.lab.records.compare import ArmSummary
 from teleport.lab.records.runs import FloatArray, Run, by_arm, log
 
-_SHADES = ("#0b3c5d", "#c8553d", "#5b8e7d", "#8d6a9f", "#c49a1a", "#4a4a4a")
+SHADES = ("#0b3c5d", "#c8553d", "#5b8e7d", "#8d6a9f", "#c49a1a", "#4a4a4a")
 
 
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+POINT_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-_LINES = ("-", "--", ":", "-.")
+LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def loss_figure(runs: Sequence[Run], title: str = "") -> Figure:
@@ -93,7 +93,7 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
         with np.errstate(invalid="ignore"):  # no spread around a loss of exactly 0
             middle, spread = logs.mean(0), logs.std(0)
         teleports = bool(runs[0].config["training"]["teleport"])
-        colour = _SHADES[number % len(_SHADES)]
+        colour = SHADES[number % len(SHADES)]
         every = max(1, count // 10)
         axes.plot(
             x,
@@ -101,7 +101,7 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
             label=f"{arm} (diverged)" if any(run.status == "diverged" for run in runs) else arm,
             color=colour,
             linestyle="-" if teleports else "--",
-            marker=_MARKERS[number % len(_MARKERS)],
+            marker=POINT_MARKERS[number % len(POINT_MARKERS)],
             markersize=4,
             markevery=(number * every // len(groups), every),
             zorder=2.0 if teleports else 2.1,
@@ -187,7 +187,7 @@ def _draw_gaps(axes: Axes, baseline: str, arms: Sequence[ArmSummary]) -> None:
     for row, arm in enumerate(arms):
         assert arm.to_own is not None
         gap, spread = arm.to_own.log_loss, np.nan_to_num(arm.to_own.log_loss_spread)
-        axes.errorbar(gap, row, xerr=spread, fmt="o", color=_SHADES[0], capsize=3)
+        axes.errorbar(gap, row, xerr=spread, fmt="o", color=SHADES[0], capsize=3)
         for place, ratio in ((1.02, arm.to_own.steps), (1.15, arm.to_own.seconds)):
             text = "-" if np.isnan(ratio) else f"× {ratio:.2f}"
             axes.text(place, row, text, transform=beside, va="center", fontsize=8)
@@ -200,7 +200,7 @@ def _draw_gaps(axes: Axes, baseline: str, arms: Sequence[ArmSummary]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def _joined(names: Sequence[str]) -> str:
+def layer_names(names: Sequence[str]) -> str:
     """Names that differ in their last part as one: ``"attn.q, k, v"``."""
     first, *rest = names
     front = first.rpartition(".")[0]
@@ -267,14 +267,14 @@ def draw_band(
         dashed: instead of solid.
     """
     middle, spread = values.mean(0), values.std(0)
-    colour = _SHADES[number % len(_SHADES)]
+    colour = SHADES[number % len(SHADES)]
     axes.plot(
         x,
         middle,
         label=label or None,
         color=colour,
         linestyle="--" if dashed else "-",
-        marker=_MARKERS[number % len(_MARKERS)],
+        marker=POINT_MARKERS[number % len(POINT_MARKERS)],
         markersize=3,
         markevery=max(1, len(x) // 10),
     )
@@ -293,7 +293,7 @@ def draw_trade_off(
     """
     for number, (method, points) in enumerate(series.items()):
         new, old = (np.array([point[i] for point in points]) for i in (1, 2))
-        colour = _SHADES[number % len(_SHADES)]
+        colour = SHADES[number % len(SHADES)]
         axes.errorbar(
             new.mean(1),
             old.mean(1),
@@ -301,7 +301,7 @@ def draw_trade_off(
             new.std(1),
             label=method,
             color=colour,
-            marker=_MARKERS[number % len(_MARKERS)],
+            marker=POINT_MARKERS[number % len(POINT_MARKERS)],
             linewidth=1,
             markersize=5,
         )

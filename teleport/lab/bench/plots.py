@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from teleport.lab.analysis.curves import _MARKERS, _SHADES
+from teleport.lab.analysis.curves import POINT_MARKERS, SHADES
 from teleport.lab.bench.timing import Curve
 
 
@@ -38,8 +38,8 @@ def draw_scaling(axes: Axes, size: str, claim: str, curves: Mapping[str, Curve])
             middle,
             yerr=(below, above),
             label=method + fit,
-            color=_SHADES[number % len(_SHADES)],
-            marker=_MARKERS[number % len(_MARKERS)],
+            color=SHADES[number % len(SHADES)],
+            marker=POINT_MARKERS[number % len(POINT_MARKERS)],
             markersize=4,
             capsize=2,
         )

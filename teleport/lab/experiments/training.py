@@ -19,12 +19,23 @@ from teleport.lab.experiments.optimizers import find_optimizer, within_range
 from teleport.lab.records.checkpoint import foreign, is_plain, load_checkpoint
 from teleport.lab.records.writer import RecordWriter
 from teleport.objective import grad_norm, trainable
+from teleport.recording import Closure
 from teleport.runtime.clock import now
 
 
 def train_size(size: Preset, dataset: Dataset) -> int:
     """Training examples that are used."""
     return min(size.train_size or len(dataset.train_inputs), len(dataset.train_inputs))
+
+
+def separate_draws(seed: int, use: int = 1) -> torch.Generator:
+    """Random numbers of a run apart from the order of its data, which they must not change.
+
+    Args:
+        seed: of the run.
+        use: what they are for: 1, teleport batches; 2, trials; 3, another order of the data.
+    """
+    return torch.Generator().manual_seed(seed + use * 1_000_000 + 3)
 
 
 def check_fits(settings: RunSettings, dataset: Dataset, teleports: bool = True) -> None:
@@ -159,9 +170,8 @@ class Training:
         self.optimizer = build(list(self.model.parameters()), arm.lr)
         self.subject = Subject(self.model, self.optimizer, self.steps_per_epoch, self._trial_step)
         self._own_step = self.subject.take_step
-        # Two generators: drawing teleport batches must not change the order of the training data.
         self.order = torch.Generator().manual_seed(seed)
-        self.draws = torch.Generator().manual_seed(seed + 1_000_003)
+        self.draws = separate_draws(seed)
         self.epoch_start = self.order.get_state()
         self.step = 0
         self.train_seconds = self.teleport_seconds = 0.0
@@ -256,15 +266,24 @@ class Training:
         for inputs, targets in self._stream():
             if self.step in due:
                 self._teleport()
-            started = self._now()
-            self._compute_gradients(inputs, targets)
-            with within_range():
-                self.subject.take_step()
-            self.train_seconds += self._now() - started
-            self.step += 1
+            self._take_step(inputs, targets)
             if self.step % self.size.evaluate_every == 0 or self.step == self.steps:
                 self._evaluate()
             after_step()
+
+    def _take_step(self, inputs: Tensor, targets: Tensor) -> None:
+        started = self._now()
+        self._compute_gradients(inputs, targets)
+        with within_range():
+            self.subject.take_step()
+        self.train_seconds += self._now() - started
+        self.step += 1
+
+    def advance(self, steps: int) -> None:
+        """So many steps, or those that are left, without a record and without a teleport."""
+        for inputs, targets in islice(self._stream(), steps):
+            self._take_step(inputs, targets)
+        self.optimizer.zero_grad()
 
     def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from the current step on; the order of an epoch is drawn at its start."""
@@ -289,7 +308,7 @@ class Training:
 
     def _trial_step(self, number: int) -> None:
         """A training step on a batch of its own, the same for every trial of that number."""
-        draw = torch.Generator().manual_seed(self.seed + 2_000_003 + number)
+        draw = separate_draws(self.seed + number, use=2)
         chosen = torch.randint(len(self.inputs), (self.settings.batch(),), generator=draw)
         self._compute_gradients(*self._examples(chosen))
         with within_range():
@@ -331,11 +350,8 @@ class Training:
     def _teleport(self) -> None:
         options = self.settings.teleport
         teleporter = options.teleporter(self.model)
-        size = options.batch_size
         for _ in range(options.schedule.batches):
-            chosen = torch.randperm(len(self.inputs), generator=self.draws)
-            chosen = chosen[: size + options.held_out_size]
-            held_out, batch = self._closure(chosen[size:]), self._closure(chosen[:size])
+            batch, held_out = self.draw()
             if self.arm.rival:
                 report = intervene(
                     self.arm.rival,
@@ -350,7 +366,13 @@ class Training:
             self.teleport_seconds += report.seconds
             self.writer.write("teleport", step=self.step, **report.to_dict())
 
-    def _closure(self, chosen: Tensor) -> Callable[[], Tensor]:
+    def draw(self) -> tuple[Closure, Closure]:
+        """The losses of the next teleport batch and of the held-out examples beside it."""
+        size, held_out = self.settings.teleport.batch_size, self.settings.teleport.held_out_size
+        chosen = torch.randperm(len(self.inputs), generator=self.draws)[: size + held_out]
+        return self._closure(chosen[:size]), self._closure(chosen[size:])
+
+    def _closure(self, chosen: Tensor) -> Closure:
         x, y = self._examples(chosen)
         return lambda: self._loss(x, y)
 

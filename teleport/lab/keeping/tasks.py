@@ -1,18 +1,26 @@
 """Sequences of tasks for one network with one head: what is to be learned, and how much of it."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from teleport.data import Dataset
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 VALIDATION = 5000
 """Images at the end of each training split that are never trained on; tuning looks at them."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Size:
     """The size of a sequence.
 
@@ -99,7 +107,7 @@ def _labelled(dataset: Dataset, low: int, high: int) -> Dataset:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskSequence:
     """Tasks to be learned in turn.
 
@@ -121,46 +129,27 @@ class TaskSequence:
     presets: dict[str, Size]
 
 
-_SAMPLE = ("mnist-sample",)
-_BOTH = ("mnist", "fashion-mnist")
-SEQUENCES = {
-    s.name: s
-    for s in (
-        TaskSequence(
-            "digits",
-            "embedded MNIST images, digits 0-4 then 5-9",
-            _lower_then_upper_labels,
-            0.5,
-            0.6,
-            0.9,
-            {
-                "tiny": Size(_SAMPLE, (64,), 32, 60, 40, 0.1, 200, 20, 200),
-                "cpu": Size(_SAMPLE, (256, 256), 32, 400, 200, 0.1, 500, 20, 900),
-            },
-        ),
-        TaskSequence(
-            "mnist-fashion",
-            "MNIST then Fashion-MNIST",
-            _one_task_per_set,
-            0.6,
-            0.6,
-            0.9,
-            {
-                "tiny": Size(_BOTH, (64,), 32, 60, 40, 0.1, 200, 20, 200),
-                "cpu": Size(_BOTH, (256, 256), 64, 940, 400, 0.1, 1000, 20, 2000),
-            },
-        ),
-        TaskSequence(
-            "permuted-mnist",
-            "five orders of MNIST's pixels",
-            _five_orders_of_the_pixels,
-            0.4,
-            0.5,
-            0.95,
-            {
-                "tiny": Size(_SAMPLE, (32,), 10, 60, 60, 0.05, 100, 20, 200),
-                "cpu": Size(("mnist",), (100, 100), 20, 1000, 1000, 0.1, 300, 100, 2000),
-            },
-        ),
-    )
+_MAKERS = {
+    "one task per set": _one_task_per_set,
+    "lower then upper labels": _lower_then_upper_labels,
+    "five orders of the pixels": _five_orders_of_the_pixels,
 }
+
+
+def _sequence(name: str, entry: dict[str, Any]) -> TaskSequence:
+    def size(entry: dict[str, Any]) -> Size:
+        return Size(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+
+    presets = {preset: size(one) for preset, one in entry["presets"].items()}
+    return TaskSequence(
+        name=name, **{**entry, "tasks": _MAKERS[entry["tasks"]], "presets": presets}
+    )
+
+
+def _read() -> dict[str, TaskSequence]:
+    text = (resources.files(__package__) / "sequences.toml").read_text(encoding="utf-8")
+    return {name: _sequence(name, entry) for name, entry in tomllib.loads(text).items()}
+
+
+SEQUENCES = _read()
+"""By name, from ``sequences.toml`` beside this module."""

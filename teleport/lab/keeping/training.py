@@ -24,6 +24,7 @@ from teleport.lab.experiments.entry import one_of
 from teleport.lab.experiments.models import mlp
 from teleport.lab.experiments.optimizers import within_range
 from teleport.lab.experiments.run import Progress
+from teleport.lab.experiments.training import separate_draws
 from teleport.lab.keeping.methods import LEARNING_METHODS, Plain
 from teleport.lab.keeping.tasks import SEQUENCES, Size, Task, TaskSequence
 from teleport.lab.records.checkpoint import locked
@@ -270,7 +271,7 @@ class _Learning:
         """A copy that goes on with a strategy and writes what was learned so far."""
         branch = copy(self)
         branch.model = deepcopy(self.model)
-        draws = torch.Generator().manual_seed(self.seed + 1_000_003)
+        draws = separate_draws(self.seed)
         branch.method = LEARNING_METHODS[strategy.method](strategy.tau or 1.0, draws)
         branch.lr, branch.writer, branch.rows = strategy.lr, writer, []
         for row in self.rows:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from teleport.lab.analysis.curves import _LINES, _MARKERS, _SHADES, _joined
+from teleport.lab.analysis.curves import LINE_STYLES, POINT_MARKERS, SHADES, layer_names
 from teleport.lab.paper.input_energy import Measured, Spectrum
 from teleport.lab.paper.products import Product
 from teleport.lab.paper.threshold import Trajectories
@@ -44,10 +44,10 @@ def draw_spectra(axes: Axes, layers: Sequence[Spectrum]) -> None:
         axes.plot(
             count / spectrum.d_in,
             spectrum.captured,
-            label=f"{_joined([s.layer for s in same])} ({spectrum.d_in})",
-            color=_SHADES[number % len(_SHADES)],
-            linestyle=_LINES[number // len(_SHADES) % len(_LINES)],
-            marker=_MARKERS[number % len(_MARKERS)],
+            label=f"{layer_names([s.layer for s in same])} ({spectrum.d_in})",
+            color=SHADES[number % len(SHADES)],
+            linestyle=LINE_STYLES[number // len(SHADES) % len(LINE_STYLES)],
+            marker=POINT_MARKERS[number % len(POINT_MARKERS)],
             markersize=3,
             markevery=0.1,
             linewidth=1.2,
@@ -83,9 +83,9 @@ def threshold_figure(found: Trajectories) -> Figure:
                 [point.number for point in points],
                 values,
                 label=f"τ = {tau:g}",
-                color=_SHADES[number % len(_SHADES)],
-                linestyle=_LINES[number % len(_LINES)],
-                marker=_MARKERS[number % len(_MARKERS)],
+                color=SHADES[number % len(SHADES)],
+                linestyle=LINE_STYLES[number % len(LINE_STYLES)],
+                marker=POINT_MARKERS[number % len(POINT_MARKERS)],
                 markersize=4,
             )
             axes.set_xlabel("teleport step")

@@ -4,18 +4,16 @@ For figures that look at one moment rather than at a whole run. The initial valu
 data and the teleport batch are those that `teleport run` has with the same seed.
 """
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from teleport.data import Dataset, batches, load, take
-from teleport.lab.experiments.arms import RunSettings, teleport_settings
+from teleport.data import Dataset, load
+from teleport.lab.experiments.arms import Arm, RunSettings, teleport_settings
 from teleport.lab.experiments.entry import Experiment
-from teleport.lab.experiments.optimizers import find_optimizer
-from teleport.lab.experiments.training import check_fits, train_size
+from teleport.lab.experiments.training import Training, check_fits, train_size
 from teleport.lab.records.writer import environment
 from teleport.runtime.closures import Closure
 
@@ -84,51 +82,24 @@ def moment(
     if steps < 0:
         raise ValueError(f"steps must be an integer >= 0, got {steps}")
     settings, dataset = _checked(experiment, preset, n)
-    recipe, size = settings.recipe(), settings.size()
-    count = train_size(size, dataset)
-    n, held = settings.teleport.batch_size, settings.teleport.held_out_size
-    inputs, targets = dataset.train_inputs[:count], dataset.train_targets[:count]
-    torch.manual_seed(seed)
-    model = recipe.build(dataset, size)
+    recipe = settings.recipe()
     optimizer, lr = rate_of(recipe)
-    order = torch.Generator().manual_seed(seed)
-    pairs = _endless(inputs, targets, recipe.batch_size, order)
-    update = find_optimizer(optimizer)(list(model.parameters()), lr)
-    for _ in range(steps):
-        x, y = next(pairs)
-        update.zero_grad()
-        _loss(dataset, model, x, y).backward()
-        update.step()
-    update.zero_grad()
-    draws = torch.Generator().manual_seed(seed + 1_000_003)
-    chosen = torch.randperm(count, generator=draws)[: n + held]
-
-    def closure(rows: Tensor) -> Closure:
-        x, y = take(inputs, rows), take(targets, rows)
-        return lambda: _loss(dataset, model, x, y)
-
+    epochs = max(1, math.ceil(steps / (train_size(settings.size(), dataset) // settings.batch())))
+    settings = replace(settings, optimizer=optimizer, epochs=epochs)
+    training = Training(settings, Arm(lr), seed, dataset)
+    training.advance(steps)
+    batch, held_out = training.draw()
     config = {
         "experiment": experiment,
         "title": recipe.title,
         "preset": preset,
-        "network": {**recipe.network, **size.network},
+        "network": {**recipe.network, **settings.size().network},
         "seed": seed,
         "optimizer": optimizer,
         "lr": lr,
-        "batch_size": recipe.batch_size,
-        "teleport_batch": n,
+        "batch_size": settings.batch(),
+        "teleport_batch": settings.teleport.batch_size,
         "data": {"name": dataset.name, "checksum": dataset.checksum, "source": dataset.source},
         **environment(),
     }
-    return Moment(model, closure(chosen[:n]), closure(chosen[n:]), config)
-
-
-def _endless(
-    inputs: Tensor, targets: Tensor, size: int, order: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    while True:
-        yield from batches(inputs, targets, size, order)
-
-
-def _loss(dataset: Dataset, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return dataset.loss(model(dataset.prepare(x)), y)
+    return Moment(training.model, batch, held_out, config)
