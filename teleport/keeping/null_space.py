@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from teleport.errors import NullSpaceError
+from teleport.keeping.adapters import lora_
 from teleport.keeping.drift import DriftReport, layer_drifts, locked_share, output_drift
+from teleport.keeping.editing import Edit, edit
 from teleport.keeping.file import read, write
 from teleport.keeping.keeper import (
     EVERYTHING,
@@ -166,6 +168,73 @@ class NullSpace:
             for parameter, grad in grads.items():
                 if parameter.grad is not None and parameter.grad.is_sparse:
                     parameter.grad = grad.to_sparse(1)
+
+    def lora_(self, peft_model: nn.Module) -> dict[str, int]:
+        """Put low-rank adapters into the null space, so that any optimizer keeps the old function.
+
+        The rows of every active ``lora_A`` are projected, brought to the lengths they had, and
+        frozen. Then ``A x = 0`` for all old inputs: the outputs on the old data, in evaluation
+        mode, are the same whatever ``lora_B`` becomes (at tau = 1; below, to the energy left out,
+        ``thm-drift``). A step costs what it did. Adapters whose layers have no direction left get
+        zeros, and learn nothing.
+
+        Args:
+            peft_model: the model of this space with adapters of PEFT that are new (``lora_B`` is
+                0), on linear and convolutional layers.
+
+        Returns:
+            How many input directions each adapter may use, by the name of its layer.
+
+        Raises:
+            NullSpaceError: if there are no adapters, if one is on a layer that is not in this space
+                or has been trained, if none has a direction left, or if other parameters would be
+                trained as well, as biases. The model is as before.
+        """
+        return lora_(self.bases, peft_model)
+
+    def edit(
+        self,
+        model: nn.Module,
+        layer: str,
+        keys: Tensor,
+        values: Tensor,
+        rcond: float | None = None,
+    ) -> tuple[Edit, "NullSpace"]:
+        """Change one linear layer by the least that maps new keys to new values, in closed form.
+
+        The change is in the null space: outputs on the old data stay (``thm-keep``). Where a key
+        has no part in it, nothing is forced: what is missing is the residual of the result.
+
+        Args:
+            model: the model; its weights are changed in place.
+            layer: name of the layer, as in `bases`.
+            keys: ``[n, features]``, inputs of that layer.
+            values: ``[n, d_out]``, the outputs wanted for them, bias included.
+            rcond: directions in which the free parts of the keys are, as singular values, at most
+                this share of the norm of all keys are given up, for reaching them takes large
+                weights; in [0, 1). By default only those that the rank rule (``thm-rank``) calls 0.
+
+        Returns:
+            What was done, and the space that keeps the new outputs of this layer, too: use it for
+            the next edit. This one stays as it is.
+
+        Raises:
+            ValueError: if keys or values are of other shapes or not finite, or ``rcond`` is out of
+                range.
+            NullSpaceError: if the model's layers are not those of this space, the layer is none
+                of them or not a linear one, or if the keys have more independent directions than
+                its null space. The model is as before.
+        """
+        blocks = {block.name: block for block in self._match(model).blocks}
+        if layer not in blocks:
+            raise NullSpaceError(
+                f"no layer {layer!r} may move in this null space"
+                f"{': ' + self.frozen[layer] if layer in self.frozen else ''}; there are "
+                f"{', '.join(blocks)}"
+            )
+        with torch.no_grad(), Autocast().off():
+            done, basis = edit(blocks[layer], self.bases[layer], keys, values, rcond)
+        return done, NullSpace({**self.bases, layer: basis}, self.frozen, self._alive())
 
     def merge(self, other: "NullSpace") -> "NullSpace":
         """The space that keeps both: bases of the joint span, re-factorized.

@@ -97,9 +97,14 @@ def test_old_outputs_are_kept_while_new_ones_are_learned(maker: str, seed: int, 
 def test_a_context_removes_itself_also_after_an_error() -> None:
     learner = Learner.drawn(0)
     old, optimizer = learner.out(), OPTIMIZERS["SGD"](learner)
-    with pytest.raises(KeyError), learner.space().attach(optimizer, every=10):
-        train(learner, optimizer, 3)
-        raise KeyError
+
+    def fail_after_three() -> None:
+        with learner.space().attach(optimizer, every=10):
+            train(learner, optimizer, 3)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_after_three()
     assert (learner.out() - old).abs().max() <= KEPT
     assert not optimizer._optimizer_step_post_hooks
     assert not optimizer._optimizer_step_pre_hooks

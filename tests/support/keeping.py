@@ -14,8 +14,8 @@ from teleport import NullSpace, null_space
 class Learner:
     """A perceptron, its old data, and what is to be learned; all float64.
 
-    `literal` is the space written out: for every linear layer the projector ``[d_in + 1, d_in + 1]``
-    of what is orthogonal to all its old inputs with their 1.
+    `literal` is the space written out: for every linear layer the projector, ``[d_in + 1, d_in +
+    1]``, of what is orthogonal to all its old inputs with their 1.
     """
 
     model: nn.Sequential
