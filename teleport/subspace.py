@@ -65,6 +65,14 @@ class Projector(ABC):
     def merge(self, other: "Projector") -> "Projector":
         """Keeps what either keeps."""
 
+    @abstractmethod
+    def at(self, tau: float) -> "Projector":
+        """Keeps another share of the energy of the same inputs, from what is known of them.
+
+        Raises:
+            ValueError: if ``tau`` is outside (0, 1], or takes directions that were not kept.
+        """
+
     def of_first(self, ranks: Ranks) -> "Projector":
         """The first rank's, so that what it projects is bit for bit the same on all."""
         return self if ranks.size == 1 else self._of_first(ranks)
@@ -161,6 +169,14 @@ class Basis(Projector):
         values = torch.cat([basis.singular_values, left_out], dim=-1)
         return replace(basis, singular_values=values)
 
+    def at(self, tau: float) -> "Basis":
+        wanted = kept_rank(self.singular_values, self.shape[-1], self.dtype, tau)
+        if bool((wanted > self.ranks).any()):
+            raise ValueError(
+                f"tau = {tau:g} takes {int(wanted.sum())} directions, of which {self.rank} are held"
+            )
+        return _cut(self.vectors, self.singular_values, wanted, self.dtype)
+
     def _of_first(self, ranks: Ranks) -> "Basis":
         width = int(ranks.of_first(self.vectors.shape[-1]))
         vectors = self.vectors.new_zeros(*self.vectors.shape[:-1], width)
@@ -221,13 +237,13 @@ class RowSpace(Space):
         self._dtype = torch.float64
 
     def add(self, rows: Float[Tensor, "*groups rows d_in"]) -> None:
-        """Take in more rows; they are copied or reduced, never kept by reference to a graph."""
+        """Take in more rows; they are copied or reduced, since a model may overwrite its inputs."""
         dtype = coarsest([self._dtype, rows.dtype])
         if self._reduced is not None and self._exact() and dtype != self._dtype:
             self._reduced = self._reduced.mT @ self._reduced
         self._dtype = dtype
         self.count += rows.shape[-2]
-        self._pending.append(rows.detach().double())
+        self._pending.append(rows.detach().to(torch.float64, copy=True))
         if sum(pending.shape[-2] for pending in self._pending) > rows.shape[-1]:
             self._reduce()
 
@@ -245,17 +261,12 @@ class RowSpace(Space):
             ValueError: if ``tau`` is outside (0, 1], or no rows were added.
             NonFiniteInputError: if a row is NaN or infinite.
         """
-        if not 0.0 < tau <= 1.0:
-            raise ValueError(f"tau must be in (0, 1], got {tau}; 1 keeps the whole input space")
+        require_tau(tau)
         if self.count == 0:
             raise ValueError("no rows were added: a basis needs at least one input row")
         values, vectors = self._decompose()
         known = self._dtype if dtype is None else dtype
-        ranks = numerical_rank(values, vectors.shape[-2], known)
-        if tau < 1.0:
-            ranks = torch.minimum(ranks, energy_rank(values, tau))
-        kept = vectors[..., : int(ranks.max())]
-        return Basis(kept * _first(ranks, kept[..., 0, :])[..., None, :], values, ranks, known)
+        return _cut(vectors, values, kept_rank(values, vectors.shape[-2], known, tau), known)
 
     def basis_if_full(self, energy: float) -> Basis | None:
         """The basis of all directions, if these rows show that all rows have full rank.
@@ -402,6 +413,27 @@ def numerical_rank(
     """
     cut = rank_cut(singular_values, d_in, dtype)
     return (singular_values > cut[..., None]).sum(dim=-1)
+
+
+def require_tau(tau: float) -> None:
+    """Raise ValueError for a share of energy that is none."""
+    if not 0.0 < tau <= 1.0:
+        raise ValueError(f"tau must be in (0, 1], got {tau}; 1 keeps the whole input space")
+
+
+def kept_rank(
+    singular_values: Float[Tensor, "*groups values"], d_in: int, dtype: torch.dtype, tau: float
+) -> Int[Tensor, "*groups"]:
+    """How many directions to keep: `energy_rank` at ``tau``, never more than `numerical_rank`."""
+    require_tau(tau)
+    ranks = numerical_rank(singular_values, d_in, dtype)
+    return ranks if tau == 1.0 else torch.minimum(ranks, energy_rank(singular_values, tau))
+
+
+def _cut(vectors: Tensor, values: Tensor, ranks: Tensor, dtype: torch.dtype) -> "Basis":
+    """The basis of the first ``ranks`` of these vectors."""
+    kept = vectors[..., : int(ranks.max())]
+    return Basis(kept * _first(ranks, kept[..., 0, :])[..., None, :], values, ranks, dtype)
 
 
 def rank_cut(

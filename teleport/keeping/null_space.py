@@ -1,79 +1,131 @@
 """The null space as a tool of its own: change a model without changing what it does on given data.
 
 Teleportation moves in the null space of a batch's inputs. The same space keeps an old function
-while something new is learned (theorem ``thm-keep``): project gradients (`NullSpace.project_`) or
-the displacement of any optimizer (`NullSpace.keep`) out of the span of the old data's inputs.
+while something new is learned (theorem ``thm-keep``): behind every step of an optimizer
+(`NullSpace.attach`), around any code (`NullSpace.keep`), or in the gradients
+(`NullSpace.project_`), the part that acts on the span of the old data's inputs is taken away.
 """
 
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from teleport.errors import ClosureError, NullSpaceError
-from teleport.layers.one_hot import AxisBasis
-from teleport.layers.part import LinearMap
-from teleport.layers.shared_weight import TiedBasis
-from teleport.layers.support import NO_GRADIENT, WeightMatrix, cover
-from teleport.recording import USED_OUTSIDE, watch
+from teleport.errors import NullSpaceError
+from teleport.keeping.adapters import lora_
+from teleport.keeping.drift import DriftReport, layer_drifts, locked_share, output_drift
+from teleport.keeping.editing import Edit, edit
+from teleport.keeping.file import read, write
+from teleport.keeping.keeper import (
+    EVERYTHING,
+    Attachment,
+    Keeper,
+    optimizer_to_attach_to,
+    parameters_of,
+    uncovered,
+)
+from teleport.keeping.progress import progress_bar
+from teleport.keeping.survey import Survey
+from teleport.layers.support import (
+    NO_GRADIENT,
+    Coverage,
+    WeightMatrix,
+    cover,
+    require_matches,
+    selected,
+)
 from teleport.report import text_table
-from teleport.runtime.closures import without_gradients
-from teleport.runtime.precision import Autocast
-from teleport.runtime.randomness import Quiet, RandomState, drawing_modules, names_of_drawing
-from teleport.runtime.ranks import Ranks, ranks_of, silenced
+from teleport.runtime.precision import Autocast, at_least_single
+from teleport.runtime.ranks import ranks_of, silenced
 from teleport.runtime.transaction import Transaction
-from teleport.subspace import Basis, Projector
+from teleport.subspace import Projector, require_tau
+
+LEFT_OUT = "left out by include or exclude"
+
+Tau = float | Mapping[str, float]
+"""A share of energy in (0, 1] for all layers, or for those whose names match a pattern."""
 
 
 class NullSpace:
     """Bases of a model's layer inputs on some data; what is orthogonal to them is free.
 
-    Made by `null_space`. It holds no reference to the model: it is applied to any model whose
-    covered layers have the same names and shapes.
+    Made by `null_space`. It is applied to any model whose covered layers have the same names and
+    shapes. Of the model it was made of it has a weak reference, so that `attach` finds the layers
+    by the optimizer alone; a space that was loaded, copied or pickled has none.
+
+    Args:
+        bases: as the attribute.
+        frozen: as the attribute.
+        model: the model they are of, if it is at hand.
 
     Attributes:
-        bases: one `Basis` per covered layer, by name. A layer the data never reached has rank 0.
+        bases: one `Basis` per covered layer, by name. A layer the data never reached has rank 0;
+            layers with the same inputs share one.
         frozen: why each other layer with parameters must stay as it is, by name.
     """
 
     def __init__(
-        self, bases: dict[str, Projector], frozen: Mapping[str, str] | None = None
+        self,
+        bases: dict[str, Projector],
+        frozen: Mapping[str, str] | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         self.bases = bases
         self.frozen = dict(frozen or {})
+        self._model = None if model is None else weakref.ref(model)
 
-    def project_(self, model: nn.Module) -> None:
-        """Project the ``.grad`` of every covered layer in place; other gradients become zero.
+    def attach(
+        self, optimizer: Any, every: int = 1, *, model: nn.Module | None = None
+    ) -> Attachment:
+        """Keep the old outputs behind every step of an optimizer, in any training loop.
 
-        After it a step of SGD, with or without momentum, keeps the outputs on the data: exactly
-        at tau = 1 (``thm-keep``). For optimizers that rescale gradients use `keep`.
+        By the optimizer's own step hooks: after every ``every``-th step the whole displacement of
+        its layers since now is projected (``thm-keep``, part 1). A step that a gradient scaler
+        skips changes nothing; accumulation, closures, several groups, schedulers and fused steps
+        need nothing else. Neither hooks nor anything about the space is in the optimizer's state
+        or in a copy of it: attach again after loading one, with the model as it is then.
+
+        A layer with any parameter in the optimizer is projected whole, weight and bias. Parameters
+        of the optimizer outside of the covered layers are put back. A layer that is frozen later
+        stays; for one that comes later the space has to be made and attached anew.
+
+        Args:
+            optimizer: a ``torch.optim.Optimizer``, or a wrapper with one as its ``optimizer``.
+            every: steps between two projections, >= 1. In between the old outputs move.
+            model: whose parameters it has; by default the one that the space was made of.
+
+        Returns:
+            A handle; `Attachment.project` projects now, `Attachment.remove` once more at the end.
+            As a context manager it is removed at the end of the context.
 
         Raises:
-            NullSpaceError: if the model's layers are not those of this space.
+            ValueError: if ``every`` < 1.
+            TypeError: if it is no optimizer.
+            NullSpaceError: if the model is not known or its layers are not those of this space, if
+                the optimizer has parameters of another model or none that may move, or if a space
+                is attached to it already. Later, from a step, before anything is moved: if
+                parameters were added to the optimizer or layers replaced.
         """
-        blocks = self._match(model)
-        with torch.no_grad(), Autocast().off():
-            covered = {p for block in blocks for p in block.parameters}
-            grads = {p: _grad(p) for p in covered}
-            for block in blocks:
-                projected = self.bases[block.name].project(block.part.of(grads))
-                for slot, piece in zip(block.part.slots, block.part.split(projected), strict=True):
-                    slot.of(grads[slot.parameter]).copy_(piece)
-            for parameter, grad in grads.items():
-                if parameter.grad is not None and parameter.grad.is_sparse:
-                    parameter.grad = grad.to_sparse(1)
-            for parameter in model.parameters():
-                if parameter not in covered and parameter.grad is not None:
-                    parameter.grad.zero_()
+        inner = optimizer_to_attach_to(optimizer)
+        model = self._made_of() if model is None else model
+        parameters = list(parameters_of(inner))
+        _require_own(parameters, model)
+        held = set(parameters)
+        blocks = [b for b in self._match(model).blocks if not held.isdisjoint(b.parameters)]
+        if not blocks:
+            raise NullSpaceError(
+                "the optimizer has no parameter of a layer that may move in this null space: it "
+                f"would train nothing. May move: {', '.join(self.bases) or 'none'}"
+            )
+        whole = [p for block in blocks for p in block.parameters]
+        keeper = Keeper(blocks, self.bases, [*parameters, *whole], every)
+        return Attachment(inner, blocks, keeper)
 
-    def keep(self, model: nn.Module, every: int = 1) -> "Keeper":
+    def keep(self, model: nn.Module, every: int = 1) -> Keeper:
         """A context in which whatever changes the parameters is projected afterwards.
 
         ``with space.keep(model): optimizer.step()`` keeps the outputs on the data for every
@@ -89,7 +141,100 @@ class NullSpace:
             ValueError: if ``every`` < 1.
             NullSpaceError: if the model's layers are not those of this space.
         """
-        return Keeper(model, self._match(model), self.bases, every)
+        return Keeper(self._match(model).blocks, self.bases, model.parameters(), every)
+
+    def project_(self, model: nn.Module) -> None:
+        """Project the ``.grad`` of every covered layer in place; other gradients become zero.
+
+        After it a step of SGD, with or without momentum, keeps the outputs on the data: exactly
+        at tau = 1 (``thm-keep``). For optimizers that rescale gradients use `attach` or `keep`.
+
+        Raises:
+            NullSpaceError: if the model's layers are not those of this space.
+        """
+        blocks = self._match(model).blocks
+        with torch.no_grad(), Autocast().off():
+            grads = {p: _grad(p) for block in blocks for p in block.parameters}
+            for block in blocks:
+                matrix = at_least_single(block.part.of(grads))
+                pieces = block.part.split(self.bases[block.name].project(matrix))
+                for slot, piece in zip(block.part.slots, pieces, strict=True):
+                    slot.of(grads[slot.parameter]).copy_(piece)
+            for parameter, rows in uncovered(model.parameters(), blocks):
+                if rows is not EVERYTHING:
+                    grads[parameter][rows] = 0.0
+                elif parameter.grad is not None:
+                    parameter.grad.zero_()
+            for parameter, grad in grads.items():
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    parameter.grad = grad.to_sparse(1)
+
+    def lora_(self, peft_model: nn.Module) -> dict[str, int]:
+        """Put low-rank adapters into the null space, so that any optimizer keeps the old function.
+
+        The rows of every active ``lora_A`` are projected, brought to the lengths they had, and
+        frozen. Then ``A x = 0`` for all old inputs: the outputs on the old data, in evaluation
+        mode, are the same whatever ``lora_B`` becomes (at tau = 1; below, to the energy left out,
+        ``thm-drift``). A step costs what it did. Adapters whose layers have no direction left get
+        zeros, and learn nothing.
+
+        Args:
+            peft_model: the model of this space with adapters of PEFT that are new (``lora_B`` is
+                0), on linear and convolutional layers.
+
+        Returns:
+            How many input directions each adapter may use, by the name of its layer.
+
+        Raises:
+            NullSpaceError: if there are no adapters, if one is on a layer that is not in this space
+                or has been trained, if none has a direction left, or if other parameters would be
+                trained as well, as biases. The model is as before.
+        """
+        return lora_(self.bases, peft_model)
+
+    def edit(
+        self,
+        model: nn.Module,
+        layer: str,
+        keys: Tensor,
+        values: Tensor,
+        rcond: float | None = None,
+    ) -> tuple[Edit, "NullSpace"]:
+        """Change one linear layer by the least that maps new keys to new values, in closed form.
+
+        The change is in the null space: outputs on the old data stay (``thm-keep``). Where a key
+        has no part in it, nothing is forced: what is missing is the residual of the result.
+
+        Args:
+            model: the model; its weights are changed in place.
+            layer: name of the layer, as in `bases`.
+            keys: ``[n, features]``, inputs of that layer.
+            values: ``[n, d_out]``, the outputs wanted for them, bias included.
+            rcond: directions in which the free parts of the keys are, as singular values, at most
+                this share of the norm of all keys are given up, for reaching them takes large
+                weights; in [0, 1). By default only those that the rank rule (``thm-rank``) calls 0.
+
+        Returns:
+            What was done, and the space that keeps the new outputs of this layer, too: use it for
+            the next edit. This one stays as it is.
+
+        Raises:
+            ValueError: if keys or values are of other shapes or not finite, or ``rcond`` is out of
+                range.
+            NullSpaceError: if the model's layers are not those of this space, the layer is none
+                of them or not a linear one, or if the keys have more independent directions than
+                its null space. The model is as before.
+        """
+        blocks = {block.name: block for block in self._match(model).blocks}
+        if layer not in blocks:
+            raise NullSpaceError(
+                f"no layer {layer!r} may move in this null space"
+                f"{': ' + self.frozen[layer] if layer in self.frozen else ''}; there are "
+                f"{', '.join(blocks)}"
+            )
+        with torch.no_grad(), Autocast().off():
+            done, basis = edit(blocks[layer], self.bases[layer], keys, values, rcond)
+        return done, NullSpace({**self.bases, layer: basis}, self.frozen, self._alive())
 
     def merge(self, other: "NullSpace") -> "NullSpace":
         """The space that keeps both: bases of the joint span, re-factorized.
@@ -108,66 +253,107 @@ class NullSpace:
             raise NullSpaceError(
                 f"these null spaces are of different layers: {_difference(ours, theirs)}"
             )
-        return NullSpace({n: self.bases[n].merge(other.bases[n]) for n in ours}, frozen)
+        joint: dict[tuple[int, int], Projector] = {}
+        for name in ours:
+            pair = self.bases[name], other.bases[name]
+            if _pair(pair) not in joint:
+                joint[_pair(pair)] = pair[0].merge(pair[1])
+        merged = {name: joint[_pair((self.bases[name], other.bases[name]))] for name in ours}
+        return NullSpace(merged, frozen, self._alive() or other._alive())
+
+    def grow(self, tau: Tau) -> "NullSpace":
+        """The space of the same data at another share of energy, without seeing them again.
+
+        Fewer directions are always at hand. More are if this space holds them, for a space holds
+        those directions alone that it keeps: make and save it at the largest tau that may be
+        wanted, take smaller ones from it, and later larger ones from it again.
+
+        Args:
+            tau: as in `null_space`; layers that no pattern matches stay as they are.
+
+        Returns:
+            The new space; this one stays as it is.
+
+        Raises:
+            ValueError: if a tau is outside (0, 1] or a pattern matches no layer.
+            NullSpaceError: if it takes directions that this space does not hold.
+        """
+        taus = _taus(tau, list(self.bases), None)
+        grown: dict[tuple[int, float | None], Projector] = {}
+        for name, basis in self.bases.items():
+            key = id(basis), taus[name]
+            if key not in grown:
+                grown[key] = basis if taus[name] is None else _at(name, basis, taus[name])
+        bases = {name: grown[id(basis), taus[name]] for name, basis in self.bases.items()}
+        return NullSpace(bases, self.frozen, self._alive())
+
+    def to(self, device: torch.device | str) -> "NullSpace":
+        """The same space with its bases on another device."""
+        moved: dict[int, Projector] = {}
+        for basis in self.bases.values():
+            if id(basis) not in moved:
+                moved[id(basis)] = _on(basis, torch.device(device))
+        bases = {name: moved[id(basis)] for name, basis in self.bases.items()}
+        return NullSpace(bases, self.frozen, self._alive())
 
     def save(self, path: str | Path) -> None:
-        """Write the bases to a safetensors file."""
-        tensors: dict[str, Tensor] = {}
-        layers: dict[str, dict[str, list[str]]] = {}
-        for name, basis in self.bases.items():
-            layers[name] = {}
-            for side, simple in _sides(basis).items():
-                kind = next(k for k, of in _KINDS.items() if isinstance(simple, of))
-                layers[name][side] = [kind, str(simple.dtype)]
-                for field in _FIELDS[kind]:
-                    tensors[f"{name}/{side}/{field}"] = getattr(simple, field).contiguous()
-        about = {"layers": json.dumps(layers), "frozen": json.dumps(self.frozen)}
-        save_file(tensors, str(path), metadata=about)
+        """Write the bases to a safetensors file, shared ones once."""
+        write(Path(path), self.bases, self.frozen)
 
     @classmethod
     def load(cls, path: str | Path) -> "NullSpace":
-        """Read bases written by `save`.
+        """Read bases written by `save`, of this version or an earlier one.
 
         Raises:
             NullSpaceError: if the file is not one.
         """
+        return cls(*read(Path(path)))
 
-        def simple(name: str, side: str, kind: str, dtype: str) -> Projector:
-            fields = {f: file.get_tensor(f"{name}/{side}/{f}") for f in _FIELDS[kind]}
-            known = getattr(torch, dtype.removeprefix("torch."))
-            basis: Projector = _KINDS[kind](**fields, dtype=known)
-            return basis
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                about = file.metadata() or {}
-                bases = {
-                    name: _joined({side: simple(name, side, *of) for side, of in sides.items()})
-                    for name, sides in json.loads(about["layers"]).items()
-                }
-                return cls(bases, json.loads(about.get("frozen", "{}")))
-        except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
-            raise NullSpaceError(f"{path} holds no saved null space: {error}") from error
-
-    def drift(self, before: nn.Module, after: nn.Module, inputs: Iterable[Tensor]) -> float:
+    def drift(self, before: nn.Module, after: nn.Module, inputs: Iterable[Any]) -> float:
         """Largest absolute difference between the outputs of two models, in evaluation mode.
 
         Args:
             before: the model as it was.
             after: the model as it is.
-            inputs: batches for both.
+            inputs: batches for both: tensors, tuples of arguments or mappings of named ones.
 
         Returns:
             The difference; NaN if any is NaN or nothing was compared.
         """
-        differences = []
-        with silenced(before), silenced(after), Transaction(before), Transaction(after):
-            before.eval()
-            after.eval()
-            for x in inputs:
-                one, other = (without_gradients(partial(model, x)) for model in (before, after))
-                differences += [(one - other).abs().reshape(-1).max().detach()] * bool(one.numel())
-        return float(torch.stack(differences).max()) if differences else math.nan
+        return output_drift(before, after, inputs).largest
+
+    def report(
+        self,
+        before: nn.Module,
+        after: nn.Module,
+        old_inputs: Iterable[Any],
+        held_out: Iterable[Any] | None = None,
+    ) -> DriftReport:
+        """How far the old function has drifted: predicted (``thm-drift``) and measured, by layer.
+
+        Args:
+            before: the model as it was when the space was made.
+            after: the model as it is.
+            old_inputs: batches of old data, as in `drift`; those the space was made of, if the
+                prediction is to be compared.
+            held_out: batches of other data.
+
+        Returns:
+            The report; print it. Both models are as before.
+
+        Raises:
+            NullSpaceError: if the layers of a model are not those of this space, or what it returns
+                cannot be compared.
+        """
+        was, now = self._match(before), self._match(after)
+        batches = list(old_inputs)
+        return DriftReport(
+            layer_drifts(self.bases, was, now, before, batches),
+            self.frozen,
+            locked_share(self.bases, now, after),
+            output_drift(before, after, batches),
+            None if held_out is None else output_drift(before, after, held_out),
+        )
 
     def __str__(self) -> str:
         rows = [("layer", "inputs", "rank", "free")]
@@ -181,8 +367,23 @@ class NullSpace:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: basis.shape for name, basis in self.bases.items()}
 
-    def _match(self, model: nn.Module) -> list[WeightMatrix]:
-        """The blocks of the model that may move; layers frozen since the space was made stay."""
+    def _alive(self) -> nn.Module | None:
+        return None if self._model is None else self._model()
+
+    def _made_of(self) -> nn.Module:
+        model = self._alive()
+        if model is None:
+            raise NullSpaceError(
+                "this null space knows no model: it was loaded or copied, or its model is gone. "
+                "Say which: space.attach(optimizer, model=model)"
+            )
+        return model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
+
+    def _match(self, model: nn.Module) -> Coverage:
+        """What of the model may move; layers frozen since the space was made stay."""
         coverage = cover(model)
         blocks = [b for b in coverage.blocks if self.frozen.get(b.name, NO_GRADIENT) == NO_GRADIENT]
         found = {b.name: (*b.part.matrix_shape[:-2], b.part.matrix_shape[-1]) for b in blocks}
@@ -195,49 +396,24 @@ class NullSpace:
                 "the model's layers are not those of this null space: "
                 f"{'; '.join([_difference(wanted, found), *reasons])}. Make the space anew"
             )
-        return blocks
-
-
-class Keeper:
-    """Projects what happened to a model's parameters; see `NullSpace.keep`."""
-
-    def __init__(
-        self, model: nn.Module, blocks: list[WeightMatrix], bases: dict[str, Projector], every: int
-    ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be an integer >= 1, got {every}")
-        self._model, self._blocks, self._bases, self._every = model, blocks, bases, every
-        self._uses = 0
-        self._remember()
-
-    def project(self) -> None:
-        """Project the displacement since the last projection now."""
-        with torch.no_grad(), Autocast().off():
-            for block, start in zip(self._blocks, self._matrices, strict=True):
-                moved = block.part.matrix() - start
-                block.part.write(start + self._bases[block.name].project(moved))
-            for parameter, value in self._others:
-                parameter.copy_(value)
-        self._remember()
-
-    def __enter__(self) -> "Keeper":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._uses += 1
-        if self._uses % self._every == 0:
-            self.project()
-
-    def _remember(self) -> None:
-        covered = {p for block in self._blocks for p in block.parameters}
-        self._matrices = [block.part.matrix() for block in self._blocks]
-        self._others = [
-            (p, p.detach().clone()) for p in self._model.parameters() if p not in covered
-        ]
+        for block in blocks:
+            here, there = _device(self.bases[block.name]), block.parameters[0].device
+            if here != there:
+                raise NullSpaceError(
+                    f"the null space is on {here}, the weights of {block.name!r} are on {there}: "
+                    f"use space.to({str(there)!r})"
+                )
+        return replace(coverage, blocks=blocks)
 
 
 def null_space(
-    model: nn.Module, closures: Iterable[Callable[[], Any]], tau: float = 1.0
+    model: nn.Module,
+    closures: Iterable[Callable[[], Any]],
+    tau: Tau = 1.0,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    progress: bool = True,
 ) -> NullSpace:
     """The null space of a model's layer inputs over any amount of data.
 
@@ -249,120 +425,117 @@ def null_space(
         model: the model.
         closures: each runs the model on some of the data; what it returns does not matter. They
             are taken one at a time, so a generator over a data loader needs the memory of one
-            batch and of one ``d_in x d_in`` matrix per layer. One is run again, and must then take
-            the same data, if a module draws random numbers in train mode or if the forward pass
-            needs gradients. For a model in ``DistributedDataParallel`` every rank gives its own,
-            any number of them.
-        tau: share of each layer's input energy to keep, in (0, 1].
+            batch and of one ``d_in x d_in`` matrix per layer, layers with the same inputs counted
+            once. One is run again, and must then take the same data, if a module draws random
+            numbers in train mode or if the forward pass needs gradients. For a model in
+            ``DistributedDataParallel`` every rank gives its own, any number of them.
+        tau: share of each layer's input energy to keep, in (0, 1]; or a mapping from patterns of
+            layer names, as in ``fnmatch``, to shares: the first that matches counts, and 1 where
+            none does.
+        include: patterns of the layers that may move; all by default. The others stay as they are.
+        exclude: patterns of layers that must not move.
+        progress: draw a bar on the terminal, if the standard error is one.
 
     Returns:
         The space. Layers the data never reach are free in all directions; those whose weights
         take part in another way than by their layer are left out, see `NullSpace.frozen`.
 
     Raises:
-        ValueError: if ``tau`` is outside (0, 1].
+        ValueError: if a ``tau`` is outside (0, 1], a pattern matches no layer, or ``include`` and
+            ``exclude`` leave none.
         UnsupportedModelError: if the model has no covered layer.
             ClosureError: if no closure calls a covered layer, if an input is NaN or infinite, or if
             what a module computes is random in evaluation mode, too.
     """
-    with torch.inference_mode(False):
-        survey = _Survey(model)
+    with torch.inference_mode(False), progress_bar(progress) as track:
+        coverage = cover(model, at_least_one=True)
+        names = [block.name for block in coverage.blocks]
+        taus = _taus(tau, names, 1.0)
+        left_out = _left_out(coverage, include, exclude)
+        survey = Survey(model, coverage, left_out)
         autocast, ranks = Autocast(), ranks_of(model)
         with autocast.off(), ranks.together(), silenced(model), Transaction(model) as kept:
             with ranks.together():
-                for closure in closures:
+                for closure in track(closures, "old data"):
                     survey.add(closure, autocast, kept.quiet)
-            return survey.space(tau, ranks)
+            bases, used = survey.bases(taus, ranks, track)
+    stay = {block.name: LEFT_OUT for block in coverage.blocks if block in left_out}
+    return NullSpace(bases, {**coverage.frozen, **stay, **used}, model)
 
 
-class _Survey:
-    """The inputs of a model's layers, and what shows meanwhile: who uses weights, who draws."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.coverage = cover(model, at_least_one=True)
-        self.used: dict[WeightMatrix, str] = {}
-        self._forget()
-
-    def add(self, closure: Callable[[], Any], autocast: Autocast, quiet: Quiet) -> None:
-        """Take in the inputs that one closure shows.
-
-        The closure is run again if a module draws random numbers: then it was not in evaluation
-        mode. What was seen of a first closure is forgotten; of later ones it stays, which only
-        keeps more.
-        """
-        state = RandomState(self.model)
-        while True:
-            is_first = not self.seen
-            quiet.enforce()
-            drawing = drawing_modules(self.model, lambda: self._watch(closure, autocast))
-            if not quiet.add(drawing):
-                break
-            state.restore()
-            if is_first:
-                self._forget()
-        if names := names_of_drawing(self.model, drawing):
-            raise ClosureError(
-                f"{', '.join(names)}: what it computes is random, even in evaluation mode, so "
-                "there is no old function to keep. Draw outside of the model, or give closures "
-                "that run only its other layers"
-            )
-
-    def space(self, tau: float, ranks: Ranks) -> NullSpace:
-        """The null space of all that was taken in, on all ranks."""
-        flags = ranks.most([block in self.used for block in self.coverage.blocks])
-        used = {
-            block.name: self.used.get(block, USED_OUTSIDE).removeprefix("frozen: ")
-            for block, flag in zip(self.coverage.blocks, flags, strict=True)
-            if flag
-        }
-        free = [block for block in self.coverage.blocks if block.name not in used]
-        spaces = {b: self.spaces[b].joined(ranks, b.part.matrix().shape) for b in free}
-        if not any(space.count for space in spaces.values()):
-            why = "; ".join(f"{name}: {reason}" for name, reason in used.items())
-            raise ClosureError(
-                "no closure called a covered layer of this model in a way that can be kept; do "
-                f"they call it? {why}".rstrip()
-            )
-        bases = {b.name: b.basis(space, tau).of_first(ranks) for b, space in spaces.items()}
-        return NullSpace(bases, {**self.coverage.frozen, **used})
-
-    def _forget(self) -> None:
-        self.spaces = {block: block.space() for block in self.coverage.blocks}
-        self.seen = False
-
-    def _watch(self, closure: Callable[[], Any], autocast: Autocast) -> None:
-        def see(block: WeightMatrix, part: LinearMap, x: Tensor) -> None:
-            with Autocast().off():  # that of the closure, too
-                block.collect(self.spaces[block], part, x)
-
-        def run() -> None:
-            is_first = not self.seen
-            with autocast.on():
-                try:
-                    self.used |= watch(self.coverage.sites, closure, see)
-                except RuntimeError:
-                    if is_first:
-                        self._forget()
-                    raise
-            self.seen = True
-
-        without_gradients(run)
+def _taus(tau: Tau, names: list[str], default: Any) -> dict[str, Any]:
+    """The threshold of every layer."""
+    if not isinstance(tau, Mapping):
+        require_tau(tau)
+        return dict.fromkeys(names, tau)
+    for share in tau.values():
+        require_tau(share)
+    require_matches(names, list(tau))
+    first = {pattern: selected(names, [pattern], None) for pattern in tau}
+    return {n: next((tau[p] for p, those in first.items() if n in those), default) for n in names}
 
 
-_KINDS: dict[str, Any] = {"rows": Basis, "axes": AxisBasis}
-_FIELDS = {"rows": ("vectors", "singular_values", "ranks"), "axes": ("kept", "counts")}
+def _left_out(
+    coverage: Coverage, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> set[WeightMatrix]:
+    for argument, patterns in {"include": include, "exclude": exclude}.items():
+        if isinstance(patterns, str):
+            raise ValueError(f"{argument} takes a list of patterns: [{patterns!r}]")
+    names = [block.name for block in coverage.blocks]
+    require_matches(names, [*(include or ()), *(exclude or ())])
+    wanted = selected(names, include, exclude)
+    if not wanted:
+        raise ValueError(
+            f"include={include!r} and exclude={exclude!r} leave no layer that may move; the "
+            f"model's layers are {names}"
+        )
+    return {block for block in coverage.blocks if block.name not in wanted}
 
 
-def _sides(basis: Projector) -> dict[str, Projector]:
-    """What a projector is made of, to write it; `_joined` undoes it."""
-    if isinstance(basis, TiedBasis):
-        return {"own": basis.own, "other": basis.other}
-    return {"own": basis}
+def _require_own(parameters: Iterable[nn.Parameter], model: nn.Module) -> None:
+    """Raise NullSpaceError for parameters that are not of this model."""
+    own = set(model.parameters())
+    foreign = [tuple(parameter.shape) for parameter in parameters if parameter not in own]
+    if foreign:
+        raise NullSpaceError(
+            f"{len(foreign)} parameters of the optimizer, of shapes {foreign[:3]}"
+            f"{' and others' * (len(foreign) > 3)}, are none of the {type(model).__name__} of this "
+            "null space: nobody could keep them. Was the model copied, or a layer replaced? Give "
+            "the optimizer's own model: space.attach(optimizer, model=model)"
+        )
 
 
-def _joined(sides: dict[str, Projector]) -> Projector:
-    return TiedBasis(**sides) if "other" in sides else sides["own"]
+def _pair(bases: tuple[Projector, Projector]) -> tuple[int, int]:
+    return id(bases[0]), id(bases[1])
+
+
+def _at(name: str, basis: Projector, tau: float) -> Projector:
+    try:
+        return basis.at(tau)
+    except ValueError as error:
+        raise NullSpaceError(
+            f"layer {name!r}: {error}. Make the space at the largest tau that may be wanted, and "
+            "take others from it by grow()"
+        ) from None
+
+
+def _on(basis: Any, device: torch.device) -> Projector:
+    """A basis whose tensors are all on a device."""
+    changed: dict[str, Any] = {}
+    for field in fields(basis):
+        value = getattr(basis, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = value.to(device)
+        elif isinstance(value, Projector):
+            changed[field.name] = _on(value, device)
+    found: Projector = replace(basis, **changed)
+    return found
+
+
+def _device(basis: Any) -> torch.device:
+    values = (getattr(basis, field.name) for field in fields(basis))
+    first = next(v for v in values if isinstance(v, Tensor | Projector))
+    return first.device if isinstance(first, Tensor) else _device(first)
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:

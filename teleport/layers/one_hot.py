@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from teleport.runtime.ranks import Ranks
-from teleport.subspace import Projector, Space
+from teleport.subspace import Projector, Space, require_tau
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class AxisBasis(Projector):
         counts = self.counts * self.kept + other.counts * other.kept
         return AxisBasis(self.kept | other.kept, counts)
 
+    def at(self, tau: float) -> "AxisBasis":
+        return AxisSpace.of_counts(self.counts).basis(tau)
+
     def _of_first(self, ranks: Ranks) -> "AxisBasis":
         kept, counts = self.kept.clone(), self.counts.clone()
         ranks.of_first_([kept, counts])
@@ -99,8 +102,7 @@ class AxisSpace(Space):
         return AxisSpace.of_counts(counts)
 
     def basis(self, tau: float = 1.0) -> AxisBasis:
-        if not 0.0 < tau <= 1.0:
-            raise ValueError(f"tau must be in (0, 1], got {tau}; 1 keeps every token seen")
+        require_tau(tau)
         if self._counts is None:
             raise ValueError("no tokens were added: a basis needs at least one input")
         if tau == 1.0:

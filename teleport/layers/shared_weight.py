@@ -64,6 +64,9 @@ class TiedBasis(Projector):
             raise TypeError(f"a tied basis merges with a tied basis, got {type(other).__name__}")
         return TiedBasis(self.own.merge(other.own), self.other.merge(other.other))
 
+    def at(self, tau: float) -> "TiedBasis":
+        return TiedBasis(self.own.at(tau), self.other.at(tau))
+
     def _of_first(self, ranks: Ranks) -> "TiedBasis":
         return TiedBasis(self.own.of_first(ranks), self.other.of_first(ranks))
 

@@ -19,8 +19,8 @@ from teleport.lab.experiments.optimizers import find_optimizer, within_range
 from teleport.lab.records.checkpoint import foreign, is_plain, load_checkpoint
 from teleport.lab.records.writer import RecordWriter
 from teleport.objective import grad_norm, trainable
-from teleport.recording import Closure
 from teleport.runtime.clock import now
+from teleport.runtime.closures import Closure
 
 
 def train_size(size: Preset, dataset: Dataset) -> int:

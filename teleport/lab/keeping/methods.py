@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from teleport.keeping.null_space import Keeper, NullSpace, null_space
+from teleport.keeping.keeper import Keeper
+from teleport.keeping.null_space import NullSpace, null_space
 from teleport.subspace import Basis
 
 

@@ -138,7 +138,10 @@ _MAKERS = {
 
 def _sequence(name: str, entry: dict[str, Any]) -> TaskSequence:
     def size(entry: dict[str, Any]) -> Size:
-        return Size(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()
+        }
+        return Size(**values)
 
     presets = {preset: size(one) for preset, one in entry["presets"].items()}
     return TaskSequence(

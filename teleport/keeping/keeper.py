@@ -1,0 +1,184 @@
+"""Projecting what happened to parameters: by hand, in a context, or after an optimizer's steps."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from teleport.errors import NullSpaceError, require
+from teleport.layers.support import WeightMatrix
+from teleport.runtime.precision import Autocast, at_least_single
+from teleport.subspace import Projector
+
+EVERYTHING: Any = ...
+
+
+class Keeper:
+    """Projects the displacement of parameters since it was made; see `NullSpace.keep`.
+
+    All displacements are counted from one origin, not from the last projection: in exact
+    arithmetic that is the same (``thm-keep``), and rounding does not add up over the projections,
+    which in half precision would soon be more than what is learned.
+
+    Args:
+        blocks: what may move within its null space.
+        bases: by the name of a block.
+        parameters: whatever of these no block covers is put back.
+        every: uses as a context between projections, >= 1.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[WeightMatrix],
+        bases: Mapping[str, Projector],
+        parameters: Iterable[nn.Parameter],
+        every: int,
+    ) -> None:
+        is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
+        require("every", every, is_count, "an integer >= 1")
+        self._every, self._uses = every, 0
+        self._origins = [(block, bases[block.name], block.part.matrix()) for block in blocks]
+        self._rest = [
+            (parameter, rows, parameter.detach()[rows].clone())
+            for parameter, rows in uncovered(parameters, blocks)
+        ]
+
+    def project(self) -> None:
+        """Project the displacement since the keeper was made now."""
+        with torch.no_grad(), Autocast().off():
+            for block, basis, stored in self._origins:
+                origin = at_least_single(stored)
+                moved = at_least_single(block.part.matrix()) - origin
+                block.part.write(origin + basis.project(moved))
+            for parameter, rows, value in self._rest:
+                parameter[rows] = value
+        self._uses = 0
+
+    def used(self, is_kept: bool = False) -> None:
+        """Count a use, and project if it is time, unless nothing has changed in this one."""
+        self._uses += 1
+        if self._uses >= self._every and not is_kept:
+            self.project()
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.used()
+
+
+class Attachment:
+    """A null space at work behind every step of an optimizer; see `NullSpace.attach`.
+
+    As a context manager it is removed at the end, also after an error.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, blocks: Sequence[WeightMatrix], keeper: Keeper
+    ) -> None:
+        self._optimizer, self._blocks, self._keeper = optimizer, blocks, keeper
+        self._parameters = _identities(optimizer)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def project(self) -> None:
+        """Project the displacement since `NullSpace.attach` now, as before an evaluation."""
+        self._keeper.project()
+
+    def remove(self) -> None:
+        """Project what has come since the last projection, and let the optimizer alone."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._keeper.project()
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()
+
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        """Refuse a step that would move what nobody projects."""
+        if _identities(optimizer) != self._parameters:
+            raise NullSpaceError(
+                "the optimizer has got other parameters since the null space was attached to it, "
+                "as by add_param_group: remove() what attach returned and attach anew"
+            )
+        for block in self._blocks:
+            if why := block.part.bypassed():
+                raise NullSpaceError(
+                    f"layer {block.name!r} cannot be kept: {why}. remove() what attach returned "
+                    "and attach anew"
+                )
+
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        self._keeper.used(is_kept=_skipped(optimizer))
+
+
+def optimizer_to_attach_to(optimizer: Any) -> Optimizer:
+    """The optimizer itself, or the one inside a wrapper without hooks, as those of Accelerate.
+
+    Raises:
+        TypeError: for something else.
+        NullSpaceError: if a null space is attached to it already.
+    """
+    inner = optimizer
+    while not (isinstance(inner, Optimizer) and hasattr(inner, "_optimizer_step_post_hooks")):
+        inner = getattr(inner, "optimizer", None)
+        if inner is None:
+            raise TypeError(
+                f"attach() takes a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+    hooks = inner._optimizer_step_pre_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), Attachment) for hook in hooks):
+        raise NullSpaceError(
+            "a null space is attached to this optimizer already, and one projection after another "
+            "keeps neither function. Merge the spaces (`merge`), or remove() the other one first"
+        )
+    return inner
+
+
+def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """The parameters of all groups."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+def uncovered(
+    parameters: Iterable[nn.Parameter], blocks: Sequence[WeightMatrix]
+) -> Iterator[tuple[nn.Parameter, Any]]:
+    """What no block covers: parameters, each with an index of those of its rows.
+
+    A packed attention layer has three matrices in one parameter, of which some may be frozen.
+    """
+    slots = [slot for block in blocks for slot in block.part.slots]
+    for parameter in dict.fromkeys(parameters):
+        own = [slot.rows for slot in slots if slot.parameter is parameter]
+        if not own:
+            yield parameter, EVERYTHING
+            continue
+        rest = torch.ones(len(parameter), dtype=torch.bool, device=parameter.device)
+        for rows in own:
+            rest[rows] = False
+        if bool(rest.any()):
+            yield parameter, rest
+
+
+def _identities(optimizer: Optimizer) -> list[int]:
+    return [id(parameter) for parameter in parameters_of(optimizer)]
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a gradient scaler has let a fused optimizer skip this step.
+
+    Others it does not call, so that their hooks do not run.
+    """
+    found: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)

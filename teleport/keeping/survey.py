@@ -1,0 +1,119 @@
+"""One pass over the old data: the inputs of a model's layers, and the bases of their spans."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from teleport.errors import ClosureError
+from teleport.keeping.progress import Track
+from teleport.keeping.shared_inputs import SharedSpaces
+from teleport.layers.part import LinearMap
+from teleport.layers.support import Coverage, WeightMatrix
+from teleport.recording import USED_OUTSIDE, watch
+from teleport.runtime.closures import without_gradients
+from teleport.runtime.precision import Autocast
+from teleport.runtime.randomness import Quiet, RandomState, drawing_modules, names_of_drawing
+from teleport.runtime.ranks import Ranks
+from teleport.subspace import Projector
+
+
+class Survey:
+    """The inputs of a model's layers, and what shows meanwhile: who uses weights, who draws.
+
+    Args:
+        model: the model.
+        coverage: of it.
+        left_out: blocks of the coverage that stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, coverage: Coverage, left_out: set[WeightMatrix]) -> None:
+        self.model = model
+        self.sites = [site.without(left_out) for site in coverage.sites]
+        self.blocks = [block for block in coverage.blocks if block not in left_out]
+        self.used: dict[WeightMatrix, str] = {}
+        self._forget()
+
+    def add(self, closure: Callable[[], Any], autocast: Autocast, quiet: Quiet) -> None:
+        """Take in the inputs that one closure shows.
+
+        The closure is run again if a module draws random numbers: then it was not in evaluation
+        mode. What was seen of a first closure is forgotten; of later ones it stays, which only
+        keeps more.
+        """
+        state = RandomState(self.model)
+        while True:
+            is_first = not self.seen
+            quiet.enforce()
+            drawing = drawing_modules(self.model, lambda: self._watch(closure, autocast))
+            if not quiet.add(drawing):
+                break
+            state.restore()
+            if is_first:
+                self._forget()
+        if names := names_of_drawing(self.model, drawing):
+            raise ClosureError(
+                f"{', '.join(names)}: what it computes is random, even in evaluation mode, so "
+                "there is no old function to keep. Draw outside of the model, or give closures "
+                "that run only its other layers"
+            )
+
+    def bases(
+        self, taus: Mapping[str, float], ranks: Ranks, track: Track
+    ) -> tuple[dict[str, Projector], dict[str, str]]:
+        """The bases of all that was taken in, on all ranks, and why other layers are frozen.
+
+        Layers with the same inputs and the same threshold have one basis in common.
+
+        Args:
+            taus: threshold by the name of a block.
+            ranks: who takes part.
+            track: goes through what is to be decomposed.
+        """
+        flags = ranks.most([block in self.used for block in self.blocks])
+        used = {
+            block.name: self.used.get(block, USED_OUTSIDE).removeprefix("frozen: ")
+            for block, flag in zip(self.blocks, flags, strict=True)
+            if flag
+        }
+        free = [block for block in self.blocks if block.name not in used]
+        spaces = self.spaces.spaces(free, ranks)
+        if not any(space.count for _, space in spaces):
+            why = "; ".join(f"{name}: {reason}" for name, reason in used.items())
+            raise ClosureError(
+                "no closure called a covered layer of this model in a way that can be kept; do "
+                f"they call it? {why}".rstrip()
+            )
+        found: dict[str, Projector] = {}
+        for members, space in track(spaces, "bases"):
+            by_tau: dict[float, Projector] = {}
+            for block in members:
+                tau = taus[block.name]
+                if tau not in by_tau:
+                    by_tau[tau] = block.basis(space, tau).of_first(ranks)
+                found[block.name] = by_tau[tau]
+        return {block.name: found[block.name] for block in free}, used
+
+    def _forget(self) -> None:
+        self.spaces = SharedSpaces(self.blocks)
+        self.seen = False
+
+    def _watch(self, closure: Callable[[], Any], autocast: Autocast) -> None:
+        def see(block: WeightMatrix, part: LinearMap, x: Tensor) -> None:
+            with Autocast().off():  # that of the closure, too
+                self.spaces.see(block, part, x)
+
+        def run() -> None:
+            is_first = not self.seen
+            with autocast.on():
+                try:
+                    self.used |= watch(self.sites, closure, see)
+                except RuntimeError:
+                    if is_first:
+                        self._forget()
+                    raise
+                finally:
+                    self.spaces.settle()
+            self.seen = True
+
+        without_gradients(run)
