@@ -18,7 +18,7 @@ from teleport.guard import (
     rounding,
 )
 from teleport.landscape import Landscape
-from teleport.layers.support import Block, Coverage
+from teleport.layers.support import Coverage, WeightMatrix
 from teleport.line_search import step_to_norm
 from teleport.objective import EUCLIDEAN, Metric, Shares, mean_loss, shares_of, squared_norm
 from teleport.report import LayerReport
@@ -112,7 +112,7 @@ class Ascent(GuardedMove):
             ranks=self.ranks, metric=self.metric,
         )  # fmt: skip
 
-    def _make_bases(self) -> dict[Block, Projector]:
+    def _make_bases(self) -> dict[WeightMatrix, Projector]:
         """Bases of the layers that may move and have room to; full-rank layers are kept for show.
 
         The tangent direction of a layer whose inputs depend on no parameter is zero, so it needs
@@ -176,7 +176,7 @@ class Ascent(GuardedMove):
         holders = holder_names(self.settings.model)
         squares: dict[str, float] = {}
         for part, square in shares.items():
-            name = part.name if isinstance(part, Block) else holders[part]
+            name = part.name if isinstance(part, WeightMatrix) else holders[part]
             squares[name] = squares.get(name, 0.0) + square
         # A norm from Gram matrices may be below zero by rounding.
         norms = {name: math.sqrt(max(square, 0.0)) for name, square in squares.items()}
@@ -219,7 +219,7 @@ class Ascent(GuardedMove):
                 return self._limit_reached(limit)
         return self._limit_reached(limit) if settings.lr is None else "all steps taken"
 
-    def _direction(self, room: dict[Block, Projector]) -> Direction:
+    def _direction(self, room: dict[WeightMatrix, Projector]) -> Direction:
         if self.settings.method == "tangent" and not self.fallback:
             try:
                 return self.landscape.tangent_direction(room)
@@ -287,7 +287,7 @@ class Ascent(GuardedMove):
             first, last = before.norms.get(row.name), end.norms.get(row.name)
             yield replace(row, grad_norm_before=first, grad_norm_after=last)
 
-    def _layer(self, block: Block, failed: bool) -> LayerReport:
+    def _layer(self, block: WeightMatrix, failed: bool) -> LayerReport:
         (*groups, d_out, d_in), basis = block.part.matrix_shape, self.bases.get(block)
         reached = self.landscape.move_norm(block)
         moved = 0.0 if failed else reached
@@ -304,7 +304,7 @@ class Ascent(GuardedMove):
             groups=math.prod(groups),
         )
 
-    def _status(self, block: Block, reached: float, failed: bool) -> str:
+    def _status(self, block: WeightMatrix, reached: float, failed: bool) -> str:
         basis = self.bases.get(block)
         if block.name not in self.settings.movable:
             return "excluded"

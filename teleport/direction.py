@@ -38,7 +38,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from teleport.layers.support import Block
+from teleport.layers.support import WeightMatrix
 from teleport.objective import EUCLIDEAN, Metric
 from teleport.recording import push_tangents
 from teleport.runtime.closures import Closure
@@ -47,14 +47,14 @@ from teleport.runtime.ranks import Ranks
 from teleport.subspace import Projector
 from teleport.tape import Tape
 
-Direction = dict[Block, Float[Tensor, "*groups d_out d_in"]]
+Direction = dict[WeightMatrix, Float[Tensor, "*groups d_out d_in"]]
 
 
 def direction(
     tape: Tape,
     model: nn.Module,
     closure: Closure,
-    bases: Mapping[Block, Projector],
+    bases: Mapping[WeightMatrix, Projector],
     metric: Metric = EUCLIDEAN,
     scale: float = 1.0,
 ) -> Direction:
@@ -85,10 +85,10 @@ def mean_direction(
     tapes: Iterator[tuple[Tape, float]],
     model: nn.Module,
     closures: Sequence[Closure],
-    bases: Mapping[Block, Projector],
+    bases: Mapping[WeightMatrix, Projector],
     velocity: Mapping[nn.Parameter, Tensor],
     scale: float,
-    computed_in: Mapping[Block, torch.dtype],
+    computed_in: Mapping[WeightMatrix, torch.dtype],
     ranks: Ranks,
 ) -> Direction:
     """The same for a loss that is the mean of closures, each with its tape and share.
@@ -119,9 +119,9 @@ def mean_direction(
 
 
 def project_ascent(
-    ascent: Mapping[Block, Tensor],
-    bases: Mapping[Block, Projector],
-    computed_in: Mapping[Block, torch.dtype] | None = None,
+    ascent: Mapping[WeightMatrix, Tensor],
+    bases: Mapping[WeightMatrix, Projector],
+    computed_in: Mapping[WeightMatrix, torch.dtype] | None = None,
 ) -> Direction:
     """π of a full ascent direction (paper equation 11): the reference for `direction`.
 
@@ -134,7 +134,9 @@ def project_ascent(
     }
 
 
-def _survivor(tape: Tape, block: Block, basis: Projector) -> Float[Tensor, "*groups d_out d_in"]:
+def _survivor(
+    tape: Tape, block: WeightMatrix, basis: Projector
+) -> Float[Tensor, "*groups d_out d_in"]:
     """Σ δ (P ẋ)ᵀ; the projection is done on rows or on the sum, whichever is smaller."""
     fewer_rows = tape.row_count(block) < block.part.matrix_shape[-2]
     x_dot = tape.tangents(block) if fewer_rows and block.other is None else None

@@ -12,7 +12,7 @@ import torch
 
 from teleport.errors import GroupElementError, NonFiniteLossError
 from teleport.landscape import Landscape
-from teleport.layers.support import Block
+from teleport.layers.support import WeightMatrix
 from teleport.objective import mean_loss
 from teleport.report import LayerReport, TeleportReport
 from teleport.runtime.clock import now
@@ -144,7 +144,7 @@ def frozen_layers(frozen: Mapping[str, str]) -> Iterable[LayerReport]:
         yield LayerReport(name, "", None, None, None, None, 0.0, None, f"frozen: {why}")
 
 
-def rounding(landscape: Landscape, bases: Mapping[Block, Projector]) -> float:
+def rounding(landscape: Landscape, bases: Mapping[WeightMatrix, Projector]) -> float:
     """How far the loss may move at τ = 1, to first order in the cotangents δ.
 
     Both parts are those of ``thm-rank``, in the one unit of the rank rule, `sum_rounding`. An

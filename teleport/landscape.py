@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport.direction import Direction, direction, mean_direction, project_ascent
-from teleport.layers.support import Block, Site
+from teleport.layers.support import CoveredModule, WeightMatrix
 from teleport.objective import (
     EUCLIDEAN,
     Gradient,
@@ -70,7 +70,7 @@ class Landscape:
     def __init__(
         self,
         model: nn.Module,
-        sites: Sequence[Site],
+        sites: Sequence[CoveredModule],
         closures: Sequence[Closure],
         *,
         frozen: bool = False,
@@ -85,7 +85,7 @@ class Landscape:
         self._model, self._sites, self._closures = model, sites, closures
         self._frozen, self._movable = frozen, movable
         self._gradient: Gradient = {}
-        self.left_out: dict[Block, str] = {}
+        self.left_out: dict[WeightMatrix, str] = {}
         while found := self._survey():
             self.left_out |= found
             self._sites = [site.without(self.left_out) for site in self._sites]
@@ -200,14 +200,14 @@ class Landscape:
     # ---- which way the norm grows
 
     def bases(
-        self, blocks: Collection[Block], tau: float, parallel: bool | None = None
-    ) -> dict[Block, Projector]:
+        self, blocks: Collection[WeightMatrix], tau: float, parallel: bool | None = None
+    ) -> dict[WeightMatrix, Projector]:
         """Bases of the blocks' inputs at the start.
 
         ``parallel`` says whether several are made at the same time; by default, if that pays.
         Blocks whose inputs are the same have one basis.
         """
-        tape, sharing = self.tape, dict[Any, list[Block]]()
+        tape, sharing = self.tape, dict[Any, list[WeightMatrix]]()
         for block in blocks:
             sharing.setdefault(block if tape is None else tape.rows_key(block), []).append(block)
         first = [same[0] for same in sharing.values()]
@@ -217,10 +217,10 @@ class Landscape:
         groups = zip(sharing.values(), found, strict=True)
         return {block: own.of_first(self.ranks) for same, own in groups for block in same}
 
-    def _row_count(self, block: Block) -> int:
+    def _row_count(self, block: WeightMatrix) -> int:
         return self._spaces[block].count if self.tape is None else self.tape.row_count(block)
 
-    def _basis(self, block: Block, tau: float) -> Projector:
+    def _basis(self, block: WeightMatrix, tau: float) -> Projector:
         if self.tape is None:
             return block.basis(self._spaces[block], tau)
         with block.named_in_errors():
@@ -230,7 +230,7 @@ class Landscape:
             self.tape.collect(block, space)
             return block.basis(space, tau)
 
-    def tangent_direction(self, bases: Mapping[Block, Projector]) -> Direction:
+    def tangent_direction(self, bases: Mapping[WeightMatrix, Projector]) -> Direction:
         """π(H M⁻¹ g) of the given blocks at the position (``thm-survivor``)."""
         scale = self._velocity_scale()
         if self.tape is not None:
@@ -242,7 +242,7 @@ class Landscape:
             self._computed_in, self.ranks,
         )  # fmt: skip
 
-    def double_backward_direction(self, bases: Mapping[Block, Projector]) -> Direction:
+    def double_backward_direction(self, bases: Mapping[WeightMatrix, Projector]) -> Direction:
         """π(∇T) by definition: the reference for `tangent_direction`."""
         ascent = self._ascent()
         full = {block: block.part.of(ascent) for block in bases}
@@ -287,11 +287,11 @@ class Landscape:
         """Put the start back into the model's parameters."""
         self._write({})
 
-    def start_of(self, block: Block) -> tuple[Tensor, ...]:
+    def start_of(self, block: WeightMatrix) -> tuple[Tensor, ...]:
         """A block's weights at the start."""
         return self._start.get(block) or block.part.pieces()
 
-    def move_norm(self, block: Block) -> float:
+    def move_norm(self, block: WeightMatrix) -> float:
         """Frobenius norm of the block's change since the start."""
         if block not in self.position:
             return 0.0
@@ -316,15 +316,15 @@ class Landscape:
 
     # ---- the start
 
-    def _survey(self) -> dict[Block, str]:
+    def _survey(self) -> dict[WeightMatrix, str]:
         """Loss, gradient and inputs at the start; blocks that have to be left out, if any."""
-        self._spaces: dict[Block, Space] = {}
-        self._depends: dict[Block, bool] = {}
-        self._computed_in: dict[Block, torch.dtype] = {}
+        self._spaces: dict[WeightMatrix, Space] = {}
+        self._depends: dict[WeightMatrix, bool] = {}
+        self._computed_in: dict[WeightMatrix, torch.dtype] = {}
         self._gradient = {}
         losses: list[float] = []
         precisions: list[torch.dtype] = []
-        left_out: dict[Block, str] = {}
+        left_out: dict[WeightMatrix, str] = {}
         with self.ranks.together():
             for tape, share in self._recorded():
                 left_out |= tape.left_out
@@ -352,7 +352,7 @@ class Landscape:
                 if self._movable is None or block.name in self._movable:
                     tape.collect(block, space)
 
-    def _share_survey(self, left_out: dict[Block, str]) -> dict[Block, str]:
+    def _share_survey(self, left_out: dict[WeightMatrix, str]) -> dict[WeightMatrix, str]:
         """What other ranks have seen; all go on with the same blocks in the same order."""
         blocks = list(dict.fromkeys(b for site in self._sites for b in site.blocks))
         seen = [(b in left_out, b in self._spaces, self._depends.get(b, False)) for b in blocks]
@@ -393,7 +393,7 @@ class Landscape:
             self.ranks.mean_([self._grad(p) for p in trainable(self._model)])
 
 
-def _basis_of_rows(tape: Tape, block: Block, space: RowSpace) -> Projector:
+def _basis_of_rows(tape: Tape, block: WeightMatrix, space: RowSpace) -> Projector:
     """The basis at τ = 1; no more rows are read once they span everything."""
     calls, d_in = tape.calls_of(block), block.part.matrix_shape[-1]
     count = tape.row_count(block)
@@ -413,7 +413,7 @@ def _basis_of_rows(tape: Tape, block: Block, space: RowSpace) -> Projector:
     return space.basis()
 
 
-def _multiplications(block: Block, rows: int) -> float:
+def _multiplications(block: WeightMatrix, rows: int) -> float:
     """What a basis takes at least: the smaller Gram matrix, or as much again to decompose it.
 
     None on a device that is not the CPU, whose own threads are not ours to start, and none to speak

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from teleport.errors import OptimizerStateError
-from teleport.layers.support import Block
+from teleport.layers.support import WeightMatrix
 from teleport.runtime.closures import Closure, evaluate, without_gradients
 from teleport.runtime.precision import at_least_single, scaled
 from teleport.runtime.ranks import ALONE, Ranks
@@ -62,7 +62,7 @@ class Metric:
             return scaled(grad, scale)
         return (self.inverse[parameter] * scale * grad).to(grad.dtype)
 
-    def block_velocity(self, block: Block, grad: Tensor, scale: float = 1.0) -> Tensor:
+    def block_velocity(self, block: WeightMatrix, grad: Tensor, scale: float = 1.0) -> Tensor:
         """The same of a block's matrix ``[*groups, d_out, d_in]``."""
         if self.inverse is None:
             return scaled(grad, scale)
@@ -72,7 +72,7 @@ class Metric:
         """``gᵀ M⁻¹ g`` of one parameter."""
         return squared_norm(grad if self.inverse is None else self.inverse[parameter].sqrt() * grad)
 
-    def block_squared_norm(self, block: Block, grad: Tensor) -> float:
+    def block_squared_norm(self, block: WeightMatrix, grad: Tensor) -> float:
         """The same of a block's matrix."""
         if self.inverse is None:
             return squared_norm(grad)
@@ -89,12 +89,14 @@ EUCLIDEAN = Metric()
 
 Gradient = dict[nn.Parameter, Tensor]
 
-Shares = dict[Block | nn.Parameter, float]
+Shares = dict[WeightMatrix | nn.Parameter, float]
 """What each covered block, and each parameter outside of them, has of a squared gradient norm."""
 
 
 def shares_of(
-    gradient: Mapping[nn.Parameter, Tensor], blocks: Sequence[Block], metric: Metric = EUCLIDEAN
+    gradient: Mapping[nn.Parameter, Tensor],
+    blocks: Sequence[WeightMatrix],
+    metric: Metric = EUCLIDEAN,
 ) -> Shares:
     """The shares in the squared norm of a gradient that is given parameter by parameter."""
     covered = {parameter for block in blocks for parameter in block.parameters}

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from teleport.errors import ClosureError, NonFiniteLossError
-from teleport.layers.part import Part
-from teleport.layers.support import Block, CoveredProduct, Site
+from teleport.layers.part import LinearMap
+from teleport.layers.support import CoveredModule, CoveredProduct, WeightMatrix
 from teleport.layers.weight_uses import WeightUses
 from teleport.runtime.closures import Closure, evaluate, without_gradients
 from teleport.runtime.interception import (
@@ -42,7 +42,7 @@ _CHECKPOINT = (
 )
 
 
-def record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
+def record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) -> Tape:
     """Run a closure once and record every product of the given sites.
 
     Args:
@@ -58,7 +58,7 @@ def record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
         ClosureError: if the closure calls ``backward`` or does not return one finite number that
             depends on the model, or if a layer receives an empty batch.
     """
-    left_out: dict[Block, str] = {}
+    left_out: dict[WeightMatrix, str] = {}
     while True:
         kept = [site.without(left_out) for site in sites]
         try:
@@ -79,8 +79,10 @@ def record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
 
 
 def watch(
-    sites: Sequence[Site], closure: Callable[[], Any], see: Callable[[Block, Part, Tensor], None]
-) -> dict[Block, str]:
+    sites: Sequence[CoveredModule],
+    closure: Callable[[], Any],
+    see: Callable[[WeightMatrix, LinearMap, Tensor], None],
+) -> dict[WeightMatrix, str]:
     """Run a closure and show every input of a covered product to ``see``.
 
     Returns:
@@ -89,7 +91,7 @@ def watch(
     """
     uses = WeightUses([block for site in sites for block in site.blocks])
 
-    def product(block: Block, part: Part, x: Tensor) -> Tensor:
+    def product(block: WeightMatrix, part: LinearMap, x: Tensor) -> Tensor:
         if _passed_by(part, x):
             return part.compute(x)
         uses.look_at(x)  # another layer's weight, as in ``project(embedding.weight)``
@@ -108,9 +110,9 @@ def push_tangents(
     tape: Tape,
     model: nn.Module,
     closure: Closure,
-    drive: Mapping[Block, Callable[[], Iterable[Tensor]]],
+    drive: Mapping[WeightMatrix, Callable[[], Iterable[Tensor]]],
     velocity: Mapping[nn.Parameter, Tensor],
-    wanted: AbstractSet[Block] | None = None,
+    wanted: AbstractSet[WeightMatrix] | None = None,
 ) -> None:
     """One forward-mode pass: fill ``x_dot`` of the tape's calls of the blocks ``wanted``.
 
@@ -156,20 +158,20 @@ def push_tangents(
         raise NotImplementedError(f"the closure has no forward-mode pass: {error}") from error
 
 
-def _replaced(sites: Sequence[Site], product: CoveredProduct) -> Any:
+def _replaced(sites: Sequence[CoveredModule], product: CoveredProduct) -> Any:
     """A context in which every covered product is left to ``product(block, part, x)``."""
     return replaced_forwards({site.module: partial(site.forward, product) for site in sites})
 
 
-def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
+def _record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) -> Tape:
     calls: list[Call] = []
-    called: set[Block] = set()
+    called: set[WeightMatrix] = set()
     tapes: list[weakref.ref[Tape]] = []  # for the relays: the tape is made once the loss is known
     anchor = torch.zeros((), requires_grad=True)
     empty: dict[str, torch.Size] = {}
-    passed_by: dict[Block, str] = {}
+    passed_by: dict[WeightMatrix, str] = {}
 
-    def product(block: Block, part: Part, x: Tensor) -> Tensor:
+    def product(block: WeightMatrix, part: LinearMap, x: Tensor) -> Tensor:
         if why := _passed_by(part, x):
             passed_by[block] = f"frozen: {why}"
             return part.compute(x)
@@ -211,7 +213,7 @@ def _record(model: nn.Module, sites: Sequence[Site], closure: Closure) -> Tape:
     return tape
 
 
-def _passed_by(part: Part, x: Tensor) -> str:
+def _passed_by(part: LinearMap, x: Tensor) -> str:
     """Why a call is not recorded; empty if it is. Tangents in here are the closure's own."""
     if why := part.bypassed():
         return why
@@ -255,7 +257,7 @@ class _Relay(torch.autograd.Function):
 
     @classmethod
     def put(
-        cls, call: Call, z: Tensor, anchor: Tensor, called: set[Block], tapes: list[Any]
+        cls, call: Call, z: Tensor, anchor: Tensor, called: set[WeightMatrix], tapes: list[Any]
     ) -> Tensor:
         """``z`` with a relay before it; ``tapes`` is filled once the loss is known."""
         made = _Output(z)
@@ -271,7 +273,7 @@ class _Relay(torch.autograd.Function):
         anchor: Tensor,
         call: Call,
         made: "_Output",
-        called: set[Block],
+        called: set[WeightMatrix],
         tapes: list[Any],
         *parameters: Tensor,
     ) -> Tensor:
@@ -305,8 +307,8 @@ class _Replay:
     def __init__(
         self,
         tape: Tape,
-        drive: Mapping[Block, Callable[[], Iterable[Tensor]]],
-        wanted: AbstractSet[Block],
+        drive: Mapping[WeightMatrix, Callable[[], Iterable[Tensor]]],
+        wanted: AbstractSet[WeightMatrix],
     ) -> None:
         self.tape = tape
         self.position = 0
@@ -315,7 +317,7 @@ class _Replay:
         last = [n for n, call in enumerate(tape.calls, 1) if call.block in wanted]
         self._last = max(last, default=len(tape.calls))
 
-    def product(self, block: Block, part: Part, x: Tensor) -> Tensor:
+    def product(self, block: WeightMatrix, part: LinearMap, x: Tensor) -> Tensor:
         if part.bypassed() or x.numel() == 0:
             return part.compute(x)
         call = self._next(block, part, x)
@@ -334,7 +336,7 @@ class _Replay:
         dual: Tensor = forward_ad.make_dual(output, tangent)
         return dual
 
-    def _next(self, block: Block, part: Part, x: Tensor) -> Call:
+    def _next(self, block: WeightMatrix, part: LinearMap, x: Tensor) -> Call:
         calls = self.tape.calls
         call = calls[self.position] if self.position < len(calls) else None
         if call is None or call.part is not part or call.x.shape != x.shape:
@@ -357,7 +359,7 @@ class _LastCallReached(BaseException):
 class _DifferentiatedError(BaseException):
     """The closure takes a derivative through recorded layers; no user handler swallows it."""
 
-    def __init__(self, blocks: set[Block]) -> None:
+    def __init__(self, blocks: set[WeightMatrix]) -> None:
         super().__init__()
         self.blocks = blocks
 

@@ -17,13 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from teleport.layers.part import Part, Pieces
-from teleport.layers.support import Block, Site
+from teleport.layers.part import LinearMap, Pieces
+from teleport.layers.support import CoveredModule, WeightMatrix
 from teleport.objective import EUCLIDEAN, Metric, Shares
 from teleport.runtime.precision import at_least_single, coarsest, scaled
 from teleport.subspace import Space
 
-Position = dict[Block, Pieces]
+Position = dict[WeightMatrix, Pieces]
 """Weights of the blocks that moved."""
 
 
@@ -42,8 +42,8 @@ class Call:
             trainable parameters (theorem ``thm-fixed``).
     """
 
-    block: Block
-    part: Part
+    block: WeightMatrix
+    part: LinearMap
     x: Tensor
     z: Tensor
     constant: bool = False
@@ -87,15 +87,15 @@ class Tape:
 
     loss: Float[Tensor, ""]
     calls: list[Call]
-    sites: list[Site]
+    sites: list[CoveredModule]
     others: list[nn.Parameter]
     anchor: Tensor
-    left_out: dict[Block, str] = field(default_factory=dict)
+    left_out: dict[WeightMatrix, str] = field(default_factory=dict)
     moved: Position = field(default_factory=dict)
     other_gradients: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._calls: dict[Block, list[Call]] = {}
+        self._calls: dict[WeightMatrix, list[Call]] = {}
         for call in self.calls:
             self._calls.setdefault(call.block, []).append(call)
         self._counts = {
@@ -106,16 +106,16 @@ class Tape:
             b: coarsest(call.z.dtype for call in calls) for b, calls in self._calls.items()
         }
         self.precision = coarsest([self.loss.dtype, *self._dtypes.values()])
-        self._rows: dict[Block, Tensor] = {}
-        self._grams: dict[Block, Tensor] = {}
-        self._gradients: dict[Block, Tensor] = {}
+        self._rows: dict[WeightMatrix, Tensor] = {}
+        self._grams: dict[WeightMatrix, Tensor] = {}
+        self._gradients: dict[WeightMatrix, Tensor] = {}
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[WeightMatrix]:
         """Blocks that were called, in order of their first call."""
         return list(self._calls)
 
-    def calls_of(self, block: Block) -> list[Call]:
+    def calls_of(self, block: WeightMatrix) -> list[Call]:
         """The calls of one block, in order of execution."""
         return self._calls.get(block, [])
 
@@ -124,17 +124,17 @@ class Tape:
         pieces = self.moved.get(call.block)
         return call.part.pieces() if pieces is None else pieces[: len(call.part.slots)]
 
-    def depends_on_parameters(self, block: Block) -> bool:
+    def depends_on_parameters(self, block: WeightMatrix) -> bool:
         """Whether any input of the block depends on a trainable parameter."""
         return any(call.x.requires_grad for call in self.calls_of(block))
 
-    def computed_in(self, block: Block) -> torch.dtype:
+    def computed_in(self, block: WeightMatrix) -> torch.dtype:
         """The coarsest precision a block's products were computed in."""
         return self._dtypes[block]
 
     # ---- inputs: the rows a block's matrix acts on
 
-    def rows(self, block: Block) -> Float[Tensor, "*groups rows d_in"]:
+    def rows(self, block: WeightMatrix) -> Float[Tensor, "*groups rows d_in"]:
         """Input rows of all calls of a block, one below the other: the transpose of R_l (8).
 
         Not for tied blocks, whose calls have rows of two kinds.
@@ -144,23 +144,23 @@ class Tape:
             self._rows[block] = _below(rows)
         return self._rows[block]
 
-    def row_count(self, block: Block) -> int:
+    def row_count(self, block: WeightMatrix) -> int:
         """Number of input rows, without forming them."""
         return self._counts.get(block, 0)
 
-    def rows_key(self, block: Block) -> Any:
+    def rows_key(self, block: WeightMatrix) -> Any:
         """Equal for two blocks only if the rows of all their calls are the same."""
         keys = tuple(call.part.rows_key(call.x.detach()) for call in self.calls_of(block))
         return block if None in keys or block.other is not None else keys
 
-    def row_gram(self, block: Block) -> Float[Tensor, "*groups rows rows"]:
+    def row_gram(self, block: WeightMatrix) -> Float[Tensor, "*groups rows rows"]:
         """Inner products of all pairs of input rows."""
         if block not in self._grams:
             rows = at_least_single(self.rows(block))
             self._grams[block] = rows @ rows.mT
         return self._grams[block]
 
-    def collect(self, block: Block, space: Space) -> None:
+    def collect(self, block: WeightMatrix, space: Space) -> None:
         """Add the inputs of all calls of a block to what ``block.space()`` returned."""
         for call in self.calls_of(block):
             block.collect(space, call.part, call.x.detach())
@@ -183,13 +183,13 @@ class Tape:
         pairs = zip([*self.others, *suspects], grads, strict=True)
         return {parameter for parameter, grad in pairs if grad is not None}
 
-    def deltas(self, block: Block) -> Float[Tensor, "*groups rows d_out"]:
+    def deltas(self, block: WeightMatrix) -> Float[Tensor, "*groups rows d_out"]:
         """Cotangents of a block's outputs in the order of `rows`; 0 where the loss ignores them."""
         calls = self.calls_of(block)
         deltas = (torch.zeros_like(c.z) if c.delta is None else c.delta for c in calls)
         return _below([block.part.out_rows(delta) for delta in deltas])
 
-    def weight_gradient(self, block: Block) -> Float[Tensor, "*groups d_out d_in"]:
+    def weight_gradient(self, block: WeightMatrix) -> Float[Tensor, "*groups d_out d_in"]:
         """``Σ δ xᵀ`` over all calls (theorem ``thm-span``)."""
         if block not in self._gradients:
             terms = (call.weight_gradient(call.x.detach(), 1.0) for call in self.calls_of(block))
@@ -206,14 +206,14 @@ class Tape:
         """``gᵀ M⁻¹ g`` over all trainable parameters, for the last `backward`."""
         return sum(self.shares(metric).values())
 
-    def _norm_squared(self, block: Block, metric: Metric) -> float:
+    def _norm_squared(self, block: WeightMatrix, metric: Metric) -> float:
         """``‖Σ δ xᵀ‖²``, or by Gram matrices ``Σ (δδᵀ)∘(xxᵀ)``."""
         if not self._prefers_gram(block, metric):
             return metric.block_squared_norm(block, self.weight_gradient(block))
         deltas = at_least_single(self.deltas(block))
         return float(((deltas @ deltas.mT) * self.row_gram(block)).double().sum())
 
-    def _prefers_gram(self, block: Block, metric: Metric) -> bool:
+    def _prefers_gram(self, block: WeightMatrix, metric: Metric) -> bool:
         """Whether no gradient need be formed; a preconditioner takes it entry by entry."""
         if metric.inverse is not None or block.other is not None or not block.part.gram_pays:
             return False
@@ -221,7 +221,7 @@ class Tape:
 
     # ---- tangents: one forward-mode pass, see `teleport.recording.push_tangents`
 
-    def drive(self, block: Block, metric: Metric, scale: float) -> Iterator[Tensor]:
+    def drive(self, block: WeightMatrix, metric: Metric, scale: float) -> Iterator[Tensor]:
         """(M⁻¹ G) x, scaled, for every call: the tangents due to the block's own weights."""
         if not self._prefers_gram(block, metric):
             velocity = metric.block_velocity(block, self.weight_gradient(block), scale)
@@ -233,14 +233,14 @@ class Tape:
         for call, rows in zip(calls, products.split(counts, dim=-2), strict=True):
             yield call.part.from_out_rows(rows, call.z)
 
-    def drive_of(self, block: Block, velocity: Pieces) -> Iterator[Tensor]:
+    def drive_of(self, block: WeightMatrix, velocity: Pieces) -> Iterator[Tensor]:
         """Ẇ x for every call of a block, in the shape of the outputs; each when it is asked for."""
         for call in self.calls_of(block):
             pieces = velocity[: len(call.part.slots)]
             same = tuple(piece.to(call.z.dtype) for piece in pieces)
             yield call.part.push_affine(call.x.detach(), same, call.z)
 
-    def tangents(self, block: Block) -> Float[Tensor, "*groups rows d_in"] | None:
+    def tangents(self, block: WeightMatrix) -> Float[Tensor, "*groups rows d_in"] | None:
         """Tangents of a block's input rows, bias column 0; None if no call has one."""
         calls = self.calls_of(block)
         if all(call.x_dot is None for call in calls):
@@ -248,12 +248,12 @@ class Tape:
         dots = (torch.zeros_like(c.x) if c.x_dot is None else c.x_dot for c in calls)
         return _below([block.part.rows(x_dot, bias_input=0.0) for x_dot in dots])
 
-    def survivor(self, block: Block) -> Float[Tensor, "*groups d_out d_in"]:
+    def survivor(self, block: WeightMatrix) -> Float[Tensor, "*groups d_out d_in"]:
         """``Σ δ ẋᵀ`` over all calls, not projected (theorem ``thm-survivor``)."""
         terms = (call.weight_gradient(call.x_dot, 0.0) for call in self.calls_of(block))
         return self._sum(block, terms)
 
-    def _sum(self, block: Block, terms: Iterable[Tensor | None]) -> Tensor:
+    def _sum(self, block: WeightMatrix, terms: Iterable[Tensor | None]) -> Tensor:
         dtype = block.part.weight.parameter.dtype
         given = [term.to(dtype) for term in terms if term is not None]
         return sum(given[1:], given[0]) if given else block.part.matrix().zero_()

@@ -44,8 +44,8 @@ HEAD = [
 
 
 def result_lines() -> list[str]:
-    once = [result_line(s) for s in summarise(read_runs(RESULTS / "mnist-mlp" / "sgd"))]
-    paper = summarise(read_runs(RESULTS / "mnist-mlp" / "sgd-paper"))
+    once = [result_line(s) for s in summarise(read_runs(RESULTS / "matrix" / "mnist-mlp" / "sgd"))]
+    paper = summarise(read_runs(RESULTS / "matrix" / "mnist-mlp" / "sgd-paper"))
     schedule = [result_line(s, ", paper's schedule") for s in paper if s.to_own is not None]
     return [*HEAD, *once[:2], schedule[0], *once[2:4], schedule[1], *once[4:]]
 
@@ -92,7 +92,7 @@ def cost_lines() -> list[str]:
 
 def sequence_lines(name: str) -> list[str]:
     """The columns of a sequence's table that fit on a page."""
-    rows = forgetting_rows(read_runs(RESULTS / "continual" / name))
+    rows = forgetting_rows(read_runs(RESULTS / "keeping" / name))
     left_out = {"final new loss", "seconds per step / plain"}
     if name == "permuted-mnist":
         left_out |= {"old accuracy", "new accuracy"}
@@ -105,7 +105,7 @@ def sequence_lines(name: str) -> list[str]:
 def rival_lines() -> list[str]:
     """The rivals on the same batch and in training, and the speed ratio, from the records."""
     measured = read_benchmarks(RESULTS / "bench" / "rivals")["rivals"].rows
-    arms = {s.arm: s.to_own for s in summarise(read_runs(RESULTS / "rivals"))}
+    arms = {s.arm: s.to_own for s in summarise(read_runs(RESULTS / "rivals" / "mnist-sample"))}
     low, tuned = [arm for arm, against in arms.items() if against is None][:2]
     titles = [f"{what}, {rate}" for rate in (low, tuned) for what in ("log loss", "seconds")]
     lines = [
@@ -127,7 +127,7 @@ def matrix_lines() -> list[str]:
     """Every data set with every optimizer at the low and tuned rate, and counts of them all."""
     found = [
         block
-        for block in outcomes.blocks(RESULTS)
+        for block in outcomes.blocks(RESULTS / "matrix")
         if block.folder.parts in {(block.experiment, o) for o in OPTIMIZERS}
     ]
     optimizers = [name for name in OPTIMIZERS if any(b.optimizer == name for b in found)]

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.modules.dropout import _DropoutNd
 
 from teleport.errors import UnsupportedModelError
-from teleport.layers.convolution import ConvPart, ConvTransposePart
+from teleport.layers.convolution import ConvolutionMap, TransposedConvolutionMap
 
 GELU = 0.5 * math.erfc(-1.0) + 1.0 / (math.e * math.sqrt(math.pi))
 """``Φ(√2) + 1 / (e √π)``, 1.1289: the slope ``Φ + x φ`` of ``x Φ(x)`` has derivative ``(2 - x²) φ``
@@ -99,9 +99,9 @@ def convolution_norm(module: Any, x: Tensor) -> float:
       input plus the kernel's reach; stretching with zeros keeps the norm, cutting reduces it.
     """
     if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        part: Any = ConvTransposePart(module)
+        part: Any = TransposedConvolutionMap(module)
     else:
-        part = ConvPart(module)
+        part = ConvolutionMap(module)
     one = x[:1] if x.dim() == part.dims + 2 else x[None]
     weight = module.weight.detach().double()
     grouped = weight.reshape(module.groups, -1, *weight.shape[1:])
@@ -116,7 +116,7 @@ def _padded_size(module: Any, part: Any, x: Tensor) -> tuple[list[int], float]:
     """Size over which the convolution is circular, and how often padding copies one entry."""
     reaches = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
     sizes = list(x.shape[2:])
-    if isinstance(part, ConvTransposePart):
+    if isinstance(part, TransposedConvolutionMap):
         steps = zip(sizes, module.stride, reaches, strict=True)
         return [(size - 1) * stride + 1 + reach for size, stride, reach in steps], 1.0
     padded = list(part.padded(x).shape[2:])

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from teleport.errors import ClosureError, NullSpaceError
 from teleport.layers.one_hot import AxisBasis
-from teleport.layers.part import Part
+from teleport.layers.part import LinearMap
 from teleport.layers.shared_weight import TiedBasis
-from teleport.layers.support import NO_GRADIENT, Block, cover
+from teleport.layers.support import NO_GRADIENT, WeightMatrix, cover
 from teleport.recording import USED_OUTSIDE, watch
 from teleport.report import text_table
 from teleport.runtime.closures import without_gradients
@@ -181,7 +181,7 @@ class NullSpace:
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: basis.shape for name, basis in self.bases.items()}
 
-    def _match(self, model: nn.Module) -> list[Block]:
+    def _match(self, model: nn.Module) -> list[WeightMatrix]:
         """The blocks of the model that may move; layers frozen since the space was made stay."""
         coverage = cover(model)
         blocks = [b for b in coverage.blocks if self.frozen.get(b.name, NO_GRADIENT) == NO_GRADIENT]
@@ -202,7 +202,7 @@ class Keeper:
     """Projects what happened to a model's parameters; see `NullSpace.keep`."""
 
     def __init__(
-        self, model: nn.Module, blocks: list[Block], bases: dict[str, Projector], every: int
+        self, model: nn.Module, blocks: list[WeightMatrix], bases: dict[str, Projector], every: int
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be an integer >= 1, got {every}")
@@ -281,7 +281,7 @@ class _Survey:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.coverage = cover(model, at_least_one=True)
-        self.used: dict[Block, str] = {}
+        self.used: dict[WeightMatrix, str] = {}
         self._forget()
 
     def add(self, closure: Callable[[], Any], autocast: Autocast, quiet: Quiet) -> None:
@@ -332,7 +332,7 @@ class _Survey:
         self.seen = False
 
     def _watch(self, closure: Callable[[], Any], autocast: Autocast) -> None:
-        def see(block: Block, part: Part, x: Tensor) -> None:
+        def see(block: WeightMatrix, part: LinearMap, x: Tensor) -> None:
             with Autocast().off():  # that of the closure, too
                 block.collect(self.spaces[block], part, x)
 

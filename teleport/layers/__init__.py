@@ -5,18 +5,18 @@ themselves are imported here. `register` adds a line to it.
 """
 
 from teleport.layers import attention, convolution, embedding, linear, recurrent
-from teleport.layers.linear import LinearPart, LinearRule
-from teleport.layers.part import Part, Pieces, Slot
+from teleport.layers.linear import DenseMap, LinearRule
+from teleport.layers.part import LinearMap, ParameterSlice, Pieces
 from teleport.layers.rule import RULES, LayerRule, register, rule_for
 
 __all__ = [
     "RULES",
+    "DenseMap",
     "LayerRule",
-    "LinearPart",
+    "LinearMap",
     "LinearRule",
-    "Part",
+    "ParameterSlice",
     "Pieces",
-    "Slot",
     "attention",
     "convolution",
     "embedding",

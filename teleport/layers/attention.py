@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport.layers.linear import LinearPart
-from teleport.layers.part import Part, Slot, slot
+from teleport.layers.linear import DenseMap
+from teleport.layers.part import LinearMap, ParameterSlice, optional_slice
 from teleport.layers.rule import Apply, LayerRule, register
 
 
@@ -23,16 +23,16 @@ class MultiheadAttentionRule(LayerRule[nn.MultiheadAttention]):
 
     kind = "MultiheadAttention"
 
-    def parts(self, module: nn.MultiheadAttention) -> Sequence[Part]:
+    def parts(self, module: nn.MultiheadAttention) -> Sequence[LinearMap]:
         width = module.embed_dim
-        parts: list[Part] = []
+        parts: list[LinearMap] = []
         for i, name in enumerate("qkv"):
             rows = slice(i * width, (i + 1) * width)
-            own = slot(module, f"{name}_proj_weight")
-            weight = Slot(module, "in_proj_weight", rows) if own is None else own
-            parts.append(LinearPart(name, weight, slot(module, "in_proj_bias", rows)))
+            own = optional_slice(module, f"{name}_proj_weight")
+            weight = ParameterSlice(module, "in_proj_weight", rows) if own is None else own
+            parts.append(DenseMap(name, weight, optional_slice(module, "in_proj_bias", rows)))
         out = module.out_proj
-        return [*parts, LinearPart("out", Slot(out, "weight"), slot(out, "bias"))]
+        return [*parts, DenseMap("out", ParameterSlice(out, "weight"), optional_slice(out, "bias"))]
 
     def forward(
         self,

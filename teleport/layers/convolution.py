@@ -7,17 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport.layers.part import CHUNK, Part, Pieces, Slot, slot, with_bias_column
+from teleport.layers.part import (
+    CHUNK,
+    LinearMap,
+    ParameterSlice,
+    Pieces,
+    optional_slice,
+    with_bias_column,
+)
 from teleport.layers.rule import LayerRule, register
 
 
-class _SpatialPart(Part):
+class _SpatialMap(LinearMap):
     """What both kinds of convolution share: channels first, one row per output position."""
 
     functions: tuple[Any, Any, Any]
 
     def __init__(self, module: Any) -> None:
-        super().__init__("", Slot(module, "weight"), slot(module, "bias"))
+        super().__init__("", ParameterSlice(module, "weight"), optional_slice(module, "bias"))
         self.module = module
         self.dims = len(module.kernel_size)
         self.groups = module.groups
@@ -40,7 +47,7 @@ class _SpatialPart(Part):
         return torch.split(batched, max(1, rows // positions))
 
 
-class ConvPart(_SpatialPart):
+class ConvolutionMap(_SpatialMap):
     """Convolution in 1 to 3 dimensions: one row per output position, one basis per group.
 
     A row is the patch of the padded input under the kernel, in the order of the weight's axes
@@ -142,11 +149,11 @@ class ConvRule(LayerRule[Any]):
 
     kind = "Conv"
 
-    def parts(self, module: Any) -> Sequence[Part]:
-        return [ConvPart(module)]
+    def parts(self, module: Any) -> Sequence[LinearMap]:
+        return [ConvolutionMap(module)]
 
 
-class ConvTransposePart(_SpatialPart):
+class TransposedConvolutionMap(_SpatialMap):
     """Transposed convolution in 1 to 3 dimensions: one row per output position, per group.
 
     It is a convolution with stride 1 of the input with zeros between its entries; a row is the
@@ -212,8 +219,8 @@ class ConvTransposeRule(LayerRule[Any]):
 
     kind = "ConvTranspose"
 
-    def parts(self, module: Any) -> Sequence[Part]:
-        return [ConvTransposePart(module)]
+    def parts(self, module: Any) -> Sequence[LinearMap]:
+        return [TransposedConvolutionMap(module)]
 
     def forward(self, module: Any, apply: Any, x: Tensor, output_size: Any = None) -> Any:
         if output_size is None:

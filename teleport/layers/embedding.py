@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teleport.layers.one_hot import AxisSpace
-from teleport.layers.part import Part, Pieces, Slot
+from teleport.layers.part import LinearMap, ParameterSlice, Pieces
 from teleport.layers.rule import Apply, LayerRule, register
 from teleport.subspace import Space
 
 
-class EmbeddingPart(Part):
+class EmbeddingMap(LinearMap):
     """``z = W e_token``: the matrix is the transposed table, ``[width, vocabulary]``.
 
     Lookups of ``padding`` are constants, as they are for autograd: they take no gradient and carry
@@ -23,7 +23,7 @@ class EmbeddingPart(Part):
     orientation = "transposed"
     gram_pays = False
 
-    def __init__(self, name: str, weight: Slot, padding: int | None) -> None:
+    def __init__(self, name: str, weight: ParameterSlice, padding: int | None) -> None:
         super().__init__(name, weight, None)
         self.size, self.width = weight.parameter.shape
         self.padding = padding
@@ -87,8 +87,8 @@ class EmbeddingRule(LayerRule[nn.Embedding]):
 
     kind = "Embedding"
 
-    def parts(self, module: nn.Embedding) -> Sequence[Part]:
-        return [EmbeddingPart("", Slot(module, "weight"), module.padding_idx)]
+    def parts(self, module: nn.Embedding) -> Sequence[LinearMap]:
+        return [EmbeddingMap("", ParameterSlice(module, "weight"), module.padding_idx)]
 
     def obstacle(self, module: nn.Embedding) -> str:
         return _obstacle(module)
@@ -100,8 +100,8 @@ class EmbeddingBagRule(LayerRule[nn.EmbeddingBag]):
 
     kind = "EmbeddingBag"
 
-    def parts(self, module: nn.EmbeddingBag) -> Sequence[Part]:
-        return [EmbeddingPart("", Slot(module, "weight"), module.padding_idx)]
+    def parts(self, module: nn.EmbeddingBag) -> Sequence[LinearMap]:
+        return [EmbeddingMap("", ParameterSlice(module, "weight"), module.padding_idx)]
 
     def obstacle(self, module: nn.EmbeddingBag) -> str:
         return _obstacle(module)

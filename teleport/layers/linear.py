@@ -7,11 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport.layers.part import CHUNK, Part, Pieces, Slot, slot, with_bias_column
+from teleport.layers.part import (
+    CHUNK,
+    LinearMap,
+    ParameterSlice,
+    Pieces,
+    optional_slice,
+    with_bias_column,
+)
 from teleport.layers.rule import BY_NAME, Apply, LayerRule, register
 
 
-class LinearPart(Part):
+class DenseMap(LinearMap):
     """``z = W x + b`` over any leading axes: ``x [..., features]`` gives one row per position.
 
     ``W`` is ``[out, in]``, or with ``transposed`` ``[in, out]`` as GPT-2 stores it; axes of the
@@ -19,7 +26,11 @@ class LinearPart(Part):
     """
 
     def __init__(
-        self, name: str, weight: Slot, bias: Slot | None, transposed: bool = False
+        self,
+        name: str,
+        weight: ParameterSlice,
+        bias: ParameterSlice | None,
+        transposed: bool = False,
     ) -> None:
         super().__init__(name, weight, bias)
         self.transposed = transposed
@@ -74,7 +85,7 @@ class LinearPart(Part):
     def rows_key(self, x: Tensor) -> Any:
         flat = x.reshape(-1, self.features)
         place = (x.data_ptr(), x.shape, x.stride()) if x.numel() else None
-        return (LinearPart, flat.shape, self.has_bias_column, place)
+        return (DenseMap, flat.shape, self.has_bias_column, place)
 
     def row_norms(self, x: Tensor) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(x.reshape(-1, self.features), dim=-1)
@@ -98,8 +109,8 @@ class LinearRule(LayerRule[nn.Linear]):
 
     kind = "Linear"
 
-    def parts(self, module: nn.Linear) -> Sequence[Part]:
-        return [LinearPart("", Slot(module, "weight"), slot(module, "bias"))]
+    def parts(self, module: nn.Linear) -> Sequence[LinearMap]:
+        return [DenseMap("", ParameterSlice(module, "weight"), optional_slice(module, "bias"))]
 
 
 @register(nn.Bilinear)
@@ -108,8 +119,8 @@ class BilinearRule(LayerRule[nn.Bilinear]):
 
     kind = "Bilinear"
 
-    def parts(self, module: nn.Bilinear) -> Sequence[Part]:
-        return [LinearPart("", Slot(module, "weight"), slot(module, "bias"))]
+    def parts(self, module: nn.Bilinear) -> Sequence[LinearMap]:
+        return [DenseMap("", ParameterSlice(module, "weight"), optional_slice(module, "bias"))]
 
     def forward(self, module: nn.Bilinear, apply: Apply, x1: Tensor, x2: Tensor) -> Tensor:
         return apply("", (x1[..., :, None] * x2[..., None, :]).flatten(-2))
@@ -120,8 +131,15 @@ class TransposedLinearRule(LayerRule[Any]):
 
     kind = "Conv1D"
 
-    def parts(self, module: Any) -> Sequence[Part]:
-        return [LinearPart("", Slot(module, "weight"), slot(module, "bias"), transposed=True)]
+    def parts(self, module: Any) -> Sequence[LinearMap]:
+        return [
+            DenseMap(
+                "",
+                ParameterSlice(module, "weight"),
+                optional_slice(module, "bias"),
+                transposed=True,
+            )
+        ]
 
 
 BY_NAME["transformers.pytorch_utils.Conv1D"] = TransposedLinearRule()

@@ -22,7 +22,7 @@ Pieces = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
+class ParameterSlice:
     """A parameter of a module, or some of its rows, that is one piece of a part's matrix.
 
     Attributes:
@@ -49,7 +49,7 @@ class Slot:
         """Equal for two slots exactly if they are the same piece."""
         return id(self.parameter), self._range()
 
-    def overlaps(self, other: "Slot") -> bool:
+    def overlaps(self, other: "ParameterSlice") -> bool:
         """Whether two pieces of one parameter have rows in common."""
         return bool(set(self._range()) & set(other._range()))
 
@@ -57,7 +57,7 @@ class Slot:
         return range(*self.rows.indices(len(self.parameter)))
 
 
-class Part(ABC):
+class LinearMap(ABC):
     """One weight matrix of a module. Only `put` and `write` change the parameters.
 
     Attributes:
@@ -74,7 +74,7 @@ class Part(ABC):
     orientation: str = ""
     gram_pays: bool = True
 
-    def __init__(self, name: str, weight: Slot, bias: Slot | None) -> None:
+    def __init__(self, name: str, weight: ParameterSlice, bias: ParameterSlice | None) -> None:
         self.name = name
         self.weight = weight
         self.bias = bias
@@ -216,11 +216,13 @@ class Part(ABC):
         self.put(self.split(matrix))
 
 
-def slot(module: nn.Module, name: str, rows: slice | None = None) -> Slot | None:
+def optional_slice(
+    module: nn.Module, name: str, rows: slice | None = None
+) -> ParameterSlice | None:
     """A slot for a parameter that may be absent, as biases may."""
     if getattr(module, name, None) is None:
         return None
-    return Slot(module, name, slice(None) if rows is None else rows)
+    return ParameterSlice(module, name, slice(None) if rows is None else rows)
 
 
 def with_bias_column(rows: Tensor, bias_input: float, wanted: bool) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from teleport.layers.linear import LinearPart
-from teleport.layers.part import Part, Slot, slot
+from teleport.layers.linear import DenseMap
+from teleport.layers.part import LinearMap, ParameterSlice, optional_slice
 from teleport.layers.rule import Apply, LayerRule, register
 
 HiddenState = tuple[Tensor, ...]
@@ -41,9 +41,9 @@ def _cell(module: Any) -> CellStep:
     return _elman(torch.tanh if module.nonlinearity == "tanh" else torch.relu)
 
 
-def _linear(module: nn.Module, name: str, suffix: str) -> Part:
-    weight = Slot(module, f"weight_{name}{suffix}")
-    return LinearPart(name + suffix, weight, slot(module, f"bias_{name}{suffix}"))
+def _linear(module: nn.Module, name: str, suffix: str) -> LinearMap:
+    weight = ParameterSlice(module, f"weight_{name}{suffix}")
+    return DenseMap(name + suffix, weight, optional_slice(module, f"bias_{name}{suffix}"))
 
 
 @register(nn.RNNCell, nn.LSTMCell, nn.GRUCell)
@@ -52,7 +52,7 @@ class RecurrentCellRule(LayerRule[Any]):
 
     kind = "RecurrentCell"
 
-    def parts(self, module: Any) -> Sequence[Part]:
+    def parts(self, module: Any) -> Sequence[LinearMap]:
         return [_linear(module, name, "") for name in ("ih", "hh")]
 
     def forward(self, module: Any, apply: Apply, x: Tensor, state: Any = None) -> Any:
@@ -74,7 +74,7 @@ class RecurrentRule(LayerRule[Any]):
 
     kind = "Recurrent"
 
-    def parts(self, module: Any) -> Sequence[Part]:
+    def parts(self, module: Any) -> Sequence[LinearMap]:
         names = ("ih", "hh", "hr") if module.proj_size else ("ih", "hh")
         return [_linear(module, name, suffix) for suffix in _suffixes(module) for name in names]
 

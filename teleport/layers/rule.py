@@ -1,7 +1,7 @@
 """Layer rules: how a layer that is linear in its weights becomes ``z = W x`` on rows.
 
-One shape convention for the whole package. Every product of a weight matrix with inputs, a `Part`
-of a layer, is turned into
+One shape convention for the whole package. Every product of a weight matrix with inputs, a
+`LinearMap` of a layer, is turned into
 
 - ``rows``   ``[*groups, rows, d_in]``   one row per position the weights act on, with the bias as
   an extra input that is 1 (so ``d_in`` counts the bias column);
@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from teleport.layers.part import Part
+from teleport.layers.part import LinearMap
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,7 +37,7 @@ class LayerRule(ABC, Generic[M]):
     kind: str
 
     @abstractmethod
-    def parts(self, module: M) -> Sequence[Part]:
+    def parts(self, module: M) -> Sequence[LinearMap]:
         """The weight matrices of the module; called once per model."""
 
     def obstacle(self, module: M) -> str:
@@ -84,7 +84,7 @@ def register(*module_types: type[nn.Module]) -> Callable[[_Rule], _Rule]:
         ... class GatedRule(LayerRule):
         ...     kind = "Gated"
         ...     def parts(self, module):
-        ...         return [LinearPart("", Slot(module, "weight"), None)]
+        ...         return [DenseMap("", ParameterSlice(module, "weight"), None)]
         ...     def forward(self, module, apply, x):
         ...         return torch.sigmoid(x) * apply("", x)
         >>> del RULES[Gated]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from teleport.errors import NonFiniteInputError, UnsupportedModelError
-from teleport.layers.part import Part, Slot
+from teleport.layers.part import LinearMap, ParameterSlice
 from teleport.layers.rule import RULES, LayerRule, rule_for
 from teleport.layers.shared_weight import TiedSpace
 from teleport.report import text_table
@@ -21,7 +21,7 @@ from teleport.subspace import Projector, Space
 
 
 @dataclass(eq=False, frozen=True)
-class Block:
+class WeightMatrix:
     """One weight matrix of the model. Layers that share all of it share the block.
 
     Attributes:
@@ -33,15 +33,15 @@ class Block:
 
     name: str
     kind: str
-    part: Part
-    other: Part | None = None
+    part: LinearMap
+    other: LinearMap | None = None
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """The parameters the matrix is made of, or of rows of."""
         return self.part.parameters
 
-    def gradient_from(self, part: Part, gradient: Tensor) -> Tensor:
+    def gradient_from(self, part: LinearMap, gradient: Tensor) -> Tensor:
         """A gradient in the matrix of one of its parts, in its own; a bias gets none from other."""
         if part is not self.other:
             return gradient
@@ -53,7 +53,7 @@ class Block:
         own = self.part.space()
         return own if self.other is None else TiedSpace(own, self.other.space())
 
-    def collect(self, space: Any, part: Part, x: Tensor) -> None:
+    def collect(self, space: Any, part: LinearMap, x: Tensor) -> None:
         """Add the input of one of its parts."""
         if self.other is not None:
             space = space.other if part is self.other else space.own
@@ -80,12 +80,12 @@ class Block:
             raise NonFiniteInputError(self.name) from None
 
 
-CoveredProduct = Callable[[Block, Part, Tensor], Tensor]
+CoveredProduct = Callable[[WeightMatrix, LinearMap, Tensor], Tensor]
 """``product(block, part, x)``: ``W x + b`` with the matrix of a block, used by one of its parts."""
 
 
 @dataclass(eq=False, frozen=True)
-class Site:
+class CoveredModule:
     """A module whose forward pass is covered.
 
     Attributes:
@@ -97,8 +97,8 @@ class Site:
 
     module: nn.Module
     rule: LayerRule[Any]
-    parts: dict[str, Part]
-    covered: dict[str, tuple[Block, Part]] = field(default_factory=dict)
+    parts: dict[str, LinearMap]
+    covered: dict[str, tuple[WeightMatrix, LinearMap]] = field(default_factory=dict)
 
     def forward(self, product: CoveredProduct, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass with every covered matrix left to ``product``."""
@@ -111,11 +111,11 @@ class Site:
         return self.rule.forward(self.module, apply, *args, **kwargs)
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[WeightMatrix]:
         """What is covered, in the order of the parts."""
         return [block for block, _ in self.covered.values()]
 
-    def without(self, left_out: Collection[Block]) -> "Site":
+    def without(self, left_out: Collection[WeightMatrix]) -> "CoveredModule":
         """The same site with some of its blocks computed as the module does itself."""
         kept = {name: pair for name, pair in self.covered.items() if pair[0] not in left_out}
         return replace(self, covered=kept)
@@ -131,8 +131,8 @@ class Coverage:
         frozen: for every other module that holds parameters its name and the reason.
     """
 
-    sites: list[Site]
-    blocks: list[Block]
+    sites: list[CoveredModule]
+    blocks: list[WeightMatrix]
     frozen: dict[str, str]
 
 
@@ -153,7 +153,7 @@ def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
     """
     found, frozen = _find(model)
     conflicts, ties = _shared(model, found)
-    covered: dict[Any, tuple[Block, Part]] = {}
+    covered: dict[Any, tuple[WeightMatrix, LinearMap]] = {}
     in_one_memory = _in_one_memory(model)
     for name, site in found.items():
         for part in site.parts.values():
@@ -172,7 +172,7 @@ def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
     return Coverage([_with(site, covered) for site in found.values()], blocks, frozen)
 
 
-def _with(site: Site, covered: dict[Any, tuple[Block, Part]]) -> Site:
+def _with(site: CoveredModule, covered: dict[Any, tuple[WeightMatrix, LinearMap]]) -> CoveredModule:
     mine = {n: covered[part.key] for n, part in site.parts.items() if part.key in covered}
     return replace(site, covered=mine)
 
@@ -202,9 +202,9 @@ def extent(tensor: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
-def _find(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
+def _find(model: nn.Module) -> tuple[dict[str, CoveredModule], dict[str, str]]:
     """Modules with a rule, and for all others with parameters why there is none that serves."""
-    found: dict[str, Site] = {}
+    found: dict[str, CoveredModule] = {}
     frozen: dict[str, str] = {}
     inside: set[nn.Module] = set()
     for name, module in named_modules(model):
@@ -222,25 +222,25 @@ def _find(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
             if why := rule.obstacle(module) or _obstacle(module, list(parts.values())):
                 frozen[name] = why
             else:
-                found[name] = Site(module, rule, parts)
+                found[name] = CoveredModule(module, rule, parts)
         elif list(module.parameters(recurse=False)):
             frozen[name] = f"no rule for {type(module).__name__}"
     return found, frozen
 
 
 def _new_block(
-    name: str, kind: str, part: Part, ties: dict[Any, Part]
-) -> dict[Any, tuple[Block, Part]]:
+    name: str, kind: str, part: LinearMap, ties: dict[Any, LinearMap]
+) -> dict[Any, tuple[WeightMatrix, LinearMap]]:
     """The block found first at this part, by part; the upright one of a tied pair leads."""
     other = ties.get(part.key)
     if other is None:
-        return {part.key: (Block(name, kind, part), part)}
+        return {part.key: (WeightMatrix(name, kind, part), part)}
     lead, follow = (part, other) if part.orientation == "upright" else (other, part)
-    block = Block(name, f"{kind}, tied", lead, follow)
+    block = WeightMatrix(name, f"{kind}, tied", lead, follow)
     return {lead.key: (block, lead), follow.key: (block, follow)}
 
 
-def _why_weights_stay(part: Part) -> str:
+def _why_weights_stay(part: LinearMap) -> str:
     """Why this part must not move, though its layer can be covered; empty if it may."""
     weights = [slot.parameter for slot in part.slots]
     if not weights[0].requires_grad:
@@ -270,7 +270,7 @@ def _join(module: str, part: str) -> str:
     return ".".join(name for name in (module, part) if name)
 
 
-def _obstacle(module: nn.Module, parts: Sequence[Part]) -> str:
+def _obstacle(module: nn.Module, parts: Sequence[LinearMap]) -> str:
     """Why a module with a rule can still not be covered; empty if it can."""
     if "forward" in module.__dict__:
         return "its forward method has been replaced"
@@ -280,7 +280,9 @@ def _obstacle(module: nn.Module, parts: Sequence[Part]) -> str:
     return ""
 
 
-def _shared(model: nn.Module, found: dict[str, Site]) -> tuple[set[Any], dict[Any, Part]]:
+def _shared(
+    model: nn.Module, found: dict[str, CoveredModule]
+) -> tuple[set[Any], dict[Any, LinearMap]]:
     """Keys of parts that share a parameter with anything but an equal part.
 
     The second of the two holds those that may: an upright part and a transposed one that share a
@@ -293,13 +295,13 @@ def _shared(model: nn.Module, found: dict[str, Site]) -> tuple[set[Any], dict[An
         if module not in with_rule
         for parameter in module.parameters(recurse=False)
     }
-    holders: dict[nn.Parameter, dict[Any, tuple[Part, Slot]]] = {}
+    holders: dict[nn.Parameter, dict[Any, tuple[LinearMap, ParameterSlice]]] = {}
     for site in found.values():
         for part in site.parts.values():
             for slot in part.slots:
                 holders.setdefault(slot.parameter, {})[part.key] = part, slot
     conflicts: set[Any] = set()
-    ties: dict[Any, Part] = {}
+    ties: dict[Any, LinearMap] = {}
     for parameter, parts in holders.items():
         if parameter in native:
             conflicts |= set(parts)
@@ -313,7 +315,7 @@ def _shared(model: nn.Module, found: dict[str, Site]) -> tuple[set[Any], dict[An
     return conflicts, {key: tied for key, tied in ties.items() if key not in conflicts}
 
 
-def _can_tie(a: Part, b: Part) -> bool:
+def _can_tie(a: LinearMap, b: LinearMap) -> bool:
     """Whether two parts hold one weight, one of them upright and the other, alone, transposed."""
     upright, transposed = sorted((a, b), key=lambda part: part.orientation, reverse=True)
     return (

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from teleport.layers.support import Block, extent
+from teleport.layers.support import WeightMatrix, extent
 
 
 class WeightUses(TorchDispatchMode):
@@ -28,9 +28,9 @@ class WeightUses(TorchDispatchMode):
         blocks: whose weights to look for.
     """
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[WeightMatrix]) -> None:
         super().__init__()
-        self.found: dict[Block, None] = {}
+        self.found: dict[WeightMatrix, None] = {}
         self._expected = False
         memory = {
             extent(slot.of(slot.parameter)): block for block in blocks for slot in block.part.slots

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from teleport.errors import UnsupportedModelError
-from teleport.layers.support import Block, Coverage
+from teleport.layers.support import Coverage, WeightMatrix
 
 PASSES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 """What changes nothing inside a teleport, where dropout is off."""
@@ -24,7 +24,7 @@ class Stage:
     """
 
     name: str
-    block: Block
+    block: WeightMatrix
     module: nn.Module
     after: tuple[tuple[str, nn.Module], ...]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from teleport.direction import Direction
 from teleport.errors import require
 from teleport.landscape import Landscape
-from teleport.layers.support import Block, cover
+from teleport.layers.support import WeightMatrix, cover
 from teleport.line_search import step_to_norm
 from teleport.objective import gradient, trainable
 from teleport.report import TeleportReport
@@ -232,7 +232,7 @@ class RandomNullDirection(Rival):
         landscape.write()
         return Move((step,), "a random direction of the null space")
 
-    def _draw(self, block: Block, basis: Projector) -> Tensor:
+    def _draw(self, block: WeightMatrix, basis: Projector) -> Tensor:
         drawn = basis.project(_normal(block.part.matrix(), self._generator))
         return drawn if self._growth else self._norms[block] / drawn.norm() * drawn
 
@@ -264,7 +264,9 @@ def null_landscape(rival: Rival, batch: Batch, tau: float) -> Landscape:
     return Landscape(rival.model, rival.coverage.sites, batch.closures, frozen=frozen)
 
 
-def _of_blocks(blocks: Sequence[Block], values: Mapping[str, float]) -> dict[Block, float]:
+def _of_blocks(
+    blocks: Sequence[WeightMatrix], values: Mapping[str, float]
+) -> dict[WeightMatrix, float]:
     by_name = {block.name: block for block in blocks}
     if absent := sorted(values.keys() - by_name.keys()):
         raise ValueError(f"the model has no layer {absent[0]!r}; its layers are {list(by_name)}")

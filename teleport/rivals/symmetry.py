@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from teleport.errors import ClosureError, GroupElementError, require
-from teleport.layers.part import Part
-from teleport.layers.support import Block
+from teleport.layers.part import LinearMap
+from teleport.layers.support import WeightMatrix
 from teleport.recording import watch
 from teleport.rivals.batch import Batch
 from teleport.rivals.chain import chain
@@ -152,7 +152,7 @@ class SymmetryTeleporter(Rival):
         """Input rows of the first layer over all parts of the batch."""
         found = []
 
-        def see(block: Block, part: Part, x: Tensor) -> None:
+        def see(block: WeightMatrix, part: LinearMap, x: Tensor) -> None:
             if block is self._blocks[0]:
                 found.append(part.rows(x))
 

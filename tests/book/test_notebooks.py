@@ -6,6 +6,8 @@ part.
 
 import copy
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -66,7 +68,7 @@ GOOD = {
     "own underscore": code("class A:\n    def f(self):\n        return self._x"),
     "dunder": code("import teleport\nteleport.__version__\nfrom __future__ import annotations"),
     "public": code("import teleport\nfrom teleport.subspace import RowSpace\nteleport.Schedule"),
-    "package": code("from teleport import data, plots\nfrom teleport.data import batches"),
+    "package": code("from teleport import data, rivals\nfrom teleport.data import batches"),
     "figures inline": code("%matplotlib inline\nimport teleport"),
     "figure": code("plt.show()", printed("slope 2"), FIGURE, mystnb=ALT),
     "division": code("print(a /b, 'https://example.org/home/x')", printed("3/tmp")),
@@ -86,19 +88,15 @@ BAD = {
     "path in code": (code("open('/home/me/x')"), "path of one machine (open('/home/me/x'))"),
     "path in output": (code("f()", printed("in /tmp/x.py")), "path of one machine (in /tmp/x.py)"),
     "path in text": (prose("It is in `C:\\data`."), "path of one machine"),
-    "private module": (code("import teleport._x"), "private module teleport._x"),
-    "private name": (
-        code("from teleport.ascent import _x"),
-        "private name _x from teleport.ascent",
-    ),
-    "private attribute": (code("model._modules"), "private name _modules"),
-    "absent module": (code("import teleport.nowhere"), "teleport.nowhere, which does not exist"),
+    "absent module": (code("from teleport.nowhere import x"), "imports x from teleport.nowhere"),
     "absent name": (code("from teleport import nothing"), "imports nothing from teleport"),
     "passed on": (code("from teleport.subspace import torch"), "imports torch from teleport.sub"),
-    "absent attribute": (code("teleport.nothing"), "uses teleport.nothing"),
     "magic": (code("%timeit f()"), "is not plain Python"),
     "shell": (code("!pip install x"), "is not plain Python"),
-    "behind a magic": (code("%matplotlib inline\nmodel._modules"), "private name _modules"),
+    "behind a magic": (
+        code("%matplotlib inline\nfrom teleport.subspace import torch"),
+        "imports torch from teleport.sub",
+    ),
     "26 lines": (code("\n".join(["x = 1"] * 26)), "has 26 lines, 25 are allowed"),
     "no number": (code("plt.show()", printed("True"), FIGURE, mystnb=ALT), "figure and no number"),
     "nothing printed": (code("plt.show()", FIGURE, mystnb=ALT), "figure and no number"),
@@ -133,6 +131,31 @@ def test_every_fault_is_found_alone_and_named_with_its_cell(tmp_path: Path, name
     (fault,) = notebook_rules.faults(saved(tmp_path, prose("# Title"), cell))
     assert message in fault
     assert fault.startswith("01_x.ipynb, cell 1 (c1): ")
+
+
+@pytest.mark.parametrize(
+    ("source", "rule"),
+    [
+        ("import teleport._x\nteleport._x.f()", "SLF001"),
+        ("from teleport.ascent import _x", "PLC2701"),
+        ("model._modules", "SLF001"),
+        ("%matplotlib inline\nmodel._modules", "SLF001"),
+        ("import teleport\nteleport.__version__", ""),
+        ("class A:\n    def f(self):\n        return self._x", ""),
+    ],
+)
+def test_private_names_in_a_chapter_are_found_by_ruff(
+    tmp_path: Path, source: str, rule: str
+) -> None:
+    if shutil.which("ruff") is None:
+        pytest.skip("ruff is not installed")
+    (tmp_path / "chapters").mkdir()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = saved(tmp_path / "chapters", code(source))
+    command = ["ruff", "check", "--no-cache", "--output-format", "json", str(path)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    codes = {fault["code"] for fault in json.loads(found.stdout)}
+    assert codes & {"PLC2701", "SLF001"} == ({rule} if rule else set())
 
 
 @pytest.mark.parametrize(

@@ -594,7 +594,7 @@ def looseness(build: Callable[[], Task], steps: int, tau: float, seed: int) -> t
 
 
 ROOT = Path(__file__).parents[2]
-RECORD = ROOT / "chapters" / "results" / "network-bound" / "table.md"
+RECORD = ROOT / "chapters" / "results" / "network-bound.md"
 
 
 @pytest.mark.parametrize("network", ["MLP", "CNN"])

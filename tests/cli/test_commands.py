@@ -73,6 +73,8 @@ def test_version_and_module_are_the_same_program(capsys: pytest.CaptureFixture[s
         ),
         (["list"], ["experiments"]),
         (["figure"], ["folders", "records"]),
+        (["pack"], ["folder", "study", "Parquet"]),
+        (["unpack"], ["folder", "out", "JSON lines"]),
         (["data"], ["fetch", "list", "verify"]),
         (["data", "verify"], ["names", "checksums"]),
     ],
@@ -227,6 +229,8 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
         (["run", "--out", "/dev/null"], "not a folder; give another --out"),
         (["sweep", "mnist-sample", "--out", "/dev/null"], "not a folder; give another --out"),
         (["figure", "no-such-folder"], "teleport run"),
+        (["pack", "no-such-folder", "new"], "no-such-folder holds no records"),
+        (["unpack", "no-such-folder", "new"], "no-such-folder holds no records"),
         (["data", "fetch", "mnsit"], "mnist"),
     ],
 )

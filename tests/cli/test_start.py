@@ -21,13 +21,23 @@ from teleport.lab.keeping.tasks import SEQUENCES
 COMMANDS = [
     *("list", "run", "continual", "bench", "sweep", "spectrum", "tau", "moves", "product"),
     *("connectivity", "sensitivity"),
-    *("report", "figure", "check", "data", "data list", "data fetch", "data verify"),
+    *(
+        "report",
+        "figure",
+        "pack",
+        "unpack",
+        "check",
+        "data",
+        "data list",
+        "data fetch",
+        "data verify",
+    ),
     *("book", "book build", "book serve", "book check"),
 ]
 WRONG = ["run --nope", "run nope", "run --preset x", "run --schedule x", "sweep nope", "tau nope"]
 WRONG += ["continual nope", "run --threads 0", "bench step --threads 2000", "spectrum nope"]
 NO_HELP = ["--version", "list", *WRONG]
-HEAVY = ["torch", "numpy", "scipy", "matplotlib", "requests", "sphinx", "transformers"]
+HEAVY = ["torch", "numpy", "scipy", "polars", "matplotlib", "requests", "sphinx", "transformers"]
 
 
 def python(code: str, *arguments: str) -> str:

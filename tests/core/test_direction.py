@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from teleport.direction import direction, project_ascent
-from teleport.layers.support import Block, cover
+from teleport.layers.support import WeightMatrix, cover
 from teleport.line_search import step_to_norm
 from teleport.objective import ascent_double_backward, trainable
 from teleport.recording import record
@@ -28,10 +28,10 @@ from tests.support.strategies import (
     seeds,
 )
 
-Matrices = dict[Block, Tensor]
+Matrices = dict[WeightMatrix, Tensor]
 
 
-def recorded(problem: Problem | Task) -> tuple[Tape, dict[Block, Basis]]:
+def recorded(problem: Problem | Task) -> tuple[Tape, dict[WeightMatrix, Basis]]:
     tape = record(problem.model, cover(problem.model).sites, problem.closure)
     bases = {}
     for block in tape.blocks:
@@ -46,7 +46,7 @@ def fast(problem: Problem | Task) -> Matrices:
     return direction(tape, problem.model, problem.closure, bases)
 
 
-def ascent(problem: Problem | Task, blocks: list[Block]) -> Matrices:
+def ascent(problem: Problem | Task, blocks: list[WeightMatrix]) -> Matrices:
     """Hg by double backward, one matrix per block."""
     parameters = trainable(problem.model)
     values = ascent_double_backward(problem.closure, parameters)

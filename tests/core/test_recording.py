@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from teleport.layers.support import Block, cover
+from teleport.layers.support import WeightMatrix, cover
 from teleport.recording import push_tangents, record
 from teleport.tape import Tape
 from tests.support.fingerprint import fingerprint
@@ -34,7 +34,7 @@ def tape_of(problem: Problem | Task) -> Tape:
     return record(problem.model, cover(problem.model).sites, problem.closure)
 
 
-def drive_by_gradient(tape: Tape, block: Block) -> Callable[[], Iterator[Tensor]]:
+def drive_by_gradient(tape: Tape, block: WeightMatrix) -> Callable[[], Iterator[Tensor]]:
     return partial(tape.drive_of, block, block.part.split(tape.weight_gradient(block)))
 
 
@@ -136,7 +136,7 @@ def test_the_tangent_pass_ends_at_the_last_wanted_call(case: Case, last: int) ->
     tape = tape_of(problem)
     asked = []
 
-    def drive(block: Block) -> Iterator[Tensor]:
+    def drive(block: WeightMatrix) -> Iterator[Tensor]:
         asked.append(tape.blocks.index(block))
         yield from tape.drive_of(block, block.part.pieces())
 

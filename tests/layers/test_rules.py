@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from teleport.layers.linear import LinearPart, LinearRule, TransposedLinearRule
-from teleport.layers.part import Part, Slot
+from teleport.layers.linear import DenseMap, LinearRule, TransposedLinearRule
+from teleport.layers.part import LinearMap, ParameterSlice
 from teleport.layers.rule import RULES, LayerRule, register, rule_for
 from tests.support.drawn_layers import Layer, convolutions, linears, transposed_convolutions
 from tests.support.strategies import seeds
@@ -28,7 +28,7 @@ def call(module: nn.Module, x: Tensor) -> Tensor:
 layers = st.one_of(linears(), convolutions(), transposed_convolutions())
 
 
-def constant(part: Part, like: Tensor) -> Tensor:
+def constant(part: LinearMap, like: Tensor) -> Tensor:
     """The bias that does not move, in rows."""
     if part.has_bias_column or part.bias is None:
         return torch.zeros(1, dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_pull_is_the_adjoint_of_push(case: Layer) -> None:
     pulled = part.pull(delta, weight, x)
     assert pulled.shape == x.shape
     assert abs((part.push(x, weight) * delta).sum() - (x * pulled).sum()) <= 100 * TOLERANCE
-    assert (Part.pull(part, delta, weight, x) - pulled).abs().max() <= TOLERANCE
+    assert (LinearMap.pull(part, delta, weight, x) - pulled).abs().max() <= TOLERANCE
 
 
 @given(layers)
@@ -320,8 +320,8 @@ def test_register_adds_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     class GatedRule(LayerRule[Gated]):
         kind = "Gated"
 
-        def parts(self, module: Gated) -> list[Part]:
-            return [LinearPart("", Slot(module, "weight"), None)]
+        def parts(self, module: Gated) -> list[LinearMap]:
+            return [DenseMap("", ParameterSlice(module, "weight"), None)]
 
         def forward(self, module: Gated, apply: Any, x: Tensor) -> Tensor:
             return torch.sigmoid(x) * apply("", x)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from teleport.layers.part import Part
+from teleport.layers.part import LinearMap
 from teleport.layers.rule import rule_for
 from tests.support.strategies import seeds
 
@@ -22,7 +22,7 @@ class Layer:
     frozen_bias: bool = False
     seed: int = 0
 
-    def build(self) -> tuple[nn.Module, Part, Tensor]:
+    def build(self) -> tuple[nn.Module, LinearMap, Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             module = self.kind(**self.settings, dtype=torch.float64)

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from teleport import OptimizerStateError, Teleporter, TeleportReport
 from teleport.direction import direction, project_ascent
 from teleport.landscape import Landscape
-from teleport.layers.support import Block, cover
+from teleport.layers.support import WeightMatrix, cover
 from teleport.objective import Metric, Shares, ascent_double_backward, metric_of, trainable
 from teleport.recording import record
 from teleport.subspace import RowSpace
@@ -234,7 +234,7 @@ def test_with_the_identity_it_is_the_plain_objective(
 
 def named(shares: Shares) -> dict[object, float]:
     """With names for blocks, which are others for every walk."""
-    return {part.name if isinstance(part, Block) else part: s for part, s in shares.items()}
+    return {part.name if isinstance(part, WeightMatrix) else part: s for part, s in shares.items()}
 
 
 @pytest.mark.parametrize("name", ["plain", "residual", "tied"])

@@ -47,7 +47,7 @@ from teleport.lab.experiments.choices import NOT_IN_ALL
 from teleport.lab.experiments.models import Transformer, cnn, mlp
 from teleport.lab.records.writer import RecordWriter, environment
 from teleport.landscape import Landscape
-from teleport.layers.support import Block, cover
+from teleport.layers.support import WeightMatrix, cover
 from teleport.objective import trainable
 from teleport.report import TeleportReport
 from teleport.rivals import SymmetryTeleporter
@@ -113,7 +113,7 @@ def kept_tape(landscape: Landscape) -> Tape:
     return landscape.tape
 
 
-def candidates(landscape: Landscape) -> list[Block]:
+def candidates(landscape: Landscape) -> list[WeightMatrix]:
     """The blocks that a teleport makes bases for."""
     return [block for block in landscape.blocks if block not in landscape.fixed]
 
@@ -127,22 +127,28 @@ def gram_bytes(landscape: Landscape) -> int:
     return total
 
 
-def sequential_bases(landscape: Landscape, blocks: Sequence[Block]) -> dict[Block, Projector]:
+def sequential_bases(
+    landscape: Landscape, blocks: Sequence[WeightMatrix]
+) -> dict[WeightMatrix, Projector]:
     """Bases one after the other, each with all threads."""
     return {block: landscape.bases([block], 1.0)[block] for block in blocks}
 
 
-def parallel_bases(landscape: Landscape, blocks: Sequence[Block]) -> dict[Block, Projector]:
+def parallel_bases(
+    landscape: Landscape, blocks: Sequence[WeightMatrix]
+) -> dict[WeightMatrix, Projector]:
     """Bases at the same time, a thread to each, whether that pays or not."""
     return landscape.bases(blocks, 1.0, parallel=True)
 
 
-def bases_as_made(landscape: Landscape, blocks: Sequence[Block]) -> dict[Block, Projector]:
+def bases_as_made(
+    landscape: Landscape, blocks: Sequence[WeightMatrix]
+) -> dict[WeightMatrix, Projector]:
     """Bases as a teleport makes them: shared where inputs are, at the same time if that pays."""
     return landscape.bases(blocks, 1.0)
 
 
-def with_room(bases: dict[Block, Projector]) -> dict[Block, Projector]:
+def with_room(bases: dict[WeightMatrix, Projector]) -> dict[WeightMatrix, Projector]:
     """Those that leave something to move in."""
     return {block: basis for block, basis in bases.items() if basis.null_dim > 0}
 
@@ -152,7 +158,7 @@ def deltas(landscape: Landscape) -> None:
     kept_tape(landscape).backward()
 
 
-def tangent_step(landscape: Landscape, bases: dict[Block, Projector]) -> Direction:
+def tangent_step(landscape: Landscape, bases: dict[WeightMatrix, Projector]) -> Direction:
     """One step's direction: the backward pass, the tangent pass, the projection."""
     deltas(landscape)
     return landscape.tangent_direction(bases)
@@ -375,7 +381,7 @@ def step_jobs(setting: Setting) -> list[BenchmarkJob]:
     return [(name, partial(job, i)) for i, name in enumerate(_names(setting))]
 
 
-def floors(tape: Tape, bases: dict[Block, Projector]) -> tuple[float, float]:
+def floors(tape: Tape, bases: dict[WeightMatrix, Projector]) -> tuple[float, float]:
     """Multiplications of one tangent step over those of one gradient; and with the projection.
 
     A product of a layer's inputs, weights or cotangents counts rows x d_in x d_out. A gradient

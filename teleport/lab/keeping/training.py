@@ -71,7 +71,7 @@ TUNED: dict[tuple[str, str], float] = {
 }
 """Learning rates by sequence and method, by the new tasks' validation loss.
 
-The sweeps, at the tau of the sequence, are in ``chapters/results/continual/tuning``. What is
+The sweeps, at the tau of the sequence, are in ``chapters/results/keeping/tuning``. What is
 absent has `DEFAULT_LR`.
 """
 

@@ -2,6 +2,9 @@
 
 A record may have more fields, and rows of more types. A ``?`` ends the name of a field that need
 not be there, because records of an older version lack it or because only some rows have it.
+
+By hand, as most of it is the table below, which a validation library would need as well, and the
+messages show the value that is there beside what is expected: msgspec tells its type alone.
 """
 
 import json

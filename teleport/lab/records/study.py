@@ -39,6 +39,7 @@ TABLES = {
 
 _BEGINS = b'{"folder": '
 _WHERE = ("folder", "record", "line", "keys")
+_ENTRY = {"folder", "record", "lines", "config", "rows"}
 
 
 def is_index(path: Path) -> bool:
@@ -82,16 +83,14 @@ def record_paths(folder: Path) -> list[Path]:
 
 def record_folders(folder: Path) -> list[Path]:
     """The folder and all below it that hold records, as files or in packed studies, sorted."""
-    files = list(folder.rglob("*.jsonl"))
-    found = {path.parent for path in files if not is_index(path)}
-    for study in {path.parent for path in files if is_index(path)}:
-        found |= {study / inside for inside in _index(study)}
+    whole, files = _whole(folder), list(folder.rglob("*.jsonl"))
+    studies = {path.parent for path in map(_whole, files) if is_index(path)}
     above = study_of(folder)
-    if above is not None and above != _whole(folder):
-        whole = _whole(folder)
-        places = (above / inside for inside in _index(above))
-        found |= {folder / p.relative_to(whole) for p in places if p.is_relative_to(whole)}
-    return sorted(found)
+    if above is not None:
+        studies.add(above)
+    places = [study / inside for study in studies for inside in _index(study)]
+    packed = {folder / p.relative_to(whole) for p in places if p.is_relative_to(whole)}
+    return sorted({path.parent for path in files if not is_index(path)} | packed)
 
 
 def is_packed(path: Path) -> bool:
@@ -200,7 +199,8 @@ def _in_table(table: Path, stamp: object, folder: str) -> dict[str, list[Row]]:
     import polars as pl
 
     try:
-        frame = pl.scan_parquet(table).filter(pl.col("folder") == folder).collect()
+        own = pl.col("folder") == folder, pl.all_horizontal(pl.col(_WHERE).is_not_null())
+        frame = pl.scan_parquet(table).filter(*own).collect()
     except (pl.exceptions.PolarsError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"cannot read {table}, a table of a packed study: {reason}") from error
@@ -253,11 +253,14 @@ def _read_index(path: Path, stamp: object) -> dict[str, dict[str, bytes]]:
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            found.setdefault(entry["folder"], {})[entry["record"]] = line
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not entry.keys() >= _ENTRY:
             raise RunError(
                 f"{path}, line {number}: not a record of a packed study; pack the study again"
-            ) from error
+            )
+        if found.setdefault(entry["folder"], {}).setdefault(entry["record"], line) is not line:
+            raise RunError(f"{path}, line {number}: {entry['record']} once more; pack it again")
     return found
 
 

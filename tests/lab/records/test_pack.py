@@ -200,12 +200,12 @@ def test_report_and_figure_say_the_same_of_both_forms(
 READERS: dict[str, Callable[[Path], Any]] = {
     "bench/after": read_benchmarks,
     "connectivity/mnist-sample": read_lines,
-    "continual/digits": read_runs,
-    "design": read_outcomes,
+    "keeping/digits": read_runs,
+    "sensitivity/design": read_outcomes,
     "moves/resnet18-training": read_moves,
-    "product/cifar10-jpeg-cnn": read_product,
-    "spectrum": read_spectra,
-    "tau/mnist-mlp": read_trajectories,
+    "paper/product/cifar10-jpeg-cnn": read_product,
+    "paper/spectrum": read_spectra,
+    "paper/tau/mnist-mlp": read_trajectories,
 }
 
 
@@ -328,6 +328,17 @@ def test_a_record_that_does_not_come_back_is_not_packed(
         (INDEX, lambda path: path.write_text(path.read_text()[:-9]), r"runs\.jsonl, line 4"),
         (INDEX, lambda path: path.write_text('{"folder": 1}\n'), r"runs\.jsonl, line 1"),
         (INDEX, lambda path: path.write_text("[]"), r"runs\.jsonl"),
+        (INDEX, lambda path: path.write_text(2 * path.read_text()), r"line 5: .*once more"),
+        (
+            "evaluations.parquet",
+            lambda path: pl.read_parquet(path).drop("keys").write_parquet(path),
+            r"evaluations\.parquet, a table",
+        ),
+        (
+            "evaluations.parquet",
+            lambda path: pl.read_parquet(path)[1:].write_parquet(path),
+            r"has \d+ of its \d+ rows",
+        ),
     ],
 )
 def test_a_damaged_study_is_named(

@@ -446,7 +446,7 @@ def test_runs_that_say_too_little_are_no_copies_of_each_other() -> None:
 
 
 def test_a_copied_spectrum_is_refused(tmp_path: Path) -> None:
-    copied = copy_records(RESULTS / "spectrum", tmp_path)
+    copied = copy_records(RESULTS / "paper" / "spectrum", tmp_path)
     assert len(read_spectra(tmp_path)) == len(copied)
     shutil.copy(tmp_path / "05-etth1.jsonl", tmp_path / "05-etth1 (1).jsonl")
     with pytest.raises(RunError, match=r"05-etth1 \(1\)\.jsonl and .*05-etth1\.jsonl are both"):

@@ -77,22 +77,28 @@ def show_benchmarks(folder: Path) -> None:
 SHOWN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "runs": (
         show_runs,
-        [f"mnist-sample/0{n}-lr-0.05{arm}-seed0.jsonl" for n, arm in enumerate(("", "-teleport"))],
+        [
+            f"matrix/mnist-sample/0{n}-lr-0.05{arm}-seed0.jsonl"
+            for n, arm in enumerate(("", "-teleport"))
+        ],
     ),
     "tasks": (
         show_tasks,
         [
-            f"continual/digits/0{n}-{name}-seed0.jsonl"
+            f"keeping/digits/0{n}-{name}-seed0.jsonl"
             for n, name in enumerate(("plain-lr-0.2", "projected-tau-0.9-lr-0.4"))
         ],
     ),
-    "spectra": (show_spectra, ["spectrum/00-mnist-mlp.jsonl", "spectrum/01-fashion-mlp.jsonl"]),
-    "trajectories": (show_trajectories, ["tau/mnist-mlp/00-mnist-mlp.jsonl"]),
+    "spectra": (
+        show_spectra,
+        ["paper/spectrum/00-mnist-mlp.jsonl", "paper/spectrum/01-fashion-mlp.jsonl"],
+    ),
+    "trajectories": (show_trajectories, ["paper/tau/mnist-mlp/00-mnist-mlp.jsonl"]),
     "moves": (
         show_moves,
         [f"moves/transformers/00-etth1-seed{seed}.jsonl" for seed in (0, 1)],
     ),
-    "product": (show_product, ["product/cifar10-jpeg-cnn/00-0.jsonl"]),
+    "product": (show_product, ["paper/product/cifar10-jpeg-cnn/00-0.jsonl"]),
     "rivals": (show_benchmarks, ["bench/rivals-budget/rivals.jsonl"]),
     **{
         name: (show_benchmarks, [f"bench/before/{name}.jsonl"])
@@ -266,7 +272,7 @@ def test_an_unknown_sequence_of_tasks_is_named(tmp_path: Path) -> None:
 def test_a_folder_in_which_no_sequence_was_finished_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    records = record_paths(RESULTS / "continual" / "permuted-mnist")
+    records = record_paths(RESULTS / "keeping" / "permuted-mnist")
     for path in [path for path in records if path.stem.endswith("-seed0")]:
         rows = lines_of(path).splitlines(keepends=True)
         (tmp_path / path.name).write_text("".join(rows[:-1]))
