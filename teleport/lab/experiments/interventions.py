@@ -1,12 +1,14 @@
 """What an arm of an experiment does, instead of a null-space teleport, whenever one is due."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
+from teleport.errors import NonFiniteLossError
 from teleport.objective import grad_norm, trainable
 from teleport.report import TeleportReport
 from teleport.rivals import (
@@ -144,10 +146,15 @@ def lasting(subject: Subject, teleporter: Teleporter, closure: Closure) -> int:
     start = deepcopy((subject.model.state_dict(), subject.optimizer.state_dict()))
     parameters = trainable(subject.model)
 
-    def norms() -> Iterator[float]:
-        for number in range(LONGEST_TRIAL):
-            yield grad_norm(closure, parameters)[1]
-            subject.train_on(number)
+    def norms() -> list[float]:
+        found: list[float] = []
+        try:
+            for number in range(LONGEST_TRIAL):
+                found.append(grad_norm(closure, parameters)[1])
+                subject.train_on(number)
+        except NonFiniteLossError:  # the trial's end, not the run's: its gradient stays grown
+            pass
+        return [*found, *[math.inf] * (LONGEST_TRIAL - len(found))]
 
     def back() -> None:
         subject.model.load_state_dict(start[0])
@@ -155,10 +162,10 @@ def lasting(subject: Subject, teleporter: Teleporter, closure: Closure) -> int:
         subject.optimizer.zero_grad()
 
     try:
-        plain = list(norms())
+        plain = norms()
         back()
         report = teleporter.step(closure)
-        teleported = list(norms())
+        teleported = norms()
     finally:
         back()
     return growth_duration(teleported, plain, report.growth) if report.growth > 1.0 else 0

@@ -78,6 +78,26 @@ class Training:
         return lengths
 
 
+def test_a_trial_that_diverges_does_not_end_the_run() -> None:
+    """A teleport after which training explodes leaves its gradient grown as long as one looks."""
+    one = Training()
+    start, calls = weights(one.model), 0
+
+    def explodes(number: int) -> None:
+        nonlocal calls
+        calls += 1
+        one.train_on(number)
+        if calls > LONGEST_TRIAL:  # at once after the teleport
+            with torch.no_grad():
+                one.model[0].weight.fill_(math.nan)
+
+    one.subject.train_on = explodes
+    teleporter = Teleporter(one.model, growth=1.5)
+    assert lasting(one.subject, teleporter, one.closure) == LONGEST_TRIAL
+    assert calls == LONGEST_TRIAL + 1
+    assert weights(one.model) == start
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", INTERVENTIONS)
 def test_weights_move_if_the_name_is_a_move_and_the_report_says_so(
