@@ -74,6 +74,7 @@ KINDS = (
     st.integers(),
     st.floats(),
     numbers,
+    st.sampled_from([0, 1, 0.0, 0.5]),
     st.booleans(),
     st.booleans() | st.integers(0, 1),
     st.text(st.characters(max_codepoint=127), max_size=5),
