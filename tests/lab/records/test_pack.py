@@ -27,7 +27,7 @@ from teleport.lab.paper.products import read_product
 from teleport.lab.paper.threshold import read_trajectories
 from teleport.lab.records.pack import pack, unpack
 from teleport.lab.records.runs import first_row, has_begun, read_rows, read_runs
-from teleport.lab.records.study import INDEX, TABLES, record_folders, record_paths, write_study
+from teleport.lab.records.study import INDEX, record_folders, record_paths, write_study
 from tests.support.results import RESULTS, copy_records
 
 SETTINGS = RunSettings(
@@ -74,23 +74,27 @@ KINDS = (
     st.integers(),
     st.floats(),
     numbers,
+    st.sampled_from([0, 1, 0.0, 0.5]),
     st.booleans(),
     st.booleans() | st.integers(0, 1),
     st.text(st.characters(max_codepoint=127), max_size=5),
     texts,
     values,
 )
-FIELDS = ("loss", "Loss", "layers", "folder", "record", "line", "keys", "two words", "τ", "", "a.b")
+COLUMNS = ("loss", "Loss", "layers", "steps")
+"""Names that a table can have; a row with one of the others stays in the list."""
+
+OTHERS = ("folder", "record", "line", "keys", "two words", "τ", "", "a.b")
 
 
 @st.composite
 def drawn_records(draw: st.DrawFn) -> dict[str, list[dict[str, Any]]]:
     """By their paths, records whose fields are mostly of one kind, null or missing."""
-    kinds = {field: draw(st.sampled_from(KINDS)) | st.none() for field in FIELDS}
-    fields = st.lists(st.sampled_from(FIELDS), unique=True).map(
-        lambda names: {name: kinds[name] for name in names}
-    )
-    types = st.sampled_from([*TABLES, "end", "resumed", "broken off"])
+    kinds = {name: draw(st.sampled_from(KINDS)) | st.none() for name in COLUMNS + OTHERS}
+    names = st.sampled_from(COLUMNS) | st.sampled_from(COLUMNS + OTHERS)
+    drawn = st.lists(st.sampled_from(COLUMNS), unique=True) | st.lists(names, unique=True)
+    fields = drawn.map(lambda names: {name: kinds[name] for name in names})
+    types = st.sampled_from(["evaluation", "teleport", "move", "end", "resumed", "broken off"])
 
     def row(kind: str) -> dict[str, Any]:
         own = draw(fields.flatmap(st.fixed_dictionaries))
