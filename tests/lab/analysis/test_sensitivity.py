@@ -194,7 +194,7 @@ def test_an_outcome_is_that_of_two_runs(made: list[str], tmp_path: Path) -> None
             cell = Cell(chosen, Arm(at.lr, moves), config["seed"], 0)
             runs.append(read_run(run_cell(cell, dataset, folder)))
         plain, moved = runs
-        assert teleport.lab.experiments.schedule == Schedule(1, 1, at.after)
+        assert teleport.schedule == Schedule(1, 1, at.after)
         (row,) = (row for row in rows if row.get("design") == design)
         assert row["log_loss"] == compare([moved], [plain]).log_loss
         assert row["rolled_back"] == moved.teleports[0]["rolled_back"]
@@ -222,7 +222,7 @@ def test_complete_points_stay_and_broken_ones_are_made_again(
     assert [path.stat().st_mtime_ns for path in kept] == stamps
     assert json.loads(broken.read_text().splitlines()[1]) == json.loads(was.splitlines()[1])
     assert cli.main([*made, "--resume", "--points", "11"]) == 1
-    monkeypatch.setattr(sensitivity, "LRS", (0.1, 0.2))
+    monkeypatch.setattr(sensitivity, "LR_RANGE", (0.1, 0.2))
     assert cli.main([*made, "--resume"]) == 1
 
 
