@@ -19,6 +19,8 @@ holds ``book.toml``, and have to exist.
                    - ``exercises``: a notebook that the chapter links to (optional)
 ``[[page]]``       the pages behind the chapters in their order, each with ``file`` (optional)
 =================  ======================================================================
+
+The checks are by hand: pydantic knows neither the lines of a file nor what it may name.
 """
 
 import sys

@@ -137,13 +137,10 @@ _MAKERS = {
 
 
 def _sequence(name: str, entry: dict[str, Any]) -> TaskSequence:
-    def size(entry: dict[str, Any]) -> Size:
-        values: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()
-        }
-        return Size(**values)
-
-    presets = {preset: size(one) for preset, one in entry["presets"].items()}
+    presets = {
+        preset: Size(**{**size, "data": tuple(size["data"]), "hidden": tuple(size["hidden"])})
+        for preset, size in entry["presets"].items()
+    }
     return TaskSequence(
         name=name, **{**entry, "tasks": _MAKERS[entry["tasks"]], "presets": presets}
     )

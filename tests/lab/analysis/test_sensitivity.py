@@ -237,7 +237,7 @@ def test_complete_points_stay_and_broken_ones_are_made_again(
     assert [path.stat().st_mtime_ns for path in kept] == stamps
     assert json.loads(broken.read_text().splitlines()[1]) == json.loads(was.splitlines()[1])
     assert cli.main([*made, "--resume", "--points", "11"]) == 1
-    monkeypatch.setattr(sensitivity, "LRS", (0.1, 0.2))
+    monkeypatch.setattr(sensitivity, "LR_RANGE", (0.1, 0.2))
     assert cli.main([*made, "--resume"]) == 1
 
 
