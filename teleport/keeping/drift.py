@@ -191,7 +191,7 @@ class _Moves:
 
     def see(self, part: LinearMap, x: Tensor) -> None:
         """Add an input of the layer as it was."""
-        z = part.compute(x)
+        z = part.compute(x).detach()
         change = part.push_affine(x, part.pieces_of(self.changes), z)
         self.moved += float(change.double().square().sum())
         self.outputs += float(z.double().square().sum())

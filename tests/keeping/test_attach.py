@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from teleport import NullSpace, NullSpaceError, null_space
@@ -207,6 +207,28 @@ def test_the_optimizer_in_a_wrapper_is_found() -> None:
     assert (learner.out() - old).abs().max() <= KEPT
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer, got Linear"):
         learner.space().attach(nn.Linear(2, 2))
+
+
+def test_data_parallel_models_are_found_with_and_without_their_wrapper(tmp_path: Path) -> None:
+    learner = Learner.drawn(4)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
+    try:
+        parallel = nn.parallel.DistributedDataParallel(learner.model)
+        old, before = learner.out(), learner.state()
+        optimizer = OPTIMIZERS["Adam, foreach"](learner)
+        for model in (parallel, learner.model):
+            space = null_space(model, [lambda model=model: model(learner.old)])
+            with space.attach(optimizer):
+                for _ in range(2):
+                    optimizer.zero_grad()
+                    (parallel(learner.new) - learner.target).square().mean().backward()
+                    optimizer.step()
+            assert (learner.out() - old).abs().max() <= KEPT
+        assert not torch.equal(learner.state()["0.weight"], before["0.weight"])
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_rounding_does_not_add_up_in_half_precision() -> None:
