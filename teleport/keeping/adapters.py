@@ -103,18 +103,10 @@ def _adapters(model: nn.Module) -> Iterator[_Adapter]:
         a, b = (getattr(module, table, None) for table in ("lora_A", "lora_B"))
         if not (isinstance(a, nn.ModuleDict) and isinstance(b, nn.ModuleDict)):
             continue
-<<<<<<< HEAD
-        active = getattr(module, "active_adapters", list(table))
-        for adapter in (key for key in table if key in active):
-            tables: tuple[Any, Any] = (table[adapter], module.lora_B[adapter])
-            a, b = (linear.weight for linear in tables)
-            yield _Adapter(name.removeprefix("base_model.model."), a, b)
-=======
         active = getattr(module, "active_adapters", list(a))
         for key in (key for key in a if key in active):
             weights: Any = (a[key].weight, b[key].weight)
             yield _Adapter(name.removeprefix("base_model.model."), *weights)
->>>>>>> keep
 
 
 def _require_nothing_else_trains(model: nn.Module, found: list[_Adapter]) -> None:
