@@ -82,10 +82,11 @@ def own_space(model: Attention, inputs: list[Tensor], tau: float) -> dict[str, T
 TURNS = ["", "in place", "clone", "twice", "skip"]
 
 
+@pytest.mark.parametrize("first", TURNS)
 @few
-@given(seeds, st.sampled_from(TURNS), st.sampled_from(TURNS), st.booleans(), st.integers(1, 9))
+@given(seed=seeds, second=st.sampled_from(TURNS), k_bias=st.booleans(), samples=st.integers(1, 9))
 def test_shared_bases_are_those_of_each_layer_alone(
-    seed: int, first: str, second: str, k_bias: bool, samples: int
+    first: str, seed: int, second: str, k_bias: bool, samples: int
 ) -> None:
     """However the inputs of the layers part, within a closure or from one to the next."""
     torch.manual_seed(seed)
