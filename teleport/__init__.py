@@ -5,6 +5,7 @@ The book in ``chapters/`` derives why that works, what is wrong in the paper it 
 (arXiv 2502.11362), and what it is worth.
 """
 
+import sys
 from importlib import import_module
 
 TYPE_CHECKING = False  # as in typing, which takes longer to load than all of this
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from teleport.keeping.null_space import NullSpace, null_space
     from teleport.lab.experiments import models
     from teleport.lab.experiments.schedule import Schedule
+    from teleport.lab.records import reading as records
     from teleport.layers.support import supported
     from teleport.report import LayerReport, TeleportReport
     from teleport.teleporter import Teleporter
@@ -60,6 +62,7 @@ __all__ = [
     "models",
     "network_bound",
     "null_space",
+    "records",
     "reference",
     "rivals",
     "supported",
@@ -76,8 +79,35 @@ _HOMES = {
 }
 """The module of every public name that is not a module itself."""
 
-_MODULES = {"models": "lab.experiments.models"}
+_MODULES = {"models": "lab.experiments.models", "records": "lab.records.reading"}
 """Modules with a public name that is shorter than their place."""
+
+
+class _ByPublicName:
+    """Finds and loads those where they lie, so that ``from teleport.models import mlp`` works."""
+
+    def __init__(self, home: str = "") -> None:
+        self.home, self.spec = home, None
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> object:
+        package, _, module = name.rpartition(".")
+        if package != __name__ or module not in _MODULES:
+            return None
+        from importlib.machinery import ModuleSpec
+
+        return ModuleSpec(name, _ByPublicName(f"{__name__}.{_MODULES[module]}"))  # type: ignore[arg-type]
+
+    def create_module(self, spec: object) -> object:
+        module = import_module(self.home)
+        self.spec = module.__spec__  # type: ignore[assignment]
+        return module
+
+    def exec_module(self, module: object) -> None:
+        module.__spec__ = self.spec  # type: ignore[attr-defined]
+
+
+sys.meta_path.append(_ByPublicName)  # type: ignore[arg-type]
 
 
 if not TYPE_CHECKING:  # the names are those imported above, and no others
@@ -95,8 +125,6 @@ if not TYPE_CHECKING:  # the names are those imported above, and no others
             value = version("nullspace-teleport")
         elif home := next((module for module, names in _HOMES.items() if name in names), None):
             value = getattr(import_module(f"{__name__}.{home}"), name)
-        elif name in _MODULES:
-            value = import_module(f"{__name__}.{_MODULES[name]}")
         elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
             value = import_module(f"{__name__}.{name}")
         else:
