@@ -55,6 +55,11 @@ class CheckError(TeleportError):
     """A file of exercises cannot be read, or what checking needs is not installed."""
 
 
+def is_between(value: object, low: float, high: float) -> bool:
+    """Whether a value is a number in the open interval; texts and NaN are in none."""
+    return hasattr(value, "__float__") and low < float(value) < high
+
+
 def require(name: str, value: object, valid: bool, allowed: str) -> None:
     """Raise ValueError for an argument out of range, with its value and the range."""
     if not valid:

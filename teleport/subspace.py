@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from teleport.errors import NonFiniteInputError
+from teleport.errors import NonFiniteInputError, is_between
 from teleport.runtime.precision import PRECISIONS, coarsest, sum_rounding
 from teleport.runtime.ranks import Ranks
 
@@ -417,8 +417,8 @@ def numerical_rank(
 
 def require_tau(tau: float) -> None:
     """Raise ValueError for a share of energy that is none."""
-    if not 0.0 < tau <= 1.0:
-        raise ValueError(f"tau must be in (0, 1], got {tau}; 1 keeps the whole input space")
+    if not (tau == 1.0 or is_between(tau, 0.0, 1.0)):
+        raise ValueError(f"tau must be in (0, 1], got {tau!r}; 1 keeps the whole input space")
 
 
 def kept_rank(

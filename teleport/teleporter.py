@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from teleport.ascent import Ascent, Settings
-from teleport.errors import UnsupportedModelError, require
+from teleport.errors import UnsupportedModelError, is_between, require
 from teleport.guard import HeldOut
 from teleport.layers.support import cover, require_matches, selected, supported
 from teleport.line_search import load_search
@@ -90,15 +90,18 @@ class Teleporter:
         max_drift: float | None = None,
         strict: bool = False,
     ) -> None:
-        require("tau", tau, 0.0 < tau <= 1.0, "in (0, 1]")
+        require("tau", tau, tau == 1.0 or is_between(tau, 0.0, 1.0), "in (0, 1]")
         whole = steps is None or (isinstance(steps, int) and steps >= 1)
         require("steps", steps, whole, "an integer >= 1")
         for name, patterns in (("include", include), ("exclude", exclude)):
             require(name, patterns, not isinstance(patterns, str), "a list of patterns")
-        require("lr", lr, lr is None or 0.0 < lr < math.inf, "> 0 and finite")
-        require("growth", growth, growth is None or 1.0 < growth < math.inf, "> 1 and finite")
-        require("cap", cap, cap is None or 0.0 < cap < math.inf, "> 0 and finite")
-        require("max_drift", max_drift, max_drift is None or max_drift >= 0.0, ">= 0")
+        require("lr", lr, lr is None or is_between(lr, 0.0, math.inf), "> 0 and finite")
+        require(
+            "growth", growth, growth is None or is_between(growth, 1.0, math.inf), "> 1 and finite"
+        )
+        require("cap", cap, cap is None or is_between(cap, 0.0, math.inf), "> 0 and finite")
+        known = max_drift in (None, 0.0, math.inf) or is_between(max_drift, 0.0, math.inf)
+        require("max_drift", max_drift, known, ">= 0")
         require("method", method, method in METHODS, f"one of {METHODS}")
         require("objective", objective, objective in OBJECTIVES, f"one of {OBJECTIVES}")
         require(

@@ -1,6 +1,8 @@
 """What is refused, with which words, and that the model is as before."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
@@ -38,6 +40,28 @@ def test_an_argument_out_of_range_is_refused_with_value_and_range(
         Teleporter(nn.Linear(1, 1), **{name: value})
     assert repr(value) in str(caught.value)
     assert any(word in str(caught.value) for word in ("> ", ">= ", "in (", "one of"))
+
+
+def test_a_text_in_the_place_of_a_number_is_refused_like_one_out_of_range() -> None:
+    """In a process of its own: here the types of arguments are checked before the library is."""
+    code = """
+from torch import nn
+import torch, teleport
+model = nn.Linear(2, 2)
+for name in ("tau", "growth", "lr", "cap", "max_drift"):
+    try:
+        teleport.Teleporter(model, **{name: "0.5"})
+    except ValueError as error:
+        print(error)
+try:
+    teleport.null_space(model, [lambda: model(torch.ones(1, 2))], tau="0.5")
+except ValueError as error:
+    print(error)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = ["tau", "growth", "lr", "cap", "max_drift", "tau"]
+    assert [line.split(" must be ")[0] for line in told.stdout.splitlines()] == names
+    assert told.stdout.count("got '0.5'") == len(names)
 
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])
