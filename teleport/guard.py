@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from teleport.errors import GroupElementError, NonFiniteLossError
 from teleport.landscape import Landscape
+from teleport.layers.part import Pieces
 from teleport.layers.support import WeightMatrix
 from teleport.objective import mean_loss
 from teleport.report import LayerReport, TeleportReport
@@ -174,9 +176,12 @@ def _call_rounding(landscape: Landscape, call: Call) -> float:
         return 0.0
     part, block, dtype = call.part, call.block, call.z.dtype
     start = landscape.start_of(block)
-    ends = [start, landscape.position.get(block, start)]
-    norms = (map(at_least_single, pieces[: len(part.slots)]) for pieces in ends)
-    weights = torch.hypot(*(part.out_norms(tuple(pieces)) for pieces in norms))
+    here = landscape.position.get(block, start)
+
+    def norms(pieces: Pieces) -> Tensor:
+        return part.out_norms(tuple(map(at_least_single, pieces[: len(part.slots)])))
+
+    weights = norms(start) * math.sqrt(2) if here is start else norms(start).hypot(norms(here))
     deltas = at_least_single(part.out_rows(call.delta)) * weights[..., None, :]
     errors = deltas.norm(dim=-1) * part.row_norms(at_least_single(call.x.detach()))
     unit = max(sum_rounding(dtype, part.matrix_shape[-1]), torch.finfo(dtype).eps)

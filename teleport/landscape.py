@@ -94,6 +94,7 @@ class Landscape:
         self.blocks = list(self._depends)
         self.fixed = {block for block, depends in self._depends.items() if not depends}
         self.position: Position = {}
+        self._move_norms: dict[WeightMatrix, float] = {}  # at the position
         self._start: Position = {}  # of what was written to, copied just before
         self._seen: Position | None = self.position  # where the gradient was taken last
         self._ahead: tuple[Direction, float, Position] | None = None
@@ -128,12 +129,13 @@ class Landscape:
         ahead, self._ahead = self._ahead, None
         known = ahead is not None and ahead[0] is along and ahead[1] == step
         self.position = ahead[2] if ahead and known else self._moved(along, step)
+        self._move_norms = {}
 
     def degree(self, along: Direction) -> int | None:
         """Degree of the squared norm along a direction, at most (``thm-polynomial``), if known."""
         if self.tape is None:
             return None  # a layer that drifts, as at τ < 1, makes it no polynomial at all
-        return 2 * sum(len(self.tape.calls_of(b)) for b, matrix in along.items() if matrix.any())
+        return 2 * sum(len(self.tape.calls_of(block)) for block in along)
 
     def _norm_squared_seen(self, metric: Metric) -> float:
         if self.tape is not None:
@@ -295,8 +297,18 @@ class Landscape:
         """Frobenius norm of the block's change since the start."""
         if block not in self.position:
             return 0.0
-        pairs = zip(self.position[block], self.start_of(block), strict=True)
-        return math.sqrt(sum(squared_norm(a - b) for a, b in pairs))
+        if block not in self._move_norms:
+            pairs = zip(self.position[block], self.start_of(block), strict=True)
+            self._move_norms[block] = math.sqrt(sum(squared_norm(a - b) for a, b in pairs))
+        return self._move_norms[block]
+
+    def is_near(self) -> bool:
+        """Whether no block moved farther than its weights are long."""
+
+        def length(block: WeightMatrix) -> float:
+            return math.sqrt(sum(map(squared_norm, self.start_of(block))))
+
+        return all(self.move_norm(block) <= length(block) for block in self.position)
 
     def _moved(self, along: Direction, step: float) -> Position:
         """The position at a step along a direction."""

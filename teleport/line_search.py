@@ -147,7 +147,14 @@ def _polynomial(
 
     nodes = [0.0, *(s / unit for s, _ in points)]  # step 0 twice: its value and its slope
     values = [points[0][1], slope * unit, *(e for _, e in points[1:])]
-    polynomial: Callable[[float], float] = KroghInterpolator(nodes, values)
+    *coefficients, highest = KroghInterpolator(nodes, values).c[: len(nodes), 0].tolist()
+
+    def polynomial(x: float) -> float:  # SciPy's own takes arrays, forty times as long
+        value: float = highest
+        for coefficient, node in zip(reversed(coefficients), reversed(nodes[:-1]), strict=True):
+            value = coefficient + (x - node) * value
+        return value
+
     return polynomial
 
 

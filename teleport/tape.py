@@ -109,6 +109,7 @@ class Tape:
         self._rows: dict[WeightMatrix, Tensor] = {}
         self._grams: dict[WeightMatrix, Tensor] = {}
         self._gradients: dict[WeightMatrix, Tensor] = {}
+        self._shares: dict[Metric, Shares] = {}
 
     @property
     def blocks(self) -> list[WeightMatrix]:
@@ -173,7 +174,7 @@ class Tape:
 
     def differentiate(self, suspects: Sequence[nn.Parameter]) -> set[nn.Parameter]:
         """`backward`; the ``others`` and ``suspects`` it reaches, not counting calls."""
-        self._gradients = {}
+        self._gradients, self._shares = {}, {}
         asked = [self.anchor, *self.others, *suspects]
         _, *grads = torch.autograd.grad(self.loss, asked, retain_graph=True, allow_unused=True)
         self.other_gradients = [
@@ -198,9 +199,12 @@ class Tape:
 
     def shares(self, metric: Metric = EUCLIDEAN) -> Shares:
         """What every block and every other trainable parameter has of ``gᵀ M⁻¹ g``."""
-        others = zip(self.others, self.other_gradients, strict=True)
-        shares: Shares = {p: metric.squared_norm(p, g) for p, g in others}
-        return shares | {block: self._norm_squared(block, metric) for block in self._calls}
+        if metric not in self._shares:
+            others = zip(self.others, self.other_gradients, strict=True)
+            shares: Shares = {p: metric.squared_norm(p, g) for p, g in others}
+            shares |= {block: self._norm_squared(block, metric) for block in self._calls}
+            self._shares[metric] = shares
+        return self._shares[metric]
 
     def norm_squared(self, metric: Metric = EUCLIDEAN) -> float:
         """``gᵀ M⁻¹ g`` over all trainable parameters, for the last `backward`."""

@@ -147,6 +147,20 @@ def test_the_report_tells_the_truth(case: Case, growth: float, method: str) -> N
     assert math.isclose(sum(x.move_norm**2 for x in report.layers), moved, rel_tol=1e-9)
 
 
+@given(roomy)
+def test_a_default_teleport_runs_the_closure_three_times(case: Case) -> None:
+    """Once to record, once for the tangents, once to see that the loss is the same."""
+    problem, calls = case.build(), count(1)
+
+    def closure() -> Tensor:
+        next(calls)
+        return problem.closure()
+
+    report = Teleporter(problem.model).step(closure)
+    assert report.steps == 1
+    assert next(calls) == 4
+
+
 def smooth_images(seed: int) -> tuple[nn.Module, Callable[[], Tensor]]:
     """A small CNN in single precision on 2 smooth images: 128 rows with energy at every scale."""
     with torch.random.fork_rng(devices=[]):
