@@ -4,19 +4,21 @@ The plain command runs the quick tier, ``--slow`` adds the tests marked ``slow``
 runs the tests of theorems alone, each with so many times its examples that all are 100,000.
 """
 
+import contextlib
 import functools
 import importlib
 import math
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.errors import InvalidArgument
 
 COMMON = {
     "deadline": None,
@@ -203,9 +205,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         out = slow
     if out:
         config.hook.pytest_deselected(items=[item for item in items if item in out])
+    halve_examples(item for item in items if not item.get_closest_marker("verifies"))
     long = {item.path for item in items if item in slow or item.path.suffix == ".ipynb"}
     kept = (item for item in items if item not in out)
     items[:] = sorted(kept, key=lambda item: item.path not in long)
+
+
+def halve_examples(items: Iterable[pytest.Item]) -> None:
+    """Theorems are tried on all examples of the profile; what says nothing else on half of them."""
+    for test in {getattr(item, "function", None) for item in items}:
+        if hasattr(test, "hypothesis"):
+            with contextlib.suppress(InvalidArgument):  # it has settings of its own
+                settings(max_examples=settings.default.max_examples // 2)(test)
 
 
 def every_tier(config: pytest.Config) -> bool:

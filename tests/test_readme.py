@@ -275,7 +275,9 @@ def test_the_picture_is_that_of_the_reading_guide() -> None:
 def test_the_matrix_is_that_of_the_records() -> None:
     """``teleport report chapters/results > chapters/results/matrix.md`` writes it."""
     written = (RESULTS / "matrix.md").read_text(encoding="utf-8")
-    assert written.strip() == outcomes.matrix_markdown(outcomes.blocks(RESULTS)).strip()
+    read = outcomes.blocks(RESULTS)
+    assert len(read) > 30
+    assert written.strip() == outcomes.matrix_markdown(read).strip()
 
 
 def test_every_experiment_is_named() -> None:
@@ -283,15 +285,17 @@ def test_every_experiment_is_named() -> None:
 
 
 def test_every_committed_result_is_complete_and_tells_its_command() -> None:
-    folders = record_folders(RESULTS)
-    assert folders
+    """And no folder holds a run twice, nor two folders the copy of one: they would not be read."""
+    folders, count = record_folders(RESULTS), 0
     for folder in folders:
         if holds_benchmarks(folder):
             for benchmark in read_benchmarks(folder).values():
                 assert benchmark.status == "finished", folder
                 assert benchmark.config["command"].startswith("teleport bench"), folder
             continue
-        for run in read_runs(folder):
+        runs = read_runs(folder)
+        count += len(runs)
+        for run in runs:
             assert run.status in ("finished", "diverged"), run.path
             assert run.config["command"].startswith(
                 (
@@ -306,6 +310,7 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
                     "teleport sensitivity",
                 )
             ), run.path
+    assert count > 1000
 
 
 if __name__ == "__main__":

@@ -14,13 +14,11 @@ from scipy.stats import ttest_1samp
 from teleport.cli import main
 from teleport.errors import RunError
 from teleport.lab.analysis.outcomes import blocks
-from teleport.lab.bench.tables import holds_benchmarks
 from teleport.lab.experiments.arms import Arm, RunSettings
 from teleport.lab.experiments.run import run_arms
 from teleport.lab.paper.input_energy import read_spectra
 from teleport.lab.records.compare import best_baseline, compare, summarise
 from teleport.lab.records.runs import Run, by_arm, check_no_copies, read_run, read_runs
-from teleport.lab.records.study import record_folders
 from teleport.lab.records.writer import RecordWriter
 from tests.support.results import RESULTS, copy_records
 
@@ -451,12 +449,3 @@ def test_a_copied_spectrum_is_refused(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "05-etth1.jsonl", tmp_path / "05-etth1 (1).jsonl")
     with pytest.raises(RunError, match=r"05-etth1 \(1\)\.jsonl and .*05-etth1\.jsonl are both"):
         read_spectra(tmp_path)
-
-
-@pytest.mark.slow
-def test_every_committed_folder_is_read() -> None:
-    """None of them holds a run twice, and those recorded in two folders are no copies."""
-    folders = record_folders(RESULTS)
-    read = [read_runs(folder) for folder in folders if not holds_benchmarks(folder)]
-    assert sum(map(len, read)) > 1000
-    assert len(blocks(RESULTS)) > 30
