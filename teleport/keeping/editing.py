@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from teleport.errors import NullSpaceError, require
-from teleport.layers.linear import DenseMap
+from teleport.layers.part import DenseMap
 from teleport.layers.support import WeightMatrix
 from teleport.subspace import Basis, Projector, RowSpace, rank_cut
 

@@ -5,8 +5,8 @@ themselves are imported here. `register` adds a line to it.
 """
 
 from teleport.layers import attention, convolution, embedding, linear, recurrent
-from teleport.layers.linear import DenseMap, LinearRule
-from teleport.layers.part import LinearMap, ParameterSlice, Pieces
+from teleport.layers.linear import LinearRule
+from teleport.layers.part import DenseMap, LinearMap, ParameterSlice, Pieces
 from teleport.layers.rule import RULES, LayerRule, register, rule_for
 
 __all__ = [

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport.layers.linear import DenseMap
-from teleport.layers.part import LinearMap, ParameterSlice, optional_slice
+from teleport.layers.part import DenseMap, LinearMap, ParameterSlice, optional_slice
 from teleport.layers.rule import Apply, LayerRule, register
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from teleport.layers.linear import DenseMap, LinearRule, TransposedLinearRule
-from teleport.layers.part import LinearMap, ParameterSlice
+from teleport.layers.linear import LinearRule, TransposedLinearRule
+from teleport.layers.part import DenseMap, LinearMap, ParameterSlice
 from teleport.layers.rule import RULES, LayerRule, register, rule_for
 from tests.support.drawn_layers import Layer, convolutions, linears, transposed_convolutions
 from tests.support.strategies import seeds
