@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -104,6 +105,11 @@ def watch(
     with _replaced(sites, product), uses:
         closure()
     return dict.fromkeys(uses.found, USED_OUTSIDE)
+
+
+def load_tangents() -> None:
+    """Load what PyTorch's forward mode needs, a third of a second, before it is asked for."""
+    import_module("torch._decomp.decompositions_for_jvp")
 
 
 def push_tangents(

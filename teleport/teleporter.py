@@ -15,6 +15,7 @@ from teleport.guard import HeldOut
 from teleport.layers.support import cover, require_matches, selected, supported
 from teleport.line_search import load_search
 from teleport.objective import EUCLIDEAN, check_optimizer, metric_of
+from teleport.recording import load_tangents
 from teleport.report import TeleportReport
 from teleport.runtime.clock import now
 from teleport.runtime.closures import Closure
@@ -129,6 +130,8 @@ class Teleporter:
             method=method,
             max_drift=max_drift,
         )
+        load_search()  # now, so that the first step takes no longer than the second
+        load_tangents()
 
     def step(
         self, closure: Closure | Sequence[Closure], *, held_out: Closure | None = None
@@ -151,8 +154,6 @@ class Teleporter:
             OptimizerStateError: if the optimizer has taken no step yet, or its state gives no
                 preconditioner; likewise.
         """
-        if self._settings.growth is not None:
-            load_search()
         started = now()
         autocast, ranks = Autocast(), ranks_of(self.model)
         with (

@@ -1,6 +1,8 @@
 """Convolutions: patches as rows, one null space per group."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,7 @@ from teleport.layers.part import (
     LinearMap,
     ParameterSlice,
     Pieces,
+    carried_back,
     optional_slice,
     with_bias_column,
 )
@@ -30,6 +33,16 @@ class _SpatialMap(LinearMap):
         self.groups = module.groups
         self.shape = module.weight.shape
         self._conv = self.functions[self.dims - 1]
+
+    @cached_property
+    def matrix_shape(self) -> torch.Size:
+        d_out, d_in = self._sizes()
+        groups = (self.groups,) if self.groups > 1 else ()
+        return torch.Size((*groups, d_out, d_in + self.has_bias_column))
+
+    @abstractmethod
+    def _sizes(self) -> tuple[int, int]:
+        """Rows and columns of the weight as the matrix of one group."""
 
     def out_rows(self, z: Tensor) -> Tensor:
         return _grouped(_batched(z, self.dims), self.groups, axes=0)
@@ -75,6 +88,9 @@ class ConvolutionMap(_SpatialMap):
         rows = _grouped(patches, self.groups, axes=self.dims)
         return with_bias_column(rows, bias_input, self.has_bias_column)
 
+    def _sizes(self) -> tuple[int, int]:
+        return self.shape[0] // self.groups, self.shape[1:].numel()
+
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         weight = tensors[0].reshape(self.groups, self.shape[0] // self.groups, -1)
         pieces = [weight, *(t.reshape(self.groups, -1, 1) for t in tensors[1:])]
@@ -102,12 +118,9 @@ class ConvolutionMap(_SpatialMap):
         return rows.sqrt()
 
     def pull(self, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        batched = _batched(x, self.dims)
-        padded: Tensor
-        padded, unpad = torch.func.vjp(self.padded, batched)  # type: ignore[misc]
+        padded, unpad = carried_back(self.padded, _batched(x, self.dims))
         (grad,) = self._backward(delta, padded, weight, (True, False, False))
-        pulled: Tensor = unpad(grad)[0]
-        return pulled.reshape(x.shape)
+        return unpad(grad).reshape(x.shape)
 
     def weight_gradient(self, x: Tensor, delta: Tensor, bias_input: float = 1.0) -> Tensor:
         padded = self.padded(_batched(x, self.dims))
@@ -187,6 +200,9 @@ class TransposedConvolutionMap(_SpatialMap):
             patches = patches.unfold(2 + axis, reach + 1, 1)[..., :: m.dilation[axis]].flip(-1)
         rows = _grouped(patches, self.groups, axes=self.dims)
         return with_bias_column(rows, bias_input, self.has_bias_column)
+
+    def _sizes(self) -> tuple[int, int]:
+        return self.shape[1], self.shape[0] // self.groups * self.shape[2:].numel()
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         weight = tensors[0].reshape(self.groups, -1, self.shape[1], self.shape[2:].numel())

@@ -1,6 +1,7 @@
 """Embeddings: linear layers with one-hot inputs, looked up instead of multiplied."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ class EmbeddingMap(LinearMap):
 
     def from_out_rows(self, rows: Tensor, like: Tensor) -> Tensor:
         return rows.reshape(like.shape)
+
+    @cached_property
+    def matrix_shape(self) -> torch.Size:
+        vocabulary, d_out = self.weight.of(self.weight.parameter).shape
+        return torch.Size((d_out, vocabulary))
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0].T.clone()

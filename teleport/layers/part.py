@@ -5,7 +5,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -184,8 +184,7 @@ class LinearMap(ABC):
 
     def pull(self, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         """``Wᵀ δ``: carries a cotangent of the outputs to the inputs, in the shape of ``x``."""
-        pulled: Tensor = torch.func.vjp(lambda x: self.push(x, weight), x)[1](delta)[0]
-        return pulled
+        return carried_back(lambda x: self.push(x, weight), x)[1](delta)
 
     def weight_gradient(
         self, x: Tensor, delta: Tensor, bias_input: float = 1.0
@@ -240,6 +239,10 @@ class DenseMap(LinearMap):
             self.orientation = "transposed" if transposed else "upright"
         self.shape = weight.of(weight.parameter).shape
         self.d_out, self.features = self._upright(weight.of(weight.parameter)).shape
+
+    @cached_property
+    def matrix_shape(self) -> torch.Size:
+        return torch.Size((self.d_out, self.features + self.has_bias_column))
 
     def compute(self, x: Tensor) -> Tensor:
         weight = self._upright(self.weight.of(self.weight.parameter))
@@ -303,6 +306,19 @@ class DenseMap(LinearMap):
 
     def _upright(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight.flatten(1)
+
+
+def carried_back(
+    function: Callable[[Tensor], Tensor], x: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The value of a function, and what carries cotangents of it to its argument.
+
+    As ``torch.func.vjp``, which loads PyTorch's compiler: two seconds in the first step.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = function(x)
+    return value.detach(), lambda delta: torch.autograd.grad(value, x, delta)[0]
 
 
 def optional_slice(

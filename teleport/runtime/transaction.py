@@ -5,6 +5,7 @@ or fused, everything else in the user's mode. Afterwards only the moved weights 
 only if the move was kept.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -77,6 +78,7 @@ class Transaction:
             self._stack.callback(_restore_grad, parameter, grad)
             self._stack.callback(_restore_flag, parameter, parameter.requires_grad)
         self._stack.enter_context(_unfused())
+        self._eager = compiler_loaded()
         self.quiet = Quiet(self.model, (m for m in modules if isinstance(m, _WITH_DROPOUT)))
         self.quiet.enforce()
         return self
@@ -103,6 +105,7 @@ class Transaction:
             nonlocal heard
             self.rewind_random()
             self.quiet.enforce()
+            self._stay_eager()
             if heard:
                 return closure()
             results: list[_Result] = []
@@ -114,6 +117,12 @@ class Transaction:
             return results.pop()
 
         return call
+
+    def _stay_eager(self) -> None:
+        """A closure may have been the first in this process to compile something."""
+        if not self._eager and compiler_loaded():
+            self._eager = True
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
 
     def until_quiet(self, work: Callable[[], _Result]) -> tuple[_Result, str]:
         """Do work with repeatable closures, from the start for as long as modules draw in it.
@@ -249,6 +258,11 @@ def _restore_grad(parameter: nn.Parameter, kept: _Kept | None) -> None:
         kept.restore()
 
 
+def compiler_loaded() -> bool:
+    """Whether this process has what compiled functions need; loading it takes two seconds."""
+    return "torch._dynamo" in sys.modules
+
+
 @contextmanager
 def _unfused() -> Iterator[None]:
     """Every layer runs as it is written in Python.
@@ -259,7 +273,9 @@ def _unfused() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+        with sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
+            if compiler_loaded():
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -176,3 +176,32 @@ def test_ctrl_c_that_is_ignored_stays_ignored() -> None:
     with loading():
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before
+
+
+STEP = """
+import sys, torch, teleport
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2))
+x, y = torch.randn(16, 8), torch.randint(2, (16,))
+teleporter = teleport.Teleporter(model)
+before, ways = set(sys.modules), []
+def loss(x, y):
+    ways.append(torch.compiler.is_compiling())
+    return nn.functional.cross_entropy(model(x), y)
+"""
+
+
+def test_the_first_step_loads_nothing() -> None:
+    """Neither PyTorch's compiler, two seconds, nor what the search and the tangents need."""
+    closure = "print(teleporter.step(lambda: loss(x, y)).steps, *(set(sys.modules) - before))"
+    assert python(STEP + closure).split() == ["1"]
+
+
+def test_a_closure_may_be_the_first_to_compile() -> None:
+    """The first call may be compiled; those that need tangents run as they are written."""
+    closure = "report = teleporter.step(lambda: torch.compile(loss, backend='eager')(x, y))"
+    told = python(f"{STEP}{closure}\nprint(report.growth, report.reason)\nprint(*ways)")
+    first, calls = told.splitlines()
+    assert float(first.split()[0]) == pytest.approx(1.5, rel=1e-4), first
+    assert calls.split()[1:] == ["False"] * (len(calls.split()) - 1), calls
