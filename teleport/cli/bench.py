@@ -33,15 +33,25 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="New folder; default runs/<date>-bench-<what>.")
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with a record to compare with, such as chapters/results/bench/now; exit "
+            "status 1 if an operation costs twice as many gradients as there."
+        ),
+    ] = None,
 ) -> None:
     """Measure what teleporting costs, in gradients; print tables with the budgets beside."""
     with loading():
-        from teleport.cli.show import show
+        from teleport.cli.show import show, show_changes
         from teleport.lab.bench import benchmarks
+        from teleport.lab.bench.against import TOO_MUCH, changes
+        from teleport.lab.bench.tables import read_benchmarks
         from teleport.lab.experiments.run import device_of
         from teleport.lab.records.folders import new_folder
 
     names, _ = benchmarks.chosen(what, preset)
+    before = None if against is None else read_benchmarks(against)  # a wrong name is told at once
     where = device_of(device)
     folder = new_folder(f"bench-{what}", out)
     command = COMMAND_LINE.get()
@@ -56,3 +66,8 @@ def bench(
             progress=progress,
         )
     show(folder)
+    if before is not None:
+        found = changes(read_benchmarks(folder), before)
+        show_changes(found)
+        if found[0].factor >= TOO_MUCH:
+            raise typer.Exit(1)

@@ -32,6 +32,7 @@ from teleport.lab.analysis.outcomes import (
     without_controls,
 )
 from teleport.lab.analysis.sensitivity import Outcomes, read_outcomes
+from teleport.lab.bench import against
 from teleport.lab.bench.plots import scaling_figure
 from teleport.lab.bench.tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
 from teleport.lab.experiments.table import EXPERIMENTS
@@ -329,6 +330,11 @@ def _show_benchmarks(folder: Path) -> None:
         title = found["scaling"].title
         figures["scaling.png"] = scaling_figure(curves(found["scaling"]), title)
     _keep(folder, tables, figures)
+
+
+def show_changes(found: list[against.Change]) -> None:
+    """Print what operations cost in two records."""
+    console().print(_sheet(against.sheet(found)))
 
 
 def _sheet(sheet: Sheet) -> Table:
