@@ -88,7 +88,7 @@ class Interactive:
 
     Attributes:
         control: What the slider sets, such as ``growth``.
-        positions: The text of each of its positions.
+        positions: The text or number of each of its positions.
         says: For each position, what is to be read off there.
         panels: One or two.
         at: The position of the still picture, and the one the slider starts at.
@@ -98,7 +98,7 @@ class Interactive:
     """
 
     control: str
-    positions: Sequence[str]
+    positions: Sequence[str | float]
     says: Sequence[str]
     panels: Sequence[Panel]
     at: int = 0
