@@ -66,7 +66,7 @@ def sphinx_settings(book: Book) -> dict[str, Any]:
         "html_context": {"default_mode": "auto"},
         "html_static_path": [str(STATIC)],
         "html_css_files": ["book.css"],
-        "html_js_files": [("book.js", {"defer": "defer"})],
+        "html_js_files": [(name, {"defer": "defer"}) for name in ("book.js", "interactive.js")],
         "html_copy_source": True,
         "html_sourcelink_suffix": "",
         "html_show_sphinx": False,

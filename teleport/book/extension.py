@@ -20,7 +20,9 @@ from sphinx.environment.collectors.toctree import TocTreeCollector
 from teleport import data as datasets
 from teleport.book.extras import needed
 from teleport.book.generated import citation, contents, public_names
+from teleport.book.interactive import MIME, page_part
 from teleport.book.manifest import Book, Chapter
+from teleport.book.notebook_form import joined
 from teleport.book.refusals import read_refusals, refusals_page
 from teleport.check.exercises import exercise_markdown
 
@@ -75,6 +77,8 @@ def _fill_in(app: Sphinx, document: str, source: list[str]) -> None:
     for chapter in book.chapters:
         if chapter.exercises is not None and book.document(chapter.exercises) == document:
             source[0] = _one_cell(exercise_markdown(chapter.exercises))
+        if app.builder.name == "html" and book.document(chapter.file) == document:
+            source[0] = _with_sliders(source[0])
     if "<!-- contents -->" in source[0]:
         source[0] = source[0].replace("<!-- contents -->", contents(book))
     if "<!-- public names -->" in source[0]:
@@ -91,6 +95,17 @@ def _one_cell(text: str) -> str:
     """A notebook of one cell of text: the form in which Sphinx expects the file's content."""
     cell = {"cell_type": "markdown", "id": "exercises", "metadata": {}, "source": text}
     return json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+
+
+def _with_sliders(text: str) -> str:
+    """A chapter in which the still picture of every interactive figure is followed by the other."""
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        found = [o["data"][MIME] for o in cell.get("outputs", []) if MIME in o.get("data", {})]
+        for data in found:
+            html = {"text/html": page_part(joined(data))}
+            cell["outputs"].append({"output_type": "display_data", "metadata": {}, "data": html})
+    return json.dumps(notebook)
 
 
 def _add_box(app: Sphinx, doctree: nodes.document) -> None:
