@@ -24,6 +24,9 @@ METHOD_NAMES = (
 SEQUENCE_NAMES = ("digits", "mnist-fashion", "permuted-mnist", "gpm-mnist")
 """Of tasks; see `teleport.lab.keeping.tasks`."""
 
+KEEP_NAMES = ("words", "leak")
+"""Of `teleport keep`; see `teleport.lab.keeping.frontier` and `teleport.lab.keeping.leak`."""
+
 BENCHMARK_NAMES = ("step", "basis", "scaling", "memory", "layers", "rivals")
 """See `teleport.lab.bench.benchmarks`."""
 

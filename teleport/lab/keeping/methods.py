@@ -171,7 +171,9 @@ class _Grown(Projected):
 
     def _taus(self, layers: list[str]) -> dict[str, float]:
         """GPM's: tau for the first layer, a fifth of its distance to 1 for the others."""
-        return {name: self.tau if i == 0 else 1 - (1 - self.tau) / 5 for i, name in enumerate(layers)}
+        return {
+            name: self.tau if i == 0 else 1 - (1 - self.tau) / 5 for i, name in enumerate(layers)
+        }
 
 
 class Gpm(_Grown):

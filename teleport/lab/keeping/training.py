@@ -264,7 +264,9 @@ class _Learning:
         self.size, self.tasks, self.seed = size, tasks, seed
         torch.manual_seed(seed)
         dataset = tasks[0].dataset
-        self.model: nn.Module = mlp(dataset.width, dataset.classes, hidden=size.hidden, bias=size.bias)
+        self.model: nn.Module = mlp(
+            dataset.width, dataset.classes, hidden=size.hidden, bias=size.bias
+        )
         self.unseen = [task.unseen(split, size.evaluate_size) for task in tasks]
         self.method = Plain(1.0, torch.Generator())
         self.lr = size.first_lr
