@@ -39,6 +39,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "list": experiments.list_experiments,
     "run": experiments.run,
     "continual": keep.continual,
+    "keep": keep.keep,
     "bench": bench.bench,
     "sweep": experiments.sweep,
     "spectrum": paper.spectrum,

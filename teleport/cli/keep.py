@@ -1,4 +1,4 @@
-"""``teleport continual``: keep what was learned before."""
+"""``teleport continual`` and ``keep``: keep what was learned before, and measure what that costs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, ResumeOption, Threads
 from teleport.cli.progress import step_progress
-from teleport.lab.experiments.choices import METHOD_NAMES, SEQUENCE_NAMES
+from teleport.lab.experiments.choices import KEEP_NAMES, METHOD_NAMES, SEQUENCE_NAMES
 from teleport.lab.experiments.entry import one_of
 
 
@@ -67,4 +67,55 @@ def continual(
         run_strategies(
             course, strategies, numbers, folder, resume=resume, command=command, progress=progress
         )
+    show(folder)
+
+
+def keep(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(KEEP_NAMES)}.")],
+    preset: Annotated[str, typer.Option(help="Size: tiny, in seconds, or cpu.")] = "cpu",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="The first one.")] = 0,
+    choosing: Annotated[
+        bool,
+        typer.Option(
+            "--choosing", help="words: with those kept for choosing settings, not for reports."
+        ),
+    ] = False,
+    resume: ResumeOption = False,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Fine-tune real models with the null space and with its rivals.
+
+    words: a sentence model learns new words while an index of old sentences stays as it is. leak:
+    how much of an update lies inside the space to be kept, by optimizer. Records of every run, a
+    table, a figure. What they need is in the extra keeping; weights are fetched by you alone.
+    """
+    one_of("experiment", name, dict.fromkeys(KEEP_NAMES))  # at once; the rest with PyTorch
+    if choosing and name != "words":
+        raise ValueError("--choosing is of words only")
+    with loading():
+        from teleport.cli.show import show
+        from teleport.lab.keeping.frontier import DEFAULT_WAYS, run_words
+        from teleport.lab.keeping.leak import LEAK_SIZES, OPTIMIZERS, WAYS, run_leak
+        from teleport.lab.keeping.words import WORD_SIZES, require_packages
+        from teleport.lab.records.folders import resumed_folder
+        from teleport.runtime.threads import threads_for, using_threads
+
+    sizes = WORD_SIZES if name == "words" else LEAK_SIZES
+    size = one_of("preset", preset, sizes)
+    require_packages(size.model if name == "words" else "")
+    numbers, command = range(first_seed, first_seed + seeds), COMMAND_LINE.get()
+    each = len(DEFAULT_WAYS) * size.steps if name == "words" else len(WAYS) * len(OPTIMIZERS)
+    folder = resumed_folder(name, out, resume)
+    with step_progress(each * seeds, folder) as progress, using_threads(threads_for(threads)):
+        if name == "words":
+            run_words(
+                preset, numbers, folder, choosing=choosing, resume=resume, command=command,
+                progress=progress,
+            )  # fmt: skip
+        else:
+            run_leak(preset, numbers, folder, resume=resume, command=command, progress=progress)
     show(folder)

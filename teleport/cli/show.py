@@ -36,6 +36,8 @@ from teleport.lab.bench import against
 from teleport.lab.bench.plots import scaling_figure
 from teleport.lab.bench.tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
 from teleport.lab.experiments.table import EXPERIMENTS
+from teleport.lab.keeping.frontier_report import frontier_figure, frontier_table
+from teleport.lab.keeping.leak import leak_table
 from teleport.lab.keeping.report import forgetting_figure, forgetting_tables
 from teleport.lab.paper.input_energy import Measured, read_spectra
 from teleport.lab.paper.moves import Moves, read_moves
@@ -67,6 +69,8 @@ def show(folder: Path) -> None:
         "product": _show_product,
         "connectivity": _show_lines,
         "sensitivity": _show_outcomes,
+        "words": _show_words,
+        "leak": _show_leak,
     }
     kind = str(read_runs(folder)[0].config.get("figure", ""))
     kinds.get(kind, _show_runs)(folder)
@@ -145,6 +149,15 @@ def _show_outcomes(folder: Path) -> None:
     title = str(found[0].config["title"])
     figure = effects_figure([outcomes.effects for outcomes in found], title)
     _keep(folder, [_effect_table(outcomes) for outcomes in found], {"figure.png": figure})
+
+
+def _show_words(folder: Path) -> None:
+    runs = read_runs(folder)
+    _keep(folder, [frontier_table(runs)], {"figure.png": frontier_figure(runs)})
+
+
+def _show_leak(folder: Path) -> None:
+    _keep(folder, [leak_table(folder)], {})
 
 
 def _effect_table(outcomes: Outcomes) -> Table:

@@ -20,6 +20,7 @@ from teleport.keeping.adapters import lora_
 from teleport.keeping.drift import DriftReport, layer_drifts, locked_share, output_drift
 from teleport.keeping.editing import Edit, edit
 from teleport.keeping.file import read, write
+from teleport.keeping.joint import joined
 from teleport.keeping.keeper import (
     EVERYTHING,
     Attachment,
@@ -236,13 +237,21 @@ class NullSpace:
             done, basis = edit(blocks[layer], self.bases[layer], keys, values, rcond)
         return done, NullSpace({**self.bases, layer: basis}, self.frozen, self._alive())
 
-    def merge(self, other: "NullSpace") -> "NullSpace":
+    def merge(self, other: "NullSpace", tau: Tau = 1.0) -> "NullSpace":
         """The space that keeps both: bases of the joint span, re-factorized.
 
         A layer that one of them keeps frozen stays so.
 
+        Args:
+            other: of the same layers, on other data.
+            tau: at less than 1, only this share of the energy that ``other`` holds is kept, what
+                this space keeps of it counted, by as few directions more as will do (Gradient
+                Projection Memory). Make ``other`` at tau = 1 then. As in `null_space`.
+
         Raises:
-            NullSpaceError: if the two are of different layers.
+            ValueError: if a tau is outside (0, 1] or a pattern matches no layer.
+            NullSpaceError: if the two are of different layers, or for a tau below 1 of an embedding
+                or of a tied layer.
         """
         frozen = {**other.frozen, **self.frozen}
         ours, theirs = (
@@ -253,12 +262,15 @@ class NullSpace:
             raise NullSpaceError(
                 f"these null spaces are of different layers: {_difference(ours, theirs)}"
             )
-        joint: dict[tuple[int, int], Projector] = {}
+        taus = _taus(tau, list(self.bases), 1.0)
+        joint: dict[tuple[int, int, float], Projector] = {}
+        merged = {}
         for name in ours:
-            pair = self.bases[name], other.bases[name]
-            if _pair(pair) not in joint:
-                joint[_pair(pair)] = pair[0].merge(pair[1])
-        merged = {name: joint[_pair((self.bases[name], other.bases[name]))] for name in ours}
+            one, two, share = self.bases[name], other.bases[name], taus[name]
+            key = id(one), id(two), share
+            if key not in joint:
+                joint[key] = joined(one, two, share)
+            merged[name] = joint[key]
         return NullSpace(merged, frozen, self._alive() or other._alive())
 
     def grow(self, tau: Tau) -> "NullSpace":
@@ -503,10 +515,6 @@ def _require_own(parameters: Iterable[nn.Parameter], model: nn.Module) -> None:
             "null space: nobody could keep them. Was the model copied, or a layer replaced? Give "
             "the optimizer's own model: space.attach(optimizer, model=model)"
         )
-
-
-def _pair(bases: tuple[Projector, Projector]) -> tuple[int, int]:
-    return id(bases[0]), id(bases[1])
 
 
 def _at(name: str, basis: Projector, tau: float) -> Projector:

@@ -15,11 +15,17 @@ ACTIVATION_NAMES = ("relu", "leaky_relu", "tanh")
 OPTIMIZER_NAMES = ("sgd", "momentum", "adagrad", "adam", "adamw")
 """Those with a name of our own; see `teleport.lab.experiments.optimizers`."""
 
-METHOD_NAMES = ("plain", "projected", "lazy", "replay", "random")
+METHOD_NAMES = (
+    *("plain", "projected", "lazy", "replay", "random"),
+    *("gpm", "gpm-lazy", "gpm-growing", "gpm-adam"),
+)
 """Ways to learn a task after others; see `teleport.lab.keeping.methods`."""
 
-SEQUENCE_NAMES = ("digits", "mnist-fashion", "permuted-mnist")
+SEQUENCE_NAMES = ("digits", "mnist-fashion", "permuted-mnist", "gpm-mnist")
 """Of tasks; see `teleport.lab.keeping.tasks`."""
+
+KEEP_NAMES = ("words", "leak")
+"""Of `teleport keep`; see `teleport.lab.keeping.frontier` and `teleport.lab.keeping.leak`."""
 
 BENCHMARK_NAMES = ("step", "basis", "scaling", "memory", "layers", "rivals")
 """See `teleport.lab.bench.benchmarks`."""

@@ -18,6 +18,7 @@ def mlp(
     init: str = "default",
     head_gain: float = 1.0,
     activation: str = "relu",
+    bias: bool = True,
 ) -> nn.Sequential:
     """The paper's multi-layer perceptron: linear layers with ReLU between them (section 4.1).
 
@@ -29,6 +30,7 @@ def mlp(
         head_gain: factor on the initial weights of the last layer.
         activation: one of `ACTIVATIONS`; the paper's is ReLU, which symmetry teleportation cannot
             act through.
+        bias: whether the layers have biases.
 
     Returns:
         The network; it maps ``[..., d_in]`` to ``[..., classes]``.
@@ -38,7 +40,7 @@ def mlp(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
-    layers = [nn.Linear(a, b) for a, b in pairwise([d_in, *hidden, classes])]
+    layers = [nn.Linear(a, b, bias) for a, b in pairwise([d_in, *hidden, classes])]
     modules: list[nn.Module] = []
     for layer in layers:
         modules += [layer, ACTIVATIONS[activation]()]

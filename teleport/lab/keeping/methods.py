@@ -4,11 +4,14 @@ Each is a class with the same few hooks in a training step, and one line in `LEA
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
 
-from teleport.keeping.keeper import Keeper
+from teleport.keeping.keeper import Attachment, Keeper
 from teleport.keeping.null_space import NullSpace, null_space
 from teleport.subspace import Basis
 
@@ -22,6 +25,7 @@ class Plain:
     """
 
     uses_tau = False
+    optimizer: type[Optimizer] = SGD
 
     def __init__(self, tau: float, draws: torch.Generator) -> None:
         self.tau, self.draws = tau, draws
@@ -29,9 +33,21 @@ class Plain:
     def learned(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         """Called after every task with the images of it that may be kept, and their labels."""
 
+    def begins(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Called before the first step on a task."""
+
+    def prepared(self, inputs: Tensor) -> Tensor:
+        """All images ``[n, width]`` of a new task as ``[n, ...]``, batches of which are given."""
+        return inputs
+
     def batch(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """What to train on instead of a batch of the new task."""
         return inputs, targets
+
+    def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """The model's outputs on such a batch, for the loss."""
+        out: Tensor = model(inputs)
+        return out
 
     def before_step(self, model: nn.Module) -> None:
         """Called when the gradients are there."""
@@ -41,6 +57,10 @@ class Plain:
 
     def ended(self) -> None:
         """Called when the last step on a task is done."""
+
+    def stored(self) -> tuple[int, int]:
+        """Bytes and labels kept of old tasks."""
+        return 0, 0
 
 
 class Replay(Plain):
@@ -63,6 +83,10 @@ class Replay(Plain):
         rows = torch.randint(len(old), (self.PER_BATCH,), generator=self.draws)
         return torch.cat([inputs, old[rows]]), torch.cat([targets, labels[rows]])
 
+    def stored(self) -> tuple[int, int]:
+        """Of the images and labels themselves."""
+        return sum(x.nbytes + y.nbytes for x, y in self._kept), sum(len(y) for _, y in self._kept)
+
 
 class Projected(Plain):
     """Every gradient is projected into the null space of the kept old images.
@@ -83,6 +107,12 @@ class Projected(Plain):
         """Project the gradients."""
         if self.space is not None:
             self.space.project_(model)
+
+    def stored(self) -> tuple[int, int]:
+        """Of the bases, and of the singular values that go with them."""
+        bases = {} if self.space is None else self.space.bases
+        kept = [b for b in bases.values() if isinstance(b, Basis)]
+        return sum(b.vectors.nbytes + b.singular_values.nbytes for b in kept), 0
 
     def _space(self, model: nn.Module, inputs: Tensor) -> NullSpace:
         return null_space(model, [lambda: model(inputs)], self.tau)
@@ -124,13 +154,133 @@ class Random(Projected):
         return NullSpace({n: random_basis(b, self.draws) for n, b in bases.items()})
 
 
+class _Grown(Projected):
+    """Spaces as of Gradient Projection Memory: each task adds only the energy that is missing."""
+
+    def learned(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+        """Keep each layer's share of the energy of these images, what is kept of it counted."""
+        everything = null_space(model, [lambda: model(inputs)])
+        taus = self._taus(list(everything.bases))
+        if self.space is None:
+            self.space = everything.grow(taus)
+        else:
+            self.space = self.space.merge(everything, taus)
+        self._tasks += 1
+
+    _tasks = 0
+
+    def _taus(self, layers: list[str]) -> dict[str, float]:
+        """GPM's: tau for the first layer, a fifth of its distance to 1 for the others."""
+        return {
+            name: self.tau if i == 0 else 1 - (1 - self.tau) / 5 for i, name in enumerate(layers)
+        }
+
+
+class Gpm(_Grown):
+    """Gradient Projection Memory (Saha et al. 2021), its gradients made in the null space.
+
+    The gradient of a linear layer is a sum of products of a delta and an input. Projecting it is
+    to project the inputs, of which a batch has fewer than the layer has outputs; those of the
+    first layer do not change, and are projected once a task. The model is a sequence of linear
+    layers without biases and of functions without parameters.
+    """
+
+    _free: list[Float[Tensor, "d d"]] | None = None
+
+    def begins(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Make the projections, in the precision of the weights."""
+        if self.space is not None:
+            own = next(model.parameters()).dtype
+            bases = [b for b in self.space.bases.values() if isinstance(b, Basis)]
+            every = [torch.eye(basis.shape[-1], dtype=torch.float64) for basis in bases]
+            self._free = [b.project(e).to(own) for b, e in zip(bases, every, strict=True)]
+
+    def prepared(self, inputs: Tensor) -> Tensor:
+        """``[n, 2, width]``: the images, and their parts in the null space."""
+        return inputs if self._free is None else torch.stack([inputs, inputs @ self._free[0]], 1)
+
+    def before_step(self, model: nn.Module) -> None:
+        """The gradients are projected already."""
+
+    def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """The model's own, whose gradients are of the projected inputs."""
+        if self._free is None:
+            return super().outputs(model, inputs)
+        first, *others = model.children()
+        x = _linear(inputs[:, 0], inputs[:, 1], first.weight)
+        projections = iter(self._free[1:])
+        for layer in others:
+            is_linear = isinstance(layer, nn.Linear)
+            x = _linear(x, x.detach() @ next(projections), layer.weight) if is_linear else layer(x)
+        return x
+
+
+class GpmLazy(_Grown):
+    """The same spaces, attached to the optimizer: displacements projected every 50 steps."""
+
+    EVERY = 50
+    _attached: Attachment | None = None
+
+    def begins(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Attach the space."""
+        if self.space is not None:
+            self._attached = self.space.attach(optimizer, self.EVERY, model=model)
+
+    def before_step(self, model: nn.Module) -> None:
+        """Leave the gradients as they are."""
+
+    def ended(self) -> None:
+        """Project what has come since, and let the optimizer go."""
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
+
+
+class GpmGrowing(Gpm):
+    """As `Gpm`, with thresholds that go from its own up to 1 in tenths, one a task."""
+
+    def _taus(self, layers: list[str]) -> dict[str, float]:
+        left = max(0.0, 1 - self._tasks / 10)
+        return {name: 1 - (1 - tau) * left for name, tau in super()._taus(layers).items()}
+
+
+class GpmAdam(GpmLazy):
+    """As `GpmLazy`, with Adam."""
+
+    optimizer = Adam
+
+
 LEARNING_METHODS: dict[str, type[Plain]] = {
     "plain": Plain,
     "projected": Projected,
     "lazy": Lazy,
     "replay": Replay,
     "random": Random,
+    "gpm": Gpm,
+    "gpm-lazy": GpmLazy,
+    "gpm-growing": GpmGrowing,
+    "gpm-adam": GpmAdam,
 }
+
+
+class _Linear(torch.autograd.Function):
+    """``x Wᵀ``, with the gradient for W that other inputs would have."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, others: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(others, weight)
+        return x @ weight.mT
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, None, Tensor]:
+        (delta,) = deltas
+        others, weight = ctx.saved_tensors
+        return delta @ weight if ctx.needs_input_grad[0] else None, None, delta.mT @ others
+
+
+def _linear(x: Tensor, others: Tensor, weight: Any) -> Tensor:
+    out: Tensor = _Linear.apply(x, others, weight)
+    return out
 
 
 def random_basis(basis: Basis, draws: torch.Generator) -> Basis:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from teleport.data import Dataset
+from teleport.lab.experiments.choices import METHOD_NAMES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -17,7 +18,14 @@ else:
     import tomli as tomllib
 
 VALIDATION = 5000
-"""Images at the end of each training split that are never trained on; tuning looks at them."""
+"""Images at the end of each training split that are never trained on; tuning looks at them.
+
+A size may say otherwise.
+"""
+
+
+MEAN, DEVIATION = 0.1307, 0.3081
+"""Of the pixels of MNIST's training images, from 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +41,9 @@ class Size:
         memory: images per old task that a method may keep: for its bases, or to replay.
         evaluate_every: training steps between evaluations.
         evaluate_size: images of every task that an evaluation looks at, the first ones.
+        bias: whether the network's layers have biases.
+        validation: images at the end of each training split that are never trained on.
+        normalised: whether pixels get mean 0 and standard deviation 1, by those of MNIST.
     """
 
     data: tuple[str, ...]
@@ -44,6 +55,9 @@ class Size:
     memory: int
     evaluate_every: int
     evaluate_size: int
+    bias: bool = True
+    validation: int = VALIDATION
+    normalised: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,14 +67,20 @@ class Task:
     Attributes:
         dataset: what it is learned from.
         pixels: order of the pixels, int64 ``[width]``; None leaves them.
+        validation: images at the end of the training split, at most a fifth, that are not trained
+            on.
+        normalised: as of `Size`.
     """
 
     dataset: Dataset
     pixels: Tensor | None = None
+    validation: int = VALIDATION
+    normalised: bool = False
 
     def images(self, inputs: Tensor) -> Tensor:
         """The task's view of images ``[n, width]``."""
-        return inputs if self.pixels is None else inputs[:, self.pixels]
+        ordered = inputs if self.pixels is None else inputs[:, self.pixels]
+        return (ordered - MEAN) / DEVIATION if self.normalised else ordered
 
     def training(self) -> tuple[Tensor, Tensor]:
         """Images, in the data set's order of pixels, and labels to learn from."""
@@ -77,7 +97,7 @@ class Task:
         return self.images(inputs[:size]), targets[:size]
 
     def _reserved(self) -> int:
-        return min(VALIDATION, len(self.dataset.train_inputs) // 5)
+        return min(self.validation, len(self.dataset.train_inputs) // 5)
 
 
 def _one_task_per_set(sets: Sequence[Dataset], seed: int) -> list[Task]:
@@ -90,8 +110,16 @@ def _lower_then_upper_labels(sets: Sequence[Dataset], seed: int) -> list[Task]:
 
 
 def _five_orders_of_the_pixels(sets: Sequence[Dataset], seed: int) -> list[Task]:
+    return _orders_of_the_pixels(sets[0], seed, 5)
+
+
+def _ten_orders_of_the_pixels(sets: Sequence[Dataset], seed: int) -> list[Task]:
+    return _orders_of_the_pixels(sets[0], seed, 10)
+
+
+def _orders_of_the_pixels(dataset: Dataset, seed: int, count: int) -> list[Task]:
     draws = torch.Generator().manual_seed(seed)
-    return [Task(sets[0], torch.randperm(sets[0].width, generator=draws)) for _ in range(5)]
+    return [Task(dataset, torch.randperm(dataset.width, generator=draws)) for _ in range(count)]
 
 
 def _labelled(dataset: Dataset, low: int, high: int) -> Dataset:
@@ -118,6 +146,7 @@ class TaskSequence:
         compare: loss of a new task at which the old tasks' loss is read off.
         tau: of the methods that use a null space, unless they are given another.
         presets: sizes by name.
+        methods: those it is run with unless others are asked for.
     """
 
     name: str
@@ -127,12 +156,14 @@ class TaskSequence:
     compare: float
     tau: float
     presets: dict[str, Size]
+    methods: tuple[str, ...] = METHOD_NAMES[:5]
 
 
 _MAKERS = {
     "one task per set": _one_task_per_set,
     "lower then upper labels": _lower_then_upper_labels,
     "five orders of the pixels": _five_orders_of_the_pixels,
+    "ten orders of the pixels": _ten_orders_of_the_pixels,
 }
 
 
@@ -141,9 +172,10 @@ def _sequence(name: str, entry: dict[str, Any]) -> TaskSequence:
         preset: Size(**{**size, "data": tuple(size["data"]), "hidden": tuple(size["hidden"])})
         for preset, size in entry["presets"].items()
     }
-    return TaskSequence(
-        name=name, **{**entry, "tasks": _MAKERS[entry["tasks"]], "presets": presets}
-    )
+    made = {"tasks": _MAKERS[entry["tasks"]], "presets": presets}
+    if "methods" in entry:
+        made["methods"] = tuple(entry["methods"])
+    return TaskSequence(name=name, **{**entry, **made})
 
 
 def _read() -> dict[str, TaskSequence]:

@@ -217,6 +217,32 @@ ROWS: dict[str, dict[str, Fields]] = {
         },
         "end": _END,
     },
+    "words": {
+        "config": {
+            **_MOMENT,
+            "arm": TEXT,
+            "preset": TEXT,
+            "choosing": FLAG,
+            "way": {"method": TEXT, "lr": NUMBER, "value": NUMBER_OR_NULL},
+        },
+        "evaluation": {
+            "step": COUNT,
+            "train_seconds": NUMBER,
+            "space_seconds": NUMBER,
+            **dict.fromkeys(("learned", "recall", "cosine", "least_cosine"), NUMBER),
+        },
+        "end": _END,
+    },
+    "leak": {
+        "config": {**_MOMENT, "preset": TEXT},
+        "share": {
+            "way": TEXT,
+            "optimizer": TEXT,
+            "steps": COUNT,
+            **dict.fromkeys(("moved", "inside", "drift"), NUMBER),
+        },
+        "end": _END,
+    },
     "product": {
         "config": {**_MOMENT, "trained": COUNT},
         "product": {

@@ -1,0 +1,291 @@
+"""How much of an update lies in the space that was to be kept, by optimizer.
+
+Projecting a gradient keeps a space for an optimizer that adds gradients. One that rescales them
+entry by entry, as Adam does, takes its steps out of the null space again; so does weight decay.
+Projecting the displacement after the step keeps it for all (``thm-keep``).
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from teleport.keeping.null_space import NullSpace, null_space
+from teleport.lab.experiments.entry import one_of
+from teleport.lab.experiments.optimizers import find_optimizer
+from teleport.lab.experiments.run import Progress
+from teleport.lab.records.checkpoint import locked
+from teleport.lab.records.runs import read_rows
+from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.study import record_paths
+from teleport.lab.records.writer import RecordWriter, environment
+from teleport.subspace import Basis
+
+OPTIMIZERS = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "lion": 1e-4}
+"""And their learning rates."""
+
+WAYS = ("attach", "project_", "OSF")
+TITLE = "share of the update inside the kept space, of a small transformer"
+TAU = 0.99
+SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class LeakSize:
+    """The size: of the transformer (width, layers), its batches (sentences of tokens), steps."""
+
+    width: int
+    layers: int
+    sentences: int
+    tokens: int
+    steps: int
+
+
+LEAK_SIZES = {
+    "tiny": LeakSize(width=16, layers=1, sentences=4, tokens=4, steps=5),
+    "cpu": LeakSize(width=64, layers=2, sentences=16, tokens=8, steps=100),
+}
+
+
+class Encoder(nn.Module):
+    """A transformer of linear layers that PEFT can see: attention of one head, feed-forward, norms.
+
+    It maps ``[sentences, tokens, width]`` to the same shape.
+    """
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the blocks."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        scores = self.query(y) @ self.key(y).mT / sqrt(y.shape[-1])
+        x = x + self.out(scores.softmax(-1) @ self.value(y))
+        return x + self.down(torch.relu(self.up(self.second(x))))
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What an update was.
+
+    Attributes:
+        moved: Frobenius norm of the change of all linear layers' weights.
+        inside: norm of its part inside the kept space, as a share of ``moved``.
+        drift: norm of the change of the outputs on old data, as a share of their norm.
+    """
+
+    moved: float
+    inside: float
+    drift: float
+
+
+class _Trial:
+    """A model, old data, and something new to learn; float64."""
+
+    def __init__(self, size: LeakSize, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = Encoder(size.width, size.layers).double()
+        shape = (size.sentences, size.tokens, size.width)
+        # Old inputs have a spectrum that falls, as inputs have, so that there is something to keep.
+        falling = torch.arange(1, size.width + 1, dtype=torch.float64).pow(-1.0)
+        mixed = torch.linalg.qr(torch.randn(size.width, size.width, dtype=torch.float64)).Q
+        self.old = (torch.randn(shape, dtype=torch.float64) * falling) @ mixed
+        self.new, self.wanted = torch.randn(2, *shape, dtype=torch.float64)
+        self.steps = size.steps
+
+    def space(self) -> NullSpace:
+        return null_space(self.model, [lambda: self.model(self.old)], TAU, progress=False)
+
+    def train(
+        self, model: nn.Module, name: str, before_step: Callable[[], None] = lambda: None
+    ) -> Any:
+        """Steps on the new data; first what is to be done with the optimizer is yielded."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = find_optimizer(name)(trained, OPTIMIZERS[name])
+        yield optimizer
+        for _ in range(self.steps):
+            optimizer.zero_grad()
+            (model(self.new) - self.wanted).square().mean().backward()
+            before_step()
+            optimizer.step()
+
+    def drift(self, model: nn.Module) -> float:
+        with torch.no_grad():
+            was, now = self.model(self.old), model(self.old)
+        return float((now - was).norm() / was.norm())
+
+
+def leak(way: str, optimizer: str, size: LeakSize, seed: int) -> Leak:
+    """Train in one way with one optimizer, and measure.
+
+    Args:
+        way: one of `WAYS`: the displacement projected by `NullSpace.attach`, only the gradients by
+            `NullSpace.project_`, or PEFT's OSF, which projects gradients, too.
+        optimizer: one of `OPTIMIZERS`.
+        size: of model and data.
+        seed: of both.
+
+    Raises:
+        ValueError: for an unknown way or optimizer.
+        RunError: if OSF is asked for and PEFT is not installed.
+    """
+    one_of("way", way, dict.fromkeys(WAYS))
+    one_of("optimizer", optimizer, OPTIMIZERS)
+    trial = _Trial(size, seed)
+    return _osf(trial, optimizer) if way == "OSF" else _ours(trial, optimizer, way)
+
+
+def _ours(trial: _Trial, optimizer: str, way: str) -> Leak:
+    model, space = copy.deepcopy(trial.model), trial.space()
+    projected = way == "project_"
+    course = trial.train(model, optimizer, lambda: space.project_(model) if projected else None)
+    made = next(course)
+    if not projected:
+        space.attach(made, model=model)
+    for _ in course:
+        pass
+    before = dict(trial.model.named_modules())
+    moved, inside = [], []
+    for name, layer in model.named_modules():
+        basis = space.bases.get(name)
+        if isinstance(layer, nn.Linear) and isinstance(basis, Basis):
+            change = _affine(layer) - _affine(before[name])
+            moved.append(change)
+            inside.append((change @ basis.vectors) @ basis.vectors.mT)
+    return _leak(moved, inside, trial.drift(model))
+
+
+def _osf(trial: _Trial, optimizer: str) -> Leak:
+    from peft import OSFConfig, get_peft_model
+
+    layers = ["query", "key", "value", "out", "up", "down"]
+    config = OSFConfig(target_modules=layers, effective_rank=SHARE)
+    model = get_peft_model(copy.deepcopy(trial.model), config)  # type: ignore[arg-type]
+    for _ in trial.train(model, optimizer):
+        pass
+    moved, inside = [], []
+    for layer in model.modules():
+        if not hasattr(layer, "osf_svd_params"):
+            continue
+        change = layer.get_delta_weight("default").detach().double()
+        left, _, right = torch.linalg.svd(
+            layer.get_base_layer().weight.detach(), full_matrices=False
+        )
+        rank = layer.effective_rank["default"]
+        left, right = left[:, :rank], right[:rank]
+        outside = change - left @ (left.mT @ change)
+        outside = outside - (outside @ right.mT) @ right
+        moved.append(change)
+        inside.append(change - outside)
+    return _leak(moved, inside, trial.drift(model))
+
+
+def _affine(layer: Any) -> Tensor:
+    return torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach()
+
+
+def _leak(moved: list[Tensor], inside: list[Tensor], drift: float) -> Leak:
+    whole, part = (sqrt(sum(float(m.square().sum()) for m in all_)) for all_ in (moved, inside))
+    return Leak(whole, part / whole, drift)
+
+
+def run_leak(
+    preset: str,
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    resume: bool = False,
+    command: str = "",
+    progress: Progress = lambda what, steps: None,
+) -> None:
+    """Every way with every optimizer; one record for each seed.
+
+    Args:
+        preset: one of `LEAK_SIZES`.
+        seeds: of model and data.
+        out: an existing folder for the records.
+        resume: leave finished records of the same configuration as they are.
+        command: the command line, for the record.
+        progress: told about every measurement.
+
+    Raises:
+        ValueError: for an unknown preset.
+        RunError: if PEFT or pytorch-optimizer is missing, or the folder is in use, holds other
+            records or cannot be written to.
+    """
+    size: LeakSize = one_of("preset", preset, LEAK_SIZES)
+    shared = {"figure": "leak", "title": TITLE, "preset": preset, "size": asdict(size)}
+    with locked(out / ".lock", str(out)):
+        check_folder(out, "leak", shared)
+        for seed in seeds:
+            path = out / f"00-leak-seed{seed}.jsonl"
+            config = {**shared, "order": 0, "seed": seed, "tau": TAU, "share": SHARE}
+            if resume and is_complete(path, config):
+                progress(f"seed {seed}", len(WAYS) * len(OPTIMIZERS))
+                continue
+            found = [
+                _told(progress, way, name, seed, leak(way, name, size, seed))
+                for way in WAYS
+                for name in OPTIMIZERS
+            ]
+            if resume:
+                path.unlink(missing_ok=True)
+            with RecordWriter(path) as writer:
+                writer.write("config", command=command, **config, **environment())
+                for row in found:
+                    writer.write("share", steps=size.steps, **row)
+                writer.write("end", status="finished")
+
+
+def _told(progress: Progress, way: str, optimizer: str, seed: int, found: Leak) -> dict[str, Any]:
+    progress(f"{way}, {optimizer} (seed {seed})", 1)
+    return {"way": way, "optimizer": optimizer, **asdict(found)}
+
+
+def leak_table(folder: Path) -> Table:
+    """Mean over seeds, a line for every way and a column for every optimizer."""
+    rows = [row for path in record_paths(folder) for row in read_rows(path)]
+    shares = [row for row in rows if row["type"] == "share"]
+    seeds = {row["seed"] for row in rows if row["type"] == "config"}
+    table = Table(
+        "",
+        *OPTIMIZERS,
+        title=f"{TITLE}, {len(seeds)} seeds",
+        caption="Norm of the update's part inside the kept space, as a share of its norm; in "
+        "brackets the change of the outputs on old data, as a share of theirs. The space of attach "
+        f"and project_ is that of old inputs at tau {TAU:g}, that of OSF the larger half of each "
+        "weight's singular directions.",
+    )
+    for way in WAYS:
+        cells = [
+            _cell([r for r in shares if (r["way"], r["optimizer"]) == (way, o)]) for o in OPTIMIZERS
+        ]
+        table.add_row(way, *cells)
+    return table
+
+
+def _cell(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "-"
+    inside, drift = (sum(row[key] for row in rows) / len(rows) for key in ("inside", "drift"))
+    return f"{inside:.2g} ({drift:.2g})"

