@@ -14,8 +14,6 @@ from teleport.lab.bench.tables import Benchmark, Sheet, timing
 TOO_MUCH = 2.0
 """From this factor on an operation has become dearer for another reason than the machine."""
 
-Costs = dict[tuple[str, str, str], float]
-
 
 @dataclass(frozen=True)
 class Change:
