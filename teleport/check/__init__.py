@@ -20,15 +20,22 @@ from teleport.check.chapters.ch03_mlp import (
     survivor,
     teleport_gradient,
     teleport_step,
+    tied_projection,
     weight_gradient,
 )
-from teleport.check.chapters.ch04_convolution import conv_rows, grouped_projection
+from teleport.check.chapters.ch04_convolution import conv_rows, grouped_projection, layer_projection
 from teleport.check.chapters.ch05_attention import (
     attention_rows,
     causal_tokens,
     layernorm_direction,
+    qk_move,
 )
-from teleport.check.chapters.ch06_step import adam_direction, growth_step, polynomial_degree
+from teleport.check.chapters.ch06_step import (
+    adam_direction,
+    growth_step,
+    path_degree,
+    polynomial_degree,
+)
 from teleport.check.chapters.ch07_error_control import drift_bound, held_out_drift, total_move
 from teleport.check.chapters.ch08_rivals import balanced, change_of_basis, group_action
 from teleport.check.engine import Check
@@ -51,12 +58,16 @@ CHECKS = {
         teleport_gradient,
         teleport_step,
         cap,
+        tied_projection,
         conv_rows,
         grouped_projection,
+        layer_projection,
         attention_rows,
         layernorm_direction,
         causal_tokens,
+        qk_move,
         polynomial_degree,
+        path_degree,
         growth_step,
         adam_direction,
         drift_bound,
@@ -91,11 +102,14 @@ __all__ = [
     "growth_step",
     "held_out_drift",
     "largest_gradient",
+    "layer_projection",
     "layernorm_direction",
     "level_set_step",
     "merged_basis",
+    "path_degree",
     "polynomial_degree",
     "projection",
+    "qk_move",
     "rank",
     "rotation",
     "rows",
@@ -103,6 +117,7 @@ __all__ = [
     "survivor",
     "teleport_gradient",
     "teleport_step",
+    "tied_projection",
     "total_move",
     "value",
     "weight_gradient",

@@ -4,7 +4,7 @@ CHAPTERS = {
     "01_level_sets": ("eq-level-functions", "thm-newton"),
     "02_null_spaces": ("thm-rank",),
     "03_mlp": ("thm-span", "thm-invariance", "thm-layerwise", "thm-survivor", "thm-fixed"),
-    "05_attention": ("thm-layernorm",),
+    "05_attention": ("thm-layernorm", "eq-att-head"),
     "06_objective_and_step": ("thm-polynomial", "thm-geometry"),
     "07_error_control": ("thm-drift", "thm-batch"),
     "08_rivals": (

@@ -535,3 +535,68 @@ cap = Check(
     ],
 )
 """A walk of several steps with a cap on the gradient norm."""
+
+
+def _tied_case(draw: Draw) -> Case:
+    hidden, inputs = draw.choice(2, 1, 3), draw.choice(2, 1, 3)
+    return {
+        "gradient": draw.matrix(hidden, inputs),
+        "basis": draw.orthonormal(inputs, draw.integer(0, inputs)),
+        "hidden_basis": draw.orthonormal(hidden, draw.integer(0, hidden)),
+    }
+
+
+def _tied(gradient: Tensor, basis: Tensor, hidden: Tensor) -> Tensor:
+    return reference.equation_12(reference.equation_11(gradient, basis), hidden)
+
+
+def _vanishes(product: Tensor) -> bool:
+    return alike(product, torch.zeros_like(product))
+
+
+tied_projection = Check(
+    name="tied_projection",
+    takes={"gradient": "[h, d]", "basis": "[d, k]", "hidden_basis": "[h, m]"},
+    gives="[h, d]",
+    cases=_tied_case,
+    answer=_tied,
+    properties=[
+        Property(
+            "thm-invariance",
+            "The use as W x: the change must not act on the span of the inputs.",
+            lambda case, got: _vanishes(got @ case["basis"]),
+        ),
+        Property(
+            "thm-invariance",
+            "The use as Wᵀ s: the transposed change must not act on the span of the s.",
+            lambda case, got: _vanishes(got.T @ case["hidden_basis"]),
+        ),
+        Property("thm-layerwise", "Nothing but what acts on one of the two spans is removed."),
+    ],
+    mistakes=[
+        Mistake(
+            "Only the use as W x is respected: the same weights act as Wᵀ s, too.",
+            lambda g, b, h: reference.equation_11(g, b),
+        ),
+        Mistake(
+            "Only the use as Wᵀ s is respected: the same weights act as W x, too.",
+            lambda g, b, h: reference.equation_12(g, h),
+        ),
+        Mistake(
+            "The two projections follow one another; subtracting both from the gradient takes "
+            "what lies in both spans away twice.",
+            lambda g, b, h: g - g @ b @ b.T - h @ h.T @ g,
+        ),
+        Mistake(
+            "Too much is removed or too little: project each side, then the other. You remove "
+            "only what lies in both spans.",
+            lambda g, b, h: g - h @ h.T @ g @ b @ b.T,
+        ),
+        Mistake(
+            "You projected *onto* the spans instead of out of them.",
+            lambda g, b, h: h @ h.T @ g @ b @ b.T,
+        ),
+        Mistake("Nothing is projected: this is the gradient itself.", lambda g, b, h: g),
+    ],
+)
+"""The projection of a weight that is used as itself and as its transpose."""

@@ -166,3 +166,106 @@ grouped_projection = Check(
     ],
 )
 """The projection of a grouped convolution."""
+
+
+def _clear(values: Tensor, tau: float) -> bool:
+    """Whether the smallest k with the share tau of the energy, and its span, are beyond doubt."""
+    energy = values.square().cumsum(0) / values.square().sum()
+    if bool(((energy - tau).abs() < 1e-6).any()):
+        return False
+    k = int((energy < tau).sum()) + 1
+    return k == len(values) or bool(values[k - 1] - values[k] > 1e-3 * values[0])
+
+
+def _layer_case(draw: Draw) -> Case:
+    groups, width, count = draw.choice(2, 1), draw.choice(2, 1, 3), draw.choice(2, 3, 1)
+    inputs = draw.matrix(groups, count, width)
+    values = [torch.linalg.svdvals(_ones(own)) for own in inputs]
+    allowed = [t for t in (0.9, 0.5, 0.75, 0.99) if all(_clear(own, t) for own in values)]
+    return {
+        "gradient": draw.matrix(groups * draw.choice(1, 2), width + 1),
+        "inputs": inputs,
+        # With all of the energy the span is that of the inputs, however equal the values are.
+        "tau": draw.choice(*allowed) if allowed else 1.0,
+    }
+
+
+def _kept(matrix: Tensor, tau: float, power: int = 2) -> Tensor:
+    _, values, vectors = torch.linalg.svd(matrix, full_matrices=False)
+    energy = (values**power).cumsum(0) / (values**power).sum()
+    k = int((values > 1e-9 * values[0]).sum()) if tau == 1 else int((energy < tau).sum()) + 1
+    return vectors[:k].T
+
+
+def _layer(
+    gradient: Tensor, inputs: Tensor, tau: float, one: float = 1.0, power: int = 2
+) -> Tensor:
+    blocks = gradient.unflatten(0, (len(inputs), -1))
+    bases = [_kept(_ones(own) * _last(own, one), tau, power) for own in inputs]
+    parts = [reference.equation_11(g, b) for g, b in zip(blocks, bases, strict=True)]
+    return torch.cat(parts)
+
+
+def _last(rows: Tensor, one: float) -> Tensor:
+    return torch.cat([rows.new_ones(rows.shape[1]), rows.new_full((1,), one)])
+
+
+def _left(gradient: Tensor, inputs: Tensor, tau: float) -> Tensor:
+    """On the side of the outputs: no answer unless there are as many of them as inputs."""
+    blocks = gradient.unflatten(0, (len(inputs), -1))
+    pairs = zip(blocks, inputs, strict=True)
+    return torch.cat([reference.equation_12(g, _kept(_ones(own), tau)) for g, own in pairs])
+
+
+def _of_first(gradient: Tensor, inputs: Tensor, tau: float) -> Tensor:
+    return reference.equation_11(gradient, _kept(_ones(inputs[0]), tau))
+
+
+def _of_gradient(gradient: Tensor, inputs: Tensor, tau: float) -> Tensor:
+    blocks = gradient.unflatten(0, (len(inputs), -1))
+    return torch.cat([reference.equation_11(block, _kept(block, tau)) for block in blocks])
+
+
+layer_projection = Check(
+    name="layer_projection",
+    takes={"gradient": "[C_out, d + 1]", "inputs": "[groups, n, d]", "tau": "in (0, 1]"},
+    gives="[C_out, d + 1]",
+    cases=_layer_case,
+    answer=_layer,
+    properties=[
+        Property(
+            "thm-rank",
+            "Each group's rows, a 1 appended, keep the smallest k with the share tau of the sum "
+            "of *squared* singular values; the gradient of its output channels is projected out "
+            "of these k directions, from the right.",
+        ),
+    ],
+    mistakes=[
+        Mistake(
+            "One bug is left, the groups: the basis of the first group is used for all.", _of_first
+        ),
+        Mistake(
+            "One bug is left, the bias: the rows need a 1 as their last entry.",
+            lambda g, x, tau: _layer(g, x, tau, one=0.0),
+        ),
+        Mistake(
+            "One bug is left, τ: energy is the sum of *squares* of the singular values.",
+            lambda g, x, tau: _layer(g, x, tau, power=1),
+        ),
+        Mistake(
+            "One bug is left, the basis: it is that of the layer's inputs, not of the gradient.",
+            _of_gradient,
+        ),
+        Mistake(
+            "One bug is left, the side: what acts on the inputs is removed from the *right* of a "
+            "gradient [C_out, d + 1].",
+            _left,
+        ),
+        Mistake("Nothing is projected: this is the gradient itself.", lambda g, x, tau: g),
+        Mistake(
+            "You projected *onto* what is kept instead of out of it.",
+            lambda g, x, tau: g - _layer(g, x, tau),
+        ),
+    ],
+)
+"""All of a layer's projection: rows, basis for τ, groups, side."""

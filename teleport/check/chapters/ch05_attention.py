@@ -201,3 +201,69 @@ causal_tokens = Check(
     ],
 )
 """Which tokens count under a causal mask."""
+
+
+ELEMENTS = (
+    [[1.0, 1.0], [0.0, 1.0]],
+    [[2.0, 1.0], [1.0, 1.0]],
+    [[0.0, -1.0], [1.0, 0.0]],
+    [[2.0, 0.0], [0.0, 0.5]],
+    [[2.0]],
+    [[-0.5]],
+)
+"""Invertible, and their inverses have no rounding."""
+
+
+def _moved(query: Tensor, key: Tensor, element: Tensor) -> tuple[Tensor, Tensor]:
+    return element @ query, torch.linalg.inv(element).T @ key
+
+
+def _move_case(draw: Draw) -> Case:
+    element = torch.tensor(draw.choice(*ELEMENTS), dtype=torch.float64)
+    width = draw.choice(2, 1, 3)
+    return {
+        "query": draw.matrix(len(element), width),
+        "key": draw.matrix(len(element), width),
+        "element": element,
+    }
+
+
+qk_move = Check(
+    name="qk_move",
+    takes={"query": "[h, d]", "key": "[h, d]", "element": "[h, h], invertible"},
+    gives="(query [h, d], key [h, d])",
+    cases=_move_case,
+    answer=_moved,
+    properties=[
+        Property(
+            "eq-att-head",
+            "Every score qᵀk is as before, for any two tokens: W_qᵀ W_k stays the same.",
+            lambda case, got: alike(got[0].T @ got[1], case["query"].T @ case["key"]),
+        ),
+        Property("eq-att-head", "The queries are multiplied by the element."),
+    ],
+    mistakes=[
+        Mistake(
+            "The inverse is there, its transpose is missing: qᵀ Aᵀ meets A⁻ᵀ k.",
+            lambda q, k, a: (a @ q, torch.linalg.inv(a) @ k),
+        ),
+        Mistake(
+            "The keys have to undo what the queries do: A⁻ᵀ, not A again.",
+            lambda q, k, a: (a @ q, a @ k),
+        ),
+        Mistake(
+            "Only the queries are moved. The scores change unless the keys undo it.",
+            lambda q, k, a: (a @ q, k),
+        ),
+        Mistake(
+            "Transposing is not inverting; it is enough for rotations only.",
+            lambda q, k, a: (a @ q, a.T @ k),
+        ),
+        Mistake(
+            "The scores are as before, but it is the keys that you multiply by A.",
+            lambda q, k, a: (torch.linalg.inv(a).T @ q, a @ k),
+        ),
+        Mistake("Nothing has moved.", lambda q, k, a: (q, k)),
+    ],
+)
+"""A move of queries and keys that no data notices, and no null space holds."""

@@ -149,3 +149,56 @@ adam_direction = Check(
     ],
 )
 """The direction in which the input of a layer moves when T is measured as Adam sees it."""
+
+
+def _path_degree(blocks: list[list[int]]) -> int:
+    return 2 * (1 + sum(map(max, blocks)))
+
+
+path_degree = Check(
+    name="path_degree",
+    takes={"blocks": "list of lists: moved layers on each branch of a block, 0 for a skip"},
+    gives="whole number",
+    cases=lambda draw: {
+        "blocks": [
+            [draw.integer(0, 3) for _ in range(draw.choice(2, 1, 3))]
+            for _ in range(draw.choice(1, 2, 0, 3))
+        ]
+    },
+    answer=_path_degree,
+    properties=[
+        Property(
+            "thm-polynomial",
+            "The degree of T is twice the number of moved layers on the longest path of an error, "
+            "from the loss through the head and every block to the embedding.",
+        )
+    ],
+    mistakes=[
+        Mistake(
+            "Branches stand side by side: a path takes one of them, so take the longest and not "
+            "their sum.",
+            lambda blocks: 2 * (1 + sum(map(sum, blocks))),
+        ),
+        Mistake(
+            "The error passes the head, too: its weights are in every δ before it.",
+            lambda blocks: 2 * sum(map(max, blocks)),
+        ),
+        Mistake(
+            "T is a *square* of the gradient: twice the degree of δ.",
+            lambda blocks: 1 + sum(map(max, blocks)),
+        ),
+        Mistake(
+            "The path ends at the embedding's output: the embedding is reached and not passed.",
+            lambda blocks: 2 * (2 + sum(map(max, blocks))),
+        ),
+        Mistake(
+            "The longest path counts, not the shortest: T has the highest power that occurs.",
+            lambda blocks: 2 * (1 + sum(map(min, blocks))),
+        ),
+        Mistake(
+            "Blocks follow one another: the path goes through all, so add them up.",
+            lambda blocks: 2 * (1 + max(map(max, blocks), default=0)),
+        ),
+    ],
+)
+"""The degree of T for a network of blocks with branches side by side."""

@@ -199,3 +199,30 @@ def balanced(first, second):
     factors = second[:, :-1].norm(dim=0) / first.norm(dim=1)
     undone = torch.cat([second[:, :-1] / factors, second[:, -1:]], dim=1)
     return factors[:, None] * first, undone
+
+
+def tied_projection(gradient, basis, hidden_basis):
+    """thm-invariance Only the use as W x is respected"""
+    return gradient - gradient @ basis @ basis.T
+
+
+def layer_projection(gradient, inputs, tau):
+    """thm-rank One bug is left, the groups"""
+    rows = torch.cat([inputs[0], torch.ones_like(inputs[0][:, :1])], dim=1)
+    _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+    energy = values.square().cumsum(0) / values.square().sum()
+    k = int((energy < tau).sum()) + 1
+    if tau == 1:
+        k = int((values > 1e-9 * values[0]).sum())
+    basis = vectors[:k].T
+    return gradient - gradient @ basis @ basis.T
+
+
+def qk_move(query, key, element):
+    """eq-att-head its transpose is missing"""
+    return element @ query, torch.linalg.inv(element) @ key
+
+
+def path_degree(blocks):
+    """thm-polynomial take the longest and not their sum"""
+    return 2 + 2 * sum(sum(block) for block in blocks)

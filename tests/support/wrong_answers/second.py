@@ -215,3 +215,31 @@ def balanced(first, second):
     factors = (first.norm(dim=1) / second[:, :-1].norm(dim=0)).sqrt()
     undone = torch.cat([second[:, :-1] / factors, second[:, -1:]], dim=1)
     return factors[:, None] * first, undone
+
+
+def tied_projection(gradient, basis, hidden_basis):
+    """thm-invariance Only the use as Wᵀ s is respected"""
+    return gradient - hidden_basis @ (hidden_basis.T @ gradient)
+
+
+def layer_projection(gradient, inputs, tau):
+    """thm-rank One bug is left, τ"""
+    parts = []
+    for block, own in zip(gradient.unflatten(0, (len(inputs), -1)), inputs, strict=True):
+        rows = torch.cat([own, torch.ones_like(own[:, :1])], dim=1)
+        _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
+        k = int((values.cumsum(0) / values.sum() < tau).sum()) + 1
+        if tau == 1:
+            k = int((values > 1e-9 * values[0]).sum())
+        parts.append(block - block @ vectors[:k].T @ vectors[:k])
+    return torch.cat(parts)
+
+
+def qk_move(query, key, element):
+    """eq-att-head Only the queries are moved"""
+    return element @ query, key.clone()
+
+
+def path_degree(blocks):
+    """thm-polynomial The error passes the head, too"""
+    return 2 * sum(max(block) for block in blocks)

@@ -222,3 +222,33 @@ def balanced(first, second):
     factors = (second[:, :-1].norm(dim=0) / first[:, :-1].norm(dim=1)).sqrt()
     undone = torch.cat([second[:, :-1] / factors, second[:, -1:]], dim=1)
     return factors[:, None] * first, undone
+
+
+def tied_projection(gradient, basis, hidden_basis):
+    """thm-invariance takes what lies in both spans away twice"""
+    return gradient - gradient @ basis @ basis.T - hidden_basis @ hidden_basis.T @ gradient
+
+
+def layer_projection(gradient, inputs, tau):
+    """thm-rank One bug is left, the bias"""
+    parts = []
+    for block, own in zip(gradient.unflatten(0, (len(inputs), -1)), inputs, strict=True):
+        _, values, vectors = torch.linalg.svd(own, full_matrices=False)
+        energy = values.square().cumsum(0) / values.square().sum()
+        k = int((energy < tau).sum()) + 1
+        if tau == 1:
+            k = int((values > 1e-9 * values[0]).sum())
+        basis = vectors[:k].T
+        weights = block[:, :-1] - block[:, :-1] @ basis @ basis.T
+        parts.append(torch.cat([weights, block[:, -1:]], dim=1))
+    return torch.cat(parts)
+
+
+def qk_move(query, key, element):
+    """eq-att-head Transposing is not inverting"""
+    return element @ query, element.T @ key
+
+
+def path_degree(blocks):
+    """thm-polynomial not the shortest"""
+    return 2 + 2 * sum(min(block) for block in blocks)
