@@ -63,7 +63,7 @@ Proof.
 rewrite norm2_energy -(norm2_rotated (G *m cut_off)) [norm2 _]innerE mulr_suml.
 apply: ler_sum => a _; rewrite mulr_suml; apply: ler_sum => i _.
 rewrite -expr2 mulrC cut_off_rotated; have [k|] := boolP (kept i).
-  by rewrite /= mul0r expr0n !mul0r.
+  by rewrite /= !(mulr0n, mul0r, expr0n) /= ?mul0r lexx.
 by rewrite -leNgt => le; apply: ler_wpmul2l le; exact: sqr_ge0.
 Qed.
 
