@@ -63,15 +63,15 @@ Proof.
 rewrite norm2_energy -(norm2_rotated (G *m cut_off)) [norm2 _]innerE mulr_suml.
 apply: ler_sum => a _; rewrite mulr_suml; apply: ler_sum => i _.
 rewrite -expr2 mulrC cut_off_rotated; have [k|] := boolP (kept i).
-  by rewrite /= !(mulr0n, mul0r, expr0n) /= ?mul0r lexx.
-by rewrite -leNgt => le; apply: ler_wpmul2l le; exact: sqr_ge0.
+  by rewrite /= !mul0r expr0n !mulr0.
+by rewrite -leNgt => le; apply: ler_wpmul2r le; exact: sqr_ge0.
 Qed.
 
 (** The energy rule: if the kept directions hold at least the share tau of the energy, then P leaves
     at most the share 1 - tau.
 
     verifies: thm-rank *)
-Theorem energy_rule tau : tau * \sum_i sigma2 0 i <= \sum_(i | kept i) sigma2 0 i ->
+Theorem energy_rule tau : tau * (\sum_i sigma2 0 i) <= \sum_(i | kept i) sigma2 0 i ->
   norm2 (cut_off *m R) <= (1 - tau) * norm2 R.
 Proof.
 move=> share; have [orthogonal energy] := svd.
@@ -140,7 +140,8 @@ have energyE : norm2 (y *m K *m R) = \sum_a sigma2 0 (enum_val a) * y 0 a ^+ 2.
   move=> i out; rewrite entry big1 ?expr0n ?mulr0 // => a _.
   have [e|] := eqVneq (enum_val a) i; last by rewrite mulr0.
   by case/negP: out; rewrite -e enum_valP.
-have above a : 0 < sigma2 0 (enum_val a) - cut2 by rewrite subr_gt0; exact: (enum_valP a).
+have above (a : 'I_rank_k) : 0 < sigma2 0 (enum_val a) - cut2.
+  by rewrite subr_gt0; have := enum_valP a; rewrite unfold_in.
 have long : norm2 y * cut2 < norm2 (y *m K *m R).
   rewrite energyE [norm2 y]innerE big_ord1 mulr_suml -subr_gt0 -sumrB.
   rewrite (eq_bigr (fun a => (sigma2 0 (enum_val a) - cut2) * y 0 a ^+ 2)) => [|a _]; last first.

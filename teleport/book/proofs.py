@@ -40,7 +40,7 @@ EXERCISES = "exercises/exercises.v"
 _HOLE = re.compile(
     r"^(?P<head>Theorem (?P<name>[\w']+).*?)^Proof\..*?^Admitted\.", re.MULTILINE | re.DOTALL
 )
-_GLOB = re.compile(r"^(?P<kind>[a-z]+) \d+:\d+ (?P<section>\S+) (?P<name>\S+)$", re.M)
+_GLOB = re.compile(r"^(?P<kind>[a-z]+) \d+:\d+ (?P<scope>\S+) (?P<name>\S+)$", re.M)
 _PROVED = {"prf", "def", "inst", "ax"}
 """The kinds in Coq's own index of a file that may rest on assumptions."""
 
@@ -180,10 +180,11 @@ def assumptions(out: Path, names: list[str]) -> dict[str, str]:
 
 
 def _indexed(glob: Path) -> Iterator[str]:
-    """Constants at the top of a file: sections are closed, so their variables are none."""
+    """Constants of a file, with the modules they lie in; variables of sections are none."""
     for entry in _GLOB.finditer(glob.read_text(encoding="utf-8")):
         if entry["kind"] in _PROVED:
-            yield entry["name"]
+            inside = "" if entry["scope"] == "<>" else f"{entry['scope']}."
+            yield f"{inside}{entry['name']}"
 
 
 def _ask(out: Path, names: list[str], groups: list[list[str]]) -> list[str]:
