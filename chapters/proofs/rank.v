@@ -148,7 +148,7 @@ have long : norm2 y * cut2 < norm2 (y *m K *m R).
     by rewrite mulrBl -expr2 [_ * cut2]mulrC.
   have nonneg a : 0 <= (sigma2 0 (enum_val a) - cut2) * y 0 a ^+ 2.
     by rewrite mulr_ge0 ?sqr_ge0 // ltW.
-  rewrite lt_def sumr_ge0 ?andbT // => [|a _]; last exact: nonneg.
+  rewrite lt_def sumr_ge0 ?andbT //.
   apply: contra y0; rewrite psumr_eq0 => [/allP zero|a _]; last exact: nonneg.
   apply/eqP/rowP => a; have := zero a (mem_index_enum a).
   by rewrite mulf_eq0 gt_eqF //= sqrf_eq0 mxE => /eqP.
