@@ -1,5 +1,6 @@
 """``teleport book``: build, serve and check."""
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -7,10 +8,14 @@ from typing import Annotated
 import typer
 
 from teleport.book.build import build, over_budget
+from teleport.book.coq_source import PROOFS_FOLDER
+from teleport.book.ledger import LEDGER_PATH, record_proofs
 from teleport.book.links import built_pages, check_links
 from teleport.book.manifest import read_book
+from teleport.book.proofs import audit_table, check_exercise, check_proofs, recheck
 from teleport.book.serve import server
 from teleport.errors import BookError
+from teleport.runtime.cores import cores
 
 app = typer.Typer(help="Build the book of the chapters, show it, check it.", no_args_is_help=True)
 
@@ -63,3 +68,42 @@ def check_book(out: Out = OUT, book: File = BOOK) -> None:
         typer.echo(f"{out}: not built, so links and times were not checked")
     if problems:
         raise BookError("\n".join([f"{len(problems)} found", *problems]))
+
+
+@app.command()
+def proofs(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for what Coq writes; else a scratch one.")
+    ] = None,
+    independent: Annotated[
+        bool, typer.Option("--coqchk", help="Check what was compiled once more, with coqchk.")
+    ] = False,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Write the proofs into the theorem ledger.")
+    ] = False,
+    exercise: Annotated[
+        Path | None, typer.Option("--exercise", help="Check a filled-in copy of the exercises.")
+    ] = None,
+    book: File = BOOK,
+) -> None:
+    """Compile the machine-checked proofs with Coq, and say what each of them rests on: nothing."""
+    start = time.monotonic()
+    described = read_book(book)
+    folder = described.source / PROOFS_FOLDER
+    with tempfile.TemporaryDirectory() as scratch:
+        target = out or Path(scratch)
+        if exercise is not None:
+            typer.echo(check_exercise(folder, exercise, target, cores()))
+            return
+        rows = check_proofs(folder, target, cores(), lambda name: typer.echo(f"proved {name}.v"))
+        if independent:
+            recheck(target, sorted({row.file.name for row in rows}))
+    if ledger:
+        record_proofs(described.file.parent)
+        typer.echo(f"written into {LEDGER_PATH}")
+    typer.echo(audit_table(rows))
+    labels = len({row.label for row in rows})
+    typer.echo(
+        f"{len(rows)} statements for {labels} theorems, no assumptions; "
+        f"{time.monotonic() - start:.0f} s"
+    )

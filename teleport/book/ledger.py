@@ -4,23 +4,31 @@ A theorem is a ``prf:theorem`` with a label in a chapter. A test verifies it if 
 ``@pytest.mark.verifies("thm-…")``, or with ``exact=True`` added if it computes without rounding and
 compares with ``==``. ``chapters/ledger.json`` holds what the marked tests did when they were last
 run, with a digest of each test's file; `REGENERATE` writes it. `ledger_faults` compares all three.
+
+Beside the tests stand the machine-checked proofs: the formal statements of `teleport.book.proofs`
+that verify a theorem, as they were when Coq last accepted them; `REGENERATE_PROOFS` writes them.
 """
 
 import ast
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from teleport.book.coq_source import PROOFS_FOLDER, read_proofs
 from teleport.book.notebook_form import outside_of_code, page_markdown
 
 ProofKind = Literal["exact", "numerical"]
+"""How a test checks; the third kind, machine-checked, is a `ProofRow`."""
 
 REGENERATE = "pytest tests -m verifies --ledger"
 """The command that runs all marked tests and writes the ledger; one file's: its name instead."""
+
+REGENERATE_PROOFS = "teleport book proofs --ledger"
+"""The command that checks the proofs and writes them into the ledger."""
 
 LEDGER_PATH = "chapters/ledger.json"
 
@@ -52,6 +60,21 @@ class LedgerRow:
 
     theorems: dict[str, ProofKind]
     examples: int
+    source: str
+
+
+@dataclass(frozen=True)
+class ProofRow:
+    """A machine-checked statement, as it was when it was last checked.
+
+    Attributes:
+        theorems: labels of the theorems that it is a formal version of.
+        lines: how many it takes, with its proof.
+        source: digest of its file at that time.
+    """
+
+    theorems: list[str]
+    lines: int
     source: str
 
 
@@ -151,6 +174,42 @@ def read_ledger(path: Path) -> dict[str, LedgerRow]:
         raise ValueError(f"{path} is not a ledger ({error!r}): run `{REGENERATE}`") from error
 
 
+def read_proof_rows(path: Path) -> dict[str, ProofRow]:
+    """The machine-checked statements in a ledger, by file and name; empty if there are none.
+
+    Raises:
+        ValueError: the file is not a ledger.
+    """
+    if not path.exists():
+        return {}
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8")).get("proofs", {})
+        return {name: ProofRow(**row) for name, row in rows.items()}
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a ledger ({error!r}): run `{REGENERATE_PROOFS}`"
+        ) from error
+
+
+def proof_rows(root: Path) -> dict[str, ProofRow]:
+    """What the proofs below ``root/chapters`` say now: ``file::name`` → row."""
+    return {
+        f"{file.path.relative_to(root).as_posix()}::{statement.name}": ProofRow(
+            [*statement.verifies], statement.lines, file_digest(file.path)
+        )
+        for file in read_proofs(root / "chapters" / PROOFS_FOLDER)
+        for statement in file.statements
+        if statement.verifies
+    }
+
+
+def record_proofs(root: Path) -> dict[str, ProofRow]:
+    """Write the proofs as they are into the ledger; the rows of the tests stay as they are."""
+    rows = proof_rows(root)
+    _write(root / LEDGER_PATH, read_ledger(root / LEDGER_PATH), rows)
+    return rows
+
+
 def update(root: Path, results: dict[str, tuple[int, str]]) -> dict[str, LedgerRow]:
     """Write what tests did into the ledger; rows of other tests stay as long as they exist.
 
@@ -164,10 +223,21 @@ def update(root: Path, results: dict[str, tuple[int, str]]) -> dict[str, LedgerR
         test: LedgerRow(marks[test], *result) for test, result in results.items() if test in marks
     }
     rows = {test: rows[test] for test in sorted(rows) if test in marks}
-    lines = [f"  {json.dumps(test)}: {json.dumps(asdict(row))}" for test, row in rows.items()]
-    head = f'{{\n "written by": {json.dumps(REGENERATE)},\n "tests": {{\n'
-    (root / LEDGER_PATH).write_text(head + ",\n".join(lines) + "\n }\n}\n", encoding="utf-8")
+    _write(root / LEDGER_PATH, rows, read_proof_rows(root / LEDGER_PATH))
     return rows
+
+
+def _write(path: Path, tests: dict[str, LedgerRow], proofs: dict[str, ProofRow]) -> None:
+    parts = [f' "written by": {json.dumps(REGENERATE)}', _entries("tests", tests)]
+    if proofs:
+        parts += [f' "proofs written by": {json.dumps(REGENERATE_PROOFS)}']
+        parts += [_entries("proofs", proofs)]
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+
+
+def _entries(name: str, rows: Mapping[str, LedgerRow | ProofRow]) -> str:
+    lines = [f"  {json.dumps(key)}: {json.dumps(asdict(row))}" for key, row in rows.items()]
+    return f' "{name}": {{\n' + ",\n".join(lines) + "\n }"
 
 
 def ledger_faults(root: Path) -> list[str]:
@@ -178,6 +248,7 @@ def ledger_faults(root: Path) -> list[str]:
         *_unknown(stated, marks),
         *_inexact(root, marks),
         *_stale(root, marks, rows),
+        *_stale_proofs(root, stated),
     ]
 
 
@@ -261,3 +332,14 @@ def _stale(
         yield f"{LEDGER_PATH} has a row for {test}, which is no marked test: run `{REGENERATE}`"
     for test in sorted(test for test in marks if test in rows and rows[test].examples < 1):
         yield f"{test} ran no example: run `{REGENERATE}` where it is not skipped"
+
+
+def _stale_proofs(root: Path, stated: list[Theorem]) -> Iterator[str]:
+    known = {theorem.label for theorem in stated}
+    now, then = proof_rows(root), read_proof_rows(root / LEDGER_PATH)
+    for name, row in now.items():
+        for label in row.theorems:
+            if label not in known:
+                yield f"{name} verifies {label}, which no chapter states"
+    for file in sorted({n.split("::")[0] for n in {*now, *then} if now.get(n) != then.get(n)}):
+        yield f"{file}: {LEDGER_PATH} is older than the file: run `{REGENERATE_PROOFS}`"

@@ -1,5 +1,7 @@
 """Sphinx extension: under each theorem of the book what verifies it, and a page of all theorems.
 
+Tests are listed by name; machine-checked proofs are shown by `teleport.book.proof_page`.
+
 Add ``"teleport.book.ledger_page"`` to the extensions, beside ``sphinx_proof``; ``theorem_ledger``
 in the configuration is the ledger's path, by default ``ledger.json`` in the source folder. The
 directive ``{theorem-ledger}`` stands for the table. What is shown is what `teleport.book.ledger`
@@ -15,9 +17,13 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-from teleport.book.ledger import REGENERATE, LedgerRow, read_ledger
+from teleport.book.ledger import REGENERATE, LedgerRow, read_ledger, read_proof_rows
+from teleport.book.proof_page import Proofs
 
 logger = logging.getLogger(__name__)
+
+GUIDE = "pages/proofs"
+"""The page that says how to read the machine-checked proofs."""
 
 COLUMNS = ("Theorem", "Chapter", "Verified by", "Examples")
 
@@ -56,10 +62,13 @@ def _fill(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     if not _path(app).exists():
         logger.warning("there is no theorem ledger %s: run `%s`", _path(app), REGENERATE)
     rows = read_ledger(_path(app))
+    proofs = Proofs(Path(app.srcdir), read_proof_rows(_path(app)))
+    guide = app.builder.get_relative_uri(docname, GUIDE)
     for theorem in theorems:
         theorem += _note(_verifying(rows, theorem["label"]), theorem["label"])
+        theorem += proofs.note(theorem["label"], guide)
     for table in tables:
-        table.replace_self(_table(app, docname, rows))
+        table.replace_self(_table(app, docname, rows, proofs))
 
 
 def _path(app: Sphinx) -> Path:
@@ -117,10 +126,10 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}" + ("" if number == 1 else "s")
 
 
-def _table(app: Sphinx, docname: str, rows: dict[str, LedgerRow]) -> nodes.table:
+def _table(app: Sphinx, docname: str, rows: dict[str, LedgerRow], proofs: Proofs) -> nodes.table:
     body = nodes.tbody()
     for page, theorem in _all_theorems(app):
-        body += _row(*_cells(app, docname, page, theorem, rows))
+        body += _row(*_cells(app, docname, page, theorem, rows, proofs))
     head = nodes.thead("", _row(*(nodes.paragraph("", column) for column in COLUMNS)))
     group = nodes.tgroup("", cols=len(COLUMNS))
     group += [nodes.colspec(colwidth=width) for width in (30, 25, 35, 10)]
@@ -138,7 +147,12 @@ def _all_theorems(app: Sphinx) -> Iterator[tuple[str, nodes.Element]]:
 
 
 def _cells(
-    app: Sphinx, docname: str, page: str, theorem: nodes.Element, rows: dict[str, LedgerRow]
+    app: Sphinx,
+    docname: str,
+    page: str,
+    theorem: nodes.Element,
+    rows: dict[str, LedgerRow],
+    proofs: Proofs,
 ) -> Iterator[nodes.Node | list[nodes.Node]]:
     label = theorem["label"]
     tests = _verifying(rows, label)
@@ -151,7 +165,9 @@ def _cells(
     yield nodes.paragraph("", "", link, *(child.deepcopy() for child in theorem[0].children))
     title = app.env.titles[page].astext()
     yield nodes.paragraph("", "", nodes.reference("", title, refuri=target, internal=True))
-    yield _folded(_tests(tests, label), tests, label) if tests else nodes.paragraph("", "–")
+    kinds = [] if not (formal := proofs.summary(label)) else [nodes.paragraph("", formal)]
+    tested = _folded(_tests(tests, label), tests, label) if tests else []
+    yield [*kinds, *tested] or nodes.paragraph("", "–")
     yield nodes.paragraph("", _examples(tests).split()[0])
 
 
