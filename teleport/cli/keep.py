@@ -1,4 +1,4 @@
-"""``teleport continual`` and ``keep``: keep what was learned before, and measure what that costs."""
+"""``teleport continual`` and ``keep``: keep what was learned before, and what that costs."""
 
 from pathlib import Path
 from typing import Annotated

