@@ -7,10 +7,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from teleport.lab.analysis.curves import POINT_MARKERS, SHADES
-from teleport.lab.bench.timing import Curve
+from teleport.lab.bench.timing import ScalingCurve
 
 
-def scaling_figure(panels: Mapping[str, tuple[str, Mapping[str, Curve]]], title: str) -> Figure:
+def scaling_figure(
+    panels: Mapping[str, tuple[str, Mapping[str, ScalingCurve]]], title: str
+) -> Figure:
     """Seconds of a teleport against every size, one panel each, on logarithmic axes.
 
     Args:
@@ -26,7 +28,7 @@ def scaling_figure(panels: Mapping[str, tuple[str, Mapping[str, Curve]]], title:
     return figure
 
 
-def draw_scaling(axes: Axes, size: str, claim: str, curves: Mapping[str, Curve]) -> None:
+def draw_scaling(axes: Axes, size: str, claim: str, curves: Mapping[str, ScalingCurve]) -> None:
     """One panel: medians with quartiles; the legend tells the fitted exponents."""
     for number, (method, curve) in enumerate(curves.items()):
         middle = np.array([s.median for s in curve.seconds])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from teleport.errors import RunError
 from teleport.lab.bench.benchmarks import BENCHMARKS
-from teleport.lab.bench.timing import Curve, Measurement, Spread, Timing, power_law
+from teleport.lab.bench.timing import Measurement, ScalingCurve, Spread, Timing, power_law
 from teleport.lab.records.runs import read_rows
 from teleport.lab.records.study import record_paths
 from teleport.rivals.ways import OURS
@@ -118,7 +118,7 @@ def timing(row: Measurement) -> Timing:
     return Timing(tuple(row["seconds"]), tuple(row["gradient_seconds"]))
 
 
-def curves(benchmark: Benchmark) -> dict[str, tuple[str, dict[str, Curve]]]:
+def curves(benchmark: Benchmark) -> dict[str, tuple[str, dict[str, ScalingCurve]]]:
     """Per letter the paper's claim and one curve per method, from a ``scaling`` record."""
     methods = list(dict.fromkeys(row["method"] for row in benchmark.rows))
     panels = {}
@@ -128,7 +128,7 @@ def curves(benchmark: Benchmark) -> dict[str, tuple[str, dict[str, Curve]]]:
     return panels
 
 
-def _curve(benchmark: Benchmark, letter: str, method: str) -> Curve:
+def _curve(benchmark: Benchmark, letter: str, method: str) -> ScalingCurve:
     base = benchmark.config["size"]["base"]
     rows = [
         row
@@ -139,7 +139,7 @@ def _curve(benchmark: Benchmark, letter: str, method: str) -> Curve:
     sizes = tuple(float(row[letter]) for row in rows)
     seconds = tuple(Spread.of(row["seconds"]) for row in rows)
     exponent = power_law(sizes, [s.median for s in seconds]) if len(sizes) > 2 else None
-    return Curve(sizes, seconds, exponent)
+    return ScalingCurve(sizes, seconds, exponent)
 
 
 def _step(benchmark: Benchmark) -> list[Sheet]:
@@ -416,7 +416,7 @@ def _budget_cells(value: float, budget: float | None) -> tuple[str, str]:
     return f"<= {budget:g}", "met" if value <= budget else "missed"
 
 
-def _seconds_at(curve: Curve | None, size: float) -> str:
+def _seconds_at(curve: ScalingCurve | None, size: float) -> str:
     if curve is None or size not in curve.sizes:
         return "not run: too slow before"
     return _seconds_cell(curve.seconds[curve.sizes.index(size)])

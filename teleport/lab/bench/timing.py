@@ -207,7 +207,7 @@ class Exponent:
 
 
 @dataclass(frozen=True)
-class Curve:
+class ScalingCurve:
     """Seconds against a size.
 
     Attributes:
