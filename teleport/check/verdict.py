@@ -2,6 +2,7 @@
 
 import html
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from teleport.check.places import CHAPTER_OF
@@ -59,7 +60,9 @@ class Verdict:
         if self.passed:
             return f"<div>{title} passed{self._count()}</div>"
         place = html.escape(self.place)
-        link = f"<a href='../{html.escape(self.chapter)}.ipynb'>{place}</a>" if self.chapter else ""
+        notebook = Path("..", f"{self.chapter}.ipynb")  # there, seen from the folder of the sheets
+        there = self.chapter and notebook.is_file()
+        link = f"<a href='{html.escape(notebook.as_posix())}'>{place}</a>" if there else place
         rows = "".join(
             f"<dt>{name}</dt><dd><pre>{html.escape(text)}</pre></dd>"
             for name, text in self._parts()

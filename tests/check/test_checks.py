@@ -239,7 +239,7 @@ def test_the_same_function_gets_the_same_verdict():
     assert check.projection(wrong, quiet=True) == first
 
 
-def test_a_verdict_says_everything_and_is_printed(capsys):
+def test_a_verdict_says_everything_and_is_printed(capsys, monkeypatch):
     def mine(gradient, basis):
         sys.stdout.write(f"looking at {gradient.shape}")
         return gradient @ basis @ basis.T
@@ -251,7 +251,9 @@ def test_a_verdict_says_everything_and_is_printed(capsys):
     assert "thm-invariance, chapters/03_mlp.ipynb" in text
     assert "looking at torch.Size([1, 2])" in verdict.printed
     assert "✗ projection" in verdict._repr_html_()
-    assert "../03_mlp.ipynb" in verdict._repr_html_()
+    assert "<a href" not in verdict._repr_html_()  # where the link would lead nowhere
+    monkeypatch.chdir(CHAPTERS / "exercises")
+    assert "<a href='../03_mlp.ipynb'>thm-invariance, " in verdict._repr_html_()
     assert json.loads(json.dumps(verdict.to_dict()))["passed"] is False
     assert not verdict
     assert "wrong" in repr(verdict)

@@ -194,7 +194,8 @@ def _kept(matrix: Tensor, tau: float, power: int = 2) -> Tensor:
     _, values, vectors = torch.linalg.svd(matrix, full_matrices=False)
     energy = (values**power).cumsum(0) / (values**power).sum()
     k = int((values > 1e-9 * values[0]).sum()) if tau == 1 else int((energy < tau).sum()) + 1
-    return vectors[:k].T
+    basis: Tensor = vectors[:k].T
+    return basis
 
 
 def _layer(
