@@ -27,8 +27,52 @@ STATIC = Path(__file__).parent / "static"
 _MATHJAX = {"options": {"enableMenu": False}}
 
 
-def sphinx_settings(book: Book) -> dict[str, Any]:
-    """All of Sphinx's settings for this book, as ``confoverrides`` takes them."""
+FORMATS = {"html": "html", "slides": "revealjs", "epub": "epub"}
+"""What can be made of the book, with the names of Sphinx's builders."""
+
+
+def sphinx_settings(book: Book, form: str = "html") -> dict[str, Any]:
+    """All of Sphinx's settings for this book, as ``confoverrides`` takes them.
+
+    Args:
+        book: The book.
+        form: One of `FORMATS`.
+    """
+    return {**_common(book), **(_slides() if form == "slides" else {}), **_epub(book, form)}
+
+
+def _slides() -> dict[str, Any]:
+    return {
+        "extensions": [*EXTENSIONS, "sphinx_revealjs"],
+        "nb_mime_priority_overrides": [
+            ("revealjs", "image/png", 10),
+            ("revealjs", "text/plain", 20),
+        ],
+        "revealjs_static_path": [str(STATIC)],
+        "revealjs_css_files": ["revealjs/dist/theme/white.css", "slides.css"],
+        "revealjs_script_files": [
+            "revealjs/dist/reveal.js",
+            "revealjs/plugin/notes/notes.js",
+        ],
+        "revealjs_script_plugins": [
+            {"name": "RevealNotes", "src": "revealjs/plugin/notes/notes.js"},
+        ],
+        "revealjs_script_conf": {"center": False, "hash": True, "slideNumber": True, "width": 1200},
+    }
+
+
+def _epub(book: Book, form: str) -> dict[str, Any]:
+    if form != "epub":
+        return {}
+    return {
+        "html_math_renderer": "mathml",
+        "epub_show_urls": "no",
+        "version": "1",
+        "epub_author": ", ".join(book.authors),
+    }
+
+
+def _common(book: Book) -> dict[str, Any]:
     exercises = [c.exercises for c in book.chapters if c.exercises is not None]
     files = [book.front, *(c.file for c in book.chapters), *exercises, *book.pages]
     ledger = ["teleport.book.ledger_page"] if (book.source / LEDGER_NAME).is_file() else []

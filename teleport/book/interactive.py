@@ -31,7 +31,8 @@ class Curve:
 
     Attributes:
         name: For the legend; empty for none.
-        x: Its points. With ``shown="own"`` a list of points for each position of the slider.
+        x: Its points: numbers in a list, a range, an array or a tensor. With ``shown="own"`` such
+            numbers for each position of the slider.
         y: Likewise.
         shown: ``all`` of it, whatever the position; all of it with a ``mark`` at the point that has
             the number of the position; its ``first`` points, as many as ``counts`` says; the points
@@ -42,14 +43,14 @@ class Curve:
     """
 
     name: str
-    x: Sequence[Any]
-    y: Sequence[Any]
+    x: Any
+    y: Any
     shown: str = "all"
     counts: Sequence[int] = ()
     style: str = "-"
     color: int = 0
 
-    def at(self, position: int) -> tuple[list[float], list[float]]:
+    def at(self, position: int) -> tuple[list[Any], list[Any]]:
         """The points that are seen at a position."""
         if self.shown == "own":
             return list(self.x[position]), list(self.y[position])
@@ -98,7 +99,7 @@ class Interactive:
     """
 
     control: str
-    positions: Sequence[str | float]
+    positions: Sequence[str | int | float]
     says: Sequence[str]
     panels: Sequence[Panel]
     at: int = 0
