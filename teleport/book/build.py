@@ -40,7 +40,7 @@ def build(
         started: Called before each chapter that is run.
 
     Returns:
-        The first page.
+        The first page, or the e-book.
 
     Raises:
         BookError: if ``book.toml`` is wrong, if a package of the extra ``book`` is missing, if
@@ -65,6 +65,8 @@ def build(
         )
     if seconds is not None:
         (out / TIMES_NAME).write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+    if form == "epub":
+        return next(out.glob("*.epub"))
     return out / f"{book.document(book.front)}.html"
 
 

@@ -47,9 +47,7 @@ def slides(out: Out = Path("build/slides"), book: File = BOOK) -> None:
 @app.command()
 def epub(out: Out = Path("build/epub"), book: File = BOOK) -> None:
     """Make an e-book with the equations as MathML and the figures as still pictures."""
-    build(book, out, form="epub")
-    (file,) = out.glob("*.epub")
-    typer.echo(f"made {file}")
+    typer.echo(f"made {build(book, out, form='epub')}")
 
 
 @app.command()

@@ -147,6 +147,48 @@ class Interactive:
         return file.getvalue()
 
 
+def frontier(
+    control: str,
+    positions: Sequence[str | int | float],
+    methods: Mapping[str, Sequence[tuple[float, float]]],
+    x: str,
+    y: str,
+) -> Interactive:
+    """Methods that trade one measure for another, each with a mark at the setting of the slider.
+
+    Args:
+        control: What the slider sets, such as ``share of the energy kept``.
+        positions: Its settings.
+        methods: By name, for each setting the two measures; four methods at most, from a record.
+        x: Name of the first measure.
+        y: Name of the second.
+
+    Raises:
+        ValueError: if there are no methods or more than four, or one has not a pair for each
+            setting.
+    """
+    if not 1 <= len(methods) <= len(COLORS):
+        raise ValueError(f"a frontier shows 1 to {len(COLORS)} methods, got {len(methods)}")
+    curves = [
+        Curve(
+            name,
+            *zip(*pairs, strict=True),
+            "mark",
+            style="-" if number % 2 == 0 else "--",
+            color=number,
+        )
+        for number, (name, pairs) in enumerate(methods.items())
+    ]
+    says = [
+        "; ".join(
+            f"{name}: {x} {pairs[i][0]:.3g}, {y} {pairs[i][1]:.3g}"
+            for name, pairs in methods.items()
+        )
+        for i in range(min(map(len, methods.values())))
+    ]
+    return Interactive(control, positions, says, [Panel(f"{y} against {x}", x, y, curves)])
+
+
 def page_part(data: str) -> str:
     """The HTML from which the script of the web book makes the figure with its slider."""
     safe = data.replace("</", "<\\/")

@@ -44,7 +44,8 @@ def make_slides(app: Sphinx, doctree: nodes.document, document: str) -> None:
         part += _content(first)
         for number, slide in enumerate(others, start=2):
             name = f"{part['ids'][0]}-slide-{number}"
-            part += nodes.section("", title.deepcopy(), *_content(slide), ids=[name])
+            again = nodes.rubric("", title.astext(), classes=["slide-title"])
+            part += nodes.section("", again, *_content(slide), ids=[name])
         if part is top:
             part += below
 
@@ -65,6 +66,8 @@ def _slides(parts: Iterator[nodes.Node]) -> Iterator[Slide]:
         kind = type(part).__name__.removesuffix("_node")
         if kind in LEFT_OUT or "run-it-yourself" in part.get("classes", []):
             before = None
+        elif isinstance(part, nodes.target | nodes.comment):
+            continue
         elif isinstance(part, nodes.paragraph) and _begins(part, nodes.emphasis, "Figure"):
             slide.seen.append(part)
         elif isinstance(part, nodes.paragraph) and not _begins(part, nodes.strong, ""):
@@ -73,7 +76,7 @@ def _slides(parts: Iterator[nodes.Node]) -> Iterator[Slide]:
         else:
             with_sentence = isinstance(part, nodes.math_block) and before is not None
             seen = [before.deepcopy(), part] if with_sentence and before is not None else [part]
-            if isinstance(part, SHOWN) and slide.seen:
+            if slide.seen and (isinstance(part, SHOWN) or _is_definition(slide.seen)):
                 slide.seen += seen
             else:
                 if slide.seen:
@@ -85,8 +88,13 @@ def _slides(parts: Iterator[nodes.Node]) -> Iterator[Slide]:
 
 
 def _begins(paragraph: nodes.paragraph, kind: type[nodes.Node], text: str) -> bool:
-    first = paragraph.children[0] if paragraph.children else None
+    first = next((part for part in paragraph.children if part.astext().strip()), None)
     return isinstance(first, kind) and first.astext().startswith(text)
+
+
+def _is_definition(parts: list[nodes.Node]) -> bool:
+    """Whether these are code cells that print and show nothing: the next one belongs to them."""
+    return all("cell" in part.get("classes", []) and len(part.children) == 1 for part in parts)
 
 
 def _content(slide: Slide) -> list[nodes.Node]:

@@ -16,6 +16,7 @@ from teleport.book import Book, build, check_links, read_book
 from teleport.book.interactive import MIME
 from teleport.book.links import built_pages
 from teleport.book.serve import server
+from tests.support.waiting import HANG
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +92,7 @@ def browser() -> Iterator[Any]:
 
 def opened(browser: Any, url: str, size: dict[str, int] = DESK, scheme: str = "light") -> Any:
     page = browser.new_page(viewport=size, color_scheme=scheme)
+    page.set_default_timeout(1000 * HANG)
     page.goto(url)
     page.evaluate(TYPESET)
     return page
@@ -256,6 +258,14 @@ def with_figures(book: Book) -> list[str]:
     return [f"{book.document(file)}.html" for file in has]
 
 
+def with_script(browser: Any, url: str, **options: Any) -> Any:
+    """A page as soon as its own scripts have run, whether or not its equations are set."""
+    page = browser.new_page(viewport=DESK, **options)
+    page.set_default_timeout(1000 * HANG)
+    page.goto(url, wait_until="domcontentloaded")
+    return page
+
+
 STATE = """root => ({
   drawn: [...root.querySelectorAll('.panel > svg')].map(e => e.innerHTML).join(),
   said: root.querySelector('output').textContent,
@@ -269,7 +279,7 @@ def test_every_slider_moves_its_figure_by_the_keyboard(
     names = with_figures(book)
     assert len(names) >= 3
     for name in names:
-        page = opened(browser, address + name)
+        page = with_script(browser, address + name)
         for figure in page.locator(".interactive-figure").all():
             data = json.loads(figure.locator("script").text_content())
             slider = figure.get_by_label(data["control"], exact=True)
@@ -297,8 +307,7 @@ def test_every_slider_moves_its_figure_by_the_keyboard(
 def test_a_figure_walks_by_itself_unless_motion_is_to_be_reduced(
     browser: Any, address: str, book: Book, motion: str
 ) -> None:
-    page = browser.new_page(viewport=DESK, reduced_motion=motion)
-    page.goto(address + with_figures(book)[0])
+    page = with_script(browser, address + with_figures(book)[0], reduced_motion=motion)
     figure = page.locator(".interactive-figure").first
     last = len(json.loads(figure.locator("script").text_content())["positions"]) - 1
     slider, button = figure.locator("input"), figure.get_by_role("button")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from teleport.book.interactive import MIME, Curve, Interactive, Panel, page_part
+from teleport.book.interactive import MIME, Curve, Interactive, Panel, frontier, page_part
 
 ROOT = Path(__file__).parents[2]
 LINE = Curve("all of it", [1, 2, 3], [1.0, 4.0, 9.0])
@@ -83,6 +83,22 @@ def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
     curve = Curve("", [1.0], [value])
     with pytest.raises(ValueError, match="finite numbers only"):
         Interactive("n", ["a"], ["b"], [Panel("t", "x", "y", [curve])]).data()
+
+
+def test_a_frontier_marks_every_method_at_the_setting() -> None:
+    made = {"kept": [(0.1, 0.9), (0.2, 0.8)], "replay": [(0.3, 0.95), (0.4, 0.7)]}
+    figure = frontier("tau", [0.9, 1.0], made, "old loss", "new accuracy")
+    assert figure.says[1] == (
+        "kept: old loss 0.2, new accuracy 0.8; replay: old loss 0.4, new accuracy 0.7"
+    )
+    kept, replay = figure.panels[0].curves
+    assert (kept.shown, list(kept.x), list(replay.y)) == ("mark", [0.1, 0.2], [0.95, 0.7])
+    assert kept.color != replay.color
+    assert kept.style != replay.style
+    with pytest.raises(ValueError, match="1 to 4 methods, got 0"):
+        frontier("tau", [1.0], {}, "x", "y")
+    with pytest.raises(ValueError, match="entries for 2 positions"):
+        frontier("tau", [0.9, 1.0], {**made, "short": [(0.1, 0.2)]}, "x", "y")
 
 
 def test_text_cannot_end_the_script() -> None:
