@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from teleport.book.configuration import sphinx_settings
+from teleport.book.configuration import FORMATS, sphinx_settings
 from teleport.book.execute import execute
 from teleport.book.extras import needed
 from teleport.book.manifest import Book, Chapter, read_book
@@ -27,6 +27,7 @@ def build(
     out: Path,
     *,
     run: bool = False,
+    form: str = "html",
     started: Callable[[Chapter], None] = lambda chapter: None,
 ) -> Path:
     """Build the web book.
@@ -34,18 +35,19 @@ def build(
     Args:
         file: ``book.toml``.
         out: Folder for the pages: a new one, an empty one, or an earlier book, which is replaced.
+        form: ``html`` for the web book, ``slides`` of its chapters, or an ``epub``.
         run: Run all chapters first, in a scratch folder; otherwise the committed outputs are shown.
         started: Called before each chapter that is run.
 
     Returns:
-        The first page.
+        The first page, or the e-book.
 
     Raises:
         BookError: if ``book.toml`` is wrong, if a package of the extra ``book`` is missing, if
             ``out`` holds something else, if a cell fails, or if Sphinx has anything to warn of.
     """
     book = read_book(file)
-    for extension in sphinx_settings(book)["extensions"]:
+    for extension in sphinx_settings(book, form)["extensions"]:
         needed(extension)
     with ExitStack() as stack:
         source, seconds = book.source, None
@@ -55,7 +57,7 @@ def build(
             shutil.copytree(book.source, source, ignore=shutil.ignore_patterns(".*"))
             seconds = execute(book, source, started)
         _clear(out)
-        warnings = _run_sphinx(book, source, out)
+        warnings = _run_sphinx(book, source, out, form)
     if warnings:
         raise BookError(
             f"Sphinx warns, and every warning is an error; the pages are in {out} for a look:\n"
@@ -63,10 +65,12 @@ def build(
         )
     if seconds is not None:
         (out / TIMES_NAME).write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+    if form == "epub":
+        return next(out.glob("*.epub"))
     return out / f"{book.document(book.front)}.html"
 
 
-def _run_sphinx(book: Book, source: Path, out: Path) -> str:
+def _run_sphinx(book: Book, source: Path, out: Path, form: str) -> str:
     """Build the pages from nothing; return what Sphinx warned of."""
     sphinx, docutils = needed("sphinx.application"), needed("sphinx.util.docutils")
     said = io.StringIO()
@@ -80,8 +84,8 @@ def _run_sphinx(book: Book, source: Path, out: Path) -> str:
             confdir=None,
             outdir=str(out),
             doctreedir=doctrees,
-            buildername="html",
-            confoverrides=sphinx_settings(book),
+            buildername=FORMATS[form],
+            confoverrides=sphinx_settings(book, form),
             status=None,
             warning=said,
             freshenv=True,

@@ -43,6 +43,19 @@ def build_book(
 
 
 @app.command()
+def slides(out: Out = Path("build/slides"), book: File = BOOK) -> None:
+    """Make slides of every chapter for a class: theorems, code, figures; the text as notes."""
+    page = build(book, out, form="slides")
+    typer.echo(f"open {page}; the key S shows the speaker's notes, ? all keys")
+
+
+@app.command()
+def epub(out: Out = Path("build/epub"), book: File = BOOK) -> None:
+    """Make an e-book with the equations as MathML and the figures as still pictures."""
+    typer.echo(f"made {build(book, out, form='epub')}")
+
+
+@app.command()
 def serve(
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000, out: Out = OUT
 ) -> None:

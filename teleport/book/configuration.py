@@ -26,9 +26,37 @@ STATIC = Path(__file__).parent / "static"
 # that are not copied. Screen readers get the equations as MathML.
 _MATHJAX = {"options": {"enableMenu": False}}
 
+_SLIDES = {
+    # The order in which MyST-NB looks for what a cell shows; it has none for this builder.
+    "nb_mime_priority_overrides": [("revealjs", "image/png", 10), ("revealjs", "text/plain", 20)],
+    "revealjs_static_path": [str(STATIC)],
+    "revealjs_css_files": ["revealjs/dist/theme/white.css", "slides.css"],
+    "revealjs_script_files": ["revealjs/dist/reveal.js"],
+    "revealjs_script_plugins": [{"name": "RevealNotes", "src": "revealjs/plugin/notes/notes.js"}],
+    "revealjs_script_conf": {"center": False, "hash": True, "slideNumber": True, "width": 1200},
+}
 
-def sphinx_settings(book: Book) -> dict[str, Any]:
-    """All of Sphinx's settings for this book, as ``confoverrides`` takes them."""
+FORMATS = {"html": "html", "slides": "revealjs", "epub": "epub"}
+"""What can be made of the book, with the names of Sphinx's builders."""
+
+
+def sphinx_settings(book: Book, form: str = "html") -> dict[str, Any]:
+    """All of Sphinx's settings for this book, as ``confoverrides`` takes them.
+
+    Args:
+        book: The book.
+        form: One of `FORMATS`.
+    """
+    settings = _common(book)
+    if form == "slides":
+        settings |= _SLIDES
+        settings["extensions"].append("sphinx_revealjs")
+    if form == "epub":
+        settings |= {"html_math_renderer": "mathml", "epub_show_urls": "no", "version": "1"}
+    return settings
+
+
+def _common(book: Book) -> dict[str, Any]:
     exercises = [c.exercises for c in book.chapters if c.exercises is not None]
     files = [book.front, *(c.file for c in book.chapters), *exercises, *book.pages]
     ledger = ["teleport.book.ledger_page"] if (book.source / LEDGER_NAME).is_file() else []
@@ -53,6 +81,7 @@ def sphinx_settings(book: Book) -> dict[str, Any]:
         "nb_execution_mode": "off",
         "myst_enable_extensions": ["amsmath", "colon_fence", "deflist", "dollarmath"],
         "myst_heading_anchors": 3,
+        "html_math_renderer": "mathjax",
         "mathjax_path": "mathjax/tex-chtml.js",
         "mathjax_options": {"async": "async"},
         "mathjax3_config": _MATHJAX,

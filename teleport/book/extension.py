@@ -16,6 +16,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.environment.collectors.toctree import TocTreeCollector
+from sphinx.writers.html5 import HTML5Translator
 
 from teleport import data as datasets
 from teleport.book.extras import needed
@@ -24,6 +25,7 @@ from teleport.book.interactive import MIME, page_part
 from teleport.book.manifest import Book, Chapter
 from teleport.book.notebook_form import joined
 from teleport.book.refusals import read_refusals, refusals_page
+from teleport.book.slides import make_slides
 from teleport.check.exercises import exercise_markdown
 
 MATHJAX_FILES = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
@@ -34,8 +36,10 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_config_value("teleport_book", None, "")
     app.connect("source-read", _fill_in)
     app.connect("doctree-read", _add_box)
+    app.connect("doctree-resolved", make_slides)
     app.connect("build-finished", _copy_mathjax)
     app.add_env_collector(ChapterNumbers)
+    app.add_html_math_renderer("mathml", (_visit_mathml, None), (_visit_mathml, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -77,8 +81,8 @@ def _fill_in(app: Sphinx, document: str, source: list[str]) -> None:
     for chapter in book.chapters:
         if chapter.exercises is not None and book.document(chapter.exercises) == document:
             source[0] = _one_cell(exercise_markdown(chapter.exercises))
-        if app.builder.name == "html" and book.document(chapter.file) == document:
-            source[0] = _with_sliders(source[0])
+        if book.document(chapter.file) == document:
+            source[0] = _with_sliders(source[0], shown=app.builder.name == "html")
     if "<!-- contents -->" in source[0]:
         source[0] = source[0].replace("<!-- contents -->", contents(book))
     if "<!-- public names -->" in source[0]:
@@ -97,12 +101,17 @@ def _one_cell(text: str) -> str:
     return json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
 
 
-def _with_sliders(text: str) -> str:
-    """A chapter in which the still picture of every interactive figure is followed by the other."""
+def _with_sliders(text: str, shown: bool) -> str:
+    """A chapter in which the still picture of every interactive figure is followed by the other.
+
+    Args:
+        text: The notebook.
+        shown: Whether the pages can show them; if not, the still pictures are all there is.
+    """
     notebook = json.loads(text)
     for cell in notebook["cells"]:
-        found = [o["data"][MIME] for o in cell.get("outputs", []) if MIME in o.get("data", {})]
-        for data in found:
+        found = [o["data"].pop(MIME) for o in cell.get("outputs", []) if MIME in o.get("data", {})]
+        for data in found if shown else []:
             html = {"text/html": page_part(joined(data))}
             cell["outputs"].append({"output_type": "display_data", "metadata": {}, "data": html})
     return json.dumps(notebook)
@@ -146,9 +155,17 @@ def _embedded(name: str) -> bool:
     return any(info.name == name and info.where == "embedded" for info in datasets.available())
 
 
+def _visit_mathml(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
+    """E-book readers run no scripts: equations as MathML."""
+    display = "block" if isinstance(node, nodes.math_block) else "inline"
+    convert = needed("latex2mathml.converter").convert
+    translator.body.append(convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+
 def _copy_mathjax(app: Sphinx, error: Exception | None) -> None:
     """MathJax and its fonts lie in a package of their own, so that no page has to fetch them."""
-    if error is not None:
+    if error is not None or app.builder.name == "epub":
         return
     origin = Path(str(needed("sphinx-mathjax-offline").__file__)).parent / "static" / "mathjax"
     target = Path(app.outdir) / "_static" / "mathjax"

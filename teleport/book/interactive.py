@@ -31,7 +31,8 @@ class Curve:
 
     Attributes:
         name: For the legend; empty for none.
-        x: Its points. With ``shown="own"`` a list of points for each position of the slider.
+        x: Its points: numbers in a list, a range, an array or a tensor. With ``shown="own"`` such
+            numbers for each position of the slider.
         y: Likewise.
         shown: ``all`` of it, whatever the position; all of it with a ``mark`` at the point that has
             the number of the position; its ``first`` points, as many as ``counts`` says; the points
@@ -42,14 +43,14 @@ class Curve:
     """
 
     name: str
-    x: Sequence[Any]
-    y: Sequence[Any]
+    x: Any
+    y: Any
     shown: str = "all"
     counts: Sequence[int] = ()
     style: str = "-"
     color: int = 0
 
-    def at(self, position: int) -> tuple[list[float], list[float]]:
+    def at(self, position: int) -> tuple[list[Any], list[Any]]:
         """The points that are seen at a position."""
         if self.shown == "own":
             return list(self.x[position]), list(self.y[position])
@@ -98,7 +99,7 @@ class Interactive:
     """
 
     control: str
-    positions: Sequence[str | float]
+    positions: Sequence[str | int | float]
     says: Sequence[str]
     panels: Sequence[Panel]
     at: int = 0
@@ -144,6 +145,48 @@ class Interactive:
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=100)
         return file.getvalue()
+
+
+def frontier(
+    control: str,
+    positions: Sequence[str | int | float],
+    methods: Mapping[str, Sequence[tuple[float, float]]],
+    x: str,
+    y: str,
+) -> Interactive:
+    """Methods that trade one measure for another, each with a mark at the setting of the slider.
+
+    Args:
+        control: What the slider sets, such as ``share of the energy kept``.
+        positions: Its settings.
+        methods: By name, for each setting the two measures; four methods at most, from a record.
+        x: Name of the first measure.
+        y: Name of the second.
+
+    Raises:
+        ValueError: if there are no methods or more than four, or one has not a pair for each
+            setting.
+    """
+    if not 1 <= len(methods) <= len(COLORS):
+        raise ValueError(f"a frontier shows 1 to {len(COLORS)} methods, got {len(methods)}")
+    curves = [
+        Curve(
+            name,
+            *zip(*pairs, strict=True),
+            "mark",
+            style="-" if number % 2 == 0 else "--",
+            color=number,
+        )
+        for number, (name, pairs) in enumerate(methods.items())
+    ]
+    says = [
+        "; ".join(
+            f"{name}: {x} {pairs[i][0]:.3g}, {y} {pairs[i][1]:.3g}"
+            for name, pairs in methods.items()
+        )
+        for i in range(min(map(len, methods.values())))
+    ]
+    return Interactive(control, positions, says, [Panel(f"{y} against {x}", x, y, curves)])
 
 
 def page_part(data: str) -> str:

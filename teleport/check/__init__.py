@@ -39,7 +39,7 @@ from teleport.check.chapters.ch06_step import (
 from teleport.check.chapters.ch07_error_control import drift_bound, held_out_drift, total_move
 from teleport.check.chapters.ch08_rivals import balanced, change_of_basis, group_action
 from teleport.check.engine import Check
-from teleport.check.recall import choice, value
+from teleport.check.recall import answer, choice, seal_of, value
 from teleport.check.verdict import Verdict
 
 CHECKS = {
@@ -87,6 +87,7 @@ __all__ = [
     "Check",
     "Verdict",
     "adam_direction",
+    "answer",
     "attention_rows",
     "balanced",
     "basis",
@@ -113,6 +114,7 @@ __all__ = [
     "rank",
     "rotation",
     "rows",
+    "seal_of",
     "stationary",
     "survivor",
     "teleport_gradient",

@@ -1,5 +1,10 @@
-"""Questions with one right answer, set in a variable."""
+"""Questions with one right answer, set in a variable.
 
+`choice` and `value` know the answer: they stand in cells that only teachers see. `answer` knows a
+digest of it, so that students can ask at once and the sheet does not tell.
+"""
+
+import hashlib
 import math
 import numbers
 from collections.abc import Mapping
@@ -65,6 +70,61 @@ def value(
         hints = ["Set the variable to a number, as in answer = 7."]
     hint = hints[0] if hints else ""
     return _verdict("value", equal(right), answer, "another number", hint, theorem, quiet)
+
+
+def answer(given: Any, seal: str, think: str, *, theorem: str = "", quiet: bool = False) -> Verdict:
+    """Whether an answer is the sealed one.
+
+    Args:
+        given: what the learner's variable holds: a letter or a number.
+        seal: what `seal_of` made of the right answer.
+        think: for wrong answers, what to think of; it is seen before the answer is right.
+        theorem: label in the book of what the question is about.
+        quiet: whether to print nothing.
+
+    Raises:
+        ValueError: if the seal is none.
+    """
+    name, digits, _ = _parts(seal)
+    if hasattr(given, "item") and getattr(given, "numel", lambda: 1)() == 1:
+        given = given.item()
+    number = isinstance(given, numbers.Real) and not isinstance(given, bool)
+    letter = isinstance(given, str) and len(given.strip()) == 1
+    if number if digits else letter:
+        passed, hint = seal_of(given, name, digits) == seal, f"Not quite: think of {think}."
+    else:
+        passed, hint = False, f"Set the variable to {'a number' if digits else 'one letter'}."
+    return _verdict("answer", passed, given, "another answer", hint, theorem, quiet)
+
+
+def seal_of(right: str | float | int, name: str, digits: int = 0) -> str:
+    """The seal of an answer: a name as its salt, how many digits count, and a digest.
+
+    The digest is slow on purpose, but there are few letters: who wants to try all of them can.
+
+    Args:
+        right: the answer, a letter or a finite number.
+        name: of the exercise, without colons.
+        digits: of a number that count, 1 or more; 0 for a letter.
+
+    Raises:
+        ValueError: if the name has a colon, or the digits do not fit the answer.
+    """
+    if ":" in name or digits < 0 or isinstance(right, str) != (digits == 0):
+        raise ValueError(
+            f"a seal needs a name without colons, digits >= 1 for a number and 0 for a letter; got "
+            f"{name!r} and {digits} for {right!r}"
+        )
+    text = right.strip().lower() if isinstance(right, str) else f"{right + 0.0:.{digits - 1}e}"
+    digest = hashlib.pbkdf2_hmac("sha256", text.encode(), name.encode(), 100_000).hex()[:16]
+    return f"{name}:{digits}:{digest}"
+
+
+def _parts(seal: str) -> tuple[str, int, str]:
+    parts = seal.split(":")
+    if len(parts) != 3 or not parts[1].isdigit():
+        raise ValueError(f"a seal is 'name:digits:digest', as check.seal_of makes it; got {seal!r}")
+    return parts[0], int(parts[1]), parts[2]
 
 
 def _verdict(

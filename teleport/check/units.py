@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from teleport.check import CHECKS
 
-RECALL = ("choice", "value")
+RECALL = ("answer", "choice", "value")
 
 NOTHING = ast.Module([], [])
 

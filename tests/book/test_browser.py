@@ -1,5 +1,6 @@
 """The book of this repository in a real browser: every page, on a desk and on a phone."""
 
+import json
 import os
 import re
 import shutil
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 
 from teleport.book import Book, build, check_links, read_book
+from teleport.book.interactive import MIME
 from teleport.book.links import built_pages
 from teleport.book.serve import server
+from tests.support.waiting import HANG
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +92,7 @@ def browser() -> Iterator[Any]:
 
 def opened(browser: Any, url: str, size: dict[str, int] = DESK, scheme: str = "light") -> Any:
     page = browser.new_page(viewport=size, color_scheme=scheme)
+    page.set_default_timeout(1000 * HANG)
     page.goto(url)
     page.evaluate(TYPESET)
     return page
@@ -210,7 +214,11 @@ def test_contrast_and_names(browser: Any, address: str, book: Book, scheme: str)
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     rules = ["button-name", "color-contrast", "html-has-lang", "image-alt", "link-name", "tabindex"]
     found = {}
-    for name in ("index", book.document(book.chapters[0].file), "pages/glossary", "search"):
+    first, moving = (
+        book.document(book.chapters[0].file),
+        with_figures(book)[0].removesuffix(".html"),
+    )
+    for name in ("index", first, moving, "pages/glossary", "search"):
         page = opened(browser, f"{address}{name}.html", size=PHONE, scheme=scheme)
         options = {"runOnly": rules, "resultTypes": ["violations"]}
         result = axe.run(page, {"exclude": [["mjx-container"]]}, options)
@@ -242,6 +250,80 @@ def test_the_keyboard_opens_a_solution(browser: Any, address: str, book: Book) -
     solution.locator("button.toggle-button").focus()
     page.keyboard.press("Enter")
     assert text.is_visible()
+
+
+def with_figures(book: Book) -> list[str]:
+    """Pages of chapters that have something to move."""
+    has = [chapter.file for chapter in book.chapters if MIME in chapter.file.read_text("utf-8")]
+    return [f"{book.document(file)}.html" for file in has]
+
+
+def with_script(browser: Any, url: str, **options: Any) -> Any:
+    """A page as soon as its own scripts have run, whether or not its equations are set."""
+    page = browser.new_page(viewport=DESK, **options)
+    page.set_default_timeout(1000 * HANG)
+    page.goto(url, wait_until="domcontentloaded")
+    return page
+
+
+STATE = """root => ({
+  drawn: [...root.querySelectorAll('.panel > svg')].map(e => e.innerHTML).join(),
+  said: root.querySelector('output').textContent,
+  told: root.querySelector('input').getAttribute('aria-valuetext'),
+})"""
+
+
+def test_every_slider_moves_its_figure_by_the_keyboard(
+    browser: Any, address: str, book: Book
+) -> None:
+    names = with_figures(book)
+    assert len(names) >= 3
+    for name in names:
+        page = with_script(browser, address + name)
+        for figure in page.locator(".interactive-figure").all():
+            data = json.loads(figure.locator("script").text_content())
+            slider = figure.get_by_label(data["control"], exact=True)
+            slider.focus()
+            page.keyboard.press("Home")
+            seen = [figure.evaluate(STATE)]
+            for _ in data["positions"][1:]:
+                page.keyboard.press("ArrowRight")
+                seen.append(figure.evaluate(STATE))
+            assert [each["told"] for each in seen] == [f"{p}" for p in data["positions"]]
+            for each, says in zip(seen, data["says"], strict=True):
+                assert each["said"] == f"{data['control']} {each['told']}: {says}"
+            assert len({each["drawn"] for each in seen}) == len(seen), name
+            assert "NaN" not in "".join(each["drawn"] for each in seen)
+            picture = figure.locator("xpath=ancestor::*[contains(@class, 'cell_output')]//img")
+            assert not picture.is_visible()
+            page.emulate_media(media="print")
+            assert picture.is_visible()
+            assert not figure.is_visible()
+            page.emulate_media(media="screen")
+        page.close()
+
+
+@pytest.mark.parametrize("motion", ["no-preference", "reduce"])
+def test_a_figure_walks_by_itself_unless_motion_is_to_be_reduced(
+    browser: Any, address: str, book: Book, motion: str
+) -> None:
+    page = with_script(browser, address + with_figures(book)[0], reduced_motion=motion)
+    figure = page.locator(".interactive-figure").first
+    last = len(json.loads(figure.locator("script").text_content())["positions"]) - 1
+    slider, button = figure.locator("input"), figure.get_by_role("button")
+    slider.focus()
+    page.keyboard.press("Home")
+    button.click()
+    if motion == "reduce":
+        assert (slider.input_value(), button.inner_text()) == (str(last), "Play")
+        return
+    assert button.inner_text() == "Stop"
+    page.wait_for_function("slider => slider.value >= 2", arg=slider.element_handle())
+    button.click()
+    stopped = slider.input_value()
+    assert 2 <= int(stopped) < last
+    page.wait_for_timeout(500)
+    assert (slider.input_value(), button.inner_text()) == (stopped, "Play")
 
 
 @pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])

@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 import urllib.request
+import zipfile
 from html import unescape
 from pathlib import Path
 from threading import Thread
@@ -377,6 +378,37 @@ def test_a_failing_or_slow_cell_is_named_with_its_chapter(
     with pytest.raises(BookError) as caught:
         run_notebook(file, limit)
     assert message in str(caught.value)
+
+
+# Slides and e-book
+
+
+def test_slides_hold_what_a_class_sees_and_the_rest_as_notes(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx_revealjs", reason="part of the extra `book`")
+    out = build(small_book(tmp_path), tmp_path / "slides", form="slides").parent
+    page = (out / "02_small.html").read_text()
+    shown, notes = re.subn(r'<aside class="notes">.*?</aside>', "", page, flags=re.DOTALL)
+    assert notes
+    assert page.count("<section") == page.count("</section>") >= 3
+    assert "Theorem" in shown
+    assert "<img" in shown
+    assert "By Theorem" in page
+    assert "By Theorem" not in shown  # prose is for the teacher
+    assert "It is a square" not in page  # exercises and solutions are not for slides
+    for name in re.findall(r'(?:src|href)="([^"#?]+)', page):
+        assert not name.startswith(("http:", "https:", "//")), name
+        assert (out / name).is_file(), name
+
+
+def test_an_e_book_has_the_equations_as_mathml(tmp_path: Path) -> None:
+    pytest.importorskip("latex2mathml", reason="part of the extra `book`")
+    file = build(small_book(tmp_path), tmp_path / "epub", form="epub")
+    with zipfile.ZipFile(file) as archive:
+        text = archive.read("02_small.xhtml").decode()
+        assert archive.read("mimetype") == b"application/epub+zip"
+    assert "<math" in text
+    assert "<msup>" in text
+    assert "\\ge" not in text.replace("\\ge 0 .</annotation>", "")
 
 
 # Links

@@ -98,6 +98,7 @@ def wrong_answers_to(cell, names):
         node
         for node in ast.walk(ast.parse(source_of(cell)))
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("check.")
+        if ast.unparse(node.func) != "check.answer"
     ]
     name = ast.unparse(call.args[0])
     if call.func.attr in check.CHECKS:
@@ -105,7 +106,7 @@ def wrong_answers_to(cell, names):
         fn = functions_of(WRONG[0])[name]
         return name, [(fn, fn.__doc__.partition(" ")[2])]
     namespace = dict(names)
-    exec(source_of(cell).split("verdict =")[0], namespace)
+    exec(source_of(cell).rpartition("verdict =")[0], namespace)
     wrong = [*namespace["why"].items(), ("zz", "Set the variable"), (1e9, "")]
     return name, [*wrong, (None, "Set the variable")] if call.func.attr == "value" else wrong
 
@@ -120,6 +121,34 @@ def test_wrong_answers_lose_their_points_and_get_the_message(solved):
             if failed == {}:
                 pytest.fail(f"{name} = {answer!r} passed")
             assert words in failed[marks_of(cell)["grade_id"]] or answer in (None, 1e9)
+
+
+SEALED = ("01", "02", "07")
+"""Sheets whose questions answer at once."""
+
+
+def test_sealed_questions_answer_at_once_and_do_not_tell(solved):
+    path, cells, names, _ = solved
+    asked = [cell for cell in filter(automatic, cells) if "check.answer(" in source_of(cell)]
+    questions = [
+        c for c in filter(automatic, cells) if re.search(r"check\.(choice|value)", source_of(c))
+    ]
+    assert asked == (questions if path.name[:2] in SEALED else [])
+    for cell in asked:
+        seen, hidden = source_of(cell).split("### BEGIN HIDDEN TESTS")
+        name, wrong = wrong_answers_to(cell, names)
+        for answer in (names[name], *(each for each, _ in wrong)):
+            namespace = {**names, name: answer}
+            exec(seen, namespace)
+            assert namespace["verdict"].passed == (answer is names[name])
+            assert (
+                namespace["verdict"].hint == ""
+                or "hink of" in namespace["verdict"].hint
+                or ("Set the variable" in namespace["verdict"].hint)
+            )
+        (right,) = re.findall(r"check\.(?:choice|value)\(\w+, ([^,]+),", hidden)
+        told = re.escape(right.strip('"'))
+        assert not re.search(rf"(?<![\w.]){told}(?![\w.])", re.sub(r":\d:\w+", "", seen))
 
 
 def test_the_page_of_the_book_asks_before_it_answers(solved):

@@ -50,7 +50,7 @@ class Axis {
 
 function label(value) {
   const big = value !== 0 && (Math.abs(value) >= 1e5 || Math.abs(value) < 1e-3);
-  return big ? value.toExponential(0).replace("e", "·10^").replace("+", "") : String(+value.toPrecision(4));
+  return big ? value.toExponential(0).replace("+", "") : String(+value.toPrecision(4));
 }
 
 class PanelView {
