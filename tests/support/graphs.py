@@ -102,7 +102,9 @@ def graphs(draw: st.DrawFn) -> Graph:
         layer = draw(st.integers(0, 1))
         d_out, d_in = widths[layer]
         columns = draw(places(d_out, size))
-        call = LayerCall(layer, draw(places(d_in, size)), [list(row) for row in zip(*columns, strict=True)])
+        call = LayerCall(
+            layer, draw(places(d_in, size)), [list(row) for row in zip(*columns, strict=True)]
+        )
         other = st.builds(Product, place, place, place) | st.builds(PositivePart, place, place)
         steps.append(draw(st.just(call) | other))
     weights = [draw(matrices(*shape)) for shape in widths]
