@@ -7,9 +7,9 @@ Unset Printing Implicit Defensive.
 Import Order.TTheory GRing.Theory Num.Theory.
 Local Open Scope ring_scope.
 
-(** not covered: thm-rank: that R R^T has an orthonormal basis of eigenvectors, which is given; that
-    no smaller subspace has the property of part 4 (Ky Fan); and the rounding of the decomposition
-    itself. *)
+(** not covered: thm-rank: that R R^T has an orthonormal basis of eigenvectors, which is given; part 2
+    (right, given a gap); in part 4 that no smaller subspace will do (Ky Fan); part 5; and the rounding
+    of the decomposition itself. *)
 
 Section Rank.
 Variables (F : realFieldType) (d n : nat) (R : 'M[F]_(d, n)).

@@ -11,8 +11,6 @@ Local Open Scope ring_scope.
     here any left inverse will do. *)
 (** not covered: thm-linearised: the bound of the drift by Taylor's formula, which needs real
     analysis. *)
-(** not covered: thm-lie-gradient: the derivative of the activation's inverse is a hypothesis. *)
-
 Section Action.
 Variables (F : fieldType) (m d n k : nat) (sigma inverse : F -> F).
 

@@ -9,7 +9,7 @@ import typer
 
 from teleport.book.build import build, over_budget
 from teleport.book.coq_source import PROOFS_FOLDER
-from teleport.book.ledger import LEDGER_PATH, record_proofs
+from teleport.book.ledger import LEDGER_PATH, proof_rows, record_proofs
 from teleport.book.links import built_pages, check_links
 from teleport.book.manifest import read_book
 from teleport.book.proofs import audit_table, check_exercise, check_proofs, recheck
@@ -108,11 +108,12 @@ def proofs(
         if exercise is not None:
             typer.echo(check_exercise(folder, exercise, target, cores()))
             return
+        before = proof_rows(described.file.parent)
         rows = check_proofs(folder, target, cores(), lambda name: typer.echo(f"proved {name}.v"))
         if independent:
             recheck(target, sorted({row.file.name for row in rows}))
     if ledger:
-        record_proofs(described.file.parent)
+        record_proofs(described.file.parent, before)
         typer.echo(f"written into {LEDGER_PATH}")
     typer.echo(audit_table(rows))
     labels = len({row.label for row in rows})

@@ -187,10 +187,16 @@ def _reach(files: list[ProofFile], file: ProofFile) -> list[ProofFile]:
 
 
 def formal_versions(files: list[ProofFile]) -> dict[str, list[tuple[ProofFile, FormalStatement]]]:
-    """The statements that verify each theorem of the book: label → files and statements."""
+    """The statements that verify each theorem of the book: label → files and statements.
+
+    Those of the file that is named like the theorem come first.
+    """
     found: dict[str, list[tuple[ProofFile, FormalStatement]]] = {}
     for file in files:
         for statement in file.statements:
             for label in statement.verifies:
                 found.setdefault(label, []).append((file, statement))
+    for label, versions in found.items():
+        name = label.removeprefix("thm-")
+        versions.sort(key=lambda version, name=name: version[0].name != name)
     return found

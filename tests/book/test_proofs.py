@@ -173,7 +173,7 @@ def test_the_ledger_has_the_proofs_as_they_are_and_tells_when_it_has_not(tmp_pat
     folder = book(tmp_path)
     (fault,) = ledger._stale_proofs(tmp_path, ledger.theorems(tmp_path / "chapters"))
     assert "chapters/proofs/one.v: chapters/ledger.json is older than the file" in fault
-    ledger.record_proofs(tmp_path)
+    ledger.record_proofs(tmp_path, ledger.proof_rows(tmp_path))
     assert not [*ledger._stale_proofs(tmp_path, ledger.theorems(tmp_path / "chapters"))]
     ledger.update(tmp_path, {})  # of tests: the proofs stay
     assert not [*ledger._stale_proofs(tmp_path, ledger.theorems(tmp_path / "chapters"))]
