@@ -34,6 +34,7 @@ _ABSOLUTE = re.compile(
     r"|\b[A-Za-z]:\\|file://"
 )
 _WARNING = re.compile(r"Traceback \(most recent call last\)|\b[A-Z]\w*Warning\b:")
+_ADDRESS = re.compile(r"<[^<>\n]* at 0x[0-9a-fA-F]+>")
 _BARE_IMAGE = re.compile(r"!\[\s*\]\(")
 
 
@@ -43,7 +44,7 @@ def faults(path: Path) -> list[str]:
     Of every notebook it is asked that
 
     - all code cells were run from top to bottom, once, and those that print have their output;
-    - no output is an error, a warning or anything else on the standard error stream;
+    - no output is an error, a warning, an address or anything on the standard error stream;
     - no path of one machine is used, and every name of this package comes from where it is defined
       (mypy would say that, too, but by nbqa it takes 10 s a chapter and finds much else, too;
       private names are ruff's to find, names that are not there show when the chapter is run);
@@ -89,6 +90,8 @@ def _outputs(cell: NotebookCell) -> Iterator[str]:
             yield f"writes to the standard error stream ({start}...): remove the cause"
         elif found := _WARNING.search(_shown(output)):
             yield f"shows {found[0]!r} in its output: remove the cause"
+        elif found := _ADDRESS.search(_shown(output)):
+            yield f"shows {found[0]!r}, another address each time: end the last line with ;"
 
 
 def _statements(cell: NotebookCell) -> list[ast.stmt]:

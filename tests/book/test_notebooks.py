@@ -85,6 +85,7 @@ BAD = {
     "standard error": (code("f()", printed("Epoch 1", "stderr")), "standard error stream (Epoch 1"),
     "warning": (code("f()", printed("x.py:3: UserWarning: old\n")), "shows 'UserWarning:'"),
     "traceback": (code("f()", printed("Traceback (most recent call last)\n")), "shows 'Traceback"),
+    "address": (code("f()", printed("<torch._C.Generator at 0x7f6cd81ad0d0>")), "another address"),
     "path in code": (code("open('/home/me/x')"), "path of one machine (open('/home/me/x'))"),
     "path in output": (code("f()", printed("in /tmp/x.py")), "path of one machine (in /tmp/x.py)"),
     "path in text": (prose("It is in `C:\\data`."), "path of one machine"),
