@@ -236,11 +236,3 @@ def test_python_and_coq_compute_the_same_of_every_graph(tmp_path: Path) -> None:
     assert len(found) == len(drawn) + 1
     assert [graph for graph, same in zip(drawn, found, strict=False) if same != "true"] == []
     assert found[-1] == "false"  # the control: the comparison can fail
-
-
-@coq
-@pytest.mark.slow
-def test_the_proofs_of_the_book_rest_on_nothing(tmp_path: Path) -> None:
-    rows = proofs.check_proofs(FOLDER, tmp_path, 2)
-    assert {row.assumptions for row in rows} == {""}
-    assert {row.label for row in rows} == set(formal_versions(read_proofs(FOLDER)))
