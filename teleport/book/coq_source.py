@@ -76,7 +76,8 @@ def read_proofs(folder: Path) -> list[ProofFile]:
 
 def read_proof_file(path: Path) -> ProofFile:
     """One file."""
-    found, words, verifies = ProofFile(path), "", ()
+    found, words = ProofFile(path), ""
+    verifies: tuple[str, ...] = ()
     sections: list[list[str]] = [[]]
     for number, sentence in _sentences(path.read_text(encoding="utf-8")):
         if sentence.startswith("(**"):
@@ -197,6 +198,6 @@ def formal_versions(files: list[ProofFile]) -> dict[str, list[tuple[ProofFile, F
             for label in statement.verifies:
                 found.setdefault(label, []).append((file, statement))
     for label, versions in found.items():
-        name = label.removeprefix("thm-")
-        versions.sort(key=lambda version, name=name: version[0].name != name)
+        own = [v for v in versions if v[0].name == label.removeprefix("thm-")]
+        found[label] = own + [v for v in versions if v not in own]
     return found

@@ -1,7 +1,8 @@
 """What the book shows of the machine-checked proofs: under a theorem its formal versions.
 
-Each has its sentence in words, the statement as Coq reads it, and its proof, folded; then come the
-definitions that the statements use, with a sentence each, and what is not covered.
+Each has its sentence in words, the statement as Coq reads it with what is given, and its proof,
+folded; then come the definitions that the statements use, with a sentence each, and what is not
+covered.
 """
 
 from pathlib import Path
@@ -85,11 +86,16 @@ class Proofs:
 
 
 def _shown(file: ProofFile, statement: FormalStatement) -> list[nodes.Node]:
-    found: list[nodes.Node] = [_words(statement.words), _code(statement.text)]
-    summary = f"Proof, {statement.lines} lines ({file.path.name}, line {statement.line})"
+    """Words, what is given, statement, and the proof, folded."""
     given = f"{statement.given}\n\n" if statement.given else ""
-    proof = f"{given}{statement.text}\n{statement.proof}"
-    return [*found, _open("formal-proof", summary), _code(proof), _close()]
+    summary = f"Proof, {statement.lines} lines ({file.path.name}, line {statement.line})"
+    return [
+        _words(statement.words),
+        _code(given + statement.text),
+        _open("formal-proof", summary),
+        _code(statement.proof),
+        _close(),
+    ]
 
 
 def _guide(address: str) -> nodes.paragraph:

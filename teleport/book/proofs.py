@@ -213,10 +213,13 @@ def _ask(out: Path, names: list[str], groups: list[list[str]]) -> list[str]:
 def recheck(out: Path, names: list[str]) -> None:
     """Check compiled files once more with Coq's small independent checker, ``coqchk``.
 
+    MathComp's own files are taken as they are.
+
     Raises:
         BookError: it is not installed or refuses a file.
     """
-    said = run_coq(coq_tool("coqchk"), out, "-silent", "-norec", *(f"{LIBRARY}.{n}" for n in names))
+    modules = (part for name in names for part in ("-norec", f"{LIBRARY}.{name}"))
+    said = run_coq(coq_tool("coqchk"), out, "-silent", *modules)
     if said.returncode != 0:
         raise BookError(f"coqchk refuses the proofs:\n{said.stdout.strip()}\n{said.stderr.strip()}")
 

@@ -32,7 +32,7 @@ COMMANDS = [
         "data fetch",
         "data verify",
     ),
-    *("book", "book build", "book serve", "book check"),
+    *("book", "book build", "book serve", "book check", "book proofs"),
 ]
 WRONG = ["run --nope", "run nope", "run --preset x", "run --schedule x", "sweep nope", "tau nope"]
 WRONG += ["continual nope", "run --threads 0", "bench step --threads 2000", "spectrum nope"]
