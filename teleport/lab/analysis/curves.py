@@ -74,7 +74,7 @@ Axis = Literal["step", "work"]
 """Where two runs are compared: after as many steps, or after as much time, see `Run.work`."""
 
 
-def differences(
+def loss_differences(
     arm: Sequence[Run], baseline: Sequence[Run], at: Axis = "step"
 ) -> tuple[FloatArray, FloatArray]:
     """Log train loss of an arm minus its baseline's, along the training.
@@ -108,7 +108,7 @@ def differences(
 def differences_figure(
     rows: Mapping[str, Sequence[FolderOutcome]], at: Sequence[Axis] = ("step",), most: float = 0.4
 ) -> Figure:
-    """What a teleport changes along the training: `differences` to the same rate, 0 is no change.
+    """What a teleport changes along the training: `loss_differences` to the same rate, 0 is no change.
 
     Args:
         rows: by name of an experiment its folders. There is a column for every optimizer; colours
@@ -148,7 +148,7 @@ def _draw_block(axes: Axes, block: FolderOutcome, at: Axis, most: float) -> floa
     groups, reach = by_arm(block.runs), 0.0
     for number, places in enumerate(low_and_tuned([block]).values()):
         for _, arm in places:
-            x, values = differences(groups[arm.arm], groups[arm.baseline], at)
+            x, values = loss_differences(groups[arm.arm], groups[arm.baseline], at)
             middle, spread = values.mean(0), values.std(0)
             style = "--" if schedule_name(block) == "paper" else "-"
             axes.plot(x, middle, linestyle=style, color=SHADES[number], linewidth=1.2)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teleport.lab.analysis.curves import differences, differences_figure
+from teleport.lab.analysis.curves import differences_figure, loss_differences
 from teleport.lab.analysis.outcomes import FolderOutcome
 from teleport.lab.analysis.teleports import (
     arms_of,
@@ -84,10 +84,10 @@ def test_differences_are_those_of_the_logarithms_at_equal_steps_and_at_equal_tim
     """In equal time the baseline makes ``2 cost`` steps more, and each lowers its log loss."""
     groups = by_arm(make_pair(factor, cost).runs)
     arm, plain = groups["lr 0.1 + teleport"], groups["lr 0.1"]
-    steps, values = differences(arm, plain)
+    steps, values = loss_differences(arm, plain)
     assert np.array_equal(steps, STEPS)
     assert values == pytest.approx(np.broadcast_to([0, *[math.log(factor)] * 5], (3, 6)))
-    times, later = differences(arm, plain, "work")
+    times, later = loss_differences(arm, plain, "work")
     assert times[1:] == pytest.approx(STEPS[1 : len(times)] + 2 * cost)
     assert times[-1] <= 50 < times[-1] + 10 + (2 * cost if len(times) == 1 else 0)
     assert later[:, 1:] == pytest.approx(math.log(factor) + 2 * cost * RATE)
