@@ -1,14 +1,18 @@
 """Figures from records: numbers in, `Axes` out; no file is read or written here."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from teleport.data import SOURCES
 from teleport.lab.analysis.connectivity import Lines, excess
+from teleport.lab.analysis.counts import low_and_tuned, schedule_name
+from teleport.lab.analysis.outcomes import FolderOutcome
 from teleport.lab.analysis.sensitivity import Effects
 from teleport.lab.records.compare import ArmSummary
 from teleport.lab.records.runs import FloatArray, Run, by_arm, log
@@ -64,6 +68,109 @@ def matrix_figure(rows: Mapping[str, Sequence[Run]], title: str = "") -> Figure:
     if title:
         figure.suptitle(title)
     return figure
+
+
+Axis = Literal["step", "work"]
+"""Where two runs are compared: after as many steps, or after as much time, see `Run.work`."""
+
+
+def loss_differences(
+    arm: Sequence[Run], baseline: Sequence[Run], at: Axis = "step"
+) -> tuple[FloatArray, FloatArray]:
+    """Log train loss of an arm minus its baseline's, along the training.
+
+    Args:
+        arm: its runs.
+        baseline: those they are compared with, paired by seed.
+        at: the baseline's loss is taken after as many steps, or after as much time, counted in
+            training steps; between two evaluations it is interpolated.
+
+    Returns:
+        The steps, or the time, as means over the seeds ``[points]``, and the differences
+        ``[seeds, points]``, as far as all runs have them.
+    """
+    partner = {run.seed: run for run in baseline if run.evaluations}
+    pairs = [(run, partner[run.seed]) for run in arm if run.evaluations and run.seed in partner]
+    places, values = [], []
+    for run, plain in pairs:
+        x, theirs = (r.work if at == "work" else r.column("step") for r in (run, plain))
+        inside = x <= theirs[-1]
+        level = np.interp(x[inside], theirs, log(plain.column("train_loss")))
+        places.append(x[inside])
+        values.append(log(run.column("train_loss")[inside]) - level)
+    count = min(map(len, values), default=0)
+    return (
+        np.mean([x[:count] for x in places], axis=0),
+        np.array([v[:count] for v in values]),
+    )
+
+
+def differences_figure(
+    rows: Mapping[str, Sequence[FolderOutcome]], at: Sequence[Axis] = ("step",), most: float = 0.4
+) -> Figure:
+    """What a teleport changes along the training: `loss_differences` to the same rate, 0 is no change.
+
+    Args:
+        rows: by name of an experiment its folders. There is a column for every optimizer; colours
+            tell how the baseline was tuned, dashes the paper's schedule; mean over the seeds with a
+            band of one standard deviation.
+        at: one row of panels for each, of every experiment.
+        most: half the height of a panel, at most. Where a curve leaves, a triangle stands on the
+            edge; a cross stands where the first of its seeds diverged.
+    """
+    named = {block.optimizer for found in rows.values() for block in found}
+    known = [name for name in ("sgd", "momentum", "adagrad", "adam") if name in named]
+    optimizers = [*known, *sorted(named - set(known))]
+    lines = [(name, found, axis) for name, found in rows.items() for axis in at]
+    size = 0.8 + 2.3 * len(optimizers), 0.8 + 1.9 * len(lines)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(lines), len(optimizers), sharey="row", squeeze=False)
+    for row, (name, found, axis) in zip(panels, lines, strict=True):
+        reach = 0.0
+        for axes, optimizer in zip(row, optimizers, strict=True):
+            chosen = [block for block in found if block.optimizer == optimizer]
+            reach = max([reach, *(_draw_block(axes, b, axis, most) for b in chosen)])
+            axes.axhline(0.0, color="0.4", linewidth=0.8)
+            axes.set_visible(bool(chosen))
+            axes.set_title(f"{name}, {optimizer}", fontsize=9)
+            axes.set_xlabel("steps" if axis == "step" else "time, in steps", fontsize=8)
+            axes.tick_params(labelsize=8)
+            axes.grid(alpha=0.25)
+        edge = min(most, 1.05 * reach) or 1.0
+        row[0].set_ylim(-edge, edge)
+        row[0].set_ylabel("log loss - baseline's", fontsize=8)
+    _legend_of_differences(figure)
+    return figure
+
+
+def _draw_block(axes: Axes, block: FolderOutcome, at: Axis, most: float) -> float:
+    """The curves of one folder; returns how far from 0 they reach, ``most`` at most."""
+    groups, reach = by_arm(block.runs), 0.0
+    for number, places in enumerate(low_and_tuned([block]).values()):
+        for _, arm in places:
+            x, values = loss_differences(groups[arm.arm], groups[arm.baseline], at)
+            middle, spread = values.mean(0), values.std(0)
+            style = "--" if schedule_name(block) == "paper" else "-"
+            axes.plot(x, middle, linestyle=style, color=SHADES[number], linewidth=1.2)
+            band = middle - spread, middle + spread
+            axes.fill_between(x, *band, color=SHADES[number], alpha=0.15, linewidth=0)
+            for side in (1, -1):
+                if (left := np.flatnonzero(side * middle > most)).size:
+                    (mark,) = axes.plot(x[left[0]], side * most, color=SHADES[number], markersize=5)
+                    mark.set(marker="^" if side > 0 else "v", clip_on=False)
+            if any(run.status == "diverged" for run in groups[arm.arm]):
+                axes.plot(x[-1], np.clip(middle[-1], -most, most), "x", color=SHADES[number])
+            reach = max(reach, float(np.max(np.abs(band), initial=0.0)))
+    return min(most, reach)
+
+
+def _legend_of_differences(figure: Figure) -> None:
+    """What colours and dashes mean, once and below all panels."""
+    tuned = ("low rate", "tuned rate", "tuned rate and gain")
+    keys = [Line2D([], [], color=SHADES[n], label=name) for n, name in enumerate(tuned)]
+    keys.append(Line2D([], [], color="0.3", linestyle="-", label="one teleport"))
+    keys.append(Line2D([], [], color="0.3", linestyle="--", label="the paper's schedule"))
+    figure.legend(handles=keys, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
 
 
 def _legend_below(figure: FigureBase, axes: Axes) -> None:
