@@ -302,6 +302,7 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
                     "teleport run",
                     "teleport sweep",
                     "teleport continual",
+                    "teleport keep",
                     "teleport spectrum",
                     "teleport tau",
                     "teleport moves",

@@ -107,7 +107,8 @@ class _Ready:
         locked = self._basis.vectors
         if not self._free:
             return locked
-        return torch.linalg.qr(locked, mode="complete").Q[:, self._basis.rank :].contiguous()
+        free: Tensor = torch.linalg.qr(locked, mode="complete").Q[:, self._basis.rank :]
+        return free.contiguous()
 
 
 class Attachment:

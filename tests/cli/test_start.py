@@ -19,7 +19,7 @@ from teleport.lab.keeping.methods import LEARNING_METHODS
 from teleport.lab.keeping.tasks import SEQUENCES
 
 COMMANDS = [
-    *("list", "run", "continual", "bench", "sweep", "spectrum", "tau", "moves", "product"),
+    *("list", "run", "continual", "keep", "bench", "sweep", "spectrum", "tau", "moves", "product"),
     *("connectivity", "sensitivity"),
     *(
         "report",

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,9 +264,7 @@ def run_words(
                 start = start or _Start(size, seed, choosing)
                 with RecordWriter(path) as writer:
                     writer.write("config", command=command, **config, **environment())
-                    _record(
-                        _Run(start, way, size, seed), writer, lambda n, what=what: progress(what, n)
-                    )
+                    _record(_Run(start, way, size, seed), writer, partial(progress, what))
     return paths
 
 

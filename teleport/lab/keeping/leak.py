@@ -81,7 +81,8 @@ class _Block(nn.Module):
         y = self.first(x)
         scores = self.query(y) @ self.key(y).mT / sqrt(y.shape[-1])
         x = x + self.out(scores.softmax(-1) @ self.value(y))
-        return x + self.down(torch.relu(self.up(self.second(x))))
+        out: Tensor = x + self.down(torch.relu(self.up(self.second(x))))
+        return out
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,11 @@ def _osf(trial: _Trial, optimizer: str) -> Leak:
 
     layers = ["query", "key", "value", "out", "up", "down"]
     config = OSFConfig(target_modules=layers, effective_rank=SHARE)
-    model = get_peft_model(copy.deepcopy(trial.model), config)  # type: ignore[arg-type]
+    model = get_peft_model(copy.deepcopy(trial.model), config)
     for _ in trial.train(model, optimizer):
         pass
     moved, inside = [], []
+    layer: Any
     for layer in model.modules():
         if not hasattr(layer, "osf_svd_params"):
             continue
@@ -262,25 +264,32 @@ def _told(progress: Progress, way: str, optimizer: str, seed: int, found: Leak) 
     return {"way": way, "optimizer": optimizer, **asdict(found)}
 
 
-def leak_table(folder: Path) -> Table:
-    """Mean over seeds, a line for every way and a column for every optimizer."""
+def leak_rows(folder: Path) -> list[list[str]]:
+    """The table as text, its head first: a line for every way and a column for every optimizer."""
     rows = [row for path in record_paths(folder) for row in read_rows(path)]
     shares = [row for row in rows if row["type"] == "share"]
-    seeds = {row["seed"] for row in rows if row["type"] == "config"}
+    table = [["what is projected", *OPTIMIZERS]]
+    for way in WAYS:
+        own = [row for row in shares if row["way"] == way]
+        cells = [_cell([row for row in own if row["optimizer"] == name]) for name in OPTIMIZERS]
+        table.append([way, *cells])
+    return table
+
+
+def leak_table(folder: Path) -> Table:
+    """The same for the terminal."""
+    head, *rows = leak_rows(folder)
+    seeds = len(record_paths(folder))
     table = Table(
-        "",
-        *OPTIMIZERS,
-        title=f"{TITLE}, {len(seeds)} seeds",
+        *head,
+        title=f"{TITLE}, {seeds} seeds",
         caption="Norm of the update's part inside the kept space, as a share of its norm; in "
         "brackets the change of the outputs on old data, as a share of theirs. The space of attach "
         f"and project_ is that of old inputs at tau {TAU:g}, that of OSF the larger half of each "
         "weight's singular directions.",
     )
-    for way in WAYS:
-        cells = [
-            _cell([r for r in shares if (r["way"], r["optimizer"]) == (way, o)]) for o in OPTIMIZERS
-        ]
-        table.add_row(way, *cells)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -53,8 +53,7 @@ class Table(SentenceModel):
 
     def __init__(self, vectors: dict[str, list[float]]) -> None:
         self.table = {
-            s: torch.nn.functional.normalize(torch.tensor(v, dtype=torch.float32), dim=0)
-            for s, v in vectors.items()
+            s: normalize(torch.tensor(v, dtype=torch.float32), dim=0) for s, v in vectors.items()
         }
 
     def vectors(self, sentences: Sequence[str], at_once: int = 64) -> Tensor:
