@@ -26,7 +26,7 @@ COLORS = ("#0b57a4", "#b23a00", "#1a7f37", "#6a3d9a")
 
 
 @dataclass(frozen=True)
-class Curve:
+class Line:
     """A curve of a panel.
 
     Attributes:
@@ -76,7 +76,7 @@ class Panel:
     title: str
     x: str
     y: str
-    curves: Sequence[Curve]
+    curves: Sequence[Line]
     log: str = ""
     equal: bool = False
     xlim: tuple[float, float] | None = None
@@ -170,7 +170,7 @@ def frontier(
     if not 1 <= len(methods) <= len(COLORS):
         raise ValueError(f"a frontier shows 1 to {len(COLORS)} methods, got {len(methods)}")
     curves = [
-        Curve(
+        Line(
             name,
             *zip(*pairs, strict=True),
             "mark",

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from docutils import nodes
 from sphinx.application import Sphinx
 
-SHOWN = (nodes.bullet_list, nodes.enumerated_list, nodes.table, nodes.image)
-LEFT_OUT = ("proof", "exercise", "solution")
+_SHOWN = (nodes.bullet_list, nodes.enumerated_list, nodes.table, nodes.image)
+_LEFT_OUT = ("proof", "exercise", "solution")
 
 
 @dataclass
@@ -64,7 +64,7 @@ def _slides(parts: Iterator[nodes.Node]) -> Iterator[Slide]:
     before: nodes.Node | None = None
     for part in parts:
         kind = type(part).__name__.removesuffix("_node")
-        if kind in LEFT_OUT or "run-it-yourself" in part.get("classes", []):
+        if kind in _LEFT_OUT or "run-it-yourself" in part.get("classes", []):
             before = None
         elif isinstance(part, nodes.target | nodes.comment):
             continue
@@ -76,7 +76,7 @@ def _slides(parts: Iterator[nodes.Node]) -> Iterator[Slide]:
         else:
             with_sentence = isinstance(part, nodes.math_block) and before is not None
             seen = [before.deepcopy(), part] if with_sentence and before is not None else [part]
-            if slide.seen and (isinstance(part, SHOWN) or _is_definition(slide.seen)):
+            if slide.seen and (isinstance(part, _SHOWN) or _is_definition(slide.seen)):
                 slide.seen += seen
             else:
                 if slide.seen:

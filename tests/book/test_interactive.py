@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from teleport.book.interactive import MIME, Curve, Interactive, Panel, frontier, page_part
+from teleport.book.interactive import MIME, Interactive, Line, Panel, frontier, page_part
 
 ROOT = Path(__file__).parents[2]
-LINE = Curve("all of it", [1, 2, 3], [1.0, 4.0, 9.0])
+LINE = Line("all of it", [1, 2, 3], [1.0, 4.0, 9.0])
 PANEL = Panel("Squares", "x", "y", [LINE])
 FIGURE = Interactive("n", ["one", "two", "three"], ["1", "4", "9"], [PANEL], at=1)
 
@@ -41,13 +41,13 @@ def test_what_is_seen_at_a_position() -> None:
     assert LINE.at(0) == ([1, 2, 3], [1, 4, 9])
     assert replace(LINE, shown="mark").at(1) == LINE.at(0)
     assert replace(LINE, shown="first", counts=[0, 2, 3]).at(1) == ([1, 2], [1, 4])
-    own = Curve("", [[1], [2, 3]], [[4], [5, 6]], "own")
+    own = Line("", [[1], [2, 3]], [[4], [5, 6]], "own")
     assert own.at(1) == ([2, 3], [5, 6])
 
 
 def test_numbers_are_short_and_of_any_kind() -> None:
     torch = pytest.importorskip("torch")
-    curve = Curve("", torch.tensor([1.0, 2.0]), (1 / 3, 123456.7))
+    curve = Line("", torch.tensor([1.0, 2.0]), (1 / 3, 123456.7))
     figure = Interactive("n", [1, 0.25], ["a", "b"], [Panel("t", "x", "y", [curve])])
     data = json.loads(figure.data())
     assert data["positions"] == [1, 0.25]
@@ -80,7 +80,7 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_refused(value: float) -> None:
-    curve = Curve("", [1.0], [value])
+    curve = Line("", [1.0], [value])
     with pytest.raises(ValueError, match="finite numbers only"):
         Interactive("n", ["a"], ["b"], [Panel("t", "x", "y", [curve])]).data()
 
@@ -112,7 +112,7 @@ def test_chapters_hold_figures_whose_lists_fit() -> None:
     assert {name[:2] for name, _ in found} >= {"01", "02", "07"}
     for _, data in found:
         panels = [
-            Panel(**{**panel, "curves": [Curve(**curve) for curve in panel["curves"]]})
+            Panel(**{**panel, "curves": [Line(**curve) for curve in panel["curves"]]})
             for panel in data["panels"]
         ]
         Interactive(**{**data, "panels": panels})  # asks all that is asked of a new one

@@ -461,6 +461,42 @@ def test_every_theorem_is_in_the_chapter_that_a_verdict_names():
             assert f":label: {label}\n" in text or f"({label})" in text, label
 
 
+def test_a_sealed_answer_is_known_without_being_told():
+    seal = check.seal_of("b", "which")
+    assert seal.startswith("which:0:")
+    assert check.answer(" B ", seal, "the sign", quiet=True)
+    wrong = check.answer("a", seal, "the sign", theorem="thm-span", quiet=True)
+    assert (wrong.passed, wrong.hint) == (False, "Not quite: think of the sign.")
+    assert (wrong.theorem, wrong.check) == ("thm-span", "answer")
+    for other in (2, "", "bb", None, True):
+        assert check.answer(other, seal, "x", quiet=True).hint == "Set the variable to one letter."
+    assert check.seal_of("b", "other").split(":")[2] != seal.split(":")[2]  # the name is the salt
+
+
+def test_of_a_sealed_number_the_first_digits_count():
+    seal = check.seal_of(1.13279568, "loose", 4)
+    for right in (1.1328, torch.tensor(1.13279), np.float64(1.133)):
+        assert check.answer(right, seal, "x", quiet=True)
+    for wrong in (1.134, -1.133, 0, float("inf"), float("nan")):
+        assert check.answer(wrong, seal, "x", quiet=True).hint == "Not quite: think of x."
+    for other in ("1.133", None, True):
+        assert check.answer(other, seal, "x", quiet=True).hint == "Set the variable to a number."
+    assert check.answer(-0.0, check.seal_of(0, "nothing", 3), "x", quiet=True)
+    assert check.answer(2, check.seal_of(2.0, "two", 3), "x", quiet=True)
+
+
+@pytest.mark.parametrize("arguments", [("b", "a:b"), ("b", "a", 1), (2, "a"), (2, "a", -1)])
+def test_what_cannot_be_sealed_is_refused(arguments):
+    with pytest.raises(ValueError, match="a seal needs a name without colons"):
+        check.seal_of(*arguments)
+
+
+@pytest.mark.parametrize("seal", ["b", "a:b", "a:x:1234", "a:1:2:3"])
+def test_what_is_no_seal_is_refused(seal):
+    with pytest.raises(ValueError, match="a seal is 'name:digits:digest'"):
+        check.answer("b", seal, "x")
+
+
 def test_questions_with_one_answer(capsys):
     why = {"a": "that is the other one"}
     assert check.choice(" B ", "b", why)
