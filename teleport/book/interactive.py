@@ -172,7 +172,8 @@ def frontier(
     curves = [
         Line(
             name,
-            *zip(*pairs, strict=True),
+            [along for along, _ in pairs],
+            [up for _, up in pairs],
             "mark",
             style="-" if number % 2 == 0 else "--",
             color=number,
