@@ -108,7 +108,7 @@ def loss_differences(
 def differences_figure(
     rows: Mapping[str, Sequence[FolderOutcome]], at: Sequence[Axis] = ("step",), most: float = 0.4
 ) -> Figure:
-    """What a teleport changes along the training: `loss_differences` to the same rate, 0 is no change.
+    """What a teleport changes along the training: `loss_differences` to the same rate.
 
     Args:
         rows: by name of an experiment its folders. There is a column for every optimizer; colours
