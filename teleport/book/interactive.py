@@ -169,17 +169,11 @@ def frontier(
     """
     if not 1 <= len(methods) <= len(COLORS):
         raise ValueError(f"a frontier shows 1 to {len(COLORS)} methods, got {len(methods)}")
-    curves = [
-        Line(
-            name,
-            [along for along, _ in pairs],
-            [up for _, up in pairs],
-            "mark",
-            style="-" if number % 2 == 0 else "--",
-            color=number,
-        )
-        for number, (name, pairs) in enumerate(methods.items())
-    ]
+    curves = []
+    for number, (name, pairs) in enumerate(methods.items()):
+        first, second = ([pair[which] for pair in pairs] for which in (0, 1))
+        style = "-" if number % 2 == 0 else "--"
+        curves.append(Line(name, first, second, "mark", style=style, color=number))
     says = [
         "; ".join(
             f"{name}: {x} {pairs[i][0]:.3g}, {y} {pairs[i][1]:.3g}"
