@@ -99,7 +99,7 @@ def keep(
     with loading():
         from teleport.cli.show import show
         from teleport.lab.keeping.frontier import DEFAULT_WAYS, run_words
-        from teleport.lab.keeping.leak import LEAK_SIZES, OPTIMIZERS, WAYS, run_leak
+        from teleport.lab.keeping.leak import LEAK_RATES, LEAK_SIZES, PROJECTIONS, run_leak
         from teleport.lab.keeping.words import WORD_SIZES, require_packages
         from teleport.lab.records.folders import resumed_folder
         from teleport.runtime.threads import threads_for, using_threads
@@ -108,7 +108,7 @@ def keep(
     size = one_of("preset", preset, sizes)
     require_packages(size.model if name == "words" else "")
     numbers, command = range(first_seed, first_seed + seeds), COMMAND_LINE.get()
-    each = len(DEFAULT_WAYS) * size.steps if name == "words" else len(WAYS) * len(OPTIMIZERS)
+    each = len(DEFAULT_WAYS) * size.steps if name == "words" else len(PROJECTIONS) * len(LEAK_RATES)
     folder = resumed_folder(name, out, resume)
     with step_progress(each * seeds, folder) as progress, using_threads(threads_for(threads)):
         if name == "words":

@@ -10,7 +10,7 @@ from teleport.errors import NullSpaceError
 from teleport.subspace import Basis, Projector, RowSpace, require_tau
 
 
-def joined(basis: Projector, other: Projector, tau: float = 1.0) -> Projector:
+def kept_by_both(basis: Projector, other: Projector, tau: float = 1.0) -> Projector:
     """Keep all that one space keeps, and a share of the energy that another one holds.
 
     What the first keeps of the second's energy counts. What is missing is taken from the rest of

@@ -20,7 +20,7 @@ from teleport.keeping.adapters import lora_
 from teleport.keeping.drift import DriftReport, layer_drifts, locked_share, output_drift
 from teleport.keeping.editing import Edit, edit
 from teleport.keeping.file import read, write
-from teleport.keeping.joint import joined
+from teleport.keeping.joint import kept_by_both
 from teleport.keeping.keeper import (
     EVERYTHING,
     Attachment,
@@ -269,7 +269,7 @@ class NullSpace:
             one, two, share = self.bases[name], other.bases[name], taus[name]
             key = id(one), id(two), share
             if key not in joint:
-                joint[key] = joined(one, two, share)
+                joint[key] = kept_by_both(one, two, share)
             merged[name] = joint[key]
         return NullSpace(merged, frozen, self._alive() or other._alive())
 

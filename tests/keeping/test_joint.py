@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from teleport import NullSpaceError
-from teleport.keeping.joint import joined
+from teleport.keeping.joint import kept_by_both
 from teleport.keeping.keeper import _Ready
 from teleport.layers.one_hot import AxisBasis
 from teleport.subspace import Basis, RowSpace
@@ -40,7 +40,7 @@ def test_the_share_is_kept_by_the_fewest_directions_beyond_the_first_space(
 ) -> None:
     old, new = rows_of(seed, 6, d), rows_of(seed + 1, 5, d)
     one, two = basis_of(old, first), basis_of(new)
-    both = joined(one, two, tau)
+    both = kept_by_both(one, two, tau)
     assert isinstance(both, Basis)
     assert torch.allclose(both.vectors.mT @ both.vectors, torch.eye(both.rank).double(), atol=1e-9)
     assert (both.vectors @ (both.vectors.mT @ one.vectors) - one.vectors).abs().max() < 1e-9
@@ -64,9 +64,9 @@ def test_the_share_is_kept_by_the_fewest_directions_beyond_the_first_space(
 @given(seeds, st.floats(0.3, 0.999))
 def test_groups_take_what_each_of_them_needs(seed: int, tau: float) -> None:
     old, new = rows_of(seed, 3, 6, 2), rows_of(seed + 1, 4, 6, 2)
-    both = joined(basis_of(old, 0.8), basis_of(new), tau)
+    both = kept_by_both(basis_of(old, 0.8), basis_of(new), tau)
     for group in range(2):
-        single = joined(basis_of(old[group], 0.8), basis_of(new[group]), tau)
+        single = kept_by_both(basis_of(old[group], 0.8), basis_of(new[group]), tau)
         assert isinstance(both, Basis)
         assert isinstance(single, Basis)
         ours = both.vectors[group] @ both.vectors[group].mT
@@ -75,13 +75,13 @@ def test_groups_take_what_each_of_them_needs(seed: int, tau: float) -> None:
 
 def test_at_1_all_is_kept_and_embeddings_have_no_share() -> None:
     one, two = basis_of(rows_of(0, 2, 5)), basis_of(rows_of(1, 2, 5))
-    assert joined(one, two).rank == 4
+    assert kept_by_both(one, two).rank == 4
     axes = AxisBasis(torch.tensor([True, False]), torch.tensor([2.0, 0.0]))
     with pytest.raises(NullSpaceError, match="give both spaces their tau"):
-        joined(axes, axes, 0.9)
+        kept_by_both(axes, axes, 0.9)
     for wrong in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="tau must be in"):
-            joined(one, two, wrong)
+            kept_by_both(one, two, wrong)
 
 
 @few

@@ -30,7 +30,7 @@ from teleport.lab.records.sameness import check_folder, is_complete
 from teleport.lab.records.writer import RecordWriter, environment
 from teleport.runtime.clock import now
 
-TITLE = "new words for MiniLM beside an old index"
+WORDS_TITLE = "new words for MiniLM beside an old index"
 HELD = 0.999
 """Share of energy up to which a space is made, once a seed; smaller ones are taken from it."""
 
@@ -40,13 +40,13 @@ _LINEAR = ["query", "key", "value", "dense"]
 
 
 @dataclass(frozen=True)
-class Way:
+class WordsWay:
     """A method with its settings.
 
     Attributes:
-        method: one of `WAYS`.
+        method: one of `WORDS_SETTINGS`.
         lr: of AdamW.
-        value: of the method's own setting; see `WAYS`.
+        value: of the method's own setting; see `WORDS_SETTINGS`.
     """
 
     method: str
@@ -56,11 +56,11 @@ class Way:
     @property
     def name(self) -> str:
         """What tables call it."""
-        setting = "" if self.value is None else f" {WAYS[self.method]} {self.value:g}"
+        setting = "" if self.value is None else f" {WORDS_SETTINGS[self.method]} {self.value:g}"
         return f"{self.method}{setting}, lr {self.lr:g}"
 
 
-WAYS = {
+WORDS_SETTINGS = {
     "plain": "",
     "pull": "lambda",
     "lora": "decay",
@@ -80,14 +80,14 @@ freezes this share of the singular directions of the weights. ``attach``: `NullS
 """
 
 DEFAULT_WAYS = (
-    *(Way("plain", lr) for lr in (1e-4, 3e-4)),
-    *(Way("attach", lr, tau) for lr, tau in ((1e-3, 0.9), (1e-3, 0.97), (3e-3, 0.99))),
-    *(Way("lora", 3e-3, decay) for decay in (0.0, 10.0)),
-    Way("distil", 3e-4, 10.0),
-    Way("lora null", 1e-2, 0.9),
-    Way("attach+distil", 1e-3, 0.9),
-    Way("osf", 1e-3, 0.5),
-    Way("pull", 3e-4, 1.0),
+    *(WordsWay("plain", lr) for lr in (1e-4, 3e-4)),
+    *(WordsWay("attach", lr, tau) for lr, tau in ((1e-3, 0.9), (1e-3, 0.97), (3e-3, 0.99))),
+    *(WordsWay("lora", 3e-3, decay) for decay in (0.0, 10.0)),
+    WordsWay("distil", 3e-4, 10.0),
+    WordsWay("lora null", 1e-2, 0.9),
+    WordsWay("attach+distil", 1e-3, 0.9),
+    WordsWay("osf", 1e-3, 0.5),
+    WordsWay("pull", 3e-4, 1.0),
 )
 
 
@@ -123,7 +123,7 @@ class _Start:
 class _Run:
     """One way on its course."""
 
-    def __init__(self, start: _Start, way: Way, size: WordSize, seed: int) -> None:
+    def __init__(self, start: _Start, way: WordsWay, size: WordSize, seed: int) -> None:
         self.start, self.way, self.size = start, way, size
         self.draws = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
@@ -190,7 +190,7 @@ class _Run:
         return loss
 
 
-def _adapted(network: nn.Module, way: Way) -> nn.Module:
+def _adapted(network: nn.Module, way: WordsWay) -> nn.Module:
     from peft import LoraConfig, OSFConfig, get_peft_model
 
     if way.method == "osf":
@@ -208,7 +208,7 @@ def run_words(
     seeds: Sequence[int],
     out: Path,
     *,
-    ways: Sequence[Way] = DEFAULT_WAYS,
+    ways: Sequence[WordsWay] = DEFAULT_WAYS,
     choosing: bool = False,
     resume: bool = False,
     command: str = "",
@@ -235,7 +235,7 @@ def run_words(
     size: WordSize = one_of("preset", preset, WORD_SIZES)
     shared = {
         "figure": "words",
-        "title": TITLE,
+        "title": WORDS_TITLE,
         "preset": preset,
         "choosing": choosing,
         "size": asdict(size),

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from teleport.lab.keeping.frontier import TITLE
+from teleport.lab.keeping.frontier import WORDS_TITLE
 from teleport.lab.records.runs import Run, by_arm
 
 WANTED_LEARNED, WANTED_RECALL = 0.95, 0.95
@@ -43,7 +43,9 @@ def frontier_table(runs: Sequence[Run]) -> Table:
         "Recall@10, cosine: of unseen old queries in the old index, to what they were. Seconds of "
         "training; of the null space, once for all ways of a seed."
     )
-    table = Table(*head, title=f"{TITLE}, {seeds} seeds", caption="\n".join([caption, *broken]))
+    table = Table(
+        *head, title=f"{WORDS_TITLE}, {seeds} seeds", caption="\n".join([caption, *broken])
+    )
     for row in rows:
         table.add_row(*row)
     return table

@@ -27,11 +27,11 @@ from teleport.lab.records.study import record_paths
 from teleport.lab.records.writer import RecordWriter, environment
 from teleport.subspace import Basis
 
-OPTIMIZERS = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "lion": 1e-4}
-"""And their learning rates."""
+LEAK_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "lion": 1e-4}
+"""Optimizers and their learning rates."""
 
-WAYS = ("attach", "project_", "OSF")
-TITLE = "share of the update inside the kept space, of a small transformer"
+PROJECTIONS = ("attach", "project_", "OSF")
+LEAK_TITLE = "share of the update inside the kept space, of a small transformer"
 TAU = 0.99
 SHARE = 0.5
 
@@ -122,7 +122,7 @@ class _Trial:
     ) -> Any:
         """Steps on the new data; first what is to be done with the optimizer is yielded."""
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = find_optimizer(name)(trained, OPTIMIZERS[name])
+        optimizer = find_optimizer(name)(trained, LEAK_RATES[name])
         yield optimizer
         for _ in range(self.steps):
             optimizer.zero_grad()
@@ -140,9 +140,9 @@ def leak(way: str, optimizer: str, size: LeakSize, seed: int) -> Leak:
     """Train in one way with one optimizer, and measure.
 
     Args:
-        way: one of `WAYS`: the displacement projected by `NullSpace.attach`, only the gradients by
-            `NullSpace.project_`, or PEFT's OSF, which projects gradients, too.
-        optimizer: one of `OPTIMIZERS`.
+        way: one of `PROJECTIONS`: the displacement projected by `NullSpace.attach`, only the
+            gradients by `NullSpace.project_`, or PEFT's OSF, which projects gradients, too.
+        optimizer: one of `LEAK_RATES`.
         size: of model and data.
         seed: of both.
 
@@ -150,8 +150,8 @@ def leak(way: str, optimizer: str, size: LeakSize, seed: int) -> Leak:
         ValueError: for an unknown way or optimizer.
         RunError: if OSF is asked for and PEFT is not installed.
     """
-    one_of("way", way, dict.fromkeys(WAYS))
-    one_of("optimizer", optimizer, OPTIMIZERS)
+    one_of("way", way, dict.fromkeys(PROJECTIONS))
+    one_of("optimizer", optimizer, LEAK_RATES)
     trial = _Trial(size, seed)
     return _osf(trial, optimizer) if way == "OSF" else _ours(trial, optimizer, way)
 
@@ -236,19 +236,19 @@ def run_leak(
             records or cannot be written to.
     """
     size: LeakSize = one_of("preset", preset, LEAK_SIZES)
-    shared = {"figure": "leak", "title": TITLE, "preset": preset, "size": asdict(size)}
+    shared = {"figure": "leak", "title": LEAK_TITLE, "preset": preset, "size": asdict(size)}
     with locked(out / ".lock", str(out)):
         check_folder(out, "leak", shared)
         for seed in seeds:
             path = out / f"00-leak-seed{seed}.jsonl"
             config = {**shared, "order": 0, "seed": seed, "tau": TAU, "share": SHARE}
             if resume and is_complete(path, config):
-                progress(f"seed {seed}", len(WAYS) * len(OPTIMIZERS))
+                progress(f"seed {seed}", len(PROJECTIONS) * len(LEAK_RATES))
                 continue
             found = [
                 _told(progress, way, name, seed, leak(way, name, size, seed))
-                for way in WAYS
-                for name in OPTIMIZERS
+                for way in PROJECTIONS
+                for name in LEAK_RATES
             ]
             if resume:
                 path.unlink(missing_ok=True)
@@ -268,10 +268,10 @@ def leak_rows(folder: Path) -> list[list[str]]:
     """The table as text, its head first: a line for every way and a column for every optimizer."""
     rows = [row for path in record_paths(folder) for row in read_rows(path)]
     shares = [row for row in rows if row["type"] == "share"]
-    table = [["what is projected", *OPTIMIZERS]]
-    for way in WAYS:
+    table = [["what is projected", *LEAK_RATES]]
+    for way in PROJECTIONS:
         own = [row for row in shares if row["way"] == way]
-        cells = [_cell([row for row in own if row["optimizer"] == name]) for name in OPTIMIZERS]
+        cells = [_cell([row for row in own if row["optimizer"] == name]) for name in LEAK_RATES]
         table.append([way, *cells])
     return table
 
@@ -282,7 +282,7 @@ def leak_table(folder: Path) -> Table:
     seeds = len(record_paths(folder))
     table = Table(
         *head,
-        title=f"{TITLE}, {seeds} seeds",
+        title=f"{LEAK_TITLE}, {seeds} seeds",
         caption="Norm of the update's part inside the kept space, as a share of its norm; in "
         "brackets the change of the outputs on old data, as a share of theirs. The space of attach "
         f"and project_ is that of old inputs at tau {TAU:g}, that of OSF the larger half of each "

@@ -13,9 +13,9 @@ from torch.nn.functional import normalize
 from teleport import cli
 from teleport.errors import RunError
 from teleport.lab.keeping import words
-from teleport.lab.keeping.frontier import DEFAULT_WAYS, WAYS, Way, run_words
+from teleport.lab.keeping.frontier import DEFAULT_WAYS, WORDS_SETTINGS, WordsWay, run_words
 from teleport.lab.keeping.frontier_report import frontier_figure, frontier_rows
-from teleport.lab.keeping.leak import LEAK_SIZES, OPTIMIZERS, leak
+from teleport.lab.keeping.leak import LEAK_RATES, LEAK_SIZES, leak
 from teleport.lab.keeping.words import (
     NEAREST,
     WORD_SIZES,
@@ -90,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_way_is_recorded_from_the_same_start_and_learns(folder: Path, tmp_path: Path) -> None:
     runs = read_runs(folder)
     assert len(runs) == 2 * len(DEFAULT_WAYS)
-    assert {run.config["way"]["method"] for run in runs} == set(WAYS)
+    assert {run.config["way"]["method"] for run in runs} == set(WORDS_SETTINGS)
     for run in runs:
         assert run.status == "finished"
         assert [row["step"] for row in run.evaluations] == [0, 2, 4]
@@ -117,7 +117,7 @@ def test_the_null_space_keeps_the_old_sentences_better_than_plain_steps(folder: 
 def test_resume_leaves_what_is_finished_and_refuses_another_task(
     folder: Path, tmp_path: Path
 ) -> None:
-    ways = [Way("plain", 1e-3), Way("attach", 1e-3, 0.9)]
+    ways = [WordsWay("plain", 1e-3), WordsWay("attach", 1e-3, 0.9)]
     first, second = run_words("tiny", [3], tmp_path, ways=ways)
     kept = first.read_bytes()
     rows = [json.loads(line) for line in second.read_text().splitlines()]
@@ -146,7 +146,7 @@ def test_who_has_not_the_packages_is_told_the_command(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.verifies("thm-keep")
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", LEAK_RATES)
 def test_only_a_projected_displacement_does_not_leak_under_every_optimizer(optimizer: str) -> None:
     found = {
         way: leak(way, optimizer, LEAK_SIZES["tiny"], 0) for way in ("attach", "project_", "OSF")
