@@ -7,6 +7,9 @@ from typing import Any
 
 from teleport.check.places import CHAPTER_OF
 
+GREEN, RED = "#116329", "#a8201a"
+"""To be read on white, and on the grey behind outputs in the dark."""
+
 
 @dataclass(frozen=True, repr=False)
 class Verdict:
@@ -55,7 +58,7 @@ class Verdict:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        mark, color = ("✓", "#1a7f37") if self.passed else ("✗", "#b3261e")
+        mark, color = ("✓", GREEN) if self.passed else ("✗", RED)
         title = f"<b style='color:{color}'>{mark} {html.escape(self.check)}</b>"
         if self.passed:
             return f"<div>{title} passed{self._count()}</div>"

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -44,6 +45,17 @@ RAW_TEX = """() => {
 }"""
 IMAGES = """() => [...document.querySelectorAll('main img')].map(e =>
   ({alt: e.alt, loaded: e.complete && e.naturalWidth > 0, src: e.src.split('/').pop()}))"""
+# The theme makes them reachable a moment after the window has changed.
+SCROLLED = """async () => {
+  const scrolled = () =>
+    [...document.querySelectorAll('main mjx-container, main pre, main table')]
+      .filter(e => e.scrollWidth > e.clientWidth + 1)
+      .filter(e => ['auto', 'scroll'].includes(getComputedStyle(e).overflowX))
+      .map(e => [e.tagName, e.tabIndex, e.textContent.slice(0, 40)]);
+  for (let wait = 0; wait < 60 && scrolled().some(e => e[1] < 0); wait++)
+    await new Promise(done => setTimeout(done, 50));
+  return scrolled();
+}"""
 WIDER_THAN_ITS_WINDOW = "() => document.documentElement.scrollWidth - window.innerWidth"
 
 
@@ -58,6 +70,7 @@ class Visit:
     raw_tex: list[str] = field(default_factory=list)
     images: list[dict[str, Any]] = field(default_factory=list)
     too_wide: int = 0
+    scrolled: list[tuple[str, int, str]] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +113,8 @@ def opened(browser: Any, url: str, size: dict[str, int] = DESK, scheme: str = "l
 
 @pytest.fixture(scope="module")
 def visits(browser: Any, pages: Path, address: str) -> dict[str, Visit]:
-    """Every page, opened once."""
-    found = {}
+    """Every page, opened once, by one reader: scripts and styles are loaded once."""
+    found, context = {}, browser.new_context()
 
     def hear(visit: Visit, message: Any) -> None:
         if message.type in ("error", "warning"):
@@ -110,7 +123,9 @@ def visits(browser: Any, pages: Path, address: str) -> dict[str, Visit]:
     for file in built_pages(pages):
         name = file.relative_to(pages).as_posix()
         visit = found[name] = Visit()
-        page = browser.new_page(viewport=DESK)
+        page = context.new_page()
+        page.set_default_timeout(1000 * HANG)
+        page.set_viewport_size(DESK)
         page.on("console", lambda message, v=visit: hear(v, message))
         page.on("pageerror", lambda error, v=visit: v.console.append(str(error)))
         page.on("requestfailed", lambda request, v=visit: v.failed.append(request.url))
@@ -126,7 +141,9 @@ def visits(browser: Any, pages: Path, address: str) -> dict[str, Visit]:
         visit.images = page.evaluate(IMAGES)
         page.set_viewport_size(PHONE)
         visit.too_wide = page.evaluate(WIDER_THAN_ITS_WINDOW)
+        visit.scrolled = page.evaluate(SCROLLED)
         page.close()
+    context.close()
     return found
 
 
@@ -177,14 +194,17 @@ def test_search_finds_a_theorem(browser: Any, address: str) -> None:
     assert any("03_mlp.html" in link for link in found)
 
 
-def test_each_chapter_leads_to_the_next_and_back(browser: Any, address: str, book: Book) -> None:
+def test_each_chapter_leads_to_the_next_and_back(
+    browser: Any, address: str, pages: Path, book: Book
+) -> None:
     names = [f"{book.document(chapter.file)}.html" for chapter in book.chapters]
+    for before, after in pairwise(names):
+        for page, way, name in ((before, "right-next", after), (after, "left-prev", before)):
+            links = re.findall(rf'<a class="{way}"\s+href="([^"]+)"', (pages / page).read_text())
+            assert links == [name]
     page = opened(browser, address + names[0])
-    for name in names[1:]:
-        page.click(".prev-next-area a.right-next")
-        page.wait_for_url(f"**/{name}")
-    page.click(".prev-next-area a.left-prev")
-    page.wait_for_url(f"**/{names[-2]}")
+    page.click(".prev-next-area a.right-next")
+    page.wait_for_url(f"**/{names[1]}")
 
 
 def test_the_notebook_of_a_chapter_can_be_had(browser: Any, address: str, book: Book) -> None:
@@ -228,16 +248,9 @@ def test_contrast_and_names(browser: Any, address: str, book: Book, scheme: str)
     assert found == {}
 
 
-def test_the_keyboard_reaches_what_can_be_scrolled(browser: Any, address: str, book: Book) -> None:
-    scrolled = """() => [...document.querySelectorAll('main mjx-container, main pre, main table')]
-      .filter(e => e.scrollWidth > e.clientWidth + 1)
-      .filter(e => ['auto', 'scroll'].includes(getComputedStyle(e).overflowX))
-      .map(e => [e.tagName, e.tabIndex, e.textContent.slice(0, 40)])"""
-    found = []
-    for chapter in book.chapters:
-        page = opened(browser, f"{address}{book.document(chapter.file)}.html", size=PHONE)
-        found += page.evaluate(scrolled)
-        page.close()
+def test_the_keyboard_reaches_what_can_be_scrolled(visits: dict[str, Visit]) -> None:
+    """On a phone."""
+    found = [each for visit in visits.values() for each in visit.scrolled]
     assert found
     assert [each for each in found if each[1] < 0] == []
 
