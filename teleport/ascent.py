@@ -56,16 +56,6 @@ _OVERFLOW = (
 )
 
 
-def accuracy(dtype: torch.dtype) -> float:
-    """How near the line search comes to the wanted norm, as a share.
-
-    In double precision to rounding, for who compares programs; else to 1e-4, where half precision
-    does not round to more. The rest would cost a look, two thirds of a gradient.
-    """
-    to_rounding = float(8 * torch.finfo(dtype).eps)
-    return to_rounding if dtype == torch.float64 else max(1e-4, to_rounding)
-
-
 @dataclass(frozen=True)
 class Settings:
     """What `Teleporter` was asked for, checked; see there."""
@@ -266,7 +256,7 @@ class Ascent(GuardedMove):
             start,
             2 * slope,
             wanted,
-            rtol=accuracy(landscape.precision),
+            rtol=8 * torch.finfo(landscape.precision).eps,
             degree=landscape.degree(along),
         )
 
