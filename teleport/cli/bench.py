@@ -45,13 +45,15 @@ def bench(
     with loading():
         from teleport.cli.show import show, show_changes
         from teleport.lab.bench import benchmarks
-        from teleport.lab.bench.against import TOO_MUCH, changes
+        from teleport.lab.bench.against import TOO_MUCH, changes, require_preset
         from teleport.lab.bench.tables import read_benchmarks
         from teleport.lab.experiments.run import device_of
         from teleport.lab.records.folders import new_folder
 
     names, _ = benchmarks.chosen(what, preset)
-    before = None if against is None else read_benchmarks(against)  # a wrong name is told at once
+    before = None if against is None else read_benchmarks(against)
+    if before is not None:
+        require_preset(preset, before)
     where = device_of(device)
     folder = new_folder(f"bench-{what}", out)
     command = COMMAND_LINE.get()

@@ -34,18 +34,21 @@ class Change:
         return self.now / self.before
 
 
+def require_preset(preset: str, before: Mapping[str, Benchmark]) -> None:
+    """Raise RunError for a record of another preset, before minutes are spent on measuring."""
+    if (known := {b.config["preset"] for b in before.values()}) != {preset}:
+        raise RunError(
+            f"the records are of other presets: {preset} now, {_named(known)} before. Run "
+            "`teleport bench` with the preset of the record to compare with"
+        )
+
+
 def changes(now: Mapping[str, Benchmark], before: Mapping[str, Benchmark]) -> list[Change]:
-    """What both records hold, the largest factor first.
+    """What both records hold, of the same preset, the largest factor first.
 
     Raises:
-        RunError: if they have nothing in common, or are of other presets.
+        RunError: if they have nothing in common.
     """
-    presets = [{b.config["preset"] for b in found.values()} for found in (now, before)]
-    if presets[0] != presets[1]:
-        raise RunError(
-            f"the records are of other presets: {_named(presets[0])} now, {_named(presets[1])} "
-            "before. Run `teleport bench` with the preset of the record to compare with"
-        )
     new, old = ({k: v for b in found.values() for k, v in _costs(b)} for found in (now, before))
     if not (both := new.keys() & old.keys()):
         raise RunError(

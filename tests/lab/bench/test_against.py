@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from teleport import cli
 from teleport.errors import RunError
-from teleport.lab.bench.against import TOO_MUCH, changes, sheet
+from teleport.lab.bench.against import TOO_MUCH, changes, require_preset, sheet
 from teleport.lab.bench.tables import Benchmark
 
 costs = st.dictionaries(st.sampled_from("abcdef"), st.floats(0.01, 100.0), min_size=1)
@@ -50,7 +50,8 @@ def test_each_operation_in_both_is_compared_the_dearest_first(
 
 def test_presets_are_not_mixed() -> None:
     with pytest.raises(RunError, match="tiny now, cpu before"):
-        changes(measured({"a": 1.0}, "tiny"), measured({"a": 1.0}))
+        require_preset("tiny", measured({"a": 1.0}))
+    require_preset("cpu", measured({"a": 1.0}))
 
 
 @pytest.mark.slow
