@@ -1,7 +1,7 @@
 """The ascent of one teleport: take the steps in the null space, and say why they ended."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -81,6 +81,8 @@ class Ascent(GuardedMove):
         held_out: loss of other data, for the report.
         ranks: the processes that teleport together, each with closures of its own.
         metric: of the gradient norm that is to grow.
+        object_to: says what else is wrong with where it ended, if anything; told the start and the
+            end.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class Ascent(GuardedMove):
         held_out: HeldOut,
         ranks: Ranks,
         metric: Metric = EUCLIDEAN,
+        object_to: Callable[[Standing, Standing], str] = lambda before, after: "",
     ) -> None:
+        self.object_to = object_to
         self.settings, self.closures, self.held_out = settings, closures, held_out
         self.ranks, self.metric, self.norm_name = ranks, metric, metric.name
 
@@ -291,7 +295,9 @@ class Ascent(GuardedMove):
 
     def _objection(self, before: Standing, after: Standing, allowed: float) -> str:
         why = super()._objection(before, after, allowed)
-        if not why or not math.isfinite(after.norm):
+        if not why:
+            return self.object_to(before, after)
+        if not math.isfinite(after.norm):
             return why
         self.landscape.write_start()
         again = [mean_loss(self.closures, self.ranks) for _ in range(2)]

@@ -1,6 +1,7 @@
 """What a teleport did: `TeleportReport`, printed as a table."""
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,7 +50,8 @@ class TeleportReport:
     """One call of `Teleporter.step`.
 
     Attributes:
-        loss_before, loss_after: loss on the teleport batch.
+        loss_before, loss_after: loss on the teleport batch; NaN, as the norms, where
+            ``growth="auto"`` had no room for a look.
         grad_norm_before, grad_norm_after: norm of its gradient over all trainable parameters.
             Which norm, `norm` says.
         held_out_before, held_out_after: loss of the ``held_out`` closure; None without one.
@@ -118,8 +120,11 @@ class TeleportReport:
 
     def _summary(self) -> list[str]:
         verdict = "rolled back" if self.rolled_back else "teleported" if self.steps else "not moved"
+        head = f"{verdict}: {self.reason}"
+        if math.isnan(self.loss_before):  # nothing was looked at
+            return [head]
         lines = [
-            f"{verdict}: {self.reason}",
+            head,
             f"{self.norm}  {self.grad_norm_before:.6g} -> {self.grad_norm_after:.6g}"
             f"  (x {self.growth:.6g})",
             f"loss           {self.loss_before:.6g} -> {self.loss_after:.6g}"

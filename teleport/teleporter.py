@@ -3,13 +3,15 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from teleport.ascent import Ascent, Settings
+from teleport.bounds.saving import Decision, not_moved
 from teleport.errors import UnsupportedModelError, is_between, require
 from teleport.guard import HeldOut
 from teleport.layers.support import cover, require_matches, selected, supported
@@ -20,7 +22,7 @@ from teleport.report import TeleportReport
 from teleport.runtime.clock import now
 from teleport.runtime.closures import Closure
 from teleport.runtime.precision import Autocast
-from teleport.runtime.ranks import ranks_of, silenced
+from teleport.runtime.ranks import Ranks, ranks_of, silenced
 from teleport.runtime.transaction import Transaction
 
 DEFAULT_GROWTH = 1.5
@@ -44,20 +46,26 @@ class Teleporter:
         lr: fixed step size, the paper's η. The norm is then bounded by ``cap`` or ``growth``; if
             neither is given, by the default growth of 1.5.
         growth: wanted factor on the gradient norm, > 1. Default 1.5 if ``lr`` is not given. The
-            step that reaches it is found by an exact line search (``thm-polynomial``).
+            step that reaches it is found by an exact line search (``thm-polynomial``). ``"auto"``:
+            whether to teleport at all and how far is decided at every `step` from what is measured
+            there (``prop-saving``); needs ``optimizer``, whose steps are counted from now on. The
+            answer is mostly no, and the report says why.
         cap: upper bound on the gradient norm, > 0 (the paper's CAP).
         objective: ``"grad_norm"``, half the squared gradient norm (paper equation 4); or
             ``"preconditioned"``, ``D_M = ½ gᵀ M⁻¹ g`` with the diagonal M by which ``optimizer``
             divides its gradients (``thm-geometry``). ``growth``, ``cap`` and the report then refer
             to ``√(gᵀ M⁻¹ g)``. Where past gradients were almost zero, M⁻¹ is huge and rules.
         optimizer: SGD (M = I), Adam, AdamW, Adagrad or RMSprop, for the preconditioned objective
-            only. M is read from its state at every `step` and does not change during it.
+            and for ``growth="auto"``. M is read from its state at every `step` and does not change
+            during it.
         method: ``"tangent"`` (fast) or ``"double_backward"`` (the paper's, the reference).
         include: only move layers whose name matches one of these patterns (``fnmatch``).
         exclude: do not move layers whose name matches one of these.
         max_drift: largest relative change of the batch loss; beyond it the model is rolled back.
             Default: rounding at ``tau`` = 1, 0.01 below.
         strict: raise if a layer with parameters is frozen, rather than name it in the report.
+        budget: largest share of the training time so far that ``growth="auto"`` may spend, in
+            (0, 1]. Unused otherwise.
 
     Raises:
         ValueError: for an argument out of range, with its value and the range; for an optimizer of
@@ -81,7 +89,7 @@ class Teleporter:
         tau: float = 1.0,
         steps: int | None = None,
         lr: float | None = None,
-        growth: float | None = None,
+        growth: float | Literal["auto"] | None = None,
         cap: float | None = None,
         objective: str = "grad_norm",
         optimizer: Optimizer | None = None,
@@ -90,6 +98,7 @@ class Teleporter:
         exclude: Sequence[str] | None = None,
         max_drift: float | None = None,
         strict: bool = False,
+        budget: float = 0.02,
     ) -> None:
         require("tau", tau, tau == 1.0 or is_between(tau, 0.0, 1.0), "in (0, 1]")
         whole = steps is None or (isinstance(steps, int) and steps >= 1)
@@ -97,9 +106,12 @@ class Teleporter:
         for name, patterns in (("include", include), ("exclude", exclude)):
             require(name, patterns, not isinstance(patterns, str), "a list of patterns")
         require("lr", lr, lr is None or is_between(lr, 0.0, math.inf), "> 0 and finite")
-        require(
-            "growth", growth, growth is None or is_between(growth, 1.0, math.inf), "> 1 and finite"
-        )
+        auto = growth == "auto"
+        fits = auto or growth is None or is_between(growth, 1.0, math.inf)
+        require("growth", growth, fits, '> 1 and finite, or "auto"')
+        for name, value in (("lr", lr), ("cap", cap)) if auto else ():
+            require(name, value, value is None, 'left out beside growth="auto", which decides')
+        require("budget", budget, budget == 1.0 or is_between(budget, 0.0, 1.0), "in (0, 1]")
         require("cap", cap, cap is None or is_between(cap, 0.0, math.inf), "> 0 and finite")
         known = max_drift in (None, 0.0, math.inf) or is_between(max_drift, 0.0, math.inf)
         require("max_drift", max_drift, known, ">= 0")
@@ -108,16 +120,19 @@ class Teleporter:
         require(
             "optimizer",
             optimizer,
-            (optimizer is None) == (objective == "grad_norm"),
-            "given with objective='preconditioned', and only then",
+            (optimizer is None) == (objective == "grad_norm" and not auto),
+            "given with objective='preconditioned' and with growth='auto', and only then",
         )
         self.model, self._optimizer = model, optimizer
         self._include, self._exclude, self._strict = include, exclude, strict
         moving = self._moving()
         names = [block.name for block in moving["coverage"].blocks]
         require_matches(names, [*(include or ()), *(exclude or ())])
+        self._decision = None
         if optimizer is not None:
             check_optimizer(optimizer, model)
+            self._decision = Decision(model, optimizer, budget) if auto else None
+        self._preconditioned = objective == "preconditioned"
         unbounded = growth is None and (lr is None or cap is None)
         self._settings = Settings(
             model=model,
@@ -125,7 +140,7 @@ class Teleporter:
             tau=tau,
             steps=steps if steps is not None else (1 if lr is None else 8),
             lr=lr,
-            growth=DEFAULT_GROWTH if unbounded else growth,
+            growth=DEFAULT_GROWTH if unbounded or growth == "auto" else growth,
             cap=cap,
             method=method,
             max_drift=max_drift,
@@ -176,15 +191,35 @@ class Teleporter:
 
             held = HeldOut(None if held_out is None else repeatable(held_out), ranks)
             closures = [repeatable(part) for part in parts]
-            optimizer = self._optimizer
-            metric = EUCLIDEAN if optimizer is None else metric_of(optimizer, self.model)
-            ascent = Ascent(settings, closures, held, ranks, metric)
+
+            def move() -> TeleportReport:
+                return self._move(settings, closures, held, ranks)
+
             with ranks.together():  # before anything is kept
-                report, note = transaction.until_quiet(ascent.run)
+                report, note = transaction.until_quiet(move)
             if report.steps and not report.rolled_back:
                 transaction.commit()
         spent = now() - started - held.seconds
+        if self._decision is not None:
+            self._decision.spend(spent, moved=report.steps > 0)
         return replace(report, seconds=spent, reason=report.reason + note)
+
+    def _move(
+        self, settings: Settings, closures: Sequence[Closure], held: HeldOut, ranks: Ranks
+    ) -> TeleportReport:
+        optimizer, decision = self._optimizer, self._decision
+        metric = EUCLIDEAN
+        if optimizer is not None and self._preconditioned:
+            metric = metric_of(optimizer, self.model)
+        if decision is None:
+            return Ascent(settings, closures, held, ranks, metric).run()
+        if refusal := decision.refusal(closures, ranks):
+            return not_moved(refusal, decision.trial)
+        settings = replace(settings, growth=decision.growth)
+        report = Ascent(
+            settings, closures, held, ranks, metric, partial(decision.objection, closures, ranks)
+        ).run()
+        return replace(report, reason=f"{report.reason}; {decision.told}")
 
     def _moving(self) -> dict[str, Any]:
         """What is covered and may move now: layers may have been frozen, freed or wrapped since."""

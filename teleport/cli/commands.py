@@ -45,6 +45,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "spectrum": paper.spectrum,
     "tau": paper.tau,
     "moves": paper.moves,
+    "saving": paper.saving,
     "product": paper.product,
     "connectivity": paper.connectivity,
     "sensitivity": paper.sensitivity,

@@ -1,4 +1,4 @@
-"""``teleport spectrum``, ``tau``, ``moves``, ``product``, ``connectivity``, ``sensitivity``."""
+"""``teleport spectrum``, ``tau``, ``moves``, ``saving``, ``product``, ``connectivity``, ``sensitivity``."""
 
 import math
 from pathlib import Path
@@ -146,6 +146,47 @@ def moves(
             growth=growth,
             n=batch,
             evaluating=evaluating,
+            seeds=seeds,
+            resume=resume,
+            command=COMMAND_LINE.get(),
+            progress=say,
+        )
+    show(folder)
+
+
+def saving(
+    names: Annotated[list[str], typer.Argument(help="Experiments; see `teleport list`.")],
+    optimizers: Annotated[
+        str, typer.Option(help="Separated by commas; those an experiment was tuned for.")
+    ] = "sgd,momentum,adagrad,adam",
+    preset: PresetOption = "cpu",
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 2,
+    out: Annotated[
+        Path | None, typer.Option(help="New folder; default runs/<date>-saving.")
+    ] = None,
+    resume: ResumeOption = False,
+    threads: Threads = None,
+) -> None:
+    """Predict how many training steps a teleport saves, and whether growth="auto" would go."""
+    check_names(names, preset)
+    with loading():
+        from teleport.cli.show import show
+        from teleport.lab.paper.savings import check_savings, write_savings
+        from teleport.lab.records.folders import resumed_folder
+        from teleport.line_search import load_search
+        from teleport.runtime.threads import threads_for, using_threads
+
+        load_search()
+
+    chosen = [part.strip() for part in optimizers.split(",")]
+    check_savings(names, chosen, preset)  # before any folder is made
+    folder = resumed_folder("saving", out, resume)
+    with using_threads(threads_for(threads)):
+        write_savings(
+            list(dict.fromkeys(names)),
+            list(dict.fromkeys(chosen)),
+            folder,
+            preset=preset,
             seeds=seeds,
             resume=resume,
             command=COMMAND_LINE.get(),

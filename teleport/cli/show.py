@@ -44,6 +44,7 @@ from teleport.lab.paper.moves import Moves, read_moves
 from teleport.lab.paper.moves_report import MOVE_COLUMNS, move_cells, room
 from teleport.lab.paper.plots import product_figure, spectrum_figure, threshold_figure
 from teleport.lab.paper.products import read_product
+from teleport.lab.paper.savings import read_savings
 from teleport.lab.paper.threshold import Trajectories, read_trajectories
 from teleport.lab.records.compare import ArmSummary, Comparison, summarise
 from teleport.lab.records.folders import slug
@@ -66,6 +67,7 @@ def show(folder: Path) -> None:
         "spectrum": _show_spectra,
         "tau": _show_trajectories,
         "moves": _show_moves,
+        "saving": _show_savings,
         "product": _show_product,
         "connectivity": _show_lines,
         "sensitivity": _show_outcomes,
@@ -92,6 +94,20 @@ def _show_moves(folder: Path) -> None:
     found = read_moves(folder)
     tables = [table for moves in found for table in (_moves_table(moves), _room_table(moves))]
     _keep(folder, tables, {})
+
+
+def _show_savings(folder: Path) -> None:
+    columns = ("experiment", "optimizer", "arm", "k", "k after", "growth", "saves", "costs", "auto")
+    table = Table(
+        *(Column(name, justify="left" if n < 3 else "right") for n, name in enumerate(columns)),
+        title="what a teleport should save, in steps of the optimizer",
+        caption="k: a step as a share of the way to the lowest point along the gradient; beyond 2 "
+        'the loss rises. auto: whether growth="auto" goes, with room in its budget',
+    )
+    for s in read_savings(folder):
+        numbers = (s.stride, s.stride_after, s.growth, s.saved, s.cost)
+        table.add_row(*s.key, *(f"{n:.2g}" for n in numbers), "yes" if s.pays else "no")
+    _keep(folder, [table], {})
 
 
 def _show_product(folder: Path) -> None:

@@ -217,6 +217,17 @@ ROWS: dict[str, dict[str, Fields]] = {
         },
         "end": _END,
     },
+    "saving": {
+        "config": {**_MOMENT, "experiment": TEXT, "optimizer": TEXT},
+        "saving": {
+            "arm": TEXT,
+            "steps": COUNT,
+            **dict.fromkeys(("stride", "stride_after", "growth"), NUMBER),
+            **dict.fromkeys(("saved", "auto_saved"), NUMBER),
+            "cost": TIME,
+        },
+        "end": _END,
+    },
     "words": {
         "config": {
             **_MOMENT,

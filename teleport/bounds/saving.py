@@ -1,0 +1,252 @@
+"""What a teleport can save, and whether it pays: ``Teleporter(model, growth="auto")``.
+
+A step of the optimizer goes along ``v = η M⁻¹ g``. To second order the loss falls by
+``a - ½ a k``: a = gᵀv, and k = vᵀHv / a is the step as a share of the way to the lowest point on
+the line. A teleport by γ makes a γ² times as large, and k at least as much: what is down there
+comes γ² times sooner, and no lower. The gradient falls to 1/e of itself in 1/k steps before and
+1/(γ²k) steps after, so a teleport saves about ``(1 - γ⁻²) / k`` steps (``prop-saving``). Beyond
+k = 1 a step overshoots, and beyond k = 2 the loss rises.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from teleport.errors import NonFiniteLossError
+from teleport.guard import Standing
+from teleport.objective import mean_gradient, mean_loss, metric_of, squared_norm, trainable
+from teleport.report import TeleportReport
+from teleport.runtime.clock import now
+from teleport.runtime.closures import Closure
+from teleport.runtime.ranks import Ranks
+
+MOST_GROWTH = 2.0
+"""Three quarters of what any growth could save."""
+
+CURVATURE_POWER = 6
+"""k grows with at most this power of the growth (``prop-saving``)."""
+
+GRADIENTS = 7.0
+"""Gradients of the batch that a first teleport is taken to cost, before one has been timed."""
+
+_LENGTHS = (1.0, 4.0, 16.0)
+"""Steps along v, tried until the bend of the loss is more than its rounding."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One step of the optimizer on the batch, tried and taken back.
+
+    Attributes:
+        loss, norm: of the batch, and of its gradient.
+        fall: a, by how much the loss falls to first order.
+        stride: k, the step as a share of the way to the lowest point on its line; never less than
+            what rounding leaves visible.
+    """
+
+    loss: float
+    norm: float
+    fall: float
+    stride: float
+
+    @property
+    def growth(self) -> float:
+        """The growth after which a step still goes no further than that point."""
+        return min(MOST_GROWTH, max(1.0, self.stride ** (-1 / CURVATURE_POWER)))
+
+    @property
+    def saved(self) -> float:
+        """Steps of the optimizer that this growth saves."""
+        return self.saved_by(self.growth)
+
+    def saved_by(self, growth: float) -> float:
+        """Steps of the optimizer that a growth saves, for as long as they do not overshoot."""
+        return (1.0 - growth**-2) / self.stride
+
+
+def try_step(
+    closures: Sequence[Closure], model: nn.Module, optimizer: Optimizer, ranks: Ranks
+) -> Trial:
+    """Measure ``a`` and ``k`` by a gradient and one to three forward passes.
+
+    Args:
+        closures: parts of the batch; the loss is their mean.
+        model: left as it is, bit for bit.
+        optimizer: one of those of `metric_of`. Its gradient is taken to be that of the batch, its
+            momentum to have settled: v is divided by 1 - μ.
+        ranks: the processes that train as one.
+
+    Raises:
+        OptimizerStateError: as `metric_of`.
+    """
+    parameters = trainable(model)
+    loss, grads = mean_gradient(closures, parameters, ranks)
+    metric, rates = metric_of(optimizer, model), _rates(optimizer)
+    ways = [metric.velocity(p, g, rates[p]) for p, g in zip(parameters, grads, strict=True)]
+    fall = sum(float((g.double() * v.double().conj()).sum().real) for g, v in zip(grads, ways))
+    norm = math.sqrt(sum(map(squared_norm, grads)))
+    if not (math.isfinite(fall) and fall > 0.0):
+        return Trial(loss, norm, fall, math.inf)
+    visible = 64 * max(torch.finfo(p.dtype).eps for p in parameters) * abs(loss)
+    for length in _LENGTHS:
+        bend = _loss_at(closures, parameters, ways, length, ranks) - loss + length * fall
+        if not bend <= visible:  # or it is not finite
+            break
+    return Trial(loss, norm, fall, 2 * max(bend, visible) / (length**2 * fall))
+
+
+def _rates(optimizer: Optimizer) -> dict[Tensor, float]:
+    """η by parameter."""
+    return {
+        p: float(group["lr"]) / (1.0 - float(group.get("momentum", 0.0)))
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+def _loss_at(
+    closures: Sequence[Closure],
+    parameters: Sequence[nn.Parameter],
+    ways: Sequence[Tensor],
+    length: float,
+    ranks: Ranks,
+) -> float:
+    """The loss after so many steps; infinite where there is none."""
+    before = [p.detach().clone() for p in parameters]
+    try:
+        with torch.no_grad():
+            for parameter, way in zip(parameters, ways, strict=True):
+                parameter.sub_(way, alpha=length)
+        return mean_loss(closures, ranks)
+    except NonFiniteLossError:
+        return math.inf
+    finally:
+        with torch.no_grad():
+            for parameter, values in zip(parameters, before, strict=True):
+                parameter.copy_(values)
+
+
+class Decision:
+    """Whether to teleport, and how far, from what is measured: one rule for all data.
+
+    Args:
+        model: that is trained.
+        optimizer: by which. Its steps are counted and timed from now on.
+        budget: share of the training time so far that may go into teleports and their trials.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, budget: float) -> None:
+        self.model, self.optimizer, self.budget = model, optimizer, budget
+        self.steps, self.training, self.spent = 0, 0.0, 0.0
+        self._since: float | None = None  # training time that is not counted yet begins here
+        self._trial_cost = self._teleport_cost = 0.0  # seconds, as they were the last time
+        self.trial: Trial | None = None
+        self.told = ""
+        hook = optimizer.register_step_post_hook(_counter(weakref.ref(self)))
+        weakref.finalize(self, hook.remove)
+
+    def count(self) -> None:
+        """The optimizer has taken a step."""
+        here = now()
+        if self._since is not None:
+            self.training += here - self._since
+            self.steps += 1
+        self._since = here
+
+    @property
+    def growth(self) -> float:
+        """What was decided last."""
+        return MOST_GROWTH if self.trial is None else self.trial.growth
+
+    def spend(self, seconds: float, moved: bool) -> None:
+        """A call of `Teleporter.step` took so long, which is no training."""
+        self.spent += seconds
+        if self._since is not None:
+            self._since += seconds
+        if moved:
+            self._teleport_cost = seconds
+
+    def refusal(self, closures: Sequence[Closure], ranks: Ranks) -> str:
+        """Why not to teleport now; nothing if it is to be done, with the growth of `trial`."""
+        self.trial = None
+        if too_dear := self._beyond_budget(self._trial_cost + self._teleport_cost, ranks):
+            return too_dear
+        started = now()
+        self.trial = trial = try_step(closures, self.model, self.optimizer, ranks)
+        self._trial_cost = now() - started
+        expected = self._teleport_cost or GRADIENTS / 2 * self._trial_cost
+        cost = ranks.of_first(expected * self.steps / self.training)
+        self.told = (
+            f"growth {trial.growth:.3g} saves about {trial.saved:.2g} steps of the optimizer and "
+            f"costs about {cost:.2g}: a step goes {trial.stride:.2g} of the way to the lowest "
+            "point along the gradient"
+        )
+        if not trial.saved > cost:
+            return f"it would not pay: {self.told}"
+        return self._beyond_budget(self._trial_cost + expected, ranks)
+
+    def _beyond_budget(self, seconds: float, ranks: Ranks) -> str:
+        room = self.budget * self.training - self.spent
+        if not self.steps:
+            return "no two steps of the optimizer were seen since the Teleporter was made"
+        if ranks.of_first(room - seconds) >= 0.0:
+            return ""
+        return (
+            f"no room in the budget yet: {100 * self.budget:.3g} % of {self.training:.3g} s of "
+            f"training, {self.steps} steps, is less than {self.spent:.3g} s spent and "
+            f"{seconds:.3g} s to come"
+        )
+
+    def objection(
+        self, closures: Sequence[Closure], ranks: Ranks, before: Standing, after: Standing
+    ) -> str:
+        """What is wrong with where the teleport ended, for the steps that follow."""
+        end = try_step(closures, self.model, self.optimizer, ranks)
+        if end.stride > 1.0:
+            return (
+                f"the next step of the optimizer would overshoot: it goes {end.stride:.2g} of the "
+                "way to the lowest point along the gradient"
+            )
+        if before.held_out is None or after.held_out is None or self.trial is None:
+            return ""
+        lost = (after.held_out - before.held_out) / self.trial.fall
+        if not lost <= self.trial.saved:
+            return (
+                f"the held-out loss rose by what {lost:.2g} steps gain, and the teleport saves "
+                f"about {self.trial.saved:.2g}"
+            )
+        return ""
+
+
+def _counter(decision: "weakref.ref[Decision]") -> Callable[..., None]:
+    def count(*_: Any) -> None:
+        if (alive := decision()) is not None:
+            alive.count()
+
+    return count
+
+
+def not_moved(reason: str, trial: Trial | None) -> TeleportReport:
+    """The report of a teleport that was decided against; NaN where nothing was looked at."""
+    loss, norm = (math.nan, math.nan) if trial is None else (trial.loss, trial.norm)
+    return TeleportReport(
+        loss_before=loss,
+        loss_after=loss,
+        grad_norm_before=norm,
+        grad_norm_after=norm,
+        held_out_before=None,
+        held_out_after=None,
+        tolerance=0.0,
+        steps=0,
+        step_sizes=(),
+        rolled_back=False,
+        reason=reason,
+        seconds=0.0,
+        layers=(),
+    )

@@ -1,0 +1,209 @@
+"""How many steps a teleport should save, arm by arm of the matrix: ``prop-saving`` as a prediction.
+
+Every arm is trained up to its first teleport, where the step of its optimizer is tried before and
+after a teleport. What the whole runs saved is in the records of `teleport sweep`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teleport.bounds.saving import Trial, try_step
+from teleport.data import Dataset, load
+from teleport.errors import RunError
+from teleport.lab.experiments.arms import Arm, RunSettings, default_arms, teleport_settings
+from teleport.lab.experiments.training import Training, check_fits
+from teleport.lab.records.checkpoint import locked
+from teleport.lab.records.folders import slug
+from teleport.lab.records.runs import has_begun, read_rows
+from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.study import record_paths
+from teleport.lab.records.writer import RecordWriter, environment
+from teleport.runtime.clock import now
+from teleport.runtime.ranks import ALONE
+from teleport.runtime.transaction import Transaction
+from teleport.teleporter import Teleporter
+
+NO_DESCENT = 1e6
+"""Written for the stride of a step that does not lower the loss at all, which is infinite."""
+
+
+def write_savings(
+    names: Sequence[str],
+    optimizers: Sequence[str],
+    folder: Path,
+    *,
+    preset: str = "cpu",
+    seeds: int = 2,
+    resume: bool = False,
+    command: str = "",
+    progress: Callable[[str], None] = lambda what: None,
+) -> None:
+    """Record what teleports should save, one file for each experiment, optimizer and seed.
+
+    Args:
+        names: of the experiments.
+        optimizers: those of them that an experiment was tuned for are taken.
+        folder: an existing one, for the records.
+        preset: their size.
+        seeds: how many, from 0; those of `teleport sweep`.
+        resume: leave complete records, and make those again that were broken off.
+        command: the command line, for the record.
+        progress: told what is being computed.
+
+    Raises:
+        ValueError: for an unknown name, or a value out of range.
+        RunError: if the folder is in use or holds other records, a record exists already, or it
+            cannot be written.
+        DataError: if the data cannot be had.
+    """
+    with locked(folder / ".lock", str(folder)):
+        check_folder(folder, "saving", {"preset": preset})
+        for order, name in enumerate(names):
+            for optimizer in optimizers:
+                settings = settings_of(name, optimizer, preset)
+                if settings is None:
+                    continue
+                dataset = load(settings.recipe().data)
+                for seed in range(seeds):
+                    path = folder / f"{order:02d}-{slug(name)}-{optimizer}-seed{seed}.jsonl"
+                    own = {"experiment": name, "optimizer": optimizer, "seed": seed}
+                    if resume:
+                        if is_complete(path, own):
+                            continue
+                        path.unlink(missing_ok=True)
+                    with RecordWriter(path) as writer:
+                        shared = {"figure": "saving", "order": order, "command": command}
+                        title = settings.recipe().title
+                        writer.write(
+                            "config", **shared, preset=preset, title=title, **own, **environment()
+                        )
+                        for arm in plain_arms(name, optimizer):
+                            progress(f"{name}, {optimizer}, seed {seed}: {arm.name}")
+                            row = measure(Training(settings, arm, seed, dataset))
+                            writer.write("saving", arm=arm.name, **row)
+                        writer.write("end", status="finished")
+
+
+def settings_of(name: str, optimizer: str, preset: str) -> RunSettings | None:
+    """How an experiment is trained with an optimizer; None if it was not tuned for it."""
+    settings = RunSettings(name, preset, optimizer, teleport=teleport_settings(name))
+    settings.size()
+    return settings if optimizer in settings.recipe().tuning else None
+
+
+def check_savings(names: Sequence[str], optimizers: Sequence[str], preset: str) -> None:
+    """Refuse, before anything is written, what `write_savings` would refuse; errors as there."""
+    found = [settings_of(name, optimizer, preset) for name in names for optimizer in optimizers]
+    for settings in filter(None, found):
+        dataset: Dataset = load(settings.recipe().data)
+        check_fits(settings, dataset)
+    if not any(found):
+        raise ValueError(
+            f"none of {', '.join(names)} was tuned for any of {', '.join(optimizers)}; see "
+            "`teleport list`"
+        )
+
+
+def plain_arms(name: str, optimizer: str) -> list[Arm]:
+    """The default arms without a teleport, each once."""
+    return list(dict.fromkeys(arm.baseline for arm in default_arms(name, optimizer)))
+
+
+def measure(training: Training) -> dict[str, Any]:
+    """The row of one arm. The training is advanced to its first teleport, which is not kept."""
+    options = training.settings.teleport
+    warm = min(options.schedule.warmup_steps, training.steps)
+    training.advance(warm // 2)
+    started = now()
+    training.advance(warm - warm // 2)
+    step_seconds = (now() - started) / max(1, warm - warm // 2)
+    batch, held_out = training.draw()
+
+    def tried() -> Trial:
+        with Transaction(training.model) as transaction:
+            closure = transaction.repeatable(batch)
+            return transaction.until_quiet(
+                lambda: try_step([closure], training.model, training.optimizer, ALONE)
+            )[0]
+
+    before = tried()
+    report = Teleporter(training.model, growth=options.growth).step(batch, held_out=held_out)
+    after = tried()
+    cost = report.seconds / step_seconds
+    return {
+        "lr": training.arm.lr,
+        "steps": training.steps,
+        "fall": before.fall,
+        "stride": min(before.stride, NO_DESCENT),
+        "growth": report.growth,
+        "stride_after": min(after.stride, NO_DESCENT),
+        "saved": before.saved_by(report.growth),
+        "cost": cost,
+        "auto_growth": before.growth,
+        "auto_saved": before.saved,
+        "held_out_drift": report.held_out_drift,
+        "step_seconds": step_seconds,
+        "teleport_seconds": report.seconds,
+    }
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a teleport should save in one arm; means over the seeds.
+
+    Attributes:
+        key: experiment, optimizer and arm.
+        steps: of a whole run.
+        stride, stride_after: k before and after the teleport.
+        growth: that the teleport reached.
+        saved: steps, by ``prop-saving``.
+        cost: of the teleport, in steps.
+        auto_saved: steps that the growth of ``growth="auto"`` would save.
+        seeds: how many.
+    """
+
+    key: tuple[str, str, str]
+    steps: float
+    stride: float
+    stride_after: float
+    growth: float
+    saved: float
+    cost: float
+    auto_saved: float
+    seeds: int
+
+    @property
+    def pays(self) -> bool:
+        """Whether ``growth="auto"`` would teleport, given room in the budget."""
+        return self.auto_saved > self.cost
+
+
+def read_savings(folder: Path) -> list[Saving]:
+    """What teleports should save in the arms whose records a folder holds, in their order.
+
+    Raises:
+        RunError: if there is none, or a record is damaged or of something else.
+    """
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for path in filter(has_begun, record_paths(folder)):
+        config, *rows = read_rows(path)
+        if config.get("figure") != "saving":
+            raise RunError(f"{path} is not a record of `teleport saving`")
+        if not rows or rows[-1]["type"] != "end":
+            continue  # broken off; --resume makes it again
+        for row in (row for row in rows if row["type"] == "saving"):
+            key = config["experiment"], config["optimizer"], row["arm"]
+            found.setdefault(key, []).append(row)
+    if not found:
+        raise RunError(f"{folder} holds no savings; give a folder `teleport saving` has written")
+
+    def mean(rows: list[dict[str, Any]], name: str) -> float:
+        return float(sum(row[name] for row in rows) / len(rows))
+
+    names = ("steps", "stride", "stride_after", "growth", "saved", "cost", "auto_saved")
+    return [
+        Saving(key, **{name: mean(rows, name) for name in names}, seeds=len(rows))
+        for key, rows in found.items()
+    ]
