@@ -65,7 +65,7 @@ class Teleporter:
             Default: rounding at ``tau`` = 1, 0.01 below.
         strict: raise if a layer with parameters is frozen, rather than name it in the report.
         budget: largest share of the training time so far that ``growth="auto"`` may spend, in
-            (0, 1]. Unused otherwise.
+            (0, 1]; the first teleport, of unknown cost, may exceed it. Unused otherwise.
 
     Raises:
         ValueError: for an argument out of range, with its value and the range; for an optimizer of
@@ -171,6 +171,8 @@ class Teleporter:
         """
         started = now()
         autocast, ranks = Autocast(), ranks_of(self.model)
+        if self._decision is not None and (reason := self._decision.waiting(ranks)):
+            return not_moved(reason, None)
         with (
             torch.inference_mode(False),
             autocast.off(),

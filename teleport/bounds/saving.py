@@ -58,7 +58,7 @@ class Trial:
     @property
     def growth(self) -> float:
         """The growth after which a step still goes no further than that point."""
-        return min(MOST_GROWTH, max(1.0, self.stride ** (-1 / CURVATURE_POWER)))
+        return min(MOST_GROWTH, max(1.0, math.pow(self.stride, -1 / CURVATURE_POWER)))
 
     @property
     def saved(self) -> float:
@@ -89,7 +89,8 @@ def try_step(
     loss, grads = mean_gradient(closures, parameters, ranks)
     metric, rates = metric_of(optimizer, model), _rates(optimizer)
     ways = [metric.velocity(p, g, rates[p]) for p, g in zip(parameters, grads, strict=True)]
-    fall = sum(float((g.double() * v.double().conj()).sum().real) for g, v in zip(grads, ways))
+    pairs = zip(grads, ways, strict=True)
+    fall = sum(float((g.double() * v.double().conj()).sum().real) for g, v in pairs)
     norm = math.sqrt(sum(map(squared_norm, grads)))
     if not (math.isfinite(fall) and fall > 0.0):
         return Trial(loss, norm, fall, math.inf)
@@ -138,7 +139,8 @@ class Decision:
     Args:
         model: that is trained.
         optimizer: by which. Its steps are counted and timed from now on.
-        budget: share of the training time so far that may go into teleports and their trials.
+        budget: share of the training time so far that may go into teleports and their trials; the
+            first teleport may exceed it, for its cost is guessed.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, budget: float) -> None:
@@ -172,11 +174,13 @@ class Decision:
         if moved:
             self._teleport_cost = seconds
 
+    def waiting(self, ranks: Ranks) -> str:
+        """Why not even to try now, known without a look at the model; nothing if there is room."""
+        self.trial = None
+        return self._beyond_budget(self._trial_cost + self._teleport_cost, ranks)
+
     def refusal(self, closures: Sequence[Closure], ranks: Ranks) -> str:
         """Why not to teleport now; nothing if it is to be done, with the growth of `trial`."""
-        self.trial = None
-        if too_dear := self._beyond_budget(self._trial_cost + self._teleport_cost, ranks):
-            return too_dear
         started = now()
         self.trial = trial = try_step(closures, self.model, self.optimizer, ranks)
         self._trial_cost = now() - started

@@ -1,4 +1,4 @@
-"""``teleport spectrum``, ``tau``, ``moves``, ``saving``, ``product``, ``connectivity``, ``sensitivity``."""
+"""Commands for one question each: ``teleport spectrum``, ``tau``, ``moves``, ``saving``, more."""
 
 import math
 from pathlib import Path
