@@ -206,6 +206,25 @@ def _rmsprop(group: OptimizerState, state: OptimizerState) -> Any:
     return second.sqrt() + group["eps"]
 
 
+def _after(group: OptimizerState, state: OptimizerState, grad: Tensor) -> OptimizerState:
+    """What the optimizer will know of a parameter when it divides by this gradient's M."""
+    square, new = at_least_single(grad).abs().square(), dict(state)
+    if "sum" in state:
+        new["sum"] = state["sum"] + square
+    for name, kept in (
+        ("square_avg", group.get("alpha")),
+        ("exp_avg_sq", group.get("betas", (0.0, 0.0))[1]),
+    ):
+        if name in state:
+            new[name] = kept * state[name] + (1.0 - kept) * square
+    if "grad_avg" in state:
+        new["grad_avg"] = group["alpha"] * state["grad_avg"] + (1.0 - group["alpha"]) * grad
+    if "max_exp_avg_sq" in state:
+        new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], new["exp_avg_sq"])
+    new["step"] = float(state["step"]) + 1.0
+    return new
+
+
 DIAGONALS: dict[type[Optimizer], Callable[[OptimizerState, OptimizerState], Any] | None] = {
     SGD: None,
     Adam: _adam,
@@ -237,10 +256,17 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
         )
 
 
-def metric_of(optimizer: Optimizer, model: nn.Module) -> Metric:
+def metric_of(
+    optimizer: Optimizer, model: nn.Module, following: Mapping[nn.Parameter, Tensor] | None = None
+) -> Metric:
     """M as it is now; what the optimizer does later does not change it.
 
     Learning rates, momentum and weight decay are no part of M.
+
+    Args:
+        optimizer: one of `DIAGONALS`.
+        model: that it trains.
+        following: a gradient; M is then as the optimizer will have it at the step with this one.
 
     Raises:
         OptimizerStateError: if a trainable parameter has no state yet, or its M is not positive and
@@ -258,7 +284,10 @@ def metric_of(optimizer: Optimizer, model: nn.Module) -> Metric:
         )
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
     with torch.no_grad():
-        inverse = {p: 1.0 / read(group_of[p], state[p]) for p in trainable(model)}
+        known = {p: (group_of[p], state[p]) for p in trainable(model)}
+        if following is not None:
+            known = {p: (group, _after(*known[p], following[p])) for p, (group, _) in known.items()}
+        inverse = {p: 1.0 / read(*of) for p, of in known.items()}
     if bad := _names(model, lambda p: not bool((inverse[p].isfinite() & (inverse[p] > 0.0)).all())):
         raise OptimizerStateError(
             f"the preconditioner of {name} is not positive and finite for {bad}: use eps > 0, and "

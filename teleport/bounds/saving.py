@@ -24,7 +24,7 @@ from teleport.objective import mean_gradient, mean_loss, metric_of, squared_norm
 from teleport.report import TeleportReport
 from teleport.runtime.clock import now
 from teleport.runtime.closures import Closure
-from teleport.runtime.ranks import Ranks
+from teleport.runtime.ranks import ALONE, Ranks
 
 MOST_GROWTH = 2.0
 """Three quarters of what any growth could save."""
@@ -71,7 +71,10 @@ class Trial:
 
 
 def try_step(
-    closures: Sequence[Closure], model: nn.Module, optimizer: Optimizer, ranks: Ranks
+    closures: Sequence[Closure],
+    model: nn.Module,
+    optimizer: Optimizer,
+    ranks: Ranks = ALONE,
 ) -> Trial:
     """Measure ``a`` and ``k`` by a gradient and one to three forward passes.
 
@@ -87,7 +90,9 @@ def try_step(
     """
     parameters = trainable(model)
     loss, grads = mean_gradient(closures, parameters, ranks)
-    metric, rates = metric_of(optimizer, model), _rates(optimizer)
+    # M with this gradient in it: where there were none before, M⁻¹ alone is beyond all measure.
+    metric = metric_of(optimizer, model, dict(zip(parameters, grads, strict=True)))
+    rates = _rates(optimizer)
     ways = [metric.velocity(p, g, rates[p]) for p, g in zip(parameters, grads, strict=True)]
     pairs = zip(grads, ways, strict=True)
     fall = sum(float((g.double() * v.double().conj()).sum().real) for g, v in pairs)

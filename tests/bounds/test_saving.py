@@ -93,13 +93,14 @@ def test_the_stride_is_that_of_the_hessian_on_a_quadratic(name: str) -> None:
     ways = []
     for p, g in zip(parameters, now, strict=True):
         group = next(one for one in optimizer.param_groups if any(p is q for q in one["params"]))
-        lr, own = group["lr"], optimizer.state[p]
+        lr, own, square = group["lr"], optimizer.state[p], g.detach() ** 2
         if "exp_avg_sq" in own:
-            lr = lr / ((own["exp_avg_sq"] / (1 - 0.999 ** float(own["step"]))).sqrt() + 1e-8)
+            second = 0.999 * own["exp_avg_sq"] + 0.001 * square
+            lr = lr / ((second / (1 - 0.999 ** (float(own["step"]) + 1))).sqrt() + 1e-8)
         elif "square_avg" in own:
-            lr = lr / (own["square_avg"].sqrt() + 1e-8)
+            lr = lr / ((0.99 * own["square_avg"] + 0.01 * square).sqrt() + 1e-8)
         elif "sum" in own:
-            lr = lr / (own["sum"].sqrt() + 1e-10)
+            lr = lr / ((own["sum"] + square).sqrt() + 1e-10)
         ways.append(lr * g.detach() / (1 - group.get("momentum", 0.0)))
     slope = sum((g * v).sum() for g, v in zip(now, ways, strict=True))
     bend = torch.autograd.grad(slope, parameters)
@@ -319,3 +320,36 @@ def test_with_the_preconditioned_norm(model: nn.Module) -> None:
     report = teleporter.step(lambda: cross_entropy(net(x), y))
     assert report.norm == "preconditioned gradient norm (Adam)"
     assert report.growth > 1.5
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "amsgrad", "Adagrad", "RMSprop", "centered"])
+def test_the_step_tried_is_the_optimizers_next_but_for_its_momentum(name: str) -> None:
+    """With β₁ = 0 the optimizer itself goes along v."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    x = torch.randn(5, 3).double()
+    parameters = list(model.parameters())
+    optimizer = {
+        "Adam": lambda: Adam(parameters, lr=0.01, betas=(0.0, 0.9)),
+        "AdamW": lambda: AdamW(parameters, lr=0.01, betas=(0.0, 0.9), weight_decay=0.0),
+        "amsgrad": lambda: Adam(parameters, lr=0.01, betas=(0.0, 0.9), amsgrad=True),
+        "Adagrad": lambda: Adagrad(parameters, lr=0.01),
+        "RMSprop": lambda: RMSprop(parameters, lr=0.01),
+        "centered": lambda: RMSprop(parameters, lr=0.01, centered=True),
+    }[name]()
+
+    def loss() -> torch.Tensor:
+        return model(x).square().sum()
+
+    for step in range(4):
+        optimizer.zero_grad()
+        loss().backward()
+        if step > 0:
+            trial = try_step([loss], model, optimizer)
+        before, grads = (
+            [t.detach().clone() for t in of] for of in (parameters, [p.grad for p in parameters])
+        )
+        optimizer.step()
+    moved = [a - p.detach() for a, p in zip(before, parameters, strict=True)]
+    fall = sum(float((g * m).sum()) for g, m in zip(grads, moved, strict=True))
+    assert trial.fall == pytest.approx(fall, rel=1e-9)
