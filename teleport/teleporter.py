@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 from teleport.ascent import Ascent, Settings
 from teleport.bounds.saving import Decision, not_moved
 from teleport.errors import UnsupportedModelError, is_between, require
-from teleport.guard import HeldOut
+from teleport.guard import HeldOut, Standing
 from teleport.layers.support import cover, require_matches, selected, supported
 from teleport.line_search import load_search
 from teleport.objective import EUCLIDEAN, check_optimizer, metric_of
@@ -218,9 +217,11 @@ class Teleporter:
         if refusal := decision.refusal(closures, ranks):
             return not_moved(refusal, decision.trial)
         settings = replace(settings, growth=decision.growth)
-        report = Ascent(
-            settings, closures, held, ranks, metric, partial(decision.objection, closures, ranks)
-        ).run()
+
+        def object_to(before: Standing, after: Standing) -> str:
+            return decision.objection(closures, ranks, before.held_out, after.held_out)
+
+        report = Ascent(settings, closures, held, ranks, metric, object_to).run()
         return replace(report, reason=f"{report.reason}; {decision.told}")
 
     def _moving(self) -> dict[str, Any]:

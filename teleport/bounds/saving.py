@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from teleport.errors import NonFiniteLossError
-from teleport.guard import Standing
 from teleport.objective import mean_gradient, mean_loss, metric_of, squared_norm, trainable
 from teleport.report import TeleportReport
 from teleport.runtime.clock import now
@@ -213,24 +212,34 @@ class Decision:
         )
 
     def objection(
-        self, closures: Sequence[Closure], ranks: Ranks, before: Standing, after: Standing
+        self,
+        closures: Sequence[Closure],
+        ranks: Ranks,
+        before: float | None,
+        after: float | None,
     ) -> str:
-        """What is wrong with where the teleport ended, for the steps that follow."""
+        """What is wrong with where the teleport ended, for the steps that follow.
+
+        Args:
+            closures: parts of the batch.
+            ranks: the processes that train as one.
+            before, after: the held-out loss, if there is one.
+        """
         end = try_step(closures, self.model, self.optimizer, ranks)
         if end.stride > 1.0:
             return (
                 f"the next step of the optimizer would overshoot: it goes {end.stride:.2g} of the "
                 "way to the lowest point along the gradient"
             )
-        if before.held_out is None or after.held_out is None or self.trial is None:
+        if before is None or after is None or self.trial is None:
             return ""
-        lost = (after.held_out - before.held_out) / self.trial.fall
-        if not lost <= self.trial.saved:
-            return (
-                f"the held-out loss rose by what {lost:.2g} steps gain, and the teleport saves "
-                f"about {self.trial.saved:.2g}"
-            )
-        return ""
+        lost = (after - before) / self.trial.fall
+        if lost <= self.trial.saved:
+            return ""
+        return (
+            f"the held-out loss rose by what {lost:.2g} steps gain, and the teleport saves about "
+            f"{self.trial.saved:.2g}"
+        )
 
 
 def _counter(decision: "weakref.ref[Decision]") -> Callable[..., None]:
