@@ -207,18 +207,15 @@ def _rmsprop(group: OptimizerState, state: OptimizerState) -> Any:
 
 
 def _after(group: OptimizerState, state: OptimizerState, grad: Tensor) -> OptimizerState:
-    """What the optimizer will know of a parameter when it divides by this gradient's M."""
+    """What the optimizer will know of a parameter when it divides this gradient by M."""
     square, new = at_least_single(grad).abs().square(), dict(state)
     if "sum" in state:
         new["sum"] = state["sum"] + square
-    for name, kept in (
-        ("square_avg", group.get("alpha")),
-        ("exp_avg_sq", group.get("betas", (0.0, 0.0))[1]),
-    ):
-        if name in state:
-            new[name] = kept * state[name] + (1.0 - kept) * square
+    weights = {"square_avg": group.get("alpha"), "exp_avg_sq": group.get("betas", (0, 0))[1]}
+    for name in state.keys() & weights.keys():
+        new[name] = torch.lerp(square, at_least_single(state[name]), weights[name])
     if "grad_avg" in state:
-        new["grad_avg"] = group["alpha"] * state["grad_avg"] + (1.0 - group["alpha"]) * grad
+        new["grad_avg"] = torch.lerp(grad, state["grad_avg"], group["alpha"])
     if "max_exp_avg_sq" in state:
         new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], new["exp_avg_sq"])
     new["step"] = float(state["step"]) + 1.0

@@ -223,7 +223,8 @@ class Decision:
         Args:
             closures: parts of the batch.
             ranks: the processes that train as one.
-            before, after: the held-out loss, if there is one.
+            before: the held-out loss at the start, if there is one.
+            after: where it ended.
         """
         end = try_step(closures, self.model, self.optimizer, ranks)
         if end.stride > 1.0:

@@ -19,7 +19,19 @@ from teleport.lab.keeping.methods import LEARNING_METHODS
 from teleport.lab.keeping.tasks import SEQUENCES
 
 COMMANDS = [
-    *("list", "run", "continual", "keep", "bench", "sweep", "spectrum", "tau", "moves", "product"),
+    *(
+        "list",
+        "run",
+        "continual",
+        "keep",
+        "bench",
+        "sweep",
+        "spectrum",
+        "tau",
+        "moves",
+        "saving",
+        "product",
+    ),
     *("connectivity", "sensitivity"),
     *(
         "report",

@@ -24,6 +24,7 @@ from teleport.lab.experiments.run import run_arms
 from teleport.lab.paper.input_energy import read_spectra
 from teleport.lab.paper.moves import read_moves
 from teleport.lab.paper.products import read_product
+from teleport.lab.paper.savings import read_savings
 from teleport.lab.paper.threshold import read_trajectories
 from teleport.lab.records.pack import pack, unpack
 from teleport.lab.records.runs import first_row, has_begun, read_rows, read_runs
@@ -207,6 +208,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "keeping/digits": read_runs,
     "sensitivity/design": read_outcomes,
     "moves/resnet18-training": read_moves,
+    "saving": read_savings,
     "paper/product/cifar10-jpeg-cnn": read_product,
     "paper/spectrum": read_spectra,
     "paper/tau/mnist-mlp": read_trajectories,
@@ -235,6 +237,7 @@ WRITERS = {
     "spectrum": ("spectrum", "mnist-sample", *OPTIONS, "--resume"),
     "tau": ("tau", "mnist-sample", *OPTIONS, "--resume"),
     "moves": ("moves", "mnist-sample", *OPTIONS, "--resume"),
+    "saving": ("saving", "mnist-sample", *OPTIONS, "--resume"),
     "connectivity": ("connectivity", "mnist-sample", *OPTIONS, "--resume"),
     "sensitivity": ("sensitivity", "mnist-sample", *OPTIONS, "--resume"),
     "bench": ("bench", "memory", *OPTIONS),

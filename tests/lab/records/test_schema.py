@@ -20,6 +20,7 @@ from teleport.lab.paper.input_energy import read_spectra
 from teleport.lab.paper.moves import read_moves
 from teleport.lab.paper.plots import product_figure, spectrum_figure, threshold_figure
 from teleport.lab.paper.products import read_product
+from teleport.lab.paper.savings import read_savings
 from teleport.lab.paper.threshold import read_trajectories
 from teleport.lab.records.runs import read_rows, read_runs
 from teleport.lab.records.schema import ROWS, made_by
@@ -98,6 +99,7 @@ SHOWN: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         show_moves,
         [f"moves/transformers/00-etth1-seed{seed}.jsonl" for seed in (0, 1)],
     ),
+    "saving": (read_savings, ["saving/01-etth1-sgd-seed0.jsonl"]),
     "product": (show_product, ["paper/product/cifar10-jpeg-cnn/00-0.jsonl"]),
     "rivals": (show_benchmarks, ["bench/rivals-budget/rivals.jsonl"]),
     **{
