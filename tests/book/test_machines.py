@@ -6,8 +6,8 @@ machines. Figures are not drawn.
 
 A run of all chapters costs three to five CPU minutes. The slow tests make half of one: every fourth
 chapter as on an old processor, where most differs from a new one, and the one after it as on one
-with AVX2 (chapter 9 would take two minutes on the old one); a workflow runs all every week. With ``TELEPORT_MACHINES=all`` every chapter runs
-in every way, and so do the tests of the README.
+with AVX2 (chapter 9 would take two minutes on the old one); a workflow runs all every week. With
+``TELEPORT_MACHINES=all`` every chapter runs in every way, and so do the tests of the README.
 """
 
 import json
