@@ -35,7 +35,7 @@ GRADIENTS = 7.0
 """Gradients of the batch that a first teleport is taken to cost, before one has been timed."""
 
 _LENGTHS = (1.0, 4.0, 16.0)
-"""Steps along v, tried until the bend of the loss is more than its rounding."""
+"""Steps along v, tried until the loss bends up by more than its rounding."""
 
 
 @dataclass(frozen=True)
