@@ -97,16 +97,18 @@ def _show_moves(folder: Path) -> None:
 
 
 def _show_savings(folder: Path) -> None:
-    columns = ("experiment", "optimizer", "arm", "k", "k after", "growth", "saves", "costs", "auto")
+    columns = ("experiment", "optimizer", "arm", "k", "growth", "k after", "saved", "cost", "auto")
     table = Table(
         *(Column(name, justify="left" if n < 3 else "right") for n, name in enumerate(columns)),
-        title="what a teleport should save, in steps of the optimizer",
+        title="what a teleport should save and what it costs, in steps of the optimizer",
         caption="k: a step as a share of the way to the lowest point along the gradient; beyond 2 "
-        'the loss rises. auto: whether growth="auto" goes, with room in its budget',
+        'the loss rises. auto: whether growth="auto" goes, with room in its budget, and how many '
+        "steps it expects to save",
     )
     for s in read_savings(folder):
-        numbers = (s.stride, s.stride_after, s.growth, s.saved, s.cost)
-        table.add_row(*s.key, *(f"{n:.2g}" for n in numbers), "yes" if s.pays else "no")
+        numbers = (s.stride, s.growth, s.stride_after, s.saved, s.cost)
+        says = f"{'yes' if s.pays else 'no'}, {s.expected:.2g}"
+        table.add_row(*s.key, *(f"{n:.2g}" for n in numbers), says)
     _keep(folder, [table], {})
 
 

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 import teleport
 from teleport.bounds import saving
-from teleport.bounds.saving import Trial, try_step
+from teleport.bounds.saving import Trial, best_growth, try_step
 from teleport.runtime.ranks import ALONE
 
 
@@ -58,7 +58,8 @@ def test_the_steps_saved_are_those_counted(
     assert after.stride == pytest.approx(growth**2 * stride, rel=1e-6)
     assert after.fall == pytest.approx(growth**2 * before.fall, rel=1e-9)
     counted = steps_down(slow, lr) - steps_down(fast, lr)
-    assert counted == pytest.approx(before.saved_by(growth), abs=2.0)
+    assert counted == pytest.approx(before.saved(growth), abs=2.0)
+    assert before.saved(growth) == pytest.approx((growth**2 - 1) / after.stride, rel=1e-6)
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
@@ -109,13 +110,11 @@ def test_the_stride_is_that_of_the_hessian_on_a_quadratic(name: str) -> None:
     assert trial.stride == pytest.approx(curved / float(slope), rel=1e-6)
 
 
-@given(st.floats(1e-9, 1e6))
-def test_growth_and_saving_keep_to_their_ranges(stride: float) -> None:
-    trial = Trial(1.0, 1.0, 1.0, stride)
-    assert 1.0 <= trial.growth <= saving.MOST_GROWTH
-    assert 0.0 <= trial.saved <= 0.75 / stride
-    assert (trial.growth == 1.0) == (stride >= 1.0)
-    assert trial.growth**saving.CURVATURE_POWER * stride <= max(1.0, stride) * (1 + 1e-9)
+@given(st.floats(2.0, 30.0), st.floats(1.001, 2.0))
+def test_no_growth_saves_more_than_the_best(power: float, other: float) -> None:
+    trial, best = Trial(1.0, 1.0, 1.0, 0.01), best_growth(power)
+    assert 1.0 < best <= saving.MOST_GROWTH
+    assert trial.saved(other, power) <= trial.saved(best, power) * (1 + 1e-12)
 
 
 def test_a_step_that_does_not_descend_saves_nothing() -> None:
@@ -123,7 +122,7 @@ def test_a_step_that_does_not_descend_saves_nothing() -> None:
     optimizer = SGD(model.parameters(), lr=0.0)
     trial = try_step([lambda: model(torch.ones(1, 2)).sum() ** 2], model, optimizer, ALONE)
     assert trial.stride == math.inf
-    assert (trial.growth, trial.saved) == (1.0, 0.0)
+    assert trial.saved(1.5) == 0.0
 
 
 class Trained:
@@ -169,9 +168,9 @@ def test_it_goes_where_it_pays_and_says_why() -> None:
     report = trained.teleporter.step(trained.loss)
     assert report.steps == 1
     assert not report.rolled_back
-    assert report.growth == pytest.approx(2.0, rel=1e-3)
+    assert report.growth == pytest.approx(1.5**0.5, rel=1e-3)
     assert not same(before, trained.weights())
-    assert "growth 2 saves about" in report.reason
+    assert "growth 1.22 saves about" in report.reason
     assert report.seconds <= trained.teleporter._decision.spent
 
 
@@ -219,11 +218,9 @@ def test_the_budget_is_kept_but_for_the_first_teleport_whose_cost_nobody_knows()
     assert len(costs) <= 2
 
 
-def test_a_teleport_after_which_a_step_overshoots_is_undone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(saving, "CURVATURE_POWER", 1.0)  # whatever the curvature, go far
+def test_a_teleport_after_which_a_step_overshoots_is_undone() -> None:
     trained = Trained(lr=1.0)
+    trained.teleporter._decision.power = 2.0  # go far
     trained.train(3)
     trained.long_ago()
     before = trained.weights()
@@ -231,6 +228,18 @@ def test_a_teleport_after_which_a_step_overshoots_is_undone(
     assert report.rolled_back
     assert "would overshoot" in report.reason
     assert same(before, trained.weights())
+
+
+def test_the_power_is_learned_from_the_last_teleport() -> None:
+    trained = Trained()
+    trained.train(5)
+    trained.long_ago()
+    assert trained.teleporter._decision.growth == pytest.approx(1.5**0.5)
+    before = try_step([trained.loss], trained.model, trained.optimizer)
+    trained.teleporter.step(trained.loss)
+    after = try_step([trained.loss], trained.model, trained.optimizer)
+    power = math.log(after.stride / before.stride) / math.log(1.5**0.5)
+    assert trained.teleporter._decision.power == pytest.approx(max(2.0, power), rel=0.05)
 
 
 def test_a_teleport_that_other_data_pays_for_is_undone() -> None:
@@ -319,7 +328,7 @@ def test_with_the_preconditioned_norm(model: nn.Module) -> None:
     teleporter._decision.training += 1e6
     report = teleporter.step(lambda: cross_entropy(net(x), y))
     assert report.norm == "preconditioned gradient norm (Adam)"
-    assert report.growth > 1.5
+    assert report.growth == pytest.approx(1.5**0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "amsgrad", "Adagrad", "RMSprop", "centered"])

@@ -4,12 +4,13 @@ Every arm is trained up to its first teleport, where the step of its optimizer i
 after a teleport. What the whole runs saved is in the records of `teleport sweep`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teleport.bounds.saving import Trial, try_step
+from teleport.bounds.saving import FIRST_POWER, Trial, best_growth, try_step
 from teleport.data import Dataset, load
 from teleport.errors import RunError
 from teleport.lab.experiments.arms import Arm, RunSettings, default_arms, teleport_settings
@@ -139,10 +140,7 @@ def measure(training: Training) -> dict[str, Any]:
         "stride": min(before.stride, NO_DESCENT),
         "growth": report.growth,
         "stride_after": min(after.stride, NO_DESCENT),
-        "saved": before.saved_by(report.growth),
         "cost": cost,
-        "auto_growth": before.growth,
-        "auto_saved": before.saved,
         "held_out_drift": report.held_out_drift,
         "step_seconds": step_seconds,
         "teleport_seconds": report.seconds,
@@ -158,9 +156,7 @@ class Saving:
         steps: of a whole run.
         stride, stride_after: k before and after the teleport.
         growth: that the teleport reached.
-        saved: steps, by ``prop-saving``.
         cost: of the teleport, in steps.
-        auto_saved: steps that the growth of ``growth="auto"`` would save.
         seeds: how many.
     """
 
@@ -169,15 +165,26 @@ class Saving:
     stride: float
     stride_after: float
     growth: float
-    saved: float
     cost: float
-    auto_saved: float
     seeds: int
+
+    @property
+    def saved(self) -> float:
+        """Steps that the teleport should have saved (``prop-saving``)."""
+        return (self.growth**2 - 1.0) / self.stride_after
+
+    @property
+    def expected(self) -> float:
+        """Steps that ``growth="auto"`` expects to save, by a growth of its own."""
+        return Trial(math.nan, math.nan, math.nan, self.stride).saved(
+            best_growth(FIRST_POWER), FIRST_POWER
+        )
 
     @property
     def pays(self) -> bool:
         """Whether ``growth="auto"`` would teleport, given room in the budget."""
-        return self.auto_saved > self.cost
+        after = self.stride * best_growth(FIRST_POWER) ** FIRST_POWER
+        return self.expected > self.cost and after <= 1.0
 
 
 def read_savings(folder: Path) -> list[Saving]:
@@ -202,7 +209,7 @@ def read_savings(folder: Path) -> list[Saving]:
     def mean(rows: list[dict[str, Any]], name: str) -> float:
         return float(sum(row[name] for row in rows) / len(rows))
 
-    names = ("steps", "stride", "stride_after", "growth", "saved", "cost", "auto_saved")
+    names = ("steps", "stride", "stride_after", "growth", "cost")
     return [
         Saving(key, **{name: mean(rows, name) for name in names}, seeds=len(rows))
         for key, rows in found.items()

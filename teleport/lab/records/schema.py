@@ -223,7 +223,6 @@ ROWS: dict[str, dict[str, Fields]] = {
             "arm": TEXT,
             "steps": COUNT,
             **dict.fromkeys(("stride", "stride_after", "growth"), NUMBER),
-            **dict.fromkeys(("saved", "auto_saved"), NUMBER),
             "cost": TIME,
         },
         "end": _END,
