@@ -120,17 +120,14 @@ class Group(Ranks):
             )
 
     def mean(self, value: float) -> float:  # noqa: D102
-        self._compare(None)
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(total, group=self._group)
-        return float(total) / self.size
+        here = torch.tensor(value, dtype=torch.float64, device=self.device)
+        return sum(map(float, self.gather(here))) / self.size
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:  # noqa: D102
         self._compare(None)
         for same in _by_dtype(tensors):
             flat = torch.cat([at_least_single(t).reshape(-1) for t in same])
-            distributed.all_reduce(flat, group=self._group)
-            _unpack_(same, flat / self.size)
+            _unpack_(same, self._sum(flat * (1.0 / self.size)))
 
     def most(self, values: Sequence[int]) -> list[int]:  # noqa: D102
         self._compare(None)
@@ -152,13 +149,28 @@ class Group(Ranks):
 
     def sum_(self, tensor: Tensor) -> None:  # noqa: D102
         self._compare(None)
-        distributed.all_reduce(tensor, group=self._group)
+        tensor.copy_(self._sum(tensor.reshape(-1)).view_as(tensor))
 
     def gather(self, tensor: Tensor) -> list[Tensor]:  # noqa: D102
         self._compare(None)
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         distributed.all_gather(gathered, tensor, group=self._group)
         return gathered
+
+    def _sum(self, flat: Tensor) -> Tensor:
+        """The sum over the ranks in their order; ``all_reduce`` has an order of its backend's own.
+
+        Each rank adds up one share of the numbers, so that as much travels as in a ring.
+        """
+        share = -(-flat.numel() // self.size)
+        padded = nn.functional.pad(flat, (0, share * self.size - flat.numel()))
+        pieces = torch.empty_like(padded)
+        distributed.all_to_all_single(pieces, padded, group=self._group)
+        total, *others = pieces.split(share)
+        for piece in others:
+            total += piece
+        distributed.all_gather(list(padded.split(share)), total, group=self._group)
+        return padded[: flat.numel()]
 
     def _compare(self, error: BaseException | None) -> None:
         """Tell the others how this rank is; raise the worst of all errors, if there is one."""
