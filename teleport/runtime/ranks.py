@@ -208,13 +208,18 @@ def ranks_of(model: nn.Module) -> Ranks:
             "DistributedDataParallel with mixed_precision= cannot teleport; use torch.autocast "
             "in the closure instead"
         )
-    for name, module in parallel.module.named_modules():
+    refuse_talking_layers(parallel.module)
+    return Group(parallel.process_group, next(parallel.parameters()).device)
+
+
+def refuse_talking_layers(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for a layer that talks to other ranks inside the model."""
+    for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm) and module.training:
             raise UnsupportedModelError(
                 f"layer {name!r} (SyncBatchNorm in train mode) talks to the other ranks inside the "
                 "model; put it into evaluation mode around the teleport"
             )
-    return Group(parallel.process_group, next(parallel.parameters()).device)
 
 
 @contextmanager
