@@ -31,7 +31,7 @@ def parallel_part(model: nn.Module) -> DistributedDataParallel | None:
     Raises:
         UnsupportedModelError: for other ways to spread a model, with what to do.
     """
-    _refuse_pipeline(model)
+    refuse_pipeline(model)
     whole = getattr(model, "_orig_mod", model)  # compiled, after it was wrapped
     for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel) and module is not whole:
@@ -43,7 +43,7 @@ def parallel_part(model: nn.Module) -> DistributedDataParallel | None:
                 "nn.DataParallel runs copies of the layers; teleport model.module and call that "
                 "in the closure, or use DistributedDataParallel"
             )
-        _refuse_sharded(name or "(model)", module)
+        _refuse_sharded(name, module)
     return whole if isinstance(whole, DistributedDataParallel) else None
 
 
@@ -53,7 +53,8 @@ def is_fully_sharded(model: nn.Module, *, itself: bool = False) -> bool:
     return any(kind.__name__ == "FSDPModule" for m in modules for kind in type(m).__mro__)
 
 
-def _refuse_pipeline(model: object) -> None:
+def refuse_pipeline(model: object) -> None:
+    """Raise UnsupportedModelError for what runs a part of a model only."""
     if type(model).__module__.startswith("torch.distributed.pipelining"):
         raise UnsupportedModelError(
             f"{type(model).__name__} is a part of a pipeline: no rank runs the whole model, and the "
@@ -67,11 +68,13 @@ def _refuse_sharded(name: str, module: nn.Module) -> None:
     own = {type(p).__name__ for p in module.parameters(recurse=False)}
     if type(module).__name__ == "FullyShardedDataParallel" or "FlatParameter" in own:
         raise UnsupportedModelError(
-            f"layer {name!r} is in FullyShardedDataParallel (FSDP1), which keeps weights as one "
-            "flat row. Shard with fully_shard (FSDP2), which Teleporter gathers by itself, or "
+            f"{name or 'the model'} is in FullyShardedDataParallel (FSDP1), which keeps weights as "
+            "one flat row. Shard with fully_shard (FSDP2), which Teleporter gathers by itself, or "
             "use DistributedDataParallel"
         )
     if is_fully_sharded(module, itself=True):
+        inner = (n for n, m in module.named_modules() if list(m.parameters(recurse=False)))
+        name = ".".join(part for part in (name, next(inner, "")) if part) or "(model)"
         raise UnsupportedModelError(
             f"layer {name!r} is sharded by FSDP2 (fully_shard): no rank holds a whole weight. "
             "Teleporter gathers such a model for the time of a step; anything else has to be done "
@@ -79,7 +82,7 @@ def _refuse_sharded(name: str, module: nn.Module) -> None:
         )
     if "DTensor" in own:
         raise UnsupportedModelError(
-            f"the weights of layer {name!r} are DTensors (tensor parallelism, parallelize_module): "
+            f"the weights of layer {name or '(model)'!r} are DTensors (tensor parallelism, parallelize_module): "
             "no rank holds a whole one, and its inputs may be spread as well. Teleport, or make "
             "the null space, before parallelize_module, or on a plain copy of the model with the "
             "gathered state_dict"
