@@ -255,7 +255,7 @@ class RowSpace(Space):
         if sum(pending.shape[-2] for pending in self._pending) > rows.shape[-1]:
             self._reduce()
 
-    def absorb(self, other: "RowSpace") -> None:  # noqa: D102
+    def absorb(self, other: "RowSpace") -> None:
         if other.count == 0:
             return
         factor, dtype = other.factor(), coarsest([self._dtype, other._dtype])

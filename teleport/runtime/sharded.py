@@ -105,8 +105,8 @@ def _checked_mesh(model: nn.Module, places: _Places) -> Any:
         policy = getattr(_state(module), "_mp_policy", None)
         if any(getattr(policy, kind, None) for kind in ("param_dtype", "output_dtype")):
             raise UnsupportedModelError(
-                f"{name or 'the model'} has a MixedPrecisionPolicy of FSDP2, which a teleport would leave "
-                "out; use torch.autocast in the closure instead"
+                f"{name or 'the model'} has a MixedPrecisionPolicy of FSDP2, which a teleport "
+                "would leave out; use torch.autocast in the closure instead"
             )
     return next(iter(meshes))
 

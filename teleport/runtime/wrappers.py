@@ -57,9 +57,8 @@ def refuse_pipeline(model: object) -> None:
     """Raise UnsupportedModelError for what runs a part of a model only."""
     if type(model).__module__.startswith("torch.distributed.pipelining"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is a part of a pipeline: no rank runs the whole model, and the "
-            "loss of a stage is none. Teleport the whole model before it is split, and split it "
-            "afterwards"
+            f"{type(model).__name__} is a part of a pipeline: no rank runs the whole model, and "
+            "the loss of a stage is none. Teleport the whole model before it is split"
         )
 
 
@@ -82,8 +81,8 @@ def _refuse_sharded(name: str, module: nn.Module) -> None:
         )
     if "DTensor" in own:
         raise UnsupportedModelError(
-            f"the weights of layer {name or '(model)'!r} are DTensors (tensor parallelism, parallelize_module): "
-            "no rank holds a whole one, and its inputs may be spread as well. Teleport, or make "
-            "the null space, before parallelize_module, or on a plain copy of the model with the "
-            "gathered state_dict"
+            f"the weights of layer {name or '(model)'!r} are DTensors (tensor parallelism, "
+            "parallelize_module): no rank holds a whole one, and its inputs may be spread as well. "
+            "Teleport, or make the null space, before parallelize_module, or on a plain copy of the "
+            "model with the gathered state_dict"
         )
