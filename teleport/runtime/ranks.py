@@ -1,12 +1,16 @@
 """Teleporting a model in ``DistributedDataParallel``: every rank with its own shard, all as one.
 
 The loss is the mean of the ranks' losses, as the gradient of ``DistributedDataParallel`` is the
-mean of theirs: with unequal shards the samples of a smaller one count for more. What travels, with
-P trainable numbers in the model, layers of d_out x d_in that move, and n input rows in all ranks
-together: once, the row spaces (8 n d_in bytes a layer while n <= d_in; beyond, a Gram matrix of
-8 d_in², for float64 inputs one triangular factor of that size from every rank) and their bases
-(8 d_in rank bytes); for every look at a gradient norm, 4 P bytes, like one backward pass; for every
-direction, twice 4 d_out d_in bytes a layer. Losses, counts and errors are a few bytes each. Nothing
+mean of theirs: with unequal shards the samples of a smaller one count for more. Sums are taken in
+the order of the ranks, so that all of a teleport is, to the last bit, that of one process with the
+ranks' closures in a list; on the joined batch it is the same to rounding.
+
+What a rank takes in, with P trainable numbers in the model, layers of d_out x d_in that move, r
+ranks and n input rows in all of them together, (r - 1)/r left out: once, the row spaces (8 n d_in
+bytes a layer while n <= d_in; beyond, twice a Gram matrix of 8 d_in²; for float64 inputs one
+triangular factor of that size from every rank) and their bases (8 d_in rank bytes); for every look
+at a gradient norm, twice 4 P bytes, like one backward pass; for every direction, three times
+4 d_out d_in bytes a layer. Losses, counts and errors are a few bytes each. Nothing
 is decided on one rank alone: what ranks compute for themselves, they take from the first, so that
 parameters stay bit for bit equal, and before every exchange each says whether it is still well, so
 that an error on one ends the teleport on all.

@@ -62,12 +62,13 @@ def without_values(model: nn.Module) -> Iterator[None]:
 
 
 def _places(model: nn.Module) -> _Places:
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if is_fully_sharded(module, itself=True):
             module.reshard()  # after a forward pass the outermost one may stand there whole
     return [
         (module._parameters, name, parameter)
-        for module in model.modules()
+        for module in modules
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]
@@ -111,7 +112,7 @@ def _checked_mesh(model: nn.Module, places: _Places) -> Any:
     return next(iter(meshes))
 
 
-def _state(module: nn.Module) -> Any:
+def _state(module: Any) -> Any:
     return module._get_fsdp_state() if is_fully_sharded(module, itself=True) else None
 
 
@@ -128,11 +129,11 @@ def _plainly(model: nn.Module, places: _Places, plain: dict[Any, nn.Parameter]) 
             if is_fully_sharded(module, itself=True):
                 stack.callback(setattr, module, "__class__", kind)
                 module.__class__ = kind.__mro__[2]  # [FSDPLinear, FSDPModule, Linear, ...]
-            for table in ("_forward_pre_hooks", "_forward_hooks"):
-                hooks = getattr(module, table)
-                stack.callback(setattr, module, table, hooks)
+            for kept in ("_forward_pre_hooks", "_forward_hooks"):
+                hooks = getattr(module, kept)
+                stack.callback(setattr, module, kept, hooks)
                 others = [(key, hook) for key, hook in hooks.items() if not _of_fsdp(hook)]
-                setattr(module, table, OrderedDict(others))
+                setattr(module, kept, OrderedDict(others))
         for table, name, parameter in places:
             stack.callback(table.__setitem__, name, parameter)
             table[name] = plain[parameter]

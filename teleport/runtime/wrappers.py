@@ -83,6 +83,6 @@ def _refuse_sharded(name: str, module: nn.Module) -> None:
         raise UnsupportedModelError(
             f"the weights of layer {name or '(model)'!r} are DTensors (tensor parallelism, "
             "parallelize_module): no rank holds a whole one, and its inputs may be spread as well. "
-            "Teleport, or make the null space, before parallelize_module, or on a plain copy of the "
-            "model with the gathered state_dict"
+            "Teleport, or make the null space, before parallelize_module, or on a plain copy of "
+            "the model with the gathered state_dict"
         )

@@ -557,8 +557,12 @@ def _rival_row(row: Measurement, timing: Timing) -> Measurement:
 
 def ranks_jobs(setting: Setting) -> list[BenchmarkJob]:
     """Bytes that ranks send during a teleport, counted and by formula, and their memory."""
+
+    def job(case: ranks.Traffic, count: int) -> list[Measurement]:
+        return [ranks.measured(case, count)]
+
     return [
-        (f"{case.rows} rows, {count} ranks", lambda c=case, n=count: [ranks.measured(c, n)])
+        (f"{case.rows} rows, {count} ranks", partial(job, case, count))
         for case in ranks.cases(setting.preset.small)
         for count in ranks.COUNTS
     ]

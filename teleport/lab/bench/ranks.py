@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
@@ -101,7 +102,7 @@ def predicted(
 def measured(case: Traffic, ranks: int) -> Measurement:
     """Teleport in so many processes; the counts of the last rank, and the largest peak."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (ranks, case, folder), nprocs=ranks)
+        spawn(_rank, (ranks, case, folder), nprocs=ranks)
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
     row = found[-1] | {"peak": max(each["peak"] for each in found)}
     layers = [LayerSize(**layer) for layer in row["layers"]]
