@@ -131,7 +131,7 @@ class Group(Ranks):
         self._compare(None)
         for same in _by_dtype(tensors):
             flat = torch.cat([at_least_single(t).reshape(-1) for t in same])
-            _unpack_(same, self._sum(flat * (1.0 / self.size)))
+            _unpack_(same, self._sum(flat.mul_(1.0 / self.size)))
 
     def most(self, values: Sequence[int]) -> list[int]:  # noqa: D102
         self._compare(None)
@@ -164,10 +164,12 @@ class Group(Ranks):
     def _sum(self, flat: Tensor) -> Tensor:
         """The sum over the ranks in their order; ``all_reduce`` has an order of its backend's own.
 
-        Each rank adds up one share of the numbers, so that as much travels as in a ring.
+        Each rank adds up one share of the numbers, so that as much travels as in a ring. What is
+        given may be overwritten.
         """
-        share = -(-flat.numel() // self.size)
-        padded = nn.functional.pad(flat, (0, share * self.size - flat.numel()))
+        missing = -flat.numel() % self.size
+        padded = nn.functional.pad(flat, (0, missing)) if missing else flat
+        share = padded.numel() // self.size
         pieces = torch.empty_like(padded)
         distributed.all_to_all_single(pieces, padded, group=self._group)
         total, *others = pieces.split(share)

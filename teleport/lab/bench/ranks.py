@@ -32,8 +32,8 @@ from teleport.teleporter import Teleporter
 COUNTS = (1, 2, 4)
 """Of processes."""
 
-KINDS = ("gradients", "inputs", "bases", "directions")
-"""What travels, by what it is for."""
+PURPOSES = ("gradients", "inputs", "bases", "directions")
+"""Of what travels."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class LayerSize:
 def predicted(
     ranks: int, layers: Sequence[LayerSize], rows: int, parameters: int, looks: int
 ) -> dict[str, float]:
-    """Bytes that a rank other than the first takes in, in single precision, by kind.
+    """Bytes that a rank other than the first takes in, in single precision, by purpose.
 
     Args:
         ranks: how many.
@@ -86,7 +86,7 @@ def predicted(
         looks: at a gradient norm.
     """
     share, told = (ranks - 1) / ranks, int(ranks > 1)
-    found = dict.fromkeys(KINDS, 0.0)
+    found = dict.fromkeys(PURPOSES, 0.0)
     found["gradients"] = 2 * share * 4 * parameters * looks
     for layer in layers:
         height = rows if rows <= layer.d_in else 2 * layer.d_in
@@ -129,7 +129,7 @@ def _rank(rank: int, size: int, case: Traffic, folder: str) -> None:
         "parameters": parameters,
         "looks": calls["looks"],
         "exchanges": calls["exchanges"],
-        "taken": {kind: taken[kind] for kind in (*KINDS, "other")},
+        "taken": {kind: taken[kind] for kind in (*PURPOSES, "other")},
         "peak": peak_bytes(_teleport(rank, size, case)[1], torch.device("cpu")),
     }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
@@ -171,7 +171,7 @@ def _kind(method: str, given: Any, parameters: int) -> str:
 
 @contextmanager
 def _counted(parameters: int) -> Iterator[tuple[Counter[str], Counter[str]]]:
-    """Bytes that this rank takes in by kind; looks and exchanges."""
+    """Bytes that this rank takes in by purpose; looks and exchanges."""
     taken, calls, kind = Counter[str](), Counter[str](), ["other"]
 
     def counting(name: str) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from teleport.errors import RunError
 from teleport.lab.bench.benchmarks import BENCHMARKS
-from teleport.lab.bench.ranks import KINDS
+from teleport.lab.bench.ranks import PURPOSES
 from teleport.lab.bench.timing import Measurement, ScalingCurve, Spread, Timing, power_law
 from teleport.lab.records.runs import read_rows
 from teleport.lab.records.study import record_paths
@@ -383,12 +383,12 @@ def _speeds(benchmark: Benchmark) -> Iterator[Sheet]:
 def _ranks(benchmark: Benchmark) -> list[Sheet]:
     rows = []
     for row in benchmark.rows:
-        pairs = [f"{_mib(row['taken'][k])} ({_mib(row['predicted'][k])})" for k in KINDS]
+        pairs = [f"{_mib(row['taken'][k])} ({_mib(row['predicted'][k])})" for k in PURPOSES]
         widths = "-".join(map(str, row["widths"]))
         shape = f"{widths}, n = {row['rows']}, τ = {row['tau']:g}"
         others = [f"{row['taken']['other'] / 1024:.1f}", str(row["exchanges"]), str(row["looks"])]
         rows.append((shape, str(row["ranks"]), *pairs, *others, _mib(row["peak"])))
-    columns = ("network", "ranks", *KINDS, "other, KiB", "exchanges", "looks", "peak")
+    columns = ("network", "ranks", *PURPOSES, "other, KiB", "exchanges", "looks", "peak")
     caption = (
         "MiB that the last rank takes in during one default teleport, in brackets by formula. "
         "n: in all ranks together. Looks: at a gradient norm. Peak: of tensors on one rank."

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from teleport.lab.bench.ranks import COUNTS, KINDS, LayerSize, cases, measured, predicted
+from teleport.lab.bench.ranks import COUNTS, PURPOSES, LayerSize, cases, measured, predicted
 from teleport.lab.bench.tables import read_benchmarks
 
 ROOT = Path(__file__).parents[3]
@@ -28,10 +28,10 @@ def mib(size: float) -> str:
 
 
 def measured_lines() -> list[str]:
-    titles = ["n", "ranks", *KINDS, "other", "exchanges", "memory"]
+    titles = ["n", "ranks", *PURPOSES, "other", "exchanges", "memory"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows():
-        pairs = [f"{mib(row['taken'][k])} ({mib(row['predicted'][k])})" for k in KINDS]
+        pairs = [f"{mib(row['taken'][k])} ({mib(row['predicted'][k])})" for k in PURPOSES]
         ends = [mib(row["taken"]["other"]), str(row["exchanges"]), mib(row["peak"])]
         n = f"{row['rows']:,}, τ = {row['tau']:g}"
         lines.append(f"| {' | '.join([n, str(row['ranks']), *pairs, *ends])} |")
@@ -57,7 +57,7 @@ def decomposition(layer: LayerSize) -> int:
 
 
 def predicted_lines() -> list[str]:
-    titles = ["all 24 blocks", *KINDS, "Gram matrices", "bases held", "decompositions"]
+    titles = ["all 24 blocks", *PURPOSES, "Gram matrices", "bases held", "decompositions"]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     looks = max(row["looks"] for row in rows())
     blocks = layers()
@@ -68,7 +68,7 @@ def predicted_lines() -> list[str]:
         every = own * BLOCKS
         numbers = sum(layer.d_out * layer.d_in for layer in every)
         found = predicted(MANY, every, MANY * TOKENS, numbers, looks)
-        cells = [f"{found[kind] / 1e9:.1f} GB" for kind in KINDS]
+        cells = [f"{found[kind] / 1e9:.1f} GB" for kind in PURPOSES]
         cells.append(f"{sum(8 * layer.d_in**2 for layer in every) / 1e9:.1f} GB")
         cells.append(f"{sum(8 * layer.d_in * (layer.rank or 0) for layer in every) / 1e9:.1f} GB")
         cells.append(f"{sum(map(decomposition, every)) / 1e12:.0f} Tflop")
@@ -96,13 +96,13 @@ def test_the_record_holds_what_the_formulas_say() -> None:
 def test_two_ranks_take_in_what_the_formulas_say(case: Any) -> None:
     row = measured(case, 2)
     assert row["looks"] >= 3  # at the start, on the way and at the end
-    assert min(row["taken"][kind] for kind in KINDS) > 0
+    assert min(row["taken"][kind] for kind in PURPOSES) > 0
     close(row)
 
 
 def close(row: dict[str, Any]) -> None:
     """To one number for each rank and exchange: by so many a sum is made divisible."""
-    for kind in KINDS:
+    for kind in PURPOSES:
         apart = abs(row["taken"][kind] - row["predicted"][kind])
         assert apart <= 8 * row["ranks"] * row["exchanges"], (kind, row["taken"], row["predicted"])
 
