@@ -11,7 +11,16 @@ from torch.distributed.pipelining import SplitPoint, pipeline
 from teleport import Teleporter, UnsupportedModelError, null_space
 from teleport.runtime.wrappers import refuse_pipeline
 from tests.runtime.test_ranks import SAME, Ranks, assert_same_report
-from tests.support.many_ranks import CHOSEN, SHARDED, SHARDS, SIZE, one_process, run, trained_in_one
+from tests.support.many_ranks import (
+    CHOSEN,
+    PAIRS,
+    SHARDED,
+    SHARDS,
+    SIZE,
+    one_process,
+    run,
+    trained_in_one,
+)
 from tests.support.ranks import batch, build
 
 ROOT = Path(__file__).parents[2]
@@ -36,8 +45,7 @@ def of(ranks: Ranks, name: str, size: int = SIZE) -> list[Any]:
 
 
 @pytest.mark.verifies("thm-invariance", "thm-survivor")
-@pytest.mark.parametrize("name", CHOSEN)
-@pytest.mark.parametrize("shards", ["four", "uneven", "three"])
+@pytest.mark.parametrize(("shards", "name"), PAIRS)
 def test_ranks_are_one_process_with_their_closures_in_a_list(
     ranks: Ranks, shards: str, name: str
 ) -> None:
@@ -50,7 +58,7 @@ def test_ranks_are_one_process_with_their_closures_in_a_list(
         assert found["report"] == wanted["report"]
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", SHARDED)
 def test_four_ranks_are_one_process_on_the_joined_batch(ranks: Ranks, name: str) -> None:
     """To rounding only: products of other shapes round otherwise."""
     wanted, rtol = one_process(name, [sum(SHARDS["four"])]), SAME[CHOSEN[name][1]]

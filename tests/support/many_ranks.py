@@ -44,6 +44,13 @@ CHOSEN = {
 }
 """Rows below, above and around d_in on a rank; weights used twice, layers called several times."""
 
+PAIRS = [
+    *(("four", name) for name in CHOSEN),
+    *(("uneven", name) for name in list(CHOSEN)[::2]),
+    *(("three", name) for name in list(CHOSEN)[1::2]),
+]
+"""Of `SHARDS` and `CHOSEN`: what is done."""
+
 SHARDED = ("perceptron", "tokens", "sequences, tau, single precision")
 
 
@@ -207,12 +214,11 @@ def scenarios(rank: int) -> dict[str, Callable[[], Any]]:
     three, two = (distributed.new_group(range(size)) for size in (3, 2))
     groups = {"four": None, "uneven": None, "three": three}
     found: dict[str, Callable[[], Any]] = {}
-    for shards, group in groups.items():
+    for shards, name in PAIRS:
         if rank < len(SHARDS[shards]):
-            for name in CHOSEN:
-                found[f"{shards}, {name}"] = lambda n=name, s=SHARDS[shards], g=group: replicated(
-                    rank, n, s, g
-                )
+            found[f"{shards}, {name}"] = lambda s=shards, n=name: replicated(
+                rank, n, SHARDS[s], groups[s]
+            )
     found["two dimensions"] = two_dimensions
     if rank < 2:
         mesh = DeviceMesh.from_group(two, "cpu")
