@@ -156,18 +156,19 @@ def rounding(landscape: Landscape, bases: Mapping[WeightMatrix, Projector]) -> f
     outputs of one row add in quadrature, rows may share their errors. On what the rank rule
     cuts off ΔW acts, by at most ‖ΔW‖_F `Projector.cut_off`.
     """
-    total = 0.0
+    totals = list[float]()
     with landscape.ranks.together():
-        for tape, share in landscape.tapes():
-            total += share * sum(_call_rounding(landscape, call) for call in tape.calls)
+        for tape, _ in landscape.tapes():
+            total = sum(_call_rounding(landscape, call) for call in tape.calls)
             for block in [b for b in tape.blocks if b in bases]:  # in order: it decides rounding
                 deltas = (c.delta for c in tape.calls_of(block) if c.delta is not None)
                 norms = [float(at_least_single(delta).norm()) for delta in deltas]
                 drift = landscape.move_norm(block) * bases[block].cut_off
-                total += share * math.hypot(*norms) * drift
+                total += math.hypot(*norms) * drift
+            totals.append(total)
             del tape  # before the next one is recorded
     own = 8 * torch.finfo(landscape.dtype).eps * abs(landscape.loss)
-    return own + landscape.ranks.mean(total)
+    return own + landscape.ranks.mean(sum(totals) / len(totals))
 
 
 def _call_rounding(landscape: Landscape, call: Call) -> float:

@@ -268,7 +268,7 @@ class Landscape:
             for closure in self._closures:
                 shares = ascent_double_backward(closure, parameters, velocity)
                 for place, share in zip(total, shares, strict=True):
-                    place.add_(share, alpha=1.0 / len(self._closures))
+                    place.add_(share * (1.0 / len(self._closures)))
         self.ranks.mean_(total)
         return {p: scaled(sum_, 1 / scale) for p, sum_ in zip(parameters, total, strict=True)}
 
@@ -362,7 +362,10 @@ class Landscape:
             if not self._frozen:
                 space = self._spaces.setdefault(block, block.space())
                 if self._movable is None or block.name in self._movable:
-                    tape.collect(block, space)
+                    own = block.space() if len(self._closures) > 1 else space
+                    tape.collect(block, own)
+                    if own is not space:
+                        space.absorb(own)
 
     def _share_survey(self, left_out: dict[WeightMatrix, str]) -> dict[WeightMatrix, str]:
         """What other ranks have seen; all go on with the same blocks in the same order."""
@@ -386,13 +389,13 @@ class Landscape:
     # ---- the gradient of several closures
 
     def _add(self, tape: Tape, share: float) -> None:
-        """Add one micro-batch's share to the gradient."""
+        """Add one micro-batch's share to the gradient; in the arithmetic of `Ranks.mean_`."""
         for block in tape.blocks:
             pieces = block.part.split(tape.weight_gradient(block))
             for slot, piece in zip(block.part.slots, pieces, strict=True):
-                slot.of(self._grad(slot.parameter)).add_(piece, alpha=share)
+                slot.of(self._grad(slot.parameter)).add_(piece * share)
         for parameter, grad in zip(tape.others, tape.other_gradients, strict=True):
-            self._grad(parameter).add_(grad, alpha=share)
+            self._grad(parameter).add_(grad * share)
 
     def _grad(self, parameter: nn.Parameter) -> Tensor:
         if parameter not in self._gradient:

@@ -133,17 +133,17 @@ def mean_gradient(
     closures: Sequence[Closure], parameters: Sequence[nn.Parameter], ranks: Ranks = ALONE
 ) -> tuple[float, list[Tensor]]:
     """Mean loss of some closures and its gradient, one closure at a time."""
-    total, summed = 0.0, list[Tensor]()
+    losses, summed = list[float](), list[Tensor]()
     with ranks.together():
         for closure in closures:
             loss, grads = gradient(closure, parameters)
-            total += float(loss) / len(closures)
+            losses.append(float(loss))
             grads = [g.to_dense() if g.is_sparse else g for g in grads]
             if len(closures) > 1:
-                grads = [g / len(closures) for g in grads]
+                grads = [g * (1.0 / len(closures)) for g in grads]
             summed = [a + g for a, g in zip(summed, grads, strict=True)] if summed else grads
     ranks.mean_(summed)
-    return ranks.mean(total), summed
+    return ranks.mean(sum(losses) / len(losses)), summed
 
 
 def mean_grad_norm(

@@ -8,6 +8,8 @@ of that batch (theorem ``thm-invariance``). The rows span a space; `RowSpace` co
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -98,8 +100,15 @@ class Space(ABC):
             ValueError: if ``tau`` is out of range, or nothing was collected.
         """
 
+    @abstractmethod
+    def absorb(self, other: Any) -> None:
+        """Take in what another space of this kind has collected."""
+
     def joined(self, ranks: Ranks, shape: Sequence[int]) -> "Space":
-        """The space of the inputs on all ranks, of a matrix ``[*groups, d_out, d_in]``."""
+        """The space of the inputs on all ranks, of a matrix ``[*groups, d_out, d_in]``.
+
+        The same to the bit as that of one process which absorbs the spaces of the ranks in turn.
+        """
         return self if ranks.size == 1 else self._joined(ranks, shape)
 
     @abstractmethod
@@ -178,10 +187,9 @@ class Basis(Projector):
         return _cut(self.vectors, self.singular_values, wanted, self.dtype)
 
     def _of_first(self, ranks: Ranks) -> "Basis":
-        width = int(ranks.of_first(self.vectors.shape[-1]))
-        vectors = self.vectors.new_zeros(*self.vectors.shape[:-1], width)
-        common = min(width, self.vectors.shape[-1])
-        vectors[..., :common] = self.vectors[..., :common]
+        width, vectors = int(ranks.of_first(self.vectors.shape[-1])), self.vectors.clone()
+        if width != vectors.shape[-1]:  # else keep how it lies in memory: that decides rounding
+            vectors = vectors.new_zeros(*vectors.shape[:-1], width)
         values, ranks_kept = self.singular_values.clone(), self.ranks.clone()
         ranks.of_first_([vectors, values, ranks_kept])
         return Basis(vectors, values, ranks_kept, self.dtype)
@@ -246,6 +254,21 @@ class RowSpace(Space):
         self._pending.append(rows.detach().to(torch.float64, copy=True))
         if sum(pending.shape[-2] for pending in self._pending) > rows.shape[-1]:
             self._reduce()
+
+    def absorb(self, other: "RowSpace") -> None:
+        if other.count == 0:
+            return
+        factor, dtype = other.factor(), coarsest([self._dtype, other._dtype])
+        total = self.count + other.count
+        reduced = self._reduced is not None or other._reduced is not None
+        if dtype == torch.float64 or not (reduced or total > factor.shape[-1]):
+            self._take(factor, other.count, dtype)
+            return
+        grams = [rows.mT @ rows for rows in self._pending]
+        if self._reduced is not None:
+            grams.insert(0, self._reduced.mT @ self._reduced if self._exact() else self._reduced)
+        self.count, self._dtype, self._pending = total, dtype, []
+        self._reduced = reduce(torch.add, [*grams, other.gram()])
 
     def basis(self, tau: float = 1.0, dtype: torch.dtype | None = None) -> Basis:
         """Basis of the span (``tau`` = 1), or of the fewest directions with energy >= ``tau``.
@@ -329,11 +352,10 @@ class RowSpace(Space):
         rows = self.factor() if self.count else empty
         padding = min(max(counts), d_in) - rows.shape[-2]
         rows = torch.cat([rows, rows.new_zeros(*groups, padding, d_in)], dim=-2)
-        pieces = [
-            piece[..., : min(count, d_in), :]
-            for piece, count in zip(ranks.gather(rows.contiguous()), counts, strict=True)
-        ]
-        return RowSpace.of_factor(torch.cat(pieces, dim=-2), total, dtype)
+        space = RowSpace()
+        for piece, count in zip(ranks.gather(rows.contiguous()), counts, strict=True):
+            space._take(piece[..., : min(count, d_in), :], count, dtype)
+        return space
 
     @property
     def dtype(self) -> torch.dtype:
@@ -356,17 +378,6 @@ class RowSpace(Space):
         return factor.clone() if is_gram else factor.mT @ factor
 
     @classmethod
-    def of_factor(
-        cls, rows: Float[Tensor, "*groups rows d_in"], count: int, dtype: torch.dtype
-    ) -> "RowSpace":
-        """The space of ``count`` rows of a dtype, from some with the same Gram matrix."""
-        space = cls()
-        space.count, space._dtype, space._pending = count, dtype, [rows]
-        if space._exact() and rows.shape[-2] > rows.shape[-1]:
-            space._reduce()
-        return space
-
-    @classmethod
     def of_gram(
         cls, gram: Float[Tensor, "*groups d_in d_in"], count: int, dtype: torch.dtype
     ) -> "RowSpace":
@@ -374,6 +385,14 @@ class RowSpace(Space):
         space = cls()
         space.count, space._dtype, space._reduced = count, dtype, gram
         return space
+
+    def _take(self, factor: Tensor, count: int, dtype: torch.dtype) -> None:
+        """Take in the factor of another space; below double precision only few rows in all."""
+        self.count, self._dtype = self.count + count, dtype
+        if count:
+            self._pending.append(factor)
+        if self._exact() and max(count, sum(p.shape[-2] for p in self._pending)) > factor.shape[-1]:
+            self._reduce()
 
     def _exact(self) -> bool:
         return self._dtype == torch.float64

@@ -22,7 +22,9 @@ from teleport.runtime.clock import now
 from teleport.runtime.closures import Closure
 from teleport.runtime.precision import Autocast
 from teleport.runtime.ranks import Ranks, ranks_of, silenced
+from teleport.runtime.sharded import gathered, without_values
 from teleport.runtime.transaction import Transaction
+from teleport.runtime.wrappers import is_fully_sharded
 
 DEFAULT_GROWTH = 1.5
 """Gradient-norm growth where the user sets no bound: null-space ascent itself has none."""
@@ -38,7 +40,8 @@ class Teleporter:
         model: any module with at least one layer in ``teleport.layers.RULES``. Its parameters are
             changed in place, so optimizers made before stay valid. A model in
             ``DistributedDataParallel`` teleports collectively: every rank calls `step` with its
-            own shard, and the loss is the mean of the ranks' losses.
+            own shard, and the loss is the mean of the ranks' losses. So does one of FSDP2
+            (``fully_shard``), which is gathered meanwhile: every rank needs room for all of it.
         tau: share of each layer's input energy that must stay untouched, in (0, 1]. 1 keeps the
             loss to rounding; less frees more directions and lets the loss drift.
         steps: directions taken per batch. Default 1 with ``growth``, 8 (the paper's) with ``lr``.
@@ -124,11 +127,17 @@ class Teleporter:
         )
         self.model, self._optimizer = model, optimizer
         self._include, self._exclude, self._strict = include, exclude, strict
-        moving = self._moving()
+        with without_values(model):
+            moving = self._moving()
         names = [block.name for block in moving["coverage"].blocks]
         require_matches(names, [*(include or ()), *(exclude or ())])
         self._decision = None
         if optimizer is not None:
+            if is_fully_sharded(model):
+                raise UnsupportedModelError(
+                    "objective='preconditioned' and growth='auto' read the state of the "
+                    "optimizer, which FSDP2 shards; use neither, or DistributedDataParallel"
+                )
             check_optimizer(optimizer, model)
             self._decision = Decision(model, optimizer, budget) if auto else None
         self._preconditioned = objective == "preconditioned"
@@ -169,11 +178,13 @@ class Teleporter:
                 preconditioner; likewise.
         """
         started = now()
-        autocast, ranks = Autocast(), ranks_of(self.model)
-        if self._decision is not None and (reason := self._decision.waiting(ranks)):
-            return not_moved(reason, None)
+        if self._decision is not None:
+            if reason := self._decision.waiting(ranks_of(self.model)):
+                return not_moved(reason, None)
+        autocast = Autocast()
         with (
             torch.inference_mode(False),
+            gathered(self.model) as ranks,
             autocast.off(),
             ranks.together(),
             silenced(self.model),

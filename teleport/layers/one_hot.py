@@ -95,6 +95,11 @@ class AxisSpace(Space):
         space.count, space._counts = int(counts.sum()), counts
         return space
 
+    def absorb(self, other: "AxisSpace") -> None:
+        if other._counts is not None:
+            self.count += other.count
+            self._counts = other._counts if self._counts is None else self._counts + other._counts
+
     def _joined(self, ranks: Ranks, shape: Sequence[int]) -> "AxisSpace":
         counts = torch.zeros(shape[-1], dtype=torch.float64, device=ranks.device)
         counts = counts if self.counts is None else self.counts.clone()

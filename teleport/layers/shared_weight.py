@@ -82,6 +82,10 @@ class TiedSpace(Space):
         """Inputs of both uses."""
         return self.own.count + self.other.count
 
+    def absorb(self, other: "TiedSpace") -> None:
+        self.own.absorb(other.own)
+        self.other.absorb(other.other)
+
     def _joined(self, ranks: Ranks, shape: Sequence[int]) -> "TiedSpace":
         other = self.other.joined(ranks, (shape[-1], shape[-2]))
         return TiedSpace(self.own.joined(ranks, shape), other)

@@ -1,12 +1,16 @@
 """Teleporting a model in ``DistributedDataParallel``: every rank with its own shard, all as one.
 
 The loss is the mean of the ranks' losses, as the gradient of ``DistributedDataParallel`` is the
-mean of theirs: with unequal shards the samples of a smaller one count for more. What travels, with
-P trainable numbers in the model, layers of d_out x d_in that move, and n input rows in all ranks
-together: once, the row spaces (8 n d_in bytes a layer while n <= d_in; beyond, a Gram matrix of
-8 d_in², for float64 inputs one triangular factor of that size from every rank) and their bases
-(8 d_in rank bytes); for every look at a gradient norm, 4 P bytes, like one backward pass; for every
-direction, twice 4 d_out d_in bytes a layer. Losses, counts and errors are a few bytes each. Nothing
+mean of theirs: with unequal shards the samples of a smaller one count for more. Sums are taken in
+the order of the ranks, so that all of a teleport is, to the last bit, that of one process with the
+ranks' closures in a list; on the joined batch it is the same to rounding.
+
+What a rank takes in, with P trainable numbers in the model, layers of d_out x d_in that move, r
+ranks and n input rows in all of them together, (r - 1)/r left out: once, the row spaces (8 n d_in
+bytes a layer while n <= d_in; beyond, twice a Gram matrix of 8 d_in²; for float64 inputs one
+triangular factor of that size from every rank) and their bases (8 d_in rank bytes); for every look
+at a gradient norm, twice 4 P bytes, like one backward pass; for every direction, three times
+4 d_out d_in bytes a layer. Losses, counts and errors are a few bytes each. Nothing
 is decided on one rank alone: what ranks compute for themselves, they take from the first, so that
 parameters stay bit for bit equal, and before every exchange each says whether it is still well, so
 that an error on one ends the teleport on all.
@@ -120,17 +124,14 @@ class Group(Ranks):
             )
 
     def mean(self, value: float) -> float:  # noqa: D102
-        self._compare(None)
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(total, group=self._group)
-        return float(total) / self.size
+        here = torch.tensor(value, dtype=torch.float64, device=self.device)
+        return sum(map(float, self.gather(here))) / self.size
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:  # noqa: D102
         self._compare(None)
         for same in _by_dtype(tensors):
             flat = torch.cat([at_least_single(t).reshape(-1) for t in same])
-            distributed.all_reduce(flat, group=self._group)
-            _unpack_(same, flat / self.size)
+            _unpack_(same, self._sum(flat.mul_(1.0 / self.size)))
 
     def most(self, values: Sequence[int]) -> list[int]:  # noqa: D102
         self._compare(None)
@@ -152,13 +153,30 @@ class Group(Ranks):
 
     def sum_(self, tensor: Tensor) -> None:  # noqa: D102
         self._compare(None)
-        distributed.all_reduce(tensor, group=self._group)
+        tensor.copy_(self._sum(tensor.reshape(-1)).view_as(tensor))
 
     def gather(self, tensor: Tensor) -> list[Tensor]:  # noqa: D102
         self._compare(None)
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         distributed.all_gather(gathered, tensor, group=self._group)
         return gathered
+
+    def _sum(self, flat: Tensor) -> Tensor:
+        """The sum over the ranks in their order; ``all_reduce`` has an order of its backend's own.
+
+        Each rank adds up one share of the numbers, so that as much travels as in a ring. What is
+        given may be overwritten.
+        """
+        missing = -flat.numel() % self.size
+        padded = nn.functional.pad(flat, (0, missing)) if missing else flat
+        share = padded.numel() // self.size
+        pieces = torch.empty_like(padded)
+        distributed.all_to_all_single(pieces, padded, group=self._group)
+        total, *others = pieces.split(share)
+        for piece in others:
+            total += piece
+        distributed.all_gather(list(padded.split(share)), total, group=self._group)
+        return padded[: flat.numel()]
 
     def _compare(self, error: BaseException | None) -> None:
         """Tell the others how this rank is; raise the worst of all errors, if there is one."""
@@ -196,13 +214,18 @@ def ranks_of(model: nn.Module) -> Ranks:
             "DistributedDataParallel with mixed_precision= cannot teleport; use torch.autocast "
             "in the closure instead"
         )
-    for name, module in parallel.module.named_modules():
+    refuse_talking_layers(parallel.module)
+    return Group(parallel.process_group, next(parallel.parameters()).device)
+
+
+def refuse_talking_layers(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for a layer that talks to other ranks inside the model."""
+    for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm) and module.training:
             raise UnsupportedModelError(
                 f"layer {name!r} (SyncBatchNorm in train mode) talks to the other ranks inside the "
                 "model; put it into evaluation mode around the teleport"
             )
-    return Group(parallel.process_group, next(parallel.parameters()).device)
 
 
 @contextmanager

@@ -31,9 +31,9 @@ def parallel_part(model: nn.Module) -> DistributedDataParallel | None:
     Raises:
         UnsupportedModelError: for other ways to spread a model, with what to do.
     """
+    refuse_pipeline(model)
     whole = getattr(model, "_orig_mod", model)  # compiled, after it was wrapped
-    for module in model.modules():
-        kind = type(module).__name__
+    for name, module in model.named_modules():
         if isinstance(module, DistributedDataParallel) and module is not whole:
             raise UnsupportedModelError(
                 "a part of the model is in DistributedDataParallel; wrap the whole model"
@@ -43,13 +43,46 @@ def parallel_part(model: nn.Module) -> DistributedDataParallel | None:
                 "nn.DataParallel runs copies of the layers; teleport model.module and call that "
                 "in the closure, or use DistributedDataParallel"
             )
-        if kind == "FullyShardedDataParallel" or any(
-            type(p).__name__ in ("DTensor", "FlatParameter")
-            for p in module.parameters(recurse=False)
-        ):
-            raise UnsupportedModelError(
-                "the model's parameters are sharded (FSDP or DTensor): no rank holds a whole "
-                "weight matrix. Use DistributedDataParallel, or gather the parameters into a "
-                "plain copy of the model, teleport that, and load its state_dict back"
-            )
+        _refuse_sharded(name, module)
     return whole if isinstance(whole, DistributedDataParallel) else None
+
+
+def is_fully_sharded(model: nn.Module, *, itself: bool = False) -> bool:
+    """Whether ``fully_shard`` (FSDP2) was called on the model or a module in it, or on itself."""
+    modules = [model] if itself or not isinstance(model, nn.Module) else model.modules()
+    return any(kind.__name__ == "FSDPModule" for m in modules for kind in type(m).__mro__)
+
+
+def refuse_pipeline(model: object) -> None:
+    """Raise UnsupportedModelError for what runs a part of a model only."""
+    if type(model).__module__.startswith("torch.distributed.pipelining"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is a part of a pipeline: no rank runs the whole model, and "
+            "the loss of a stage is none. Teleport the whole model before it is split"
+        )
+
+
+def _refuse_sharded(name: str, module: nn.Module) -> None:
+    """Raise UnsupportedModelError for a module whose weights are spread over ranks."""
+    own = {type(p).__name__ for p in module.parameters(recurse=False)}
+    if type(module).__name__ == "FullyShardedDataParallel" or "FlatParameter" in own:
+        raise UnsupportedModelError(
+            f"{name or 'the model'} is in FullyShardedDataParallel (FSDP1), which keeps weights as "
+            "one flat row. Shard with fully_shard (FSDP2), which Teleporter gathers by itself, or "
+            "use DistributedDataParallel"
+        )
+    if is_fully_sharded(module, itself=True):
+        inner = (n for n, m in module.named_modules() if list(m.parameters(recurse=False)))
+        name = ".".join(part for part in (name, next(inner, "")) if part) or "(model)"
+        raise UnsupportedModelError(
+            f"layer {name!r} is sharded by FSDP2 (fully_shard): no rank holds a whole weight. "
+            "Teleporter gathers such a model for the time of a step; anything else has to be done "
+            "before fully_shard, or on a plain copy of the model with the gathered state_dict"
+        )
+    if "DTensor" in own:
+        raise UnsupportedModelError(
+            f"the weights of layer {name or '(model)'!r} are DTensors (tensor parallelism, "
+            "parallelize_module): no rank holds a whole one, and its inputs may be spread as well. "
+            "Teleport, or make the null space, before parallelize_module, or on a plain copy of "
+            "the model with the gathered state_dict"
+        )

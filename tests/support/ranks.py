@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -348,10 +346,8 @@ def disagreeing(rank: int) -> list[tuple[str, str]]:
 
 def refused(rank: int) -> dict[str, tuple[str, str]]:
     inner = DistributedDataParallel(nn.Linear(9, 9))
-    sharded = fully_shard(nn.Sequential(nn.Linear(4, 8)), mesh=init_device_mesh("cpu", (SIZE,)))
     return {
         "part": error_of(lambda: Teleporter(nn.Sequential(inner, nn.Linear(9, 3)))),
-        "sharded": error_of(lambda: Teleporter(sharded)),
     }
 
 

@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from teleport.direction import Direction
 from teleport.errors import RunError
+from teleport.lab.bench import ranks
 from teleport.lab.bench.rivals import (
     GRADIENT_BUDGET,
     same_batch_table,
@@ -554,6 +555,19 @@ def _rival_row(row: Measurement, timing: Timing) -> Measurement:
     return {**{key: value for key, value in row.items() if key != "timing"}, **times}
 
 
+def ranks_jobs(setting: Setting) -> list[BenchmarkJob]:
+    """Bytes that ranks send during a teleport, counted and by formula, and their memory."""
+
+    def job(case: ranks.Traffic, count: int) -> list[Measurement]:
+        return [ranks.measured(case, count)]
+
+    return [
+        (f"{case.rows} rows, {count} ranks", partial(job, case, count))
+        for case in ranks.cases(setting.preset.small)
+        for count in ranks.COUNTS
+    ]
+
+
 BENCHMARKS: dict[str, Callable[[Setting], list[BenchmarkJob]]] = {
     "step": step_jobs,
     "basis": basis_jobs,
@@ -561,6 +575,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[BenchmarkJob]]] = {
     "memory": memory_jobs,
     "layers": layers_jobs,
     "rivals": rivals_jobs,
+    "ranks": ranks_jobs,
 }
 
 

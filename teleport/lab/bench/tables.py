@@ -6,6 +6,7 @@ from pathlib import Path
 
 from teleport.errors import RunError
 from teleport.lab.bench.benchmarks import BENCHMARKS
+from teleport.lab.bench.ranks import PURPOSES
 from teleport.lab.bench.timing import Measurement, ScalingCurve, Spread, Timing, power_law
 from teleport.lab.records.runs import read_rows
 from teleport.lab.records.study import record_paths
@@ -379,6 +380,26 @@ def _speeds(benchmark: Benchmark) -> Iterator[Sheet]:
         yield Sheet(title, (*columns, "budget", ""), rows, "Median ratios of the seconds.")
 
 
+def _ranks(benchmark: Benchmark) -> list[Sheet]:
+    rows = []
+    for row in benchmark.rows:
+        pairs = [f"{_mib(row['taken'][k])} ({_mib(row['predicted'][k])})" for k in PURPOSES]
+        widths = "-".join(map(str, row["widths"]))
+        shape = f"{widths}, n = {row['rows']}, τ = {row['tau']:g}"
+        others = [f"{row['taken']['other'] / 1024:.1f}", str(row["exchanges"]), str(row["looks"])]
+        rows.append((shape, str(row["ranks"]), *pairs, *others, _mib(row["peak"])))
+    columns = ("network", "ranks", *PURPOSES, "other, KiB", "exchanges", "looks", "peak")
+    caption = (
+        "MiB that the last rank takes in during one default teleport, in brackets by formula. "
+        "n: in all ranks together. Looks: at a gradient norm. Peak: of tensors on one rank."
+    )
+    return [Sheet(benchmark.title, columns, rows, caption)]
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.3g}"
+
+
 _SHEETS: dict[str, Callable[[Benchmark], list[Sheet]]] = {
     "step": _step,
     "basis": _basis,
@@ -386,6 +407,7 @@ _SHEETS: dict[str, Callable[[Benchmark], list[Sheet]]] = {
     "memory": _memory,
     "layers": _layers,
     "rivals": _rivals,
+    "ranks": _ranks,
 }
 
 

@@ -27,11 +27,12 @@ SEQUENCE_NAMES = ("digits", "mnist-fashion", "permuted-mnist", "gpm-mnist")
 KEEP_NAMES = ("words", "leak")
 """Of `teleport keep`; see `teleport.lab.keeping.frontier` and `teleport.lab.keeping.leak`."""
 
-BENCHMARK_NAMES = ("step", "basis", "scaling", "memory", "layers", "rivals")
+BENCHMARK_NAMES = ("step", "basis", "scaling", "memory", "layers", "rivals", "ranks")
 """See `teleport.lab.bench.benchmarks`."""
 
-NOT_IN_ALL = ("rivals",)
-"""Benchmarks too long to come with the others: a rival's teleport can take a hundred gradients."""
+NOT_IN_ALL = ("rivals", "ranks")
+"""Those that come only if asked for: a rival's teleport can take a hundred gradients, and ranks are
+processes of their own, whose counts are the same on every machine."""
 
 CHECKPOINT_SECONDS = 60.0
 """Between checkpoints of a run."""
