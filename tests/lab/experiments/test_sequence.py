@@ -153,6 +153,22 @@ def test_a_diagonal_and_a_filter_per_channel_leave_nothing_free() -> None:
     assert bases["blocks.1.1.in_proj"].null_dim == 1, "what the LayerNorm leaves"
 
 
+@few
+@given(seeds, st.integers(2, 9))
+def test_without_a_bias_the_layer_norms_direction_lasts_while_its_shift_is_balanced(
+    seed: int, width: int
+) -> None:
+    """The original Mamba's in_proj: 1/γ is orthogonal to all tokens only if Σ β/γ = 0."""
+    model = made(lambda: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3, bias=False)), seed)
+    x, scale, shift = drawn(seed, 4 * width, width), drawn(seed + 1, width), drawn(seed + 2, width)
+    with torch.no_grad():
+        model[0].weight.copy_(scale.exp())
+        for added, free in ((0.0, 1), (1.0, 0)):
+            balanced = shift - scale.exp() * (shift / scale.exp()).mean()
+            model[0].bias.copy_(balanced + added)
+            assert null_space(model, [lambda: model(x)]).bases["1"].null_dim == free
+
+
 def columns(rows: Tensor) -> Tensor:
     return functional.pad(rows.detach().flatten(0, -2), (0, 1), value=1.0).T
 
