@@ -202,5 +202,17 @@ SIZES: dict[str, dict[str, Condition]] = {
         "blocks": is_natural,
         "readout": is_readout,
     },
+    "mamba": {
+        "width": is_natural,
+        "blocks": is_natural,
+        "state": is_natural,
+        "readout": is_readout,
+    },
+    "ttt": {
+        "width": is_natural,
+        "blocks": is_natural,
+        "inner_batch": is_natural,
+        "readout": is_readout,
+    },
 }
 """The kinds of networks, each with its sizes and their checks; `networks` makes them."""

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 import teleport
 from teleport.lab.experiments.models import READOUTS, Transformer, cnn, initialise, mlp
 from teleport.lab.experiments.residual import ResidualNetwork, ResNet18
+from teleport.lab.experiments.sequence import Mamba, SequenceNetwork, TTTLinear
 
 
 def parameters(model: nn.Module) -> int:
@@ -50,6 +51,14 @@ NETWORKS = {
         lambda: Transformer(11, 11, 6, width=16, readout="all", tokens=True, causal=True),
         tokens,
         (4, 6, 11),
+    ),
+    "mamba": Tiny(
+        lambda: SequenceNetwork(2, 3, Mamba, width=16), lambda: torch.randn(4, 6, 2), (4, 3)
+    ),
+    "ttt": Tiny(
+        lambda: SequenceNetwork(2, 3, TTTLinear, width=16, readout="all"),
+        lambda: torch.randn(4, 6, 2),
+        (4, 6, 3),
     ),
 }
 
