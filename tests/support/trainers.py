@@ -37,9 +37,20 @@ def by_hand(
     accumulate: int,
     half: torch.dtype | None = None,
     epochs: int = 2,
+    mean_of_last: bool = False,
     **arguments: Any,
 ) -> list[int]:
     """Train with SGD at 0.1, and teleport as the integrations say they do.
+
+    Args:
+        model: is trained.
+        loss: of a batch.
+        schedule: of the teleports.
+        accumulate: micro-batches of a step.
+        half: dtype of autocast, if any.
+        epochs: of training.
+        mean_of_last: whether the loss of a last step with fewer micro-batches is divided by these.
+        arguments: of the teleporter.
 
     Returns:
         After which steps.
@@ -61,7 +72,7 @@ def by_hand(
             window = tuple(data[first : first + accumulate])
             optimizer.zero_grad()
             for batch in window:
-                (value(batch) / accumulate).backward()
+                (value(batch) / (len(window) if mean_of_last else accumulate)).backward()
             optimizer.step()
             windows.append(window)
             if len(windows) in due:
