@@ -8,7 +8,7 @@ from teleport.integrations.transformers import TeleportCallback
 
 # Sentences of eight tokens out of thirty: does the first one come again?
 torch.manual_seed(0)
-tokens = torch.randint(30, (512, 8))
+tokens = torch.randint(30, (256, 8))
 again = (tokens[:, 1:] == tokens[:, :1]).any(1).long()
 data = [{"input_ids": x, "labels": y} for x, y in zip(tokens, again, strict=True)]
 
@@ -18,7 +18,7 @@ config = BertConfig(
 )  # fmt: skip
 settings = TrainingArguments(
     "runs/with_transformers", num_train_epochs=2, per_device_train_batch_size=2,
-    gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=64, save_strategy="no",
+    gradient_accumulation_steps=2, learning_rate=1e-3, logging_steps=32, save_strategy="no",
     use_cpu=True, report_to=[],
 )  # fmt: skip
 trainer = Trainer(BertForSequenceClassification(config), settings, train_dataset=data)

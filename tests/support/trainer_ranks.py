@@ -1,16 +1,17 @@
-"""What each of two processes does in the distributed test of the trainers' callbacks.
+"""What two processes do in the distributed test of the trainers' callbacks.
 
-``torchrun --nproc-per-node 2 trainer_ranks.py lightning|transformers FOLDER``; each writes its
-weights, and the steps and growths of its teleports.
+``python trainer_ranks.py FOLDER`` trains with Lightning and with transformers' ``Trainer``, each in
+two processes; they write their weights, and the steps and growths of their teleports.
 """
 
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import multiprocessing, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from teleport import Schedule
@@ -93,15 +94,32 @@ def with_transformers(folder: Path) -> Any:
     return trainer.model, callback
 
 
-def main(library: str, folder: str) -> None:
-    train = {"lightning": with_lightning, "transformers": with_transformers}[library]
-    model, callback = train(Path(folder))
+TRAINERS = {"lightning": with_lightning, "transformers": with_transformers}
+
+
+def rank(number: int, library: str, folder: str, port: int) -> None:
+    """One of two processes."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    model, callback = TRAINERS[library](Path(folder))
     found = {
         "weights": weights(model),
         "teleports": [(step, report.growth) for step, report in callback.reports],
         "ranks": torch.distributed.get_world_size(),
     }
-    torch.save(found, Path(folder) / f"rank{os.environ['RANK']}.pt")
+    torch.save(found, Path(folder) / f"{library}{number}.pt")
+
+
+def main(folder: str) -> None:
+    """Load the libraries once, and then make two of this process for each."""
+    import accelerate  # noqa: F401
+
+    for library in TRAINERS:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        arguments = library, folder, port
+        multiprocessing.start_processes(rank, arguments, nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":
