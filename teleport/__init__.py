@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     )
     from teleport.keeping.null_space import NullSpace, null_space
     from teleport.lab.experiments import models
-    from teleport.lab.experiments.schedule import Schedule
     from teleport.lab.records import reading as records
     from teleport.layers.support import supported
     from teleport.report import LayerReport, TeleportReport
+    from teleport.schedule import Schedule
     from teleport.teleporter import Teleporter
 
     __version__: str
@@ -72,9 +72,9 @@ _HOMES = {
     "bounds.network": ("LayerBound", "NetworkBound", "network_bound"),
     "errors": tuple(name for name in __all__ if name.endswith("Error")),
     "keeping.null_space": ("NullSpace", "null_space"),
-    "lab.experiments.schedule": ("Schedule",),
     "layers.support": ("supported",),
     "report": ("LayerReport", "TeleportReport"),
+    "schedule": ("Schedule",),
     "teleporter": ("Teleporter",),
 }
 """The module of every public name that is not a module itself."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "teleport"
 
-CONVENTIONS = {"app", "main", "setup"}
-"""What Typer, the command line and Sphinx call the same thing in every module that has it."""
+CONVENTIONS = {"TeleportCallback", "app", "main", "setup"}
+"""What trainers, Typer, the command line and Sphinx call the same in every module that has it."""
 
 CHECKED = {"energy_rank", "group_action", "teleport_gradient"}
 """A learner's function, and beside it in `teleport.check` the check that has to have its name."""

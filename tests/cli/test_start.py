@@ -50,6 +50,7 @@ WRONG = ["run --nope", "run nope", "run --preset x", "run --schedule x", "sweep 
 WRONG += ["continual nope", "run --threads 0", "bench step --threads 2000", "spectrum nope"]
 NO_HELP = ["--version", "list", *WRONG]
 HEAVY = ["torch", "numpy", "scipy", "polars", "matplotlib", "requests", "sphinx", "transformers"]
+HEAVY += ["lightning", "accelerate", "avalanche"]
 
 
 def python(code: str, *arguments: str) -> str:

@@ -21,7 +21,6 @@ from teleport.data import Dataset, load
 from teleport.errors import RunError
 from teleport.lab.experiments.arms import PAPER_STEPS, Arm, RunSettings, teleport_settings
 from teleport.lab.experiments.run import Cell, run_cell, steps_per_run
-from teleport.lab.experiments.schedule import Schedule
 from teleport.lab.experiments.training import check_fits
 from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.compare import compare
@@ -31,6 +30,7 @@ from teleport.lab.records.sameness import check_folder, is_complete
 from teleport.lab.records.study import record_paths
 from teleport.lab.records.writer import RecordWriter, environment
 from teleport.report import growth
+from teleport.schedule import Schedule
 
 GROWTH_RANGE = (1.1, 3.0)
 """Of the gradient norm, on a logarithmic scale."""

@@ -15,9 +15,10 @@ from torch import nn
 from teleport.lab.experiments.entry import Experiment, Preset, Tuning, one_of
 from teleport.lab.experiments.interventions import MOVES, ON_THE_OPTIMIZER, OTHER_OBJECTIVES
 from teleport.lab.experiments.optimizers import find_optimizer
-from teleport.lab.experiments.schedule import SCHEDULES, Schedule
+from teleport.lab.experiments.schedule import SCHEDULES
 from teleport.lab.experiments.table import find_experiment
 from teleport.rivals.ways import RESCALINGS
+from teleport.schedule import Schedule
 from teleport.teleporter import Teleporter
 
 

@@ -31,9 +31,9 @@ from teleport.lab.analysis.connectivity import (
 from teleport.lab.analysis.curves import connectivity_figure
 from teleport.lab.experiments.arms import Arm, RunSettings, TeleportSettings
 from teleport.lab.experiments.run import Cell, run_cell
-from teleport.lab.experiments.schedule import Schedule
 from teleport.lab.experiments.training import Training, look
 from teleport.lab.records.runs import read_run
+from teleport.schedule import Schedule
 from tests.support.tables import SMALL
 
 lines = arrays.arrays(np.float64, st.integers(3, 12), elements=st.floats(0.0, 9.0))

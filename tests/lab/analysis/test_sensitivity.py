@@ -31,9 +31,9 @@ from teleport.lab.analysis.sensitivity import (
 )
 from teleport.lab.experiments.arms import Arm, RunSettings, teleport_settings
 from teleport.lab.experiments.run import Cell, run_cell
-from teleport.lab.experiments.schedule import Schedule
 from teleport.lab.records.compare import compare
 from teleport.lab.records.runs import read_run
+from teleport.schedule import Schedule
 from tests.support.tables import SMALL
 
 shares = st.floats(0.0, 1.0)

@@ -23,9 +23,9 @@ from teleport.errors import RunError
 from teleport.lab.experiments.arms import Arm, RunSettings, TeleportSettings
 from teleport.lab.experiments.interventions import ON_THE_OPTIMIZER
 from teleport.lab.experiments.run import Cell, run_arms, run_cell
-from teleport.lab.experiments.schedule import Schedule
 from teleport.lab.records.checkpoint import load_checkpoint, locked, save_checkpoint
 from teleport.lab.records.runs import read_run, read_runs
+from teleport.schedule import Schedule
 from tests.support.disk import full_disk
 from tests.support.waiting import HANG, wait_for
 

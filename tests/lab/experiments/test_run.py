@@ -21,12 +21,12 @@ from teleport.lab.experiments.interventions import INTERVENTIONS
 from teleport.lab.experiments.models import mlp
 from teleport.lab.experiments.optimizers import OPTIMIZERS, within_range
 from teleport.lab.experiments.run import Cell, run_arms
-from teleport.lab.experiments.schedule import Schedule
 from teleport.lab.experiments.table import EXPERIMENTS
 from teleport.lab.experiments.training import Training
 from teleport.lab.records.compare import summarise
 from teleport.lab.records.folders import new_folder
 from teleport.lab.records.runs import Run, by_arm, read_runs
+from teleport.schedule import Schedule
 from tests.support.waiting import HANG, wait_for
 
 EARLY = TeleportSettings(schedule=Schedule(warmup_steps=20), batch_size=100, held_out_size=100)

@@ -1,0 +1,72 @@
+"""What a training step writes down beside its loss, put back after steps that do not count.
+
+A closure of a teleport runs the trainer's own training step many times. It may append to a list,
+update a metric or count: such things lie in attributes, of which a transaction knows nothing.
+"""
+
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+
+_LOOKED_INTO = 1000
+"""Of larger containers, as data sets, what they hold is put back, and not what that holds."""
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Parameters, buffers, hooks and modes are the transaction's."""
+
+
+@contextmanager
+def undisturbed(objects: Iterable[Any]) -> Iterator[None]:
+    """Afterwards the attributes of some objects are as before.
+
+    Which they are, what is in those that are lists, dictionaries, sets or deques, one in another,
+    and the values of those that are tensors.
+    """
+    with ExitStack() as stack:
+        for each in objects:
+            stack.callback(_Attributes(each).restore)
+        yield
+
+
+class _Attributes:
+    """The attributes of one object as they are when this is made."""
+
+    def __init__(self, holder: Any) -> None:
+        self._table: dict[str, Any] = vars(holder)
+        self._but = _OF_EVERY_MODULE if isinstance(holder, nn.Module) else frozenset()
+        self._before = {n: value for n, value in self._table.items() if n not in self._but}
+        self._contents: dict[int, tuple[Any, Any]] = {}
+        self._tensors: list[tuple[Tensor, int, Tensor]] = []
+        for value in self._before.values():
+            self._look_into(value)
+            if isinstance(value, Tensor) and not value.is_inference():
+                self._tensors.append((value, value._version, value.detach().clone()))
+
+    def _look_into(self, value: Any) -> None:
+        if type(value) not in _CONTAINERS or id(value) in self._contents:
+            return
+        self._contents[id(value)] = value, copy(value)
+        if len(value) <= _LOOKED_INTO:
+            for inner in value.values() if isinstance(value, dict) else value:
+                self._look_into(inner)
+
+    def restore(self) -> None:
+        for name in [n for n in self._table if n not in self._before and n not in self._but]:
+            del self._table[name]
+        self._table.update(self._before)
+        for container, contents in self._contents.values():
+            container.clear()
+            (container.extend if isinstance(container, (list, deque)) else container.update)(
+                contents
+            )
+        with torch.no_grad():
+            for tensor, version, value in self._tensors:
+                if tensor._version != version:
+                    tensor.copy_(value)

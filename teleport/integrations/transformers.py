@@ -1,0 +1,224 @@
+"""Teleports in the ``Trainer`` of Hugging Face's transformers: `TeleportCallback`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import ceil
+from typing import Any
+
+from torch import Tensor
+
+from teleport.integrations.teleports import ONCE, Teleports, scalars
+from teleport.report import TeleportReport
+from teleport.schedule import Schedule
+
+try:
+    from transformers import (
+        Trainer,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+except ImportError as error:
+    raise ImportError(
+        "teleport.integrations.transformers needs transformers and Accelerate: "
+        f"pip install 'nullspace-teleport[transformers]' ({error})"
+    ) from error
+
+
+class TeleportCallback(TrainerCallback):
+    """Teleports by a schedule, on the batches that a ``Trainer`` trains on.
+
+    After an optimizer step at which a teleport is due, the model is teleported on the batch of
+    that step; with ``gradient_accumulation_steps`` on all its micro-batches together, by the
+    trainer's own ``compute_loss``, normalised as in training and in its precision. A callback is
+    told neither the batch nor the loss, so this one takes the trainer: add it afterwards. During
+    the steps before a teleport, and no others, ``trainer.compute_loss`` keeps what it is called
+    with. What ``compute_loss`` logs or keeps in attributes meanwhile does not count. In
+    ``DistributedDataParallel`` all ranks teleport together, each with its own batch.
+
+    A refused or failed teleport is a line of warning (logger ``teleport.integrations``); training
+    goes on with the model as it was. A run that goes on from a checkpoint does not do again
+    what lies before the step of the checkpoint: a teleport is in the checkpoint of its step. With
+    ``schedule.batches`` > 1 a teleport right after that takes the batches seen since.
+
+    Args:
+        schedule: when; epochs are counted in optimizer steps.
+        trainer: whose batches and loss.
+        arguments: of `teleport.Teleporter`, but for the model and the optimizer: the latter is the
+            trainer's with ``objective="preconditioned"``.
+
+    Raises:
+        TypeError: for an unknown argument, or something else than a trainer.
+        ValueError: for one out of range; when training begins for patterns that match no layer.
+
+    Example:
+        ``trainer.add_callback(TeleportCallback(teleport.Schedule(), trainer=trainer, growth=1.5))``
+    """
+
+    def __init__(self, schedule: Schedule = ONCE, *, trainer: Any, **arguments: Any) -> None:
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"trainer must be a transformers.Trainer, got {type(trainer).__name__}: make it "
+                "first, and add the callback by trainer.add_callback"
+            )
+        self.trainer = trainer
+        self._teleports = Teleports(schedule, arguments)
+        self._listening = _Listening(trainer, self._teleports)
+
+    @property
+    def reports(self) -> list[tuple[int, TeleportReport]]:
+        """The teleports of this process, each with the number of optimizer steps before it."""
+        return self._teleports.reports
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **options: Any,
+    ) -> None:
+        """Check what can be checked before it takes time.
+
+        Raises:
+            ValueError, UnsupportedModelError: for arguments that do not fit the model.
+        """
+        self._listening.stop()  # the last training may have ended with an error
+        self._teleports.done = None  # the step tells
+        self._teleports.start(
+            self.trainer.model_wrapped,
+            _inner(options.get("optimizer")),
+            state.global_step,
+            _steps_per_epoch(options.get("train_dataloader"), args),
+        )
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **options: Any,
+    ) -> None:
+        """Keep the batches of this step if a teleport will be on them."""
+        self._teleports.begin_window()
+        if self._teleports.wants(state.global_step):
+            self._listening.start()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **options: Any,
+    ) -> None:
+        """Teleport if it is time, between two optimizer steps."""
+        self._listening.stop()
+        if not self._teleports.end_window(state.global_step):
+            return
+        trainer = self.trainer
+        with _mute(trainer):
+            reports = self._teleports.teleport(
+                state.global_step,
+                trainer.model_wrapped,
+                _inner(options.get("optimizer")),
+                getattr(trainer.accelerator, "scaler", None),
+                [trainer, *trainer.model_wrapped.modules()],
+            )
+        should_log = control.should_log  # of the training loss; logging anything clears it
+        for report in reports:
+            trainer.log(scalars(report))
+        control.should_log = should_log
+
+
+class _Listening:
+    """Has a trainer's ``compute_loss`` keep what it is called with, for a while.
+
+    Args:
+        trainer: the trainer.
+        teleports: get the batches.
+    """
+
+    def __init__(self, trainer: Trainer, teleports: Teleports) -> None:
+        self._trainer, self._teleports = trainer, teleports
+        self._own: Callable[..., Any] | None = None
+        self._active = False
+
+    def start(self) -> None:
+        if self._active:
+            return
+        trainer = self._trainer
+        self._own, self._active = vars(trainer).get("compute_loss"), True
+        compute_loss = trainer.compute_loss
+
+        def listening(model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+            self._teleports.add(inputs, _loss(trainer, compute_loss, model, args, options))
+            return compute_loss(model, inputs, *args, **options)
+
+        vars(trainer)["compute_loss"] = listening
+
+    def stop(self) -> None:
+        if not self._active:
+            return
+        self._active = False
+        del vars(self._trainer)["compute_loss"]
+        if self._own is not None:
+            vars(self._trainer)["compute_loss"] = self._own
+
+
+def _loss(
+    trainer: Trainer,
+    compute_loss: Callable[..., Any],
+    model: Any,
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+) -> Callable[[Any], Tensor]:
+    """The loss of inputs, such that the mean over the micro-batches is the loss of the step."""
+    count = options.get("num_items_in_batch")
+    parts = getattr(trainer, "current_gradient_accumulation_steps", 1)
+    factor = parts if _sums(trainer, count) else 1
+
+    def loss(inputs: Any) -> Tensor:
+        with trainer.compute_loss_context_manager():
+            found = compute_loss(model, inputs, *args, **options)
+        value: Tensor = found[0] if isinstance(found, tuple) else found
+        return value if factor == 1 else factor * value
+
+    return loss
+
+
+def _sums(trainer: Trainer, count: Any) -> bool:
+    """Whether the losses of the micro-batches are parts of a sum: as `Trainer.training_step`."""
+    told: bool | None = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if told is not None:
+        return told
+    by_model = trainer.model_accepts_loss_kwargs and count is not None
+    return by_model or trainer.compute_loss_func is not None
+
+
+def _steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
+    try:
+        return ceil(len(loader) / args.gradient_accumulation_steps)
+    except TypeError:  # an iterable data set
+        return None
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer that Accelerate has wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+@contextmanager
+def _mute(trainer: Trainer) -> Iterator[None]:
+    """A loss that logs, as some trainers' do, logs nothing."""
+    own = vars(trainer).get("log")
+    vars(trainer)["log"] = _say_nothing
+    try:
+        yield
+    finally:
+        del vars(trainer)["log"]
+        if own is not None:
+            vars(trainer)["log"] = own
+
+
+def _say_nothing(*_: Any, **__: Any) -> None:
+    """In the place of ``trainer.log``."""
