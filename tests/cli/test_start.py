@@ -24,6 +24,7 @@ COMMANDS = [
     *(
         "report",
         "figure",
+        "watch",
         "pack",
         "unpack",
         "check",

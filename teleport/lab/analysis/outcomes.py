@@ -115,12 +115,7 @@ def blocks(folder: Path) -> list[FolderOutcome]:
     Raises:
         RunError: if there is none, or a record is damaged or copied.
     """
-    folders = list(_folders(folder))
-    check_no_copies(run for _, runs in folders for run in runs)
-    found = [
-        FolderOutcome(path.relative_to(folder), runs, summarise(runs), best_baseline(by_arm(runs)))
-        for path, runs in folders
-    ]
+    found = folder_outcomes(folder)
     compared = [b for b in found if any(s.to_own is not None for s in b.summaries)]
     if not compared:
         raise RunError(
@@ -128,6 +123,20 @@ def blocks(folder: Path) -> list[FolderOutcome]:
             "`teleport run` or `teleport sweep` has written"
         )
     return sorted(compared, key=lambda b: (b.experiment, b.folder))
+
+
+def folder_outcomes(folder: Path) -> list[FolderOutcome]:
+    """Every folder with records of runs, this one and those below, compared or not.
+
+    Raises:
+        RunError: if a record is damaged or copied.
+    """
+    folders = list(_folders(folder))
+    check_no_copies(run for _, runs in folders for run in runs)
+    return [
+        FolderOutcome(path.relative_to(folder), runs, summarise(runs), best_baseline(by_arm(runs)))
+        for path, runs in folders
+    ]
 
 
 def _folders(folder: Path) -> Iterator[tuple[Path, list[Run]]]:
@@ -174,10 +183,15 @@ def matrix_markdown(found: Sequence[FolderOutcome]) -> str:
     """The matrix: one table per block, good and bad alike."""
     parts = [LEGEND]
     for block in found:
-        rows = [[cell(block, s) for cell in _COLUMNS.values()] for s in block.summaries]
-        table = "\n".join(markdown([list(_COLUMNS), *rows]))
+        table = "\n".join(markdown(matrix_rows(block)))
         parts.append(f"### {block.title}\n\n{table}\n\nRecords: `{block.folder}`\n")
     return "\n".join(parts)
+
+
+def matrix_rows(block: FolderOutcome) -> list[list[str]]:
+    """The table of one block, its head first: a row for every arm."""
+    rows = [[cell(block, s) for cell in _COLUMNS.values()] for s in block.summaries]
+    return [list(_COLUMNS), *rows]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
