@@ -333,22 +333,23 @@ def _number(value: float | None) -> float:
 
 
 def _layers(groups: dict[str, list[Run]]) -> Iterator[str]:
-    """The layers of the first and the last teleport of every arm, of its first seed."""
+    """The layers of the first and the last teleport of every arm's first seed, one table open."""
+    opened = " open"
     for number, (arm, runs) in enumerate(groups.items()):
         rows = next((run.teleports for run in runs if run.teleports), [])
-        for row in dict.fromkeys(map(id, (*rows[:1], *rows[-1:]))):
-            yield _report(number, arm, next(r for r in rows if id(r) == row))
+        for row in (*rows[:1], *rows[1:][-1:]):
+            if row.get("layers"):
+                yield _report(number, arm, row, opened)
+                opened = ""
 
 
-def _report(number: int, arm: str, row: dict[str, Any]) -> str:
-    layers = [_layer(one) for one in row.get("layers", ())]
-    if not layers:
-        return ""
+def _report(number: int, arm: str, row: dict[str, Any], opened: str) -> str:
     title = f"{arm}: layers of the teleport after step {row['step']}"
-    said = html.escape(str(row.get("reason", "")))
+    table = layers_html([_layer(one) for one in row["layers"]])
     return (
-        f'<div class="a{number}"><h3>{html.escape(title)}</h3></div><p class="soft">{said}</p>'
-        f"{_wide(title, layers_html(layers))}"
+        f'<details class="a{number}"{opened}><summary>{html.escape(title)}</summary>'
+        f'<p class="soft">{html.escape(str(row.get("reason", "")))}</p>{_wide(title, table)}'
+        "</details>"
     )
 
 
