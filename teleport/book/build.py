@@ -29,6 +29,7 @@ def build(
     run: bool = False,
     form: str = "html",
     started: Callable[[Chapter], None] = lambda chapter: None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Path:
     """Build the web book.
 
@@ -38,6 +39,7 @@ def build(
         form: ``html`` for the web book, ``slides`` of its chapters, or an ``epub``.
         run: Run all chapters first, in a scratch folder; otherwise the committed outputs are shown.
         started: Called before each chapter that is run.
+        progress: Told how many pages Sphinx has read or written since, and of how many.
 
     Returns:
         The first page, or the e-book.
@@ -57,7 +59,7 @@ def build(
             shutil.copytree(book.source, source, ignore=shutil.ignore_patterns(".*"))
             seconds = execute(book, source, started)
         _clear(out)
-        warnings = _run_sphinx(book, source, out, form)
+        warnings = _run_sphinx(book, source, out, form, progress)
     if warnings:
         raise BookError(
             f"Sphinx warns, and every warning is an error; the pages are in {out} for a look:\n"
@@ -70,7 +72,9 @@ def build(
     return out / f"{book.document(book.front)}.html"
 
 
-def _run_sphinx(book: Book, source: Path, out: Path, form: str) -> str:
+def _run_sphinx(
+    book: Book, source: Path, out: Path, form: str, progress: Callable[[int, int], None]
+) -> str:
     """Build the pages from nothing; return what Sphinx warned of."""
     sphinx, docutils = needed("sphinx.application"), needed("sphinx.util.docutils")
     said = io.StringIO()
@@ -90,6 +94,8 @@ def _run_sphinx(book: Book, source: Path, out: Path, form: str) -> str:
             warning=said,
             freshenv=True,
         )
+        for event in ("source-read", "doctree-resolved"):
+            app.connect(event, lambda app, *rest: progress(1, 2 * len(app.env.found_docs)))
         app.build(force_all=True)
     return re.sub("\x1b\\[[0-9;]*m", "", said.getvalue()).strip()
 

@@ -28,6 +28,7 @@ def watch(
     with loading():
         from teleport.lab.analysis.page import watch_page, write_page
         from teleport.lab.records.folders import begun, is_going_on
+        from teleport.runtime.progress import progress_of
 
     page = folder / "watch.html" if out is None else out
     told = f"the page is {page}; open it in a browser"
@@ -40,5 +41,7 @@ def watch(
             time.sleep(every)
     except KeyboardInterrupt:
         typer.echo("ended")
-    write_page(page, watch_page(folder))
+    with progress_of(None, "folder") as progress:
+        last = watch_page(folder, progress=lambda done, of: progress("reading", done, of))
+    write_page(page, last)
     typer.echo(told)

@@ -107,7 +107,9 @@ def smaller(config: dict[str, Any]) -> str:
     return f" ({', '.join(f'{key} {value}' for key, value in sizes.items())})" if sizes else ""
 
 
-def blocks(folder: Path) -> list[FolderOutcome]:
+def blocks(
+    folder: Path, progress: Callable[[int, int], None] = lambda done, of: None
+) -> list[FolderOutcome]:
     """Every folder below with runs that teleport and their baselines.
 
     The same runs may be in several folders, recorded again each time, but not copied.
@@ -115,7 +117,7 @@ def blocks(folder: Path) -> list[FolderOutcome]:
     Raises:
         RunError: if there is none, or a record is damaged or copied.
     """
-    found = folder_outcomes(folder)
+    found = folder_outcomes(folder, progress)
     compared = [b for b in found if any(s.to_own is not None for s in b.summaries)]
     if not compared:
         raise RunError(
@@ -125,13 +127,19 @@ def blocks(folder: Path) -> list[FolderOutcome]:
     return sorted(compared, key=lambda b: (b.experiment, b.folder))
 
 
-def folder_outcomes(folder: Path) -> list[FolderOutcome]:
+def folder_outcomes(
+    folder: Path, progress: Callable[[int, int], None] = lambda done, of: None
+) -> list[FolderOutcome]:
     """Every folder with records of runs, this one and those below, compared or not.
+
+    Args:
+        folder: of them.
+        progress: told how many folders were read since, and how many there are.
 
     Raises:
         RunError: if a record is damaged or copied.
     """
-    folders = list(_folders(folder))
+    folders = list(_folders(folder, progress))
     check_no_copies(run for _, runs in folders for run in runs)
     return [
         FolderOutcome(path.relative_to(folder), runs, summarise(runs), best_baseline(by_arm(runs)))
@@ -139,8 +147,12 @@ def folder_outcomes(folder: Path) -> list[FolderOutcome]:
     ]
 
 
-def _folders(folder: Path) -> Iterator[tuple[Path, list[Run]]]:
-    for path in record_folders(folder):
+def _folders(
+    folder: Path, progress: Callable[[int, int], None]
+) -> Iterator[tuple[Path, list[Run]]]:
+    places = record_folders(folder)
+    for path in places:
+        progress(1, len(places))
         records = [record for record in record_paths(path) if has_begun(record)]
         if any(made_by(first_row(record)) == "run" for record in records):
             runs = read_runs(path)

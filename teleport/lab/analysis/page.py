@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from importlib.resources import files
@@ -51,17 +51,22 @@ class _Curve:
     diverged: bool
 
 
-def watch_page(folder: Path, seconds: float | None = None) -> str:
+def watch_page(
+    folder: Path,
+    seconds: float | None = None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> str:
     """The page about all runs of a folder and those below it.
 
     Args:
         folder: of records, as files or in a packed study.
         seconds: after which the page is to load itself again; None for never.
+        progress: told how many folders were read since, and how many there are.
 
     Raises:
         RunError: if there are no records of `teleport run` or sweep, or one is damaged.
     """
-    found = folder_outcomes(folder)
+    found = folder_outcomes(folder, progress)
     if not found:
         raise RunError(
             f"{folder} holds no records of `teleport run` or `teleport sweep` that have begun; "
@@ -240,7 +245,7 @@ class _Axis:
 
     def ticks(self) -> FloatArray:
         """Round values: multiples of 1, 2 or 5, or powers of ten."""
-        low, high = (10.0**v if self.log else v for v in (self.low, self.high))
+        low, high = (10.0 ** min(v, 300.0) if self.log else v for v in (self.low, self.high))
         decades = self.high - self.low if self.log else 0.0
         many = LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,))
         few = MaxNLocator(5, steps=[1, 2, 5, 10])

@@ -116,7 +116,7 @@ def test_a_run_that_has_hardly_begun_or_diverged_is_shown(
 def test_what_diverged_is_outside_of_the_linear_axis(tmp_path: Path) -> None:
     two_arms(tmp_path)
     write_record(tmp_path, "lr 9", {0: 2.0, 4: 1e9}, end={"status": "diverged"}, order=2)
-    linear = re.findall(r'<svg class="lin".*?training step', watch_page(tmp_path), re.DOTALL)[0]
+    linear = re.findall(r'<svg class="lin".*?training step<', watch_page(tmp_path), re.DOTALL)[0]
     ticks = [float(tick) for tick in re.findall(r'text-anchor="end">([^<]+)<', linear)]
     assert max(ticks) == 2.0
 
@@ -268,7 +268,7 @@ class TestInABrowser:
         page.get_by_label("lr 0.05 + teleport", exact=True).focus()
         page.keyboard.press("Space")
         assert not curve.is_visible()
-        page.get_by_label("logarithmic").focus()
+        page.get_by_role("radio", name="logarithmic").focus()
         page.keyboard.press("ArrowRight")
         assert not page.locator("figure svg.log").first.is_visible()
         assert page.locator("figure svg.lin").first.is_visible()
