@@ -50,7 +50,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sensitivity": paper.sensitivity,
     "report": experiments.report,
     "figure": experiments.figure,
-    "watch": watch.watch,
+    "watch": watch.watch_runs,
     "pack": records.pack_folders,
     "unpack": records.unpack_study,
     "check": check.check,

@@ -77,8 +77,9 @@ def tau(
     check_names([name], preset)
     with loading():
         from teleport.cli.show import show
+        from teleport.lab.paper.input_energy import FIGURE_TAUS
         from teleport.lab.paper.snapshot import check_moment
-        from teleport.lab.paper.threshold import FIGURE_TAUS, write_trajectories
+        from teleport.lab.paper.threshold import write_trajectories
         from teleport.lab.records.folders import resumed_folder
         from teleport.line_search import load_search
         from teleport.runtime.threads import threads_for, using_threads

@@ -9,7 +9,7 @@ import typer
 from teleport.cli.loading import loading
 
 
-def watch(
+def watch_runs(
     folder: Annotated[
         Path,
         typer.Argument(help="Folder of `teleport run` or sweep, or of several; packed or not."),
