@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from teleport.book.configuration import FORMATS, sphinx_settings
 from teleport.book.execute import execute
@@ -28,6 +29,7 @@ def build(
     *,
     run: bool = False,
     form: str = "html",
+    repository: str = "",
     started: Callable[[Chapter], None] = lambda chapter: None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Path:
@@ -36,6 +38,8 @@ def build(
     Args:
         file: ``book.toml``.
         out: Folder for the pages: a new one, an empty one, or an earlier book, which is replaced.
+        repository: Where the book lies on GitHub, as ``owner/name``, for links to Colab; empty for
+            none.
         form: ``html`` for the web book, ``slides`` of its chapters, or an ``epub``.
         run: Run all chapters first, in a scratch folder; otherwise the committed outputs are shown.
         started: Called before each chapter that is run.
@@ -48,6 +52,8 @@ def build(
         BookError: if ``book.toml`` is wrong, if a package of the extra ``book`` is missing, if
             ``out`` holds something else, if a cell fails, or if Sphinx has anything to warn of.
     """
+    if repository and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise BookError(f"a repository is named as owner/name, got {repository!r}")
     book = read_book(file)
     for extension in sphinx_settings(book, form)["extensions"]:
         needed(extension)
@@ -59,7 +65,8 @@ def build(
             shutil.copytree(book.source, source, ignore=shutil.ignore_patterns(".*"))
             seconds = execute(book, source, started)
         _clear(out)
-        warnings = _run_sphinx(book, source, out, form, progress)
+        settings = sphinx_settings(book, form) | {"teleport_repository": repository}
+        warnings = _run_sphinx(settings, source, out, form, progress)
     if warnings:
         raise BookError(
             f"Sphinx warns, and every warning is an error; the pages are in {out} for a look:\n"
@@ -73,7 +80,11 @@ def build(
 
 
 def _run_sphinx(
-    book: Book, source: Path, out: Path, form: str, progress: Callable[[int, int], None]
+    settings: dict[str, Any],
+    source: Path,
+    out: Path,
+    form: str,
+    progress: Callable[[int, int], None],
 ) -> str:
     """Build the pages from nothing; return what Sphinx warned of."""
     sphinx, docutils = needed("sphinx.application"), needed("sphinx.util.docutils")
@@ -89,7 +100,7 @@ def _run_sphinx(
             outdir=str(out),
             doctreedir=doctrees,
             buildername=FORMATS[form],
-            confoverrides=sphinx_settings(book, form),
+            confoverrides=settings,
             status=None,
             warning=said,
             freshenv=True,

@@ -25,7 +25,9 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of the pages.")]
 BOOK, OUT = Path("book.toml"), Path("build/book")
 
 
-def _built(book: Path, out: Path, *, run: bool = False, form: str = "html") -> Path:
+def _built(
+    book: Path, out: Path, *, run: bool = False, form: str = "html", repository: str = ""
+) -> Path:
     """A book, with a bar of its chapters while they run, and then of its pages."""
     chapters, begun = len(read_book(book).chapters), 0
     with progress_of(None, "part") as progress:
@@ -39,7 +41,15 @@ def _built(book: Path, out: Path, *, run: bool = False, form: str = "html") -> P
         def paged(done: int, of: int) -> None:
             progress("pages", done, of)
 
-        return build(book, out, run=run, form=form, started=started, progress=paged)
+        return build(
+            book,
+            out,
+            run=run,
+            form=form,
+            repository=repository,
+            started=started,
+            progress=paged,
+        )
 
 
 @app.command("build")
@@ -47,12 +57,15 @@ def build_book(
     execute: Annotated[
         bool, typer.Option("--execute", help="Run all chapters first, in a scratch folder.")
     ] = False,
+    repository: Annotated[
+        str, typer.Option(help="Where it lies on GitHub, owner/name: for links to Colab.")
+    ] = "",
     out: Out = OUT,
     book: File = BOOK,
 ) -> None:
     """Build the web book from the chapters with their committed outputs, or from new ones."""
     start = time.monotonic()
-    page = _built(book, out, run=execute)
+    page = _built(book, out, run=execute, repository=repository)
     typer.echo(
         f"built in {time.monotonic() - start:.0f} s; open {page} or run `teleport book serve`"
     )
