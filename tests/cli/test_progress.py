@@ -121,7 +121,7 @@ def test_reading_packing_and_grading_have_bars(
         f"report {tmp_path}": "1/1",
         f"watch {tmp_path}": "1/1",
         f"pack {tmp_path / 'a'} {tmp_path / 'study'}": "4/4",
-        f"check {answers}": "2/2",
+        f"check {answers}": "3/3",
     }
     for command, count in commands.items():
         cli.main(command.split())
