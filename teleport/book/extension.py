@@ -137,7 +137,7 @@ def _in_colab(book: Book, chapter: Chapter, repository: str) -> list[nodes.Node]
     colab = f"https://colab.research.google.com/github/{repository}/blob/HEAD/{name.as_posix()}"
     link = nodes.reference("", "Open it in Colab", refuri=colab)
     commands = f"%pip install 'nullspace-teleport[course] @ git+{host}'"
-    if re.search(r"\bresults\b", chapter.file.read_text(encoding="utf-8")):  # records of runs
+    if re.search(r'\(\\"results\b', chapter.file.read_text(encoding="utf-8")):  # records of runs
         commands = (
             f"!git clone --depth 1 {host} book && pip install './book[course]'\n"
             f"%cd book/{name.parent.as_posix()}"

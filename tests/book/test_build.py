@@ -489,9 +489,14 @@ def test_build_and_check_from_the_command_line(
     places_ = ["--book", str(small), "--out", str(small.parent / "out")]
     code, printed, _ = run(capsys, "check", *places_)
     assert (code, "not built" in printed) == (0, True)
-    code, printed, _ = run(capsys, "build", *places_)
+    notebook = small.parent / "texts" / "02_small.ipynb"
+    notebook.write_text(notebook.read_text().replace("plt.show()", 'plt.show(Path(\\"results\\"))'))
+    code, printed, _ = run(capsys, "build", "--repository", "a/b", *places_)
     assert code == 0
     assert str(small.parent / "out" / "index.html") in printed
+    chapter = unescape(re.sub("<[^>]*>", "", (small.parent / "out" / "02_small.html").read_text()))
+    assert "!git clone --depth 1 https://github.com/a/b book && pip" in chapter
+    assert "%cd book/texts" in chapter
     assert run(capsys, "check", *places_)[0] == 0
     (small.parent / "out" / "more.html").unlink()
     code, _, error = run(capsys, "check", *places_)
