@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from teleport.bars import TableCell, html_table
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -110,13 +112,8 @@ class TeleportReport:
         return text_table([_COLUMNS, *map(_cells, self.layers)])
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{c}</th>" for c in _COLUMNS)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(layer)) + "</tr>"
-            for layer in self.layers
-        )
         lines = "<br>".join(html.escape(line) for line in self._summary())
-        return f"<p>{lines}</p><table><tr>{head}</tr>{body}</table>"
+        return f"<p>{lines}</p>{layers_html(self.layers)}"
 
     def _summary(self) -> list[str]:
         verdict = "rolled back" if self.rolled_back else "teleported" if self.steps else "not moved"
@@ -155,6 +152,32 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
     if layer.grad_norm_before and layer.grad_norm_after is not None:
         grown = f"x {layer.grad_norm_after / layer.grad_norm_before:.3g}"
     return (layer.name or "(model)", layer.kind, shape, rank, free, moved, grown, layer.status)
+
+
+def layers_html(layers: Sequence[LayerReport]) -> str:
+    """The table of layers as HTML, with bars.
+
+    *Free*: the rank, dark, against what is free. *Moved by*: against the layer that moved most.
+    *Gradient*: its norm before and after, against the largest.
+    """
+    most = max((layer.move_norm for layer in layers), default=0.0) or 1.0
+    norms = [n for x in layers for n in (x.grad_norm_before, x.grad_norm_after) if n]
+    longest = max(norms, default=1.0)
+    return html_table(_COLUMNS, [_with_bars(layer, most, longest) for layer in layers])
+
+
+def _with_bars(layer: LayerReport, most: float, longest: float) -> list[TableCell]:
+    bars: dict[str, tuple[tuple[float, ...], ...]] = {}
+    if layer.rank is not None and layer.null_dim is not None:
+        whole = max(layer.rank + layer.null_dim, 1)
+        bars["free"] = ((layer.rank / whole, layer.null_dim / whole),)
+    if layer.move_norm:
+        bars["moved by"] = ((layer.move_norm / most,),)
+    if layer.grad_norm_before is not None and layer.grad_norm_after is not None:
+        before, after = layer.grad_norm_before / longest, layer.grad_norm_after / longest
+        bars["gradient"] = ((0.0, before), (after,))
+    cells = zip(_COLUMNS, _cells(layer), strict=True)
+    return [TableCell(text, bars.get(column, ())) for column, text in cells]
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:

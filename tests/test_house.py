@@ -95,7 +95,7 @@ def test_every_declared_python_is_tested() -> None:
     after = f"3.{int(high.split('.')[1]) + 1}"
     assert PROJECT["project"]["requires-python"] == f">={low},<{after}"
     jobs = read(GITHUB / "workflows" / "tests.yml")["jobs"]
-    for name in ("quick", "all"):
+    for name in ("quick", "all", "readme"):
         assert jobs[name]["strategy"]["matrix"]["python"] == declared
 
 

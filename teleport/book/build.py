@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from teleport.book.configuration import FORMATS, sphinx_settings
 from teleport.book.execute import execute
@@ -28,16 +29,21 @@ def build(
     *,
     run: bool = False,
     form: str = "html",
+    repository: str = "",
     started: Callable[[Chapter], None] = lambda chapter: None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Path:
     """Build the web book.
 
     Args:
         file: ``book.toml``.
         out: Folder for the pages: a new one, an empty one, or an earlier book, which is replaced.
+        repository: Where the book lies on GitHub, as ``owner/name``, for links to Colab; empty for
+            none.
         form: ``html`` for the web book, ``slides`` of its chapters, or an ``epub``.
         run: Run all chapters first, in a scratch folder; otherwise the committed outputs are shown.
         started: Called before each chapter that is run.
+        progress: Told how many pages Sphinx has read or written since, and of how many.
 
     Returns:
         The first page, or the e-book.
@@ -46,6 +52,8 @@ def build(
         BookError: if ``book.toml`` is wrong, if a package of the extra ``book`` is missing, if
             ``out`` holds something else, if a cell fails, or if Sphinx has anything to warn of.
     """
+    if repository and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise BookError(f"a repository is named as owner/name, got {repository!r}")
     book = read_book(file)
     for extension in sphinx_settings(book, form)["extensions"]:
         needed(extension)
@@ -57,7 +65,8 @@ def build(
             shutil.copytree(book.source, source, ignore=shutil.ignore_patterns(".*"))
             seconds = execute(book, source, started)
         _clear(out)
-        warnings = _run_sphinx(book, source, out, form)
+        settings = sphinx_settings(book, form) | {"teleport_repository": repository}
+        warnings = _run_sphinx(settings, source, out, form, progress)
     if warnings:
         raise BookError(
             f"Sphinx warns, and every warning is an error; the pages are in {out} for a look:\n"
@@ -70,7 +79,13 @@ def build(
     return out / f"{book.document(book.front)}.html"
 
 
-def _run_sphinx(book: Book, source: Path, out: Path, form: str) -> str:
+def _run_sphinx(
+    settings: dict[str, Any],
+    source: Path,
+    out: Path,
+    form: str,
+    progress: Callable[[int, int], None],
+) -> str:
     """Build the pages from nothing; return what Sphinx warned of."""
     sphinx, docutils = needed("sphinx.application"), needed("sphinx.util.docutils")
     said = io.StringIO()
@@ -85,11 +100,13 @@ def _run_sphinx(book: Book, source: Path, out: Path, form: str) -> str:
             outdir=str(out),
             doctreedir=doctrees,
             buildername=FORMATS[form],
-            confoverrides=sphinx_settings(book, form),
+            confoverrides=settings,
             status=None,
             warning=said,
             freshenv=True,
         )
+        for event in ("source-read", "doctree-resolved"):
+            app.connect(event, lambda app, *rest: progress(1, 2 * len(app.env.found_docs)))
         app.build(force_all=True)
     return re.sub("\x1b\\[[0-9;]*m", "", said.getvalue()).strip()
 

@@ -11,11 +11,12 @@ from teleport.book.build import build, over_budget
 from teleport.book.coq_source import PROOFS_FOLDER
 from teleport.book.ledger import LEDGER_PATH, proof_rows, record_proofs
 from teleport.book.links import built_pages, check_links
-from teleport.book.manifest import read_book
+from teleport.book.manifest import Chapter, read_book
 from teleport.book.proofs import audit_table, check_exercise, check_proofs, recheck
 from teleport.book.serve import server
 from teleport.errors import BookError
 from teleport.runtime.cores import cores
+from teleport.runtime.progress import progress_of
 
 app = typer.Typer(help="Build the book of the chapters, show it, check it.", no_args_is_help=True)
 
@@ -24,19 +25,47 @@ Out = Annotated[Path, typer.Option("--out", help="Folder of the pages.")]
 BOOK, OUT = Path("book.toml"), Path("build/book")
 
 
+def _built(
+    book: Path, out: Path, *, run: bool = False, form: str = "html", repository: str = ""
+) -> Path:
+    """A book, with a bar of its chapters while they run, and then of its pages."""
+    chapters, begun = len(read_book(book).chapters), 0
+    with progress_of(None, "part") as progress:
+
+        def started(chapter: Chapter) -> None:
+            nonlocal begun
+            typer.echo(f"running {chapter.file.name}")
+            progress("running", min(begun, 1), chapters)
+            begun += 1
+
+        def paged(done: int, of: int) -> None:
+            progress("pages", done, of)
+
+        return build(
+            book,
+            out,
+            run=run,
+            form=form,
+            repository=repository,
+            started=started,
+            progress=paged,
+        )
+
+
 @app.command("build")
 def build_book(
     execute: Annotated[
         bool, typer.Option("--execute", help="Run all chapters first, in a scratch folder.")
     ] = False,
+    repository: Annotated[
+        str, typer.Option(help="Where it lies on GitHub, owner/name: for links to Colab.")
+    ] = "",
     out: Out = OUT,
     book: File = BOOK,
 ) -> None:
     """Build the web book from the chapters with their committed outputs, or from new ones."""
     start = time.monotonic()
-    page = build(
-        book, out, run=execute, started=lambda chapter: typer.echo(f"running {chapter.file.name}")
-    )
+    page = _built(book, out, run=execute, repository=repository)
     typer.echo(
         f"built in {time.monotonic() - start:.0f} s; open {page} or run `teleport book serve`"
     )
@@ -45,14 +74,14 @@ def build_book(
 @app.command()
 def slides(out: Out = Path("build/slides"), book: File = BOOK) -> None:
     """Make slides of every chapter for a class: theorems, code, figures; the text as notes."""
-    page = build(book, out, form="slides")
+    page = _built(book, out, form="slides")
     typer.echo(f"open {page}; the key S shows the speaker's notes, ? all keys")
 
 
 @app.command()
 def epub(out: Out = Path("build/epub"), book: File = BOOK) -> None:
     """Make an e-book with the equations as MathML and the figures as still pictures."""
-    typer.echo(f"made {build(book, out, form='epub')}")
+    typer.echo(f"made {_built(book, out, form='epub')}")
 
 
 @app.command()
@@ -109,7 +138,14 @@ def proofs(
             typer.echo(check_exercise(folder, exercise, target, cores()))
             return
         before = proof_rows(described.file.parent)
-        rows = check_proofs(folder, target, cores(), lambda name: typer.echo(f"proved {name}.v"))
+        files = len(list(folder.glob("*.v")))
+        with progress_of(files, "file") as progress:
+
+            def proved(name: str) -> None:
+                typer.echo(f"proved {name}.v")
+                progress("compiling", 1)
+
+            rows = check_proofs(folder, target, cores(), proved)
         if independent:
             recheck(target, sorted({row.file.name for row in rows}))
     if ledger:

@@ -6,6 +6,7 @@ library refuses, ``<!-- citation -->`` on that of how to cite.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Set
 from pathlib import Path
@@ -34,6 +35,7 @@ MATHJAX_FILES = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extens
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register with Sphinx."""
     app.add_config_value("teleport_book", None, "")
+    app.add_config_value("teleport_repository", "", "")
     app.connect("source-read", _fill_in)
     app.connect("doctree-read", _add_box)
     app.connect("doctree-resolved", make_slides)
@@ -123,7 +125,27 @@ def _add_box(app: Sphinx, doctree: nodes.document) -> None:
     for chapter in book.chapters:
         if book.document(chapter.file) == app.env.docname:
             title = next(iter(doctree.findall(nodes.title)))
-            title.parent.insert(title.parent.index(title) + 1, _box(book, chapter))
+            box = _box(book, chapter)
+            if app.config.teleport_repository:
+                box += _in_colab(book, chapter, app.config.teleport_repository)
+            title.parent.insert(title.parent.index(title) + 1, box)
+
+
+def _in_colab(book: Book, chapter: Chapter, repository: str) -> list[nodes.Node]:
+    """A link to the notebook in Colab, and what is to be run there first."""
+    host, name = f"https://github.com/{repository}", chapter.file.relative_to(book.file.parent)
+    colab = f"https://colab.research.google.com/github/{repository}/blob/HEAD/{name.as_posix()}"
+    link = nodes.reference("", "Open it in Colab", refuri=colab)
+    commands = f"%pip install 'nullspace-teleport[course] @ git+{host}'"
+    if re.search(r'\(\\"results\b', chapter.file.read_text(encoding="utf-8")):  # records of runs
+        commands = (
+            f"!git clone --depth 1 {host} book && pip install './book[course]'\n"
+            f"%cd book/{name.parent.as_posix()}"
+        )
+    return [
+        nodes.paragraph("", "", link, nodes.Text(", with this as its first cell:")),
+        nodes.literal_block(commands, commands, language="ipython"),
+    ]
 
 
 def _box(book: Book, chapter: Chapter) -> nodes.Node:

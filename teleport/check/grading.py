@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,12 +88,15 @@ class _Run:
     broken: dict[int, str] = field(default_factory=dict)
 
 
-def grade(path: Path, time_limit: float = 10.0) -> Grades:
+def grade(
+    path: Path, time_limit: float = 10.0, ran: Callable[[int, int], None] = lambda done, of: None
+) -> Grades:
     """Grade a ``.py`` or ``.ipynb`` file.
 
     Args:
         path: of the file.
         time_limit: seconds for each piece of it: a cell, or a statement.
+        ran: told how many pieces have ended, and of how many.
 
     Raises:
         CheckError: if the file cannot be graded at all, or Hypothesis is not installed.
@@ -101,12 +105,19 @@ def grade(path: Path, time_limit: float = 10.0) -> Grades:
     units = read_submission(path).units
     run = _Run()
     with tempfile.TemporaryDirectory(prefix="teleport-check-") as folder:
-        while not _run_rest(path.resolve(), Path(folder), units, time_limit, run):
+        while not _run_rest(path.resolve(), Path(folder), units, time_limit, run, ran):
             pass
     return Grades(str(path), tuple(_graded(units, run)))
 
 
-def _run_rest(path: Path, folder: Path, units: list[Unit], limit: float, run: _Run) -> bool:
+def _run_rest(
+    path: Path,
+    folder: Path,
+    units: list[Unit],
+    limit: float,
+    run: _Run,
+    ran: Callable[[int, int], None],
+) -> bool:
     """Run all pieces but the broken ones; whether the process came to its end."""
     work = folder / "work"
     work.mkdir(exist_ok=True)
@@ -128,7 +139,7 @@ def _run_rest(path: Path, folder: Path, units: list[Unit], limit: float, run: _R
         start_new_session=True,
     )
     try:
-        return _follow(process, results, len(units), limit, run)
+        return _follow(process, results, len(units), limit, run, ran)
     finally:
         _end(process)
 
@@ -144,7 +155,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _follow(
-    process: subprocess.Popen[bytes], results: Path, count: int, limit: float, run: _Run
+    process: subprocess.Popen[bytes],
+    results: Path,
+    count: int,
+    limit: float,
+    run: _Run,
+    ran: Callable[[int, int], None],
 ) -> bool:
     """Read what the process tells until it ends or takes too long."""
     current, started, seen, allowed = -1, time.monotonic(), 0, START_LIMIT
@@ -162,6 +178,7 @@ def _follow(
             if "end" in message:
                 run.ended[message["end"]] = message
                 current = -1
+                ran(len(run.ended) + len(run.broken), count)
         if len(run.ended) + len(run.broken) == count:
             return True
         if alive and time.monotonic() - started <= allowed:

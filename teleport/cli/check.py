@@ -21,9 +21,18 @@ def check(
     with loading():
         from teleport.check.grading import grade
         from teleport.cli.show import show_grades
+        from teleport.runtime.progress import progress_of
 
     try:
-        grades = grade(path, time_limit)
+        with progress_of(None, "cell") as progress:
+            before = 0
+
+            def ran(done: int, of: int) -> None:
+                nonlocal before
+                progress(path.name, done - before, of)
+                before = done
+
+            grades = grade(path, time_limit, ran)
     except CheckError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

@@ -7,7 +7,7 @@ import typer
 
 import teleport
 from teleport.book.commands import app as book_app
-from teleport.cli import bench, check, data, experiments, keep, paper, records
+from teleport.cli import bench, check, data, experiments, keep, paper, records, watch
 
 app = typer.Typer(
     name="teleport",
@@ -51,6 +51,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "sensitivity": paper.sensitivity,
     "report": experiments.report,
     "figure": experiments.figure,
+    "watch": watch.watch_runs,
     "pack": records.pack_folders,
     "unpack": records.unpack_study,
     "check": check.check,

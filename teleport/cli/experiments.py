@@ -308,8 +308,10 @@ def report(
     with loading():
         from teleport.cli.show import draw_report
         from teleport.lab.analysis.outcomes import blocks, matrix_markdown
+        from teleport.runtime.progress import progress_of
 
-    found = blocks(folder)
+    with progress_of(None, "folder") as progress:
+        found = blocks(folder, lambda done, of: progress("reading", done, of))
     typer.echo(matrix_markdown(found))
     if figures is None:
         return

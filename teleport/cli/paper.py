@@ -15,8 +15,7 @@ from teleport.cli.options import (
     Threads,
     check_names,
 )
-from teleport.cli.output import say
-from teleport.cli.progress import step_progress
+from teleport.cli.progress import part_progress, step_progress
 
 
 def spectrum(
@@ -45,16 +44,18 @@ def spectrum(
     for name in names:
         check_moment(name, preset)  # before any folder is made
     folder = resumed_folder("spectrum", out, resume)
-    with using_threads(threads_for(threads)):
+    moments = list(dict.fromkeys(trained or (0, 50)))
+    total = len(names) * len(moments)
+    with part_progress(total, folder) as begin, using_threads(threads_for(threads)):
         write_spectra(
             names,
             folder,
             preset=preset,
-            steps=list(dict.fromkeys(trained or (0, 50))),
+            steps=moments,
             seed=seed,
             resume=resume,
             command=COMMAND_LINE.get(),
-            progress=say,
+            progress=begin,
         )
     show(folder)
 
@@ -76,6 +77,7 @@ def tau(
     check_names([name], preset)
     with loading():
         from teleport.cli.show import show
+        from teleport.lab.paper.input_energy import FIGURE_TAUS
         from teleport.lab.paper.snapshot import check_moment
         from teleport.lab.paper.threshold import write_trajectories
         from teleport.lab.records.folders import resumed_folder
@@ -88,7 +90,8 @@ def tau(
     if lr is not None and not 0.0 < lr < math.inf:
         raise ValueError(f"lr must be > 0 and finite, got {lr}")
     folder = resumed_folder("tau", out, resume)
-    with using_threads(threads_for(threads)):
+    total = 1 + len(FIGURE_TAUS)
+    with part_progress(total, folder) as begin, using_threads(threads_for(threads)):
         write_trajectories(
             name,
             folder,
@@ -99,7 +102,7 @@ def tau(
             seed=seed,
             resume=resume,
             command=COMMAND_LINE.get(),
-            progress=say,
+            progress=begin,
         )
     show(folder)
 
@@ -124,7 +127,7 @@ def moves(
     check_names(names, preset)
     with loading():
         from teleport.cli.show import show
-        from teleport.lab.paper.moves import write_moves
+        from teleport.lab.paper.moves import MOVE_TAUS, write_moves
         from teleport.lab.paper.snapshot import check_moment
         from teleport.lab.records.folders import resumed_folder
         from teleport.line_search import load_search
@@ -137,9 +140,11 @@ def moves(
     for name in names:
         check_moment(name, preset, batch)  # before any folder is made
     folder = resumed_folder("moves", out, resume)
-    with using_threads(threads_for(threads)):
+    names = list(dict.fromkeys(names))
+    total = len(names) * seeds * (1 + len(MOVE_TAUS))
+    with part_progress(total, folder) as begin, using_threads(threads_for(threads)):
         write_moves(
-            list(dict.fromkeys(names)),
+            names,
             folder,
             preset=preset,
             trained=trained,
@@ -149,7 +154,7 @@ def moves(
             seeds=seeds,
             resume=resume,
             command=COMMAND_LINE.get(),
-            progress=say,
+            progress=begin,
         )
     show(folder)
 
@@ -215,11 +220,18 @@ def product(
         from teleport.cli.show import show
         from teleport.lab.paper.products import product_at, write_product
         from teleport.lab.records.folders import new_folder
+        from teleport.runtime.progress import progress_of
         from teleport.runtime.threads import threads_for, using_threads
 
-    with using_threads(threads_for(threads)):
+    with progress_of(trained, "step") as progress, using_threads(threads_for(threads)):
         config, found = product_at(
-            name, layer=layer, rows=rows, preset=preset, trained=trained, seed=seed, progress=say
+            name,
+            layer=layer,
+            rows=rows,
+            preset=preset,
+            trained=trained,
+            seed=seed,
+            progress=progress,
         )
     folder = new_folder("product", out)
     write_product(folder, {"command": COMMAND_LINE.get(), **config}, found)

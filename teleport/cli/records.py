@@ -16,8 +16,11 @@ def pack_folders(
     """Pack the records of finished runs into one list and a few Parquet tables; lose no number."""
     with loading():
         from teleport.lab.records import pack as packing
+        from teleport.runtime.progress import progress_of
 
-    typer.echo(f"{count_of(packing.pack(folder, study), 'record')} packed in {study}")
+    with progress_of(None, "record") as progress:
+        many = packing.pack(folder, study, lambda done, of: progress("packing", done, of))
+    typer.echo(f"{count_of(many, 'record')} packed in {study}")
 
 
 def unpack_study(

@@ -324,8 +324,21 @@ def test_a_built_book_is_replaced_and_nothing_else_is(built: Path, small: Path) 
         build(small, out)
     assert [file.name for file in out.iterdir()] == ["thesis.txt"]
     (built / "stale.html").write_text("")
-    build(built.parent / "book.toml", built)
+    assert "colab" not in (built / "02_small.html").read_text()
+    told: list[tuple[int, int]] = []
+    again = {"repository": "some-one/a.book", "progress": lambda *each: told.append(each)}
+    build(built.parent / "book.toml", built, **again)
     assert not (built / "stale.html").exists()
+    assert {sum(done for done, _ in told)} == {of for _, of in told}
+    chapter = (built / "02_small.html").read_text()
+    colab = (
+        "https://colab.research.google.com/github/some-one/a.book/blob/HEAD/texts/02_small.ipynb"
+    )
+    assert f'href="{colab}"' in chapter
+    shown = unescape(re.sub("<[^>]*>", "", chapter))
+    assert "[course] @ git+https://github.com/some-one/a.book'" in shown
+    with pytest.raises(BookError, match=r"named as owner/name, got 'a b'"):
+        build(small, built, repository="a b")
 
 
 @pytest.mark.parametrize(
@@ -476,9 +489,14 @@ def test_build_and_check_from_the_command_line(
     places_ = ["--book", str(small), "--out", str(small.parent / "out")]
     code, printed, _ = run(capsys, "check", *places_)
     assert (code, "not built" in printed) == (0, True)
-    code, printed, _ = run(capsys, "build", *places_)
+    notebook = small.parent / "texts" / "02_small.ipynb"
+    notebook.write_text(notebook.read_text().replace("plt.show()", 'plt.show(Path(\\"results\\"))'))
+    code, printed, _ = run(capsys, "build", "--repository", "a/b", *places_)
     assert code == 0
     assert str(small.parent / "out" / "index.html") in printed
+    chapter = unescape(re.sub("<[^>]*>", "", (small.parent / "out" / "02_small.html").read_text()))
+    assert "!git clone --depth 1 https://github.com/a/b book && pip" in chapter
+    assert "%cd book/texts" in chapter
     assert run(capsys, "check", *places_)[0] == 0
     (small.parent / "out" / "more.html").unlink()
     code, _, error = run(capsys, "check", *places_)

@@ -36,6 +36,7 @@ COMMANDS = [
     *(
         "report",
         "figure",
+        "watch",
         "pack",
         "unpack",
         "check",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -97,6 +98,41 @@ def test_html_holds_one_row_per_layer() -> None:
     html = replace(REPORT, layers=(LAYER,) * 3)._repr_html_()
     assert html.count("<tr>") == 4
     assert html.count("<td>body.2</td>") == 3
+
+
+def bars(html: str) -> list[list[tuple[float, float]]]:
+    """Of every drawing, left end and width of its parts."""
+    return [
+        [
+            (float(x), float(wide))
+            for x, wide in re.findall(r'x="([^"]+)" y="[^"]+" width="([^"]+)"', one)
+        ]
+        for one in re.findall(r"<svg.*?</svg>", html)
+    ]
+
+
+def test_bars_repeat_what_the_cells_say() -> None:
+    still = replace(
+        LAYER, rank=None, null_dim=None, move_norm=0.0, grad_norm_before=0.5, grad_norm_after=0.5
+    )
+    far = replace(LAYER, rank=0, null_dim=4, move_norm=2 * LAYER.move_norm, grad_norm_before=None)
+    html = replace(REPORT, layers=(LAYER, still, far))._repr_html_()
+    free, moved, grown, kept, all_free, farthest = bars(html)
+    assert free == [(0.0, pytest.approx(90 * 7 / 17, abs=0.1)), (pytest.approx(37.1), 52.9)]
+    assert moved == [(0.0, 45.0)]
+    assert grown == [(0.0, 0.0), (0.0, 36.0), (0.0, 90.0)]
+    assert kept == [(0.0, 0.0), (0.0, 36.0), (0.0, 36.0)]
+    assert all_free == [(0.0, 0.0), (0.0, 90.0)]
+    assert farthest == [(0.0, 90.0)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_bars_of_numbers_that_are_not_finite_have_no_length(value: float) -> None:
+    norms = {"grad_norm_before": value, "grad_norm_after": value}
+    layer = replace(LAYER, rank=0, null_dim=0, move_norm=value, **norms)
+    html = replace(REPORT, layers=(layer,))._repr_html_()
+    assert {wide for bar in bars(html) for _, wide in bar} == {0.0}
+    assert replace(REPORT, layers=())._repr_html_().endswith("</table>")
 
 
 @pytest.mark.parametrize("name", GRAPHS)

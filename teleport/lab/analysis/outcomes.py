@@ -107,7 +107,9 @@ def smaller(config: dict[str, Any]) -> str:
     return f" ({', '.join(f'{key} {value}' for key, value in sizes.items())})" if sizes else ""
 
 
-def blocks(folder: Path) -> list[FolderOutcome]:
+def blocks(
+    folder: Path, progress: Callable[[int, int], None] = lambda done, of: None
+) -> list[FolderOutcome]:
     """Every folder below with runs that teleport and their baselines.
 
     The same runs may be in several folders, recorded again each time, but not copied.
@@ -115,12 +117,7 @@ def blocks(folder: Path) -> list[FolderOutcome]:
     Raises:
         RunError: if there is none, or a record is damaged or copied.
     """
-    folders = list(_folders(folder))
-    check_no_copies(run for _, runs in folders for run in runs)
-    found = [
-        FolderOutcome(path.relative_to(folder), runs, summarise(runs), best_baseline(by_arm(runs)))
-        for path, runs in folders
-    ]
+    found = folder_outcomes(folder, progress)
     compared = [b for b in found if any(s.to_own is not None for s in b.summaries)]
     if not compared:
         raise RunError(
@@ -130,8 +127,32 @@ def blocks(folder: Path) -> list[FolderOutcome]:
     return sorted(compared, key=lambda b: (b.experiment, b.folder))
 
 
-def _folders(folder: Path) -> Iterator[tuple[Path, list[Run]]]:
-    for path in record_folders(folder):
+def folder_outcomes(
+    folder: Path, progress: Callable[[int, int], None] = lambda done, of: None
+) -> list[FolderOutcome]:
+    """Every folder with records of runs, this one and those below, compared or not.
+
+    Args:
+        folder: of them.
+        progress: told how many folders were read since, and how many there are.
+
+    Raises:
+        RunError: if a record is damaged or copied.
+    """
+    folders = list(_folders(folder, progress))
+    check_no_copies(run for _, runs in folders for run in runs)
+    return [
+        FolderOutcome(path.relative_to(folder), runs, summarise(runs), best_baseline(by_arm(runs)))
+        for path, runs in folders
+    ]
+
+
+def _folders(
+    folder: Path, progress: Callable[[int, int], None]
+) -> Iterator[tuple[Path, list[Run]]]:
+    places = record_folders(folder)
+    for path in places:
+        progress(1, len(places))
         records = [record for record in record_paths(path) if has_begun(record)]
         if any(made_by(first_row(record)) == "run" for record in records):
             runs = read_runs(path)
@@ -174,10 +195,15 @@ def matrix_markdown(found: Sequence[FolderOutcome]) -> str:
     """The matrix: one table per block, good and bad alike."""
     parts = [LEGEND]
     for block in found:
-        rows = [[cell(block, s) for cell in _COLUMNS.values()] for s in block.summaries]
-        table = "\n".join(markdown([list(_COLUMNS), *rows]))
+        table = "\n".join(markdown(matrix_rows(block)))
         parts.append(f"### {block.title}\n\n{table}\n\nRecords: `{block.folder}`\n")
     return "\n".join(parts)
+
+
+def matrix_rows(block: FolderOutcome) -> list[list[str]]:
+    """The table of one block, its head first: a row for every arm."""
+    rows = [[cell(block, s) for cell in _COLUMNS.values()] for s in block.summaries]
+    return [list(_COLUMNS), *rows]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:

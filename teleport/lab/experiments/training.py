@@ -279,10 +279,11 @@ class Training:
         self.train_seconds += self._now() - started
         self.step += 1
 
-    def advance(self, steps: int) -> None:
+    def advance(self, steps: int, stepped: Callable[[], None] = lambda: None) -> None:
         """So many steps, or those that are left, without a record and without a teleport."""
         for inputs, targets in islice(self._stream(), steps):
             self._take_step(inputs, targets)
+            stepped()
         self.optimizer.zero_grad()
 
     def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -111,7 +111,7 @@ def product_at(
     preset: str = "cpu",
     trained: int = 50,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str, int], None] = lambda what, done: None,
 ) -> tuple[dict[str, Any], Product]:
     """The products of one layer of a named experiment, and everything they depend on.
 
@@ -122,13 +122,12 @@ def product_at(
         preset: its size.
         trained: training steps before.
         seed: see `teleport.lab.paper.snapshot.moment`.
-        progress: told what is being computed.
+        progress: told the training steps done since the last call.
 
     Raises:
         ValueError: for an unknown name or layer, or a value out of range.
     """
-    progress(f"{name}: training {trained} steps")
-    at = moment(name, preset, trained, seed)
+    at = moment(name, preset, trained, seed, stepped=lambda: progress(f"{name}: training", 1))
     return {"trained": trained, **at.config}, product_of(at.model, at.closure, layer, rows)
 
 

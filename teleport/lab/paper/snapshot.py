@@ -5,6 +5,7 @@ data and the teleport batch are those that `teleport run` has with the same seed
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +64,12 @@ def _checked(experiment: str, preset: str, n: int | None) -> tuple[RunSettings, 
 
 
 def moment(
-    experiment: str, preset: str = "cpu", steps: int = 0, seed: int = 0, n: int | None = None
+    experiment: str,
+    preset: str = "cpu",
+    steps: int = 0,
+    seed: int = 0,
+    n: int | None = None,
+    stepped: Callable[[], None] = lambda: None,
 ) -> Moment:
     """A named experiment after some training steps.
 
@@ -73,6 +79,7 @@ def moment(
         steps: training steps, >= 0, with the optimizer of `rate_of`.
         seed: of the initial values, the order of the data and the batch.
         n: examples of the teleport batch, >= 1; default the experiment's.
+        stepped: called after every training step.
 
     Raises:
         ValueError: for an unknown name, or ``steps`` out of range.
@@ -87,7 +94,7 @@ def moment(
     epochs = max(1, math.ceil(steps / (train_size(settings.size(), dataset) // settings.batch())))
     settings = replace(settings, optimizer=optimizer, epochs=epochs)
     training = Training(settings, Arm(lr), seed, dataset)
-    training.advance(steps)
+    training.advance(steps, stepped)
     batch, held_out = training.draw()
     config = {
         "experiment": experiment,

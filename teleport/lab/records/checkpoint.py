@@ -1,6 +1,7 @@
 """Files that survive a kill: checkpoints replaced at once, locks that end with their process."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -109,3 +110,20 @@ def locked(path: Path, what: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # while it is still held: no other can hold it by this name
         lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file of `locked`.
+
+    To see that, a file that is left over is locked for a moment; one that was made just now counts
+    as held, so that the process that makes it finds it free.
+    """
+    try:
+        if time.time() - path.stat().st_mtime < 2.0:  # seconds
+            return True
+        with FileLock(path).acquire(blocking=False):
+            return False
+    except FileNotFoundError:
+        return False
+    except Timeout:
+        return True

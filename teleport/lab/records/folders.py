@@ -6,10 +6,10 @@ from datetime import date
 from pathlib import Path
 
 from teleport.errors import RunError
-from teleport.lab.records.checkpoint import locked
+from teleport.lab.records.checkpoint import is_locked, locked
 from teleport.lab.records.runs import first_row, has_begun
 from teleport.lab.records.schema import made_by
-from teleport.lab.records.study import refuse_packed
+from teleport.lab.records.study import record_folders, record_paths, refuse_packed
 
 OF_A_RUN = re.compile(r"\d\d+-.*-seed\d+\.(jsonl|checkpoint(\.new)?)")
 """Names of the files that runs keep."""
@@ -115,6 +115,17 @@ def _make_folder(folder: Path, instead: str = "") -> Path:
             f"cannot write to {folder}: {error.strerror}; choose a folder with --out"
         ) from error
     return folder
+
+
+def is_going_on(folder: Path) -> bool:
+    """Whether a process runs in a folder, in one below, or in the sweep that it is part of."""
+    above = (parent / ".lock" for parent in folder.absolute().parents[:2])
+    return any(map(is_locked, (*folder.rglob(".lock"), *above)))
+
+
+def begun(folder: Path) -> bool:
+    """Whether there is a record in a folder or below that has begun."""
+    return any(has_begun(path) for place in record_folders(folder) for path in record_paths(place))
 
 
 def slug(name: str) -> str:

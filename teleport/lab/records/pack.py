@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from teleport.lab.records.runs import has_begun, read_rows
 from teleport.lab.records.study import record_folders, record_paths, study_of, write_study
 
 
-def pack(folder: Path, study: Path) -> int:
+def pack(
+    folder: Path, study: Path, progress: Callable[[int, int], None] = lambda done, of: None
+) -> int:
     """Pack all records of a folder and those below it into a new study.
 
     The study is read back and compared with the records before it is there by its name. Tables and
@@ -21,6 +23,7 @@ def pack(folder: Path, study: Path) -> int:
     Args:
         folder: with finished runs.
         study: of this name, which is not there yet.
+        progress: told how many records were read or compared since, and how many there are to be.
 
     Returns:
         How many records there are.
@@ -36,6 +39,7 @@ def pack(folder: Path, study: Path) -> int:
                 f"{path} has not ended, and only whole records are packed; make it again with "
                 "--resume, or move it away"
             )
+        progress(1, 2 * len(records))
     with _new(study) as fresh:
         write_study(fresh, ((path.relative_to(folder), read_rows(path)) for path in records))
         for path in records:
@@ -43,6 +47,7 @@ def pack(folder: Path, study: Path) -> int:
             kept = read_rows(fresh / path.relative_to(folder))
             if json.dumps(kept) != json.dumps(read_rows(path)):
                 raise RunError(f"{path} cannot be packed: it does not come back as it is")
+            progress(1, 2 * len(records))
     return len(records)
 
 
