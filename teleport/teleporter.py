@@ -178,9 +178,9 @@ class Teleporter:
                 preconditioner; likewise.
         """
         started = now()
-        if self._decision is not None:
-            if reason := self._decision.waiting(ranks_of(self.model)):
-                return not_moved(reason, None)
+        deciding = self._decision
+        if deciding is not None and (reason := deciding.waiting(ranks_of(self.model))):
+            return not_moved(reason, None)
         autocast = Autocast()
         with (
             torch.inference_mode(False),

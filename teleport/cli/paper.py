@@ -176,7 +176,7 @@ def saving(
     check_names(names, preset)
     with loading():
         from teleport.cli.show import show
-        from teleport.lab.paper.savings import check_savings, write_savings
+        from teleport.lab.paper.savings import check_savings, count_arms, write_savings
         from teleport.lab.records.folders import resumed_folder
         from teleport.line_search import load_search
         from teleport.runtime.threads import threads_for, using_threads
@@ -186,16 +186,18 @@ def saving(
     chosen = [part.strip() for part in optimizers.split(",")]
     check_savings(names, chosen, preset)  # before any folder is made
     folder = resumed_folder("saving", out, resume)
-    with using_threads(threads_for(threads)):
+    names, chosen = list(dict.fromkeys(names)), list(dict.fromkeys(chosen))
+    total = seeds * count_arms(names, chosen, preset)
+    with part_progress(total, folder) as begin, using_threads(threads_for(threads)):
         write_savings(
-            list(dict.fromkeys(names)),
-            list(dict.fromkeys(chosen)),
+            names,
+            chosen,
             folder,
             preset=preset,
             seeds=seeds,
             resume=resume,
             command=COMMAND_LINE.get(),
-            progress=say,
+            progress=begin,
         )
     show(folder)
 

@@ -40,7 +40,7 @@ class TeleportCallback(Callback):
     Args:
         schedule: when; epochs are counted in optimizer steps, with the accumulation at the start.
         arguments: of `teleport.Teleporter`, but for the model and the optimizer: the latter is the
-            trainer's with ``objective="preconditioned"``.
+            trainer's with ``objective="preconditioned"`` or ``growth="auto"``.
 
     Raises:
         TypeError: for an unknown argument.
@@ -110,7 +110,7 @@ class TeleportCallback(Callback):
                 list(pl_module.modules()),
             )
         for report in reports:
-            for logger in trainer.loggers:
+            for logger in trainer.loggers if scalars(report) else ():
                 logger.log_metrics(scalars(report), step=step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The teleports of one training run, whoever trains: when, on which batches, what came of them."""
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -58,6 +59,8 @@ class Teleports:
         self._due: list[int] = []
         self._windows: deque[list[Closure]] = deque(maxlen=schedule.batches)
         self._parts: list[Closure] = []
+        self._decides = arguments.get("growth") == "auto"
+        self._deciding: Teleporter | None = None
 
     def start(
         self, model: nn.Module, optimizer: Any, step: int, steps_per_epoch: int | None
@@ -76,7 +79,7 @@ class Teleports:
             UnsupportedModelError: with ``strict``, if a layer is frozen.
         """
         self._windows.clear()
-        self._parts = []
+        self._parts, self._deciding = [], None
         if steps_per_epoch is None and self.schedule.epochs > 1:
             raise ValueError(
                 f"nobody knows when epoch 2 of {self.schedule.epochs} begins: the training data "
@@ -144,7 +147,8 @@ class Teleports:
         windows, reports = list(self._windows), []
         self._windows.clear()
         self.done = sum(number <= step for number in self._due)
-        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        scaled = scaler is not None and not self._decides  # who decides compares with real steps
+        scale = float(scaler.get_scale()) if scaled else 1.0
         if not windows:
             _warn(step, "no batch was seen")
         for window in windows:
@@ -174,6 +178,10 @@ class Teleports:
             ValueError, UnsupportedModelError: as `Teleporter` does.
         """
         own = {name: value for name, value in self.arguments.items() if value is not None}
+        if self._decides:  # one for the whole training, whose steps it counts
+            if self._deciding is None:
+                self._deciding = Teleporter(model, **own, **_optimizer_for(own, optimizer))
+            return self._deciding
         if "cap" in own:
             own["cap"] *= scale
         if "lr" in own:
@@ -182,7 +190,9 @@ class Teleports:
 
 
 def scalars(report: TeleportReport) -> dict[str, float]:
-    """What a trainer's logger gets of a report."""
+    """What a trainer's logger gets of a report; nothing if nothing was looked at."""
+    if math.isnan(report.loss_before):
+        return {}
     return {
         "teleport/growth": report.growth,
         "teleport/grad_norm_before": report.grad_norm_before,
@@ -203,8 +213,9 @@ def _check(arguments: Mapping[str, Any]) -> None:
 
 
 def _optimizer_for(arguments: Mapping[str, Any], optimizer: Any) -> dict[str, Any]:
-    """The optimizer as an argument, if the objective asks for it."""
-    return {"optimizer": optimizer} if arguments.get("objective") == "preconditioned" else {}
+    """The optimizer as an argument, if the objective or the growth asks for it."""
+    asked = arguments.get("objective") == "preconditioned" or arguments.get("growth") == "auto"
+    return {"optimizer": optimizer} if asked else {}
 
 
 def _scaled(closure: Closure, scale: float) -> Tensor:

@@ -46,7 +46,7 @@ class TeleportCallback(TrainerCallback):
         schedule: when; epochs are counted in optimizer steps.
         trainer: whose batches and loss.
         arguments: of `teleport.Teleporter`, but for the model and the optimizer: the latter is the
-            trainer's with ``objective="preconditioned"``.
+            trainer's with ``objective="preconditioned"`` or ``growth="auto"``.
 
     Raises:
         TypeError: for an unknown argument, or something else than a trainer.
@@ -125,8 +125,8 @@ class TeleportCallback(TrainerCallback):
                 [trainer, *trainer.model_wrapped.modules()],
             )
         should_log = control.should_log  # of the training loss; logging anything clears it
-        for report in reports:
-            trainer.log(scalars(report))
+        for told in filter(None, map(scalars, reports)):
+            trainer.log(told)
         control.should_log = should_log
 
 

@@ -107,6 +107,12 @@ def check_savings(names: Sequence[str], optimizers: Sequence[str], preset: str) 
         )
 
 
+def count_arms(names: Sequence[str], optimizers: Sequence[str], preset: str) -> int:
+    """How many arms `write_savings` looks at with every seed."""
+    pairs = ((name, optimizer) for name in names for optimizer in optimizers)
+    return sum(len(plain_arms(*pair)) for pair in pairs if settings_of(*pair, preset))
+
+
 def plain_arms(name: str, optimizer: str) -> list[Arm]:
     """The default arms without a teleport, each once."""
     return list(dict.fromkeys(arm.baseline for arm in default_arms(name, optimizer)))
