@@ -315,6 +315,21 @@ def test_the_preconditioned_objective_takes_the_trainers_optimizer() -> None:
     assert report.growth == pytest.approx(1.2, rel=0.02)
 
 
+def test_growth_auto_counts_the_trainers_steps_and_its_refusals_are_lines(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    callback = TeleportCallback(Schedule(epochs=2, warmup_steps=3), growth="auto")
+    log = Recorder()
+    fit(callback, logger=log)
+    assert callback._teleports._deciding._decision.steps == 2 * BATCHES - 1
+    assert [step for step, _ in callback.reports] == [3, 5]
+    assert not any(report.steps for _, report in callback.reports)
+    told = [line for line in caplog.messages if line.startswith("no teleport after step")]
+    assert len(told) == 2
+    assert all("no room in the budget" in line or "would not pay" in line for line in told)
+    assert not any("teleport/growth" in row for _, row in log.rows)
+
+
 class Scaler:
     """Of a loss, as `torch.amp.GradScaler`."""
 
