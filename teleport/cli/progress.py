@@ -15,14 +15,14 @@ def step_progress(
     total: int | None, folder: Path, unit: str = "step"
 ) -> Iterator[Callable[..., None]]:
     """The bar of `progress_of`; Ctrl-C says where the records are and ends with 130."""
-    with progress_of(total, unit) as progress, _interrupted(folder):
+    with _interrupted(folder), progress_of(total, unit) as progress:
         yield progress
 
 
 @contextmanager
 def part_progress(total: int, folder: Path) -> Iterator[Callable[[str], None]]:
     """That of `parts_of`; Ctrl-C likewise."""
-    with parts_of(total, "part") as begin, _interrupted(folder):
+    with _interrupted(folder), parts_of(total, "part") as begin:
         yield begin
 
 
