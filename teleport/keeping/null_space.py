@@ -439,8 +439,9 @@ def null_space(
             are taken one at a time, so a generator over a data loader needs the memory of one
             batch and of one ``d_in x d_in`` matrix per layer, layers with the same inputs counted
             once. One is run again, and must then take the same data, if a module draws random
-            numbers in train mode or if the forward pass needs gradients. For a model in
-            ``DistributedDataParallel`` every rank gives its own, any number of them.
+            numbers in train mode or if the forward pass needs gradients. A model in
+            ``DistributedDataParallel`` makes it collectively: every rank calls this with its own,
+            any number of them or none, and all get the space of all data.
         tau: share of each layer's input energy to keep, in (0, 1]; or a mapping from patterns of
             layer names, as in ``fnmatch``, to shares: the first that matches counts, and 1 where
             none does.
@@ -455,8 +456,8 @@ def null_space(
     Raises:
         ValueError: if a ``tau`` is outside (0, 1], a pattern matches no layer, or ``include`` and
             ``exclude`` leave none.
-        UnsupportedModelError: if the model has no covered layer.
-            ClosureError: if no closure calls a covered layer, if an input is NaN or infinite, or if
+        UnsupportedModelError: if the model has no covered layer, or its weights are sharded.
+        ClosureError: if no closure calls a covered layer, if an input is NaN or infinite, or if
             what a module computes is random in evaluation mode, too.
     """
     with torch.inference_mode(False), progress_bar(progress) as track:
