@@ -42,7 +42,7 @@ _LENGTHS = (1.0, 4.0, 16.0)
 
 
 @dataclass(frozen=True)
-class Trial:
+class TriedStep:
     """One step of the optimizer on the batch, tried and taken back.
 
     Attributes:
@@ -72,7 +72,7 @@ def try_step(
     model: nn.Module,
     optimizer: Optimizer,
     ranks: Ranks = ALONE,
-) -> Trial:
+) -> TriedStep:
     """Measure ``a`` and ``k`` by a gradient and one to three forward passes.
 
     Args:
@@ -95,13 +95,13 @@ def try_step(
     fall = sum(float((g.double() * v.double().conj()).sum().real) for g, v in pairs)
     norm = math.sqrt(sum(map(squared_norm, grads)))
     if not (math.isfinite(fall) and fall > 0.0):
-        return Trial(loss, norm, fall, math.inf)
+        return TriedStep(loss, norm, fall, math.inf)
     visible = 64 * max(torch.finfo(p.dtype).eps for p in parameters) * abs(loss)
     for length in _LENGTHS:
         bend = _loss_at(closures, parameters, ways, length, ranks) - loss + length * fall
         if not bend <= visible:  # or it is not finite
             break
-    return Trial(loss, norm, fall, 2 * max(bend, visible) / (length**2 * fall))
+    return TriedStep(loss, norm, fall, 2 * max(bend, visible) / (length**2 * fall))
 
 
 def _rates(optimizer: Optimizer) -> dict[Tensor, float]:
@@ -150,7 +150,7 @@ class Decision:
         self.steps, self.training, self.spent = 0, 0.0, 0.0
         self._since: float | None = None  # training time that is not counted yet begins here
         self._trial_cost = self._teleport_cost = 0.0  # seconds, as they were the last time
-        self.trial: Trial | None = None
+        self.trial: TriedStep | None = None
         self.power, self.told = FIRST_POWER, ""
         hook = optimizer.register_step_post_hook(_counter(weakref.ref(self)))
         weakref.finalize(self, hook.remove)
@@ -255,7 +255,7 @@ def _counter(decision: "weakref.ref[Decision]") -> Callable[..., None]:
     return count
 
 
-def not_moved(reason: str, trial: Trial | None) -> TeleportReport:
+def not_moved(reason: str, trial: TriedStep | None) -> TeleportReport:
     """The report of a teleport that was decided against; NaN where nothing was looked at."""
     loss, norm = (math.nan, math.nan) if trial is None else (trial.loss, trial.norm)
     return TeleportReport(

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 import teleport
 from teleport.bounds import saving
-from teleport.bounds.saving import Trial, best_growth, try_step
+from teleport.bounds.saving import TriedStep, best_growth, try_step
 from teleport.runtime.ranks import ALONE
 
 
@@ -112,7 +112,7 @@ def test_the_stride_is_that_of_the_hessian_on_a_quadratic(name: str) -> None:
 
 @given(st.floats(2.0, 30.0), st.floats(1.001, 2.0))
 def test_no_growth_saves_more_than_the_best(power: float, other: float) -> None:
-    trial, best = Trial(1.0, 1.0, 1.0, 0.01), best_growth(power)
+    trial, best = TriedStep(1.0, 1.0, 1.0, 0.01), best_growth(power)
     assert 1.0 < best <= saving.MOST_GROWTH
     assert trial.saved(other, power) <= trial.saved(best, power) * (1 + 1e-12)
 

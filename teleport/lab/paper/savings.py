@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teleport.bounds.saving import FIRST_POWER, Trial, best_growth, try_step
+from teleport.bounds.saving import FIRST_POWER, TriedStep, best_growth, try_step
 from teleport.data import Dataset, load
 from teleport.errors import RunError
 from teleport.lab.experiments.arms import Arm, RunSettings, default_arms, teleport_settings
@@ -63,7 +63,7 @@ def write_savings(
         check_folder(folder, "saving", {"preset": preset})
         for order, name in enumerate(names):
             for optimizer in optimizers:
-                settings = settings_of(name, optimizer, preset)
+                settings = tuned_settings(name, optimizer, preset)
                 if settings is None:
                     continue
                 dataset = load(settings.recipe().data)
@@ -87,7 +87,7 @@ def write_savings(
                         writer.write("end", status="finished")
 
 
-def settings_of(name: str, optimizer: str, preset: str) -> RunSettings | None:
+def tuned_settings(name: str, optimizer: str, preset: str) -> RunSettings | None:
     """How an experiment is trained with an optimizer; None if it was not tuned for it."""
     settings = RunSettings(name, preset, optimizer, teleport=teleport_settings(name))
     settings.size()
@@ -96,7 +96,7 @@ def settings_of(name: str, optimizer: str, preset: str) -> RunSettings | None:
 
 def check_savings(names: Sequence[str], optimizers: Sequence[str], preset: str) -> None:
     """Refuse, before anything is written, what `write_savings` would refuse; errors as there."""
-    found = [settings_of(name, optimizer, preset) for name in names for optimizer in optimizers]
+    found = [tuned_settings(name, optimizer, preset) for name in names for optimizer in optimizers]
     for settings in filter(None, found):
         dataset: Dataset = load(settings.recipe().data)
         check_fits(settings, dataset)
@@ -110,7 +110,7 @@ def check_savings(names: Sequence[str], optimizers: Sequence[str], preset: str) 
 def count_arms(names: Sequence[str], optimizers: Sequence[str], preset: str) -> int:
     """How many arms `write_savings` looks at with every seed."""
     pairs = ((name, optimizer) for name in names for optimizer in optimizers)
-    return sum(len(plain_arms(*pair)) for pair in pairs if settings_of(*pair, preset))
+    return sum(len(plain_arms(*pair)) for pair in pairs if tuned_settings(*pair, preset))
 
 
 def plain_arms(name: str, optimizer: str) -> list[Arm]:
@@ -128,7 +128,7 @@ def measure(training: Training) -> dict[str, Any]:
     step_seconds = (now() - started) / max(1, warm - warm // 2)
     batch, held_out = training.draw()
 
-    def tried() -> Trial:
+    def tried() -> TriedStep:
         with Transaction(training.model) as transaction:
             closure = transaction.repeatable(batch)
             return transaction.until_quiet(
@@ -182,7 +182,7 @@ class Saving:
     @property
     def expected(self) -> float:
         """Steps that ``growth="auto"`` expects to save, by a growth of its own."""
-        return Trial(math.nan, math.nan, math.nan, self.stride).saved(
+        return TriedStep(math.nan, math.nan, math.nan, self.stride).saved(
             best_growth(FIRST_POWER), FIRST_POWER
         )
 

@@ -15,7 +15,7 @@ from teleport.lab.paper.savings import (
     measure,
     plain_arms,
     read_savings,
-    settings_of,
+    tuned_settings,
 )
 
 
@@ -49,7 +49,7 @@ def test_the_command_and_its_record(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_measuring_leaves_the_training_where_the_first_teleport_is_due() -> None:
-    settings = settings_of("mnist-sample", "sgd", "tiny")
+    settings = tuned_settings("mnist-sample", "sgd", "tiny")
     assert settings is not None
     dataset = load("mnist-sample")
     one, two = (Training(settings, Arm(0.0), 0, dataset) for _ in range(2))
