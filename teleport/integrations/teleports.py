@@ -18,7 +18,7 @@ from teleport.runtime.closures import Closure
 from teleport.schedule import Schedule
 from teleport.teleporter import Teleporter
 
-logger = logging.getLogger("teleport.integrations")
+_logger = logging.getLogger("teleport.integrations")
 
 ONCE = Schedule()
 """One teleport, after 50 steps."""
@@ -240,4 +240,4 @@ def _fail(why: str) -> Tensor:
 
 def _warn(step: int, why: str) -> None:
     """One line."""
-    logger.warning("no teleport after step %d: %s", step, " ".join(why.split()))
+    _logger.warning("no teleport after step %d: %s", step, " ".join(why.split()))
