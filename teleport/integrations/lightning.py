@@ -70,6 +70,7 @@ class TeleportCallback(Callback):
         """
         if self._teleports.schedule.epochs:
             _require_closure(pl_module)
+        self._begun = trainer.global_step  # a checkpoint may lie in the middle of a step
         batches = trainer.num_training_batches
         length = None if isinf(batches) else ceil(batches / trainer.accumulate_grad_batches)
         self._teleports.start(
