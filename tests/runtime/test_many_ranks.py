@@ -10,7 +10,6 @@ from torch.distributed.pipelining import SplitPoint, pipeline
 
 from teleport import Teleporter, UnsupportedModelError, null_space
 from teleport.runtime.wrappers import refuse_pipeline
-from tests.runtime.test_ranks import SAME, Ranks, assert_same_report
 from tests.support.many_ranks import (
     CHOSEN,
     PAIRS,
@@ -21,7 +20,7 @@ from tests.support.many_ranks import (
     run,
     trained_in_one,
 )
-from tests.support.ranks import batch, build
+from tests.support.ranks import SAME, Ranks, assert_same_report, batch, build
 
 ROOT = Path(__file__).parents[2]
 

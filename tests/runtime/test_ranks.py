@@ -1,6 +1,5 @@
 """Two ranks teleport exactly as one process on the joined batch, and none waits for the other."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,10 @@ from tests.support.ranks import (
     CASES,
     METHODS,
     PLACES,
+    SAME,
     SIZE,
+    Ranks,
+    assert_same_report,
     batch,
     branched,
     branches,
@@ -32,13 +34,8 @@ from tests.support.ranks import (
 
 ROOT = Path(__file__).parents[2]
 
-SAME = {torch.float64: 1e-10, torch.float32: 1e-4}
-"""Relative: sums in another order, times the condition of a teleport (step sizes up to 1e3)."""
-
 TANGENTS = 3
 """The call of the closure that pushes tangents, which ends before there is a loss."""
-
-Ranks = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -69,22 +66,6 @@ def same(ranks: Ranks, name: str, wanted: dict[str, Any], rtol: float = 1e-10) -
     assert_same_report(first["report"], wanted["report"], rtol)
     apart = (first["parameters"] - wanted["parameters"]).norm()
     assert apart <= rtol * wanted["parameters"].norm()
-
-
-def assert_same_report(found: Any, wanted: Any, rtol: float) -> None:
-    if isinstance(wanted, dict):
-        assert found.keys() == wanted.keys()
-        for key in wanted.keys() - {"drift"}:  # of the size of rounding itself
-            assert_same_report(found[key], wanted[key], rtol)
-    elif isinstance(wanted, (list, tuple)):
-        assert len(found) == len(wanted)
-        for a, b in zip(found, wanted, strict=True):
-            assert_same_report(a, b, rtol)
-    elif isinstance(wanted, float):
-        # the bound of a layer at tau = 1 is of the size of rounding, and compares in absolute terms
-        assert math.isclose(found, wanted, rel_tol=rtol, abs_tol=1e-2 * rtol), (found, wanted)
-    else:
-        assert found == wanted
 
 
 @pytest.mark.verifies("thm-invariance", "thm-survivor")
