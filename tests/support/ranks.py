@@ -26,11 +26,6 @@ Closure = Callable[[], Tensor]
 Found = dict[str, Any]
 Ranks = list[Found]
 
-SAME = {torch.float64: 1e-10, torch.float32: 1e-4}
-"""Relative: sums in another order, times the condition of a teleport (step sizes up to 1e3)."""
-
-Ranks = list[dict[str, Any]]
-
 SIZE = 2
 RANKS_WAIT = timedelta(seconds=HANG)
 
@@ -458,19 +453,3 @@ def run(rank: int, folder: str) -> None:
             break  # the other rank may wait elsewhere
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     distributed.destroy_process_group()
-
-
-def assert_same_report(found: Any, wanted: Any, rtol: float) -> None:
-    if isinstance(wanted, dict):
-        assert found.keys() == wanted.keys()
-        for key in wanted.keys() - {"drift"}:  # of the size of rounding itself
-            assert_same_report(found[key], wanted[key], rtol)
-    elif isinstance(wanted, (list, tuple)):
-        assert len(found) == len(wanted)
-        for a, b in zip(found, wanted, strict=True):
-            assert_same_report(a, b, rtol)
-    elif isinstance(wanted, float):
-        # the bound of a layer at tau = 1 is of the size of rounding, and compares in absolute terms
-        assert math.isclose(found, wanted, rel_tol=rtol, abs_tol=1e-2 * rtol), (found, wanted)
-    else:
-        assert found == wanted
