@@ -93,7 +93,7 @@ REFUSED = {
     "space": "layer '0' is sharded by FSDP2 (fully_shard)",
     "supported": "before fully_shard, or on a plain copy",
     "rival": "is sharded by FSDP2",
-    "optimizer": "objective='preconditioned' reads the state of the optimizer",
+    "optimizer": "objective='preconditioned' and growth='auto' read the state of the optimizer",
     "mixed": "the model has a MixedPrecisionPolicy of FSDP2",
     "partly": "parameter '1.weight' is not sharded while others are",
     "hooked": "parameter '3.weight' has a gradient hook",
