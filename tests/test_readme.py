@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 import teleport
 from teleport import data
-from teleport.lab.analysis import counts, outcomes
+from teleport.lab.analysis import counts, outcomes, teleports
 from teleport.lab.analysis.outcomes import markdown
 from teleport.lab.bench.tables import holds_benchmarks, read_benchmarks, timing
 from teleport.lab.bench.timing import Spread
@@ -27,6 +27,7 @@ from teleport.lab.experiments.models import mlp
 from teleport.lab.experiments.optimizers import OPTIMIZERS
 from teleport.lab.experiments.table import EXPERIMENTS
 from teleport.lab.keeping.report import forgetting_rows
+from teleport.lab.paper.savings import read_savings
 from teleport.lab.records.compare import ArmSummary, Comparison, summarise
 from teleport.lab.records.runs import read_runs
 from teleport.lab.records.study import record_folders
@@ -284,6 +285,24 @@ def test_every_experiment_is_named() -> None:
     assert [name for name in EXPERIMENTS if f"`{name}`" not in page(COMMANDS)] == []
 
 
+def test_the_counts_of_the_rule_that_decides_are_those_of_the_records() -> None:
+    predicted = {saving.key: saving for saving in read_savings(RESULTS / "saving")}
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for block, arm in teleports.arms_of(outcomes.blocks(RESULTS / "matrix")):
+        key = block.experiment, block.optimizer, arm.baseline
+        if key in predicted and counts.schedule_name(block) == "default":
+            seconds[predicted[key].pays].append(arm.to_own.seconds)
+    goes, stays = seconds[True], seconds[False]
+    assert all(ratio < 1 for ratio in goes)
+    faster = sum(ratio < 1 for ratio in stays)
+    told = (
+        f"Of {len(goes) + len(stays)} ways to train it teleports in {len(goes)}, and all of these "
+        f"end in fewer seconds with a teleport; of the other {len(stays)}, {faster} would, "
+        f"{len(stays) - faster} would not."
+    )
+    assert told in " ".join((ROOT / README).read_text(encoding="utf-8").split())
+
+
 def test_every_committed_result_is_complete_and_tells_its_command() -> None:
     """And no folder holds a run twice, nor two folders the copy of one: they would not be read."""
     folders, count = record_folders(RESULTS), 0
@@ -305,6 +324,7 @@ def test_every_committed_result_is_complete_and_tells_its_command() -> None:
                     "teleport keep",
                     "teleport spectrum",
                     "teleport tau",
+                    "teleport saving",
                     "teleport moves",
                     "teleport product",
                     "teleport connectivity",
