@@ -50,7 +50,7 @@ class Teleporter:
         growth: wanted factor on the gradient norm, > 1. Default 1.5 if ``lr`` is not given. The
             step that reaches it is found by an exact line search (``thm-polynomial``). ``"auto"``:
             whether to teleport at all and how far is decided at every `step` from what is measured
-            there (``prop-saving``); needs ``optimizer``, whose steps are counted from now on. The
+            there (``thm-saving``); needs ``optimizer``, whose steps are counted from now on. The
             answer is mostly no, and the report says why.
         cap: upper bound on the gradient norm, > 0 (the paper's CAP).
         objective: ``"grad_norm"``, half the squared gradient norm (paper equation 4); or

@@ -4,7 +4,7 @@ A step of the optimizer goes along ``v = η M⁻¹ g``. To second order the loss
 ``a - ½ a k``: a = gᵀv, and k = vᵀHv / a, the *stride*, is the step as a share of the way to the
 lowest point on the line. A teleport by γ makes a γ² times as large, so each of the next steps
 gains ``(γ² - 1) a`` more, for about 1/k' steps, where k' is the stride afterwards: it saves about
-``(γ² - 1) / k'`` steps (``prop-saving``). Measured, k' = γᵖ k, with p near 2 at tuned rates and up
+``(γ² - 1) / k'`` steps (``thm-saving``). Measured, k' = γᵖ k, with p near 2 at tuned rates and up
 to 8 far below them. Beyond k' = 1 a step overshoots, and beyond 2 the loss rises.
 """
 

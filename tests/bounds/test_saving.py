@@ -45,7 +45,7 @@ def steps_down(model: Scaled, lr: float) -> int:
         steps += 1
 
 
-@pytest.mark.verifies("prop-saving")
+@pytest.mark.verifies("thm-saving")
 @given(st.floats(0.2, 2.0), st.floats(-1.0, 0.5), st.floats(0.005, 0.02), st.floats(1.05, 2.0))
 def test_the_steps_saved_are_those_counted(
     scale: float, weight: float, stride: float, growth: float

@@ -1,4 +1,4 @@
-"""How many steps a teleport should save, arm by arm of the matrix: ``prop-saving`` as a prediction.
+"""How many steps a teleport should save, arm by arm of the matrix: ``thm-saving`` as a prediction.
 
 Every arm is trained up to its first teleport, where the step of its optimizer is tried before and
 after a teleport. What the whole runs saved is in the records of `teleport sweep`.
@@ -176,7 +176,7 @@ class Saving:
 
     @property
     def saved(self) -> float:
-        """Steps that the teleport should have saved (``prop-saving``)."""
+        """Steps that the teleport should have saved (``thm-saving``)."""
         return (self.growth**2 - 1.0) / self.stride_after
 
     @property
