@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -184,7 +185,7 @@ class Teleporter:
         autocast = Autocast()
         with (
             torch.inference_mode(False),
-            gathered(self.model) as ranks,
+            _together(self.model) as ranks,
             autocast.off(),
             ranks.together(),
             silenced(self.model),
@@ -251,6 +252,11 @@ class Teleporter:
     ) -> list[TeleportReport]:
         """Teleport on several batches, one after the other (Algorithm 1's loop over batches)."""
         return [self.step(closure, held_out=held_out) for closure in closures]
+
+
+def _together(model: nn.Module) -> AbstractContextManager[Ranks]:
+    """Who teleports together; a model of FSDP2 is a plain one meanwhile."""
+    return gathered(model) if is_fully_sharded(model) else nullcontext(ranks_of(model))
 
 
 def _request(s: Settings, optimizer: Optimizer | None, held_out: Closure | None) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import re
+from functools import cache
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ HEAD = [
     "| arm | final train loss | final test loss | steps | seconds | log loss |",
     "|---|---|---|---|---|---|",
 ]
+
+
+@cache
+def matrix() -> list[outcomes.FolderOutcome]:
+    return outcomes.blocks(RESULTS / "matrix")
 
 
 def result_lines() -> list[str]:
@@ -128,7 +134,7 @@ def matrix_lines() -> list[str]:
     """Every data set with every optimizer at the low and tuned rate, and counts of them all."""
     found = [
         block
-        for block in outcomes.blocks(RESULTS / "matrix")
+        for block in matrix()
         if block.folder.parts in {(block.experiment, o) for o in OPTIMIZERS}
     ]
     optimizers = [name for name in OPTIMIZERS if any(b.optimizer == name for b in found)]
@@ -288,7 +294,7 @@ def test_every_experiment_is_named() -> None:
 def test_the_counts_of_the_rule_that_decides_are_those_of_the_records() -> None:
     predicted = {saving.key: saving for saving in read_savings(RESULTS / "saving")}
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    for block, arm in teleports.arms_of(outcomes.blocks(RESULTS / "matrix")):
+    for block, arm in teleports.arms_of(matrix()):
         key = block.experiment, block.optimizer, arm.baseline
         if key in predicted and counts.schedule_name(block) == "default":
             seconds[predicted[key].pays].append(arm.to_own.seconds)

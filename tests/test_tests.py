@@ -2,12 +2,21 @@
 
 import ast
 import functools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError
 
 from teleport.book import ledger
+from teleport.subspace import RowSpace
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "teleport"
@@ -104,3 +113,18 @@ def test_the_number_of_examples_of_a_theorem_grows_in_a_deep_run() -> None:
         if any(keyword.arg == "max_examples" for keyword in node.keywords)
     }
     assert {place for place in fixed if "test_reference.py" not in place} == set()
+
+
+def test_annotations_with_shapes_are_checked_at_every_call() -> None:
+    with (TESTS.parent / "pyproject.toml").open("rb") as file:
+        options = tomllib.load(file)["tool"]["pytest"]["ini_options"]["addopts"]
+    (hook,) = [o for o in options if o.startswith("--jaxtyping-packages=")]
+    *checked, checker = hook.partition("=")[2].split(",")
+    files = {path: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    shaped = [path for path, source in files.items() if "from jaxtyping import" in source]
+    names = {".".join(p.relative_to(TESTS.parent).with_suffix("").parts) for p in shaped}
+    assert checker == "beartype.beartype"
+    assert set(checked) == names
+    rows = torch.zeros(3, 2)
+    with pytest.raises(TypeCheckError):
+        RowSpace().add(rows[0])

@@ -266,7 +266,7 @@ def test_a_refused_teleport_is_a_line_and_training_goes_on(
 
 def test_wrong_arguments_are_told_when_the_callback_is_made(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
-    with pytest.raises(ValueError, match=r"growth must be > 1 and finite, got 0\.5"):
+    with pytest.raises(ValueError, match=r'growth must be > 1 and finite, or "auto", got 0\.5'):
         TeleportCallback(trainer=trainer, growth=0.5)
     with pytest.raises(TypeError, match="trainer"):
         TeleportCallback(Schedule(), growth=1.5)

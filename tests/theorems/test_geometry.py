@@ -348,7 +348,7 @@ def test_an_optimizer_that_cannot_serve_is_refused_with_what_to_do() -> None:
             Teleporter(model, objective=objective, optimizer=optimizer)
         return str(caught.value)
 
-    assert "given with objective='preconditioned', and only then" in refused(None)
+    assert "given with objective='preconditioned' and with growth='auto', and only" in refused(None)
     assert "only then, got SGD" in refused(SGD(parameters, lr=0.1), "grad_norm")
     unknown = refused(Own(parameters))
     assert "SGD, Adam, AdamW, Adagrad, RMSprop" in unknown
