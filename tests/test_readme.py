@@ -303,8 +303,8 @@ def test_the_counts_of_the_rule_that_decides_are_those_of_the_records() -> None:
     faster = sum(ratio < 1 for ratio in stays)
     told = (
         f"Of {len(goes) + len(stays)} ways to train it teleports in {len(goes)}, and all of these "
-        f"end in fewer seconds with a teleport; of the other {len(stays)}, {faster} would, "
-        f"{len(stays) - faster} would not."
+        "end in fewer seconds with a teleport of growth 1.5; of the other "
+        f"{len(stays)}, {faster} would, {len(stays) - faster} would not."
     )
     assert told in " ".join((ROOT / README).read_text(encoding="utf-8").split())
 
