@@ -10,7 +10,7 @@ to 8 far below them. Beyond k' = 1 a step overshoots, and beyond 2 the loss rise
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from teleport.objective import mean_gradient, mean_loss, metric_of, squared_norm
 from teleport.report import TeleportReport
 from teleport.runtime.clock import now
 from teleport.runtime.closures import Closure
+from teleport.runtime.precision import at_least_single
 from teleport.runtime.ranks import ALONE, Ranks
 
 MOST_GROWTH = 2.0
@@ -92,8 +93,9 @@ def try_step(
     rates = _rates(optimizer)
     ways = [metric.velocity(p, g, rates[p]) for p, g in zip(parameters, grads, strict=True)]
     pairs = zip(grads, ways, strict=True)
-    fall = sum(float((g.double() * v.double().conj()).sum().real) for g, v in pairs)
-    norm = math.sqrt(sum(map(squared_norm, grads)))
+    products = (at_least_single(g) * at_least_single(v).conj() for g, v in pairs)
+    fall = ranks.of_first(sum(float(product.real.double().sum()) for product in products))
+    norm = ranks.of_first(math.sqrt(sum(map(squared_norm, grads))))
     if not (math.isfinite(fall) and fall > 0.0):
         return TriedStep(loss, norm, fall, math.inf)
     visible = 64 * max(torch.finfo(p.dtype).eps for p in parameters) * abs(loss)
@@ -105,12 +107,16 @@ def try_step(
 
 
 def _rates(optimizer: Optimizer) -> dict[Tensor, float]:
-    """η by parameter."""
+    """η by parameter, below zero for an optimizer that climbs."""
     return {
-        p: float(group["lr"]) / (1.0 - float(group.get("momentum", 0.0)))
+        p: (-1.0) ** bool(group.get("maximize")) * _rate(group)
         for group in optimizer.param_groups
         for p in group["params"]
     }
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    return float(group["lr"]) / (1.0 - float(group.get("momentum", 0.0)))
 
 
 def _loss_at(
@@ -228,8 +234,8 @@ class Decision:
         end, start = try_step(closures, self.model, self.optimizer, ranks), self.trial
         if start is None:
             return ""
-        grown = math.log(end.fall / start.fall) / 2  # in the optimizer's own norm
-        if grown > 0.0 and math.isfinite(end.stride):
+        if end.fall > start.fall and math.isfinite(end.stride):
+            grown = math.log(end.fall / start.fall) / 2  # in the optimizer's own norm
             self.power = max(LEAST_POWER, math.log(end.stride / start.stride) / grown)
         if end.stride > 1.0:
             return (

@@ -362,3 +362,29 @@ def test_the_step_tried_is_the_optimizers_next_but_for_its_momentum(name: str) -
     moved = [a - p.detach() for a, p in zip(before, parameters, strict=True)]
     fall = sum(float((g * m).sum()) for g, m in zip(grads, moved, strict=True))
     assert trial.fall == pytest.approx(fall, rel=1e-9)
+
+
+def test_an_optimizer_that_climbs_saves_nothing_on_a_loss_that_shall_fall() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = SGD(model.parameters(), lr=0.1, maximize=True)
+    trial = try_step([lambda: model(torch.ones(1, 2)).sum() ** 2], model, optimizer)
+    assert trial.fall < 0.0
+    assert trial.saved(1.5) == 0.0
+
+
+def test_complex_weights_fall_by_both_parts_of_their_gradient() -> None:
+    weight = nn.Parameter(torch.tensor([1.0 + 2.0j], dtype=torch.complex128))
+    model = nn.Module()
+    model.weight = weight
+    optimizer = SGD(model.parameters(), lr=0.01)
+    trial = try_step([lambda: (weight * weight.conj()).real.sum()], model, optimizer)
+    assert trial.fall == pytest.approx(0.01 * 20.0)  # |2 w|^2
+    assert trial.stride == pytest.approx(0.02)
+
+
+def test_an_end_without_a_gradient_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    decision = Trained().teleporter._decision
+    decision.trial = TriedStep(1.0, 1.0, 1.0, 0.1)
+    monkeypatch.setattr(saving, "try_step", lambda *_: TriedStep(1.0, 0.0, 0.0, math.inf))
+    assert "overshoot" in decision.objection([], None, None, None)
+    assert decision.power == saving.FIRST_POWER
