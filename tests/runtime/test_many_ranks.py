@@ -1,11 +1,9 @@
 """Any number of ranks, replicated or sharded, teleports to the bit as one process does."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing
 from torch.distributed.pipelining import SplitPoint, pipeline
 
 from teleport import Teleporter, UnsupportedModelError, null_space
@@ -20,19 +18,20 @@ from tests.support.many_ranks import (
     run,
     trained_in_one,
 )
-from tests.support.ranks import SAME, Ranks, assert_same_report, batch, build
-
-ROOT = Path(__file__).parents[2]
+from tests.support.ranks import (
+    SAME,
+    Ranks,
+    assert_same_report,
+    batch,
+    build,
+    found_by,
+)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """What the four ranks found: one dictionary each, a key per scenario."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)  # the children import this folder, too
-        multiprocessing.spawn(run, (str(folder),), nprocs=SIZE)
-    return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(SIZE)]
+    return found_by(run, SIZE, tmp_path_factory.mktemp("ranks"))
 
 
 def of(ranks: Ranks, name: str, size: int = SIZE) -> list[Any]:

@@ -1,11 +1,10 @@
 """Two ranks teleport exactly as one process on the joined batch, and none waits for the other."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import nn
 
 from teleport import Teleporter, UnsupportedModelError
 from tests.support.ranks import (
@@ -22,6 +21,7 @@ from tests.support.ranks import (
     branches,
     build,
     case,
+    found_by,
     in_train_mode,
     keeping,
     loss_of,
@@ -32,8 +32,6 @@ from tests.support.ranks import (
     training_goes_on,
 )
 
-ROOT = Path(__file__).parents[2]
-
 TANGENTS = 3
 """The call of the closure that pushes tangents, which ends before there is a loss."""
 
@@ -41,11 +39,7 @@ TANGENTS = 3
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """What both ranks found: one dictionary each, a key per scenario."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)  # the children import this folder, too
-        multiprocessing.spawn(run, (str(folder),), nprocs=SIZE)
-    return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(SIZE)]
+    return found_by(run, SIZE, tmp_path_factory.mktemp("ranks"))
 
 
 def of(ranks: Ranks, name: str) -> list[Any]:

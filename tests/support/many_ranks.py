@@ -4,9 +4,7 @@ Four processes are started once. The reference is one process with a list of clo
 shard: its products have the same shapes, so that results can be the same to the last bit.
 """
 
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +18,13 @@ from teleport import Teleporter, null_space, supported
 from teleport.rivals import RandomNullDirection
 from tests.support.ranks import (
     CASES,
-    RANKS_WAIT,
     Found,
     TroubleError,
     batch,
     build,
     error_of,
     loss_of,
+    run_scenarios,
     told,
 )
 
@@ -229,17 +227,4 @@ def scenarios(rank: int) -> dict[str, Callable[[], Any]]:
 
 
 def run(rank: int, folder: str) -> None:
-    """One rank: all scenarios, results in a file; a scenario that breaks says how."""
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", f"file://{folder}/meeting", timeout=RANKS_WAIT, rank=rank, world_size=SIZE
-    )
-    results: dict[str, Any] = {}
-    for name, scenario in scenarios(rank).items():
-        try:
-            results[name] = scenario()
-        except Exception:
-            results[name] = traceback.format_exc()
-            break  # the other ranks may wait elsewhere
-    torch.save(results, Path(folder) / f"rank{rank}.pt")
-    distributed.destroy_process_group()
+    run_scenarios(rank, folder, SIZE, scenarios)

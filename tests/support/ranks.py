@@ -11,8 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -439,10 +440,16 @@ def scenarios(rank: int) -> dict[str, Callable[[], Any]]:
 
 
 def run(rank: int, folder: str) -> None:
+    run_scenarios(rank, folder, SIZE, scenarios)
+
+
+def run_scenarios(
+    rank: int, folder: str, size: int, scenarios: Callable[[int], dict[str, Callable[[], Any]]]
+) -> None:
     """One rank: all scenarios, results in a file; a scenario that breaks says how."""
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", f"file://{folder}/meeting", timeout=RANKS_WAIT, rank=rank, world_size=SIZE
+        "gloo", f"file://{folder}/meeting", timeout=RANKS_WAIT, rank=rank, world_size=size
     )
     results: dict[str, Any] = {}
     for name, scenario in scenarios(rank).items():
@@ -450,6 +457,14 @@ def run(rank: int, folder: str) -> None:
             results[name] = scenario()
         except Exception:
             results[name] = traceback.format_exc()
-            break  # the other rank may wait elsewhere
+            break  # the other ranks may wait elsewhere
     torch.save(results, Path(folder) / f"rank{rank}.pt")
     distributed.destroy_process_group()
+
+
+def found_by(run: Callable[[int, str], None], size: int, folder: Path) -> Ranks:
+    """What so many ranks found: one dictionary each, a key per scenario."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[2])  # the children import this folder, too
+        multiprocessing.spawn(run, (str(folder),), nprocs=size)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(size)]
