@@ -160,7 +160,8 @@ def rounding(landscape: Landscape, bases: Mapping[WeightMatrix, Projector]) -> f
     with landscape.ranks.together():
         for tape, _ in landscape.tapes():
             total = sum(_call_rounding(landscape, call) for call in tape.calls)
-            for block in [b for b in tape.blocks if b in bases]:  # in order: it decides rounding
+            moved = [b for b in tape.blocks if b in bases and landscape.move_norm(b)]
+            for block in moved:  # in order: it decides rounding
                 deltas = (c.delta for c in tape.calls_of(block) if c.delta is not None)
                 norms = [float(at_least_single(delta).norm()) for delta in deltas]
                 drift = landscape.move_norm(block) * bases[block].cut_off
@@ -183,7 +184,7 @@ def _call_rounding(landscape: Landscape, call: Call) -> float:
         return part.out_norms(tuple(map(at_least_single, pieces[: len(part.slots)])))
 
     weights = norms(start) * math.sqrt(2) if here is start else norms(start).hypot(norms(here))
-    deltas = at_least_single(part.out_rows(call.delta)) * weights[..., None, :]
-    errors = deltas.norm(dim=-1) * part.row_norms(at_least_single(call.x.detach()))
+    errors = part.weighted_norms(at_least_single(call.delta), weights)
+    errors *= part.row_norms(at_least_single(call.x.detach()))
     unit = max(sum_rounding(dtype, part.matrix_shape[-1]), torch.finfo(dtype).eps)
     return 2 * unit * float(errors.sum())

@@ -417,9 +417,9 @@ def _basis_of_rows(tape: Tape, block: WeightMatrix, space: RowSpace) -> Projecto
         return space.basis_if_independent() or space.basis()
     norms = (call.part.row_norms(at_least_single(call.x.detach())) for call in calls)
     energy = sum(map(squared_norm, norms))
-    enough = 2 * d_in
+    enough = d_in + max(32, d_in // 4)
     for call in calls:
-        for some in call.part.chunks(call.x.detach(), rows=max(1024, enough)):
+        for some in call.part.chunks(call.x.detach(), rows=max(512, enough)):
             space.add(call.part.rows(some))
             if space.count >= min(enough, count):
                 if (full := space.basis_if_full(energy)) is not None:

@@ -50,6 +50,13 @@ class _SpatialMap(LinearMap):
     def from_out_rows(self, rows: Tensor, like: Tensor) -> Tensor:
         return _ungrouped(rows, self.groups, like, self.dims)
 
+    def weighted_norms(self, z: Tensor, weights: Tensor) -> Tensor:
+        """With channels first, as they lie: no row is formed."""
+        squares = _batched(z, self.dims).square().flatten(2).unflatten(1, (self.groups, -1))
+        sums = (weights.square().reshape(self.groups, 1, -1) @ squares).sqrt()
+        rows = sums[:, :, 0].movedim(1, 0).flatten(1)
+        return rows[0] if self.groups == 1 else rows
+
     def push_affine(self, x: Tensor, pieces: Pieces, like: Tensor) -> Tensor:
         z = self.push(x, pieces[0])
         return z + pieces[1].reshape(-1, *[1] * self.dims) if len(pieces) == 2 else z
@@ -111,8 +118,9 @@ class ConvolutionMap(_SpatialMap):
     def row_norms(self, x: Tensor) -> Tensor:
         """By a convolution of the squares with ones: no patch is formed."""
         squares = self.padded(_batched(x, self.dims)).square()
-        ones = torch.ones_like(self.module.weight[: self.groups].detach(), dtype=squares.dtype)
+        squares = squares.unflatten(1, (self.groups, -1)).sum(2)
         m = self.module
+        ones = squares.new_ones(self.groups, 1, *m.kernel_size)
         sums = self._conv(squares, ones, None, m.stride, 0, m.dilation, m.groups)
         rows = _grouped(sums, self.groups, axes=0)[..., 0] + float(self.has_bias_column)
         return rows.sqrt()

@@ -146,6 +146,13 @@ class LinearMap(ABC):
         norms: Tensor = torch.linalg.vector_norm(self.join(pieces), dim=-1)
         return norms
 
+    def weighted_norms(
+        self, z: Tensor, weights: Float[Tensor, "*groups d_out"]
+    ) -> Float[Tensor, "*groups rows"]:
+        """Norms of the rows of `out_rows` with a weight for every output."""
+        norms: Tensor = torch.linalg.vector_norm(self.out_rows(z) * weights[..., None, :], dim=-1)
+        return norms
+
     @abstractmethod
     def out_rows(self, z: Tensor) -> Float[Tensor, "*groups rows d_out"]:
         """Outputs, or cotangents of outputs, as rows in the order of `rows`."""

@@ -132,6 +132,9 @@ def test_what_avoids_the_rows_and_the_matrix_agrees_with_them(case: Layer) -> No
         assert (found - wanted).abs().max() <= TOLERANCE
     assert (part.row_norms(x) - part.rows(x).norm(dim=-1)).abs().max() <= TOLERANCE
     assert (part.out_norms(pieces) - part.matrix().norm(dim=-1)).abs().max() <= TOLERANCE
+    weights = torch.rand(part.matrix_shape[:-1], dtype=delta.dtype)
+    wanted = (part.out_rows(delta) * weights[..., None, :]).norm(dim=-1)
+    assert (part.weighted_norms(delta, weights) - wanted).abs().max() <= TOLERANCE
     assert part.matrix().shape == part.matrix_shape
     assert torch.equal(torch.cat([part.rows(c) for c in part.chunks(x)], dim=-2), part.rows(x))
 
