@@ -1,12 +1,12 @@
 """The ascent of one teleport: take the steps in the null space, and say why they ended."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from teleport.direction import Direction
 from teleport.guard import (
@@ -81,6 +81,7 @@ class Ascent(GuardedMove):
         held_out: loss of other data, for the report.
         ranks: the processes that teleport together, each with closures of its own.
         metric: of the gradient norm that is to grow.
+        kept: values of parameters at the start that somebody holds already.
         object_to: says what else is wrong with where it ended, if anything; told the start and the
             end.
     """
@@ -92,9 +93,10 @@ class Ascent(GuardedMove):
         held_out: HeldOut,
         ranks: Ranks,
         metric: Metric = EUCLIDEAN,
+        kept: Mapping[nn.Parameter, Tensor] | None = None,
         object_to: Callable[[Standing, Standing], str] = lambda before, after: "",
     ) -> None:
-        self.object_to = object_to
+        self.object_to, self.kept = object_to, kept
         self.settings, self.closures, self.held_out = settings, closures, held_out
         self.ranks, self.metric, self.norm_name = ranks, metric, metric.name
 
@@ -114,7 +116,7 @@ class Ascent(GuardedMove):
         s = self.settings
         return Landscape(
             s.model, s.coverage.sites, self.closures, frozen=frozen, movable=s.movable,
-            ranks=self.ranks, metric=self.metric,
+            ranks=self.ranks, metric=self.metric, kept=self.kept,
         )  # fmt: skip
 
     def _make_bases(self) -> dict[WeightMatrix, Projector]:
@@ -157,6 +159,7 @@ class Ascent(GuardedMove):
         """
         if self.landscape.tape is not None and self._same() and self.landscape.is_near():
             shares, allowed = self.landscape.shares(), self._rounding()
+            self.landscape.forget()
             self.landscape.write()
             loss = mean_loss(self.closures)
             if abs(loss - before.loss) <= allowed:

@@ -77,6 +77,7 @@ def direction(
     others = zip(tape.others, tape.other_gradients, strict=True)
     velocity = {p: metric.velocity(p, g, scale) for p, g in others}
     drive = {block: partial(tape.drive, block, metric, scale) for block in tape.blocks}
+    tape.spare(bases.keys(), metric)
     push_tangents(tape, model, closure, drive, velocity, wanted=bases.keys())
     return {b: scaled(_survivor(tape, b, basis), 1 / scale) for b, basis in bases.items()}
 

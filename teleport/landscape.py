@@ -6,7 +6,7 @@ wherever it looks, one at a time, so that memory stays at what one of them needs
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport.direction import Direction, direction, mean_direction, project_ascent
+from teleport.layers.part import Pieces
 from teleport.layers.support import CoveredModule, WeightMatrix
 from teleport.objective import (
     EUCLIDEAN,
@@ -40,7 +41,62 @@ from teleport.runtime.precision import (
 from teleport.runtime.ranks import ALONE, Ranks
 from teleport.runtime.threads import in_parallel, worth_threads
 from teleport.subspace import Projector, RowSpace, Space
-from teleport.tape import Position, Tape
+from teleport.tape import Tape
+
+
+class Position(Mapping[WeightMatrix, Pieces]):
+    """The weights of the blocks that moved: those of the start, and moves from there.
+
+    They are formed whenever they are asked for, so that no second copy of a model is held.
+    """
+
+    def __init__(
+        self,
+        start_of: Callable[[WeightMatrix], Pieces],
+        moves: Sequence[tuple[Direction, float]] = (),
+    ) -> None:
+        self._start_of, self._moves = start_of, moves
+
+    def __getitem__(self, block: WeightMatrix) -> Pieces:
+        moves = [(along[block], step) for along, step in self._moves if block in along]
+        if not moves:
+            raise KeyError(block)  # as mappings do
+        here = self._start_of(block)
+        for matrix, step in moves:
+            pairs = zip(here, block.part.split(matrix), strict=True)
+            here = tuple(torch.add(w, d, alpha=step) for w, d in pairs)
+        return here
+
+    def __contains__(self, block: object) -> bool:
+        return any(block in along for along, _ in self._moves)
+
+    def __iter__(self) -> Iterator[WeightMatrix]:
+        return iter(dict.fromkeys(block for along, _ in self._moves for block in along))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def ahead(self, along: Direction, step: float) -> "Position":
+        """One move on."""
+        return Position(self._start_of, [*self._moves, (along, step)])
+
+    def distance(self, block: WeightMatrix) -> float:
+        """Frobenius norm of the block's change since the start, after at most one move."""
+        if block not in self:
+            return 0.0
+        ((along, step),) = self._moves
+        return abs(step) * math.sqrt(squared_norm(along[block]))
+
+    def joined(self) -> "Position":
+        """The same with all moves made one: as much memory, however many there were."""
+        if len(self._moves) < 2:
+            return self
+        whole: Direction = {}
+        for along, step in self._moves:
+            for block, matrix in along.items():
+                moved = step * matrix
+                whole[block] = moved.add_(whole[block]) if block in whole else moved
+        return Position(self._start_of, [(whole, 1.0)])
 
 
 class Landscape:
@@ -55,6 +111,7 @@ class Landscape:
         movable: names of the blocks whose inputs are collected; all by default.
         ranks: the processes that look together.
         metric: of the gradient norm.
+        kept: values of parameters at the start, if somebody holds them already.
 
     Attributes:
         blocks: the covered blocks that are called.
@@ -77,6 +134,7 @@ class Landscape:
         movable: AbstractSet[str] | None = None,
         ranks: Ranks = ALONE,
         metric: Metric = EUCLIDEAN,
+        kept: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> None:
         if frozen and (len(closures) != 1 or ranks.size != 1):
             raise ValueError("activations are frozen for one closure on one rank only")
@@ -93,9 +151,10 @@ class Landscape:
                 break  # its tape has left them out already
         self.blocks = list(self._depends)
         self.fixed = {block for block, depends in self._depends.items() if not depends}
-        self.position: Position = {}
+        self._kept = kept or {}
+        self._start: dict[WeightMatrix, Pieces] = {}  # of what was written to
+        self.position = Position(self.start_of)
         self._move_norms: dict[WeightMatrix, float] = {}  # at the position
-        self._start: Position = {}  # of what was written to, copied just before
         self._seen: Position | None = self.position  # where the gradient was taken last
         self._ahead: tuple[Direction, float, Position] | None = None
 
@@ -118,9 +177,7 @@ class Landscape:
         if step > torch.finfo(self.dtype).max:
             return math.inf
         self._ahead = self._seen = None  # before the next one is made: memory is that of one
-        if self.tape is not None:
-            self.tape.moved = self.position
-        self._ahead = along, step, self._moved(along, step)
+        self._ahead = along, step, self.position.ahead(along, step)
         self._look_at(self._ahead[2])
         return self._norm_squared_seen(self.metric)
 
@@ -128,7 +185,12 @@ class Landscape:
         """Go there."""
         ahead, self._ahead = self._ahead, None
         known = ahead is not None and ahead[0] is along and ahead[1] == step
-        self.position = ahead[2] if ahead and known else self._moved(along, step)
+        there = ahead[2] if ahead and known else self.position.ahead(along, step)
+        self.position = there.joined()
+        if self._seen is there:
+            self._seen = self.position
+            if self.tape is not None:
+                self.tape.moved = self.position
         self._move_norms = {}
 
     def degree(self, along: Direction) -> int | None:
@@ -181,6 +243,7 @@ class Landscape:
             yield from self._recorded()
             return
         self._look()
+        self.tape.remember()
         yield self.tape, 1.0
 
     def measure(self) -> tuple[float, Shares]:
@@ -236,7 +299,9 @@ class Landscape:
         """π(H M⁻¹ g) of the given blocks at the position (``thm-survivor``)."""
         scale = self._velocity_scale()
         if self.tape is not None:
-            return direction(self.tape, self._model, self._closures[0], bases, self.metric, scale)
+            along = direction(self.tape, self._model, self._closures[0], bases, self.metric, scale)
+            self.forget()
+            return along
         velocity = {p: self.metric.velocity(p, g, scale) for p, g in self._gradient.items()}
         self.write()
         return mean_direction(
@@ -293,13 +358,19 @@ class Landscape:
         """A block's weights at the start."""
         return self._start.get(block) or block.part.pieces()
 
+    def _kept_of(self, block: WeightMatrix) -> Pieces | None:
+        held = all(slot.parameter in self._kept for slot in block.part.slots)
+        return block.part.pieces_of(self._kept) if held else None
+
+    def forget(self) -> None:
+        """Free what the last look left, but for known shares."""
+        if self.tape is not None:
+            self.tape.forget()
+
     def move_norm(self, block: WeightMatrix) -> float:
         """Frobenius norm of the block's change since the start."""
-        if block not in self.position:
-            return 0.0
         if block not in self._move_norms:
-            pairs = zip(self.position[block], self.start_of(block), strict=True)
-            self._move_norms[block] = math.sqrt(sum(squared_norm(a - b) for a, b in pairs))
+            self._move_norms[block] = self.position.distance(block)
         return self._move_norms[block]
 
     def is_near(self) -> bool:
@@ -310,19 +381,11 @@ class Landscape:
 
         return all(self.move_norm(block) <= length(block) for block in self.position)
 
-    def _moved(self, along: Direction, step: float) -> Position:
-        """The position at a step along a direction."""
-        position = dict(self.position)
-        for block, matrix in along.items():
-            here = self.position.get(block) or self.start_of(block)
-            pairs = zip(here, block.part.split(matrix), strict=True)
-            position[block] = tuple(torch.add(w, d, alpha=step) for w, d in pairs)
-        return position
-
-    def _write(self, position: Position) -> None:
+    def _write(self, position: Mapping[WeightMatrix, Pieces]) -> None:
         """Put a position into the parameters; what it does not name goes back to the start."""
         for block in position.keys() - self._start.keys():
-            self._start[block] = tuple(piece.clone() for piece in block.part.pieces())
+            kept = self._kept_of(block)
+            self._start[block] = kept or tuple(piece.clone() for piece in block.part.pieces())
         for block, start in self._start.items():
             block.part.put(position.get(block, start))
 

@@ -355,7 +355,7 @@ class _Replay:
         own = next(self._drive[call.block]).to(call.z.dtype)
         if x_dot is None:
             return own
-        return own + call.part.push(x_dot, self.tape.pieces(call)[0].to(x_dot.dtype))
+        return own.add_(call.part.push(x_dot, self.tape.pieces(call)[0].to(x_dot.dtype)))
 
 
 class _LastCallReached(BaseException):

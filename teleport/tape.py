@@ -9,7 +9,8 @@ joint null space guarantees (theorem ``thm-invariance``): the forward pass is fr
 backward pass is repeated.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +23,6 @@ from teleport.layers.support import CoveredModule, WeightMatrix
 from teleport.objective import EUCLIDEAN, Metric, Shares
 from teleport.runtime.precision import at_least_single, coarsest, scaled
 from teleport.subspace import Space
-
-Position = dict[WeightMatrix, Pieces]
-"""Weights of the blocks that moved."""
 
 
 @dataclass(eq=False)
@@ -56,9 +54,14 @@ class Call:
         self.version = None if self.z.is_inference() else self.z._version
 
     def output(self) -> Tensor:
-        """A copy of ``z``; computed again if an in-place activation has overwritten it."""
-        if self.constant or self.z._version == self.version:
+        """What ``z`` was; computed again if an in-place activation has overwritten it.
+
+        Whoever overwrites this will find it computed again, too.
+        """
+        if self.constant:
             return self.z.clone()
+        if self.z._version == self.version:
+            return self.z
         return self.part.compute(self.x.detach()).to(self.z.dtype)
 
     def weight_gradient(self, x: Tensor | None, bias_input: float) -> Tensor | None:
@@ -91,7 +94,7 @@ class Tape:
     others: list[nn.Parameter]
     anchor: Tensor
     left_out: dict[WeightMatrix, str] = field(default_factory=dict)
-    moved: Position = field(default_factory=dict)
+    moved: Mapping[WeightMatrix, Pieces] = field(default_factory=dict)
     other_gradients: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -106,7 +109,8 @@ class Tape:
             b: coarsest(call.z.dtype for call in calls) for b, calls in self._calls.items()
         }
         self.precision = coarsest([self.loss.dtype, *self._dtypes.values()])
-        self._rows: dict[WeightMatrix, Tensor] = {}
+        self._forgotten = False
+        self._formed: dict[WeightMatrix, Pieces | None] = {}  # of blocks with several calls
         self._grams: dict[WeightMatrix, Tensor] = {}
         self._gradients: dict[WeightMatrix, Tensor] = {}
         self._shares: dict[Metric, Shares] = {}
@@ -122,7 +126,10 @@ class Tape:
 
     def pieces(self, call: Call) -> Pieces:
         """The weights of a call: those of its block in ``moved``, or the present ones."""
-        pieces = self.moved.get(call.block)
+        block = call.block
+        pieces = self._formed[block] if block in self._formed else self.moved.get(block)
+        if len(self._calls[block]) > 1:
+            self._formed[block] = pieces
         return call.part.pieces() if pieces is None else pieces[: len(call.part.slots)]
 
     def depends_on_parameters(self, block: WeightMatrix) -> bool:
@@ -140,10 +147,7 @@ class Tape:
 
         Not for tied blocks, whose calls have rows of two kinds.
         """
-        if block not in self._rows:
-            rows = [call.part.rows(call.x.detach()) for call in self.calls_of(block)]
-            self._rows[block] = _below(rows)
-        return self._rows[block]
+        return _below([call.part.rows(call.x.detach()) for call in self.calls_of(block)])
 
     def row_count(self, block: WeightMatrix) -> int:
         """Number of input rows, without forming them."""
@@ -174,7 +178,8 @@ class Tape:
 
     def differentiate(self, suspects: Sequence[nn.Parameter]) -> set[nn.Parameter]:
         """`backward`; the ``others`` and ``suspects`` it reaches, not counting calls."""
-        self._gradients, self._shares = {}, {}
+        self.forget()
+        self._shares, self._formed, self._forgotten = {}, {}, False
         asked = [self.anchor, *self.others, *suspects]
         _, *grads = torch.autograd.grad(self.loss, asked, retain_graph=True, allow_unused=True)
         self.other_gradients = [
@@ -183,6 +188,29 @@ class Tape:
         ]
         pairs = zip([*self.others, *suspects], grads, strict=True)
         return {parameter for parameter, grad in pairs if grad is not None}
+
+    def spare(self, bases: AbstractSet[WeightMatrix], metric: Metric = EUCLIDEAN) -> None:
+        """Free the cotangents that a direction in the given blocks does not need."""
+        for block in self._calls.keys() - bases:
+            if not self._prefers_gram(block, metric):
+                self.weight_gradient(block)  # which `drive` takes instead
+                self._free(block)
+
+    def forget(self) -> None:
+        """Free what the last `backward` and forward-mode pass left, but for known shares."""
+        self._gradients = {}
+        for block in self._calls:
+            self._free(block)
+
+    def _free(self, block: WeightMatrix) -> None:
+        for call in self._calls[block]:
+            call.delta = call.x_dot = None
+        self._forgotten = True
+
+    def remember(self) -> None:
+        """`backward` again, if anything was forgotten."""
+        if self._forgotten:
+            self.backward()
 
     def deltas(self, block: WeightMatrix) -> Float[Tensor, "*groups rows d_out"]:
         """Cotangents of a block's outputs in the order of `rows`; 0 where the loss ignores them."""
@@ -200,6 +228,7 @@ class Tape:
     def shares(self, metric: Metric = EUCLIDEAN) -> Shares:
         """What every block and every other trainable parameter has of ``gᵀ M⁻¹ g``."""
         if metric not in self._shares:
+            self.remember()
             others = zip(self.others, self.other_gradients, strict=True)
             shares: Shares = {p: metric.squared_norm(p, g) for p, g in others}
             shares |= {block: self._norm_squared(block, metric) for block in self._calls}

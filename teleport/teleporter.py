@@ -1,13 +1,13 @@
 """`Teleporter`: move a model to other parameters with the same loss and a larger gradient."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from teleport.ascent import Ascent, Settings
@@ -207,7 +207,7 @@ class Teleporter:
             closures = [repeatable(part) for part in parts]
 
             def move() -> TeleportReport:
-                return self._move(settings, closures, held, ranks)
+                return self._move(settings, closures, held, ranks, transaction.kept)
 
             with ranks.together():  # before anything is kept
                 report, note = transaction.until_quiet(move)
@@ -219,14 +219,19 @@ class Teleporter:
         return replace(report, seconds=spent, reason=report.reason + note)
 
     def _move(
-        self, settings: Settings, closures: Sequence[Closure], held: HeldOut, ranks: Ranks
+        self,
+        settings: Settings,
+        closures: Sequence[Closure],
+        held: HeldOut,
+        ranks: Ranks,
+        kept: Mapping[nn.Parameter, Tensor],
     ) -> TeleportReport:
         optimizer, decision = self._optimizer, self._decision
         metric = EUCLIDEAN
         if optimizer is not None and self._preconditioned:
             metric = metric_of(optimizer, self.model)
         if decision is None:
-            return Ascent(settings, closures, held, ranks, metric).run()
+            return Ascent(settings, closures, held, ranks, metric, kept).run()
         if refusal := decision.refusal(closures, ranks):
             return not_moved(refusal, decision.trial)
         settings = replace(settings, growth=decision.growth)
@@ -234,7 +239,7 @@ class Teleporter:
         def object_to(before: Standing, after: Standing) -> str:
             return decision.objection(closures, ranks, before.held_out, after.held_out)
 
-        report = Ascent(settings, closures, held, ranks, metric, object_to).run()
+        report = Ascent(settings, closures, held, ranks, metric, kept, object_to).run()
         return replace(report, reason=f"{report.reason}; {decision.told}")
 
     def _moving(self) -> dict[str, Any]:

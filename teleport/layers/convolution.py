@@ -54,7 +54,7 @@ class _SpatialMap(LinearMap):
         """With channels first, as they lie: no row is formed."""
         squares = _batched(z, self.dims).square().flatten(2).unflatten(1, (self.groups, -1))
         sums = (weights.square().reshape(self.groups, 1, -1) @ squares).sqrt()
-        rows = sums[:, :, 0].movedim(1, 0).flatten(1)
+        rows: Tensor = sums[:, :, 0].movedim(1, 0).flatten(1)
         return rows[0] if self.groups == 1 else rows
 
     def push_affine(self, x: Tensor, pieces: Pieces, like: Tensor) -> Tensor:

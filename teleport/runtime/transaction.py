@@ -83,6 +83,12 @@ class Transaction:
         self.quiet.enforce()
         return self
 
+    @property
+    def kept(self) -> dict[nn.Parameter, Tensor]:
+        """The values of the parameters at entry, not to be written to."""
+        own = [kept for kept in self._parameters if kept.values.shape == kept.tensor.shape]
+        return {kept.tensor: kept.values for kept in own}  # type: ignore[misc]
+
     def commit(self) -> None:
         """Keep the parameters as they are now."""
         self._committed = True
