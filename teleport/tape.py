@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from teleport.layers.part import LinearMap, Pieces
 from teleport.layers.support import CoveredModule, WeightMatrix
 from teleport.objective import EUCLIDEAN, Metric, Shares
-from teleport.runtime.precision import at_least_single, coarsest, scaled
+from teleport.runtime.precision import at_least_single, coarsest, is_half, scaled
 from teleport.subspace import Space
 
 
@@ -109,6 +109,7 @@ class Tape:
             b: coarsest(call.z.dtype for call in calls) for b, calls in self._calls.items()
         }
         self.precision = coarsest([self.loss.dtype, *self._dtypes.values()])
+        self._half = is_half(self.precision)
         self._forgotten = False
         self._formed: dict[WeightMatrix, Pieces | None] = {}  # of blocks with several calls
         self._grams: dict[WeightMatrix, Tensor] = {}
@@ -161,9 +162,12 @@ class Tape:
     def row_gram(self, block: WeightMatrix) -> Float[Tensor, "*groups rows rows"]:
         """Inner products of all pairs of input rows."""
         if block not in self._grams:
-            rows = at_least_single(self.rows(block))
+            rows = self._single(self.rows(block))
             self._grams[block] = rows @ rows.mT
         return self._grams[block]
+
+    def _single(self, rows: Tensor) -> Tensor:
+        return at_least_single(rows) if self._half else rows
 
     def collect(self, block: WeightMatrix, space: Space) -> None:
         """Add the inputs of all calls of a block to what ``block.space()`` returned."""
@@ -243,7 +247,7 @@ class Tape:
         """``‖Σ δ xᵀ‖²``, or by Gram matrices ``Σ (δδᵀ)∘(xxᵀ)``."""
         if not self._prefers_gram(block, metric):
             return metric.block_squared_norm(block, self.weight_gradient(block))
-        deltas = at_least_single(self.deltas(block))
+        deltas = self._single(self.deltas(block))
         return float(((deltas @ deltas.mT) * self.row_gram(block)).double().sum())
 
     def _prefers_gram(self, block: WeightMatrix, metric: Metric) -> bool:

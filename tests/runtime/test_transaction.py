@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -396,22 +397,31 @@ def test_random_generators_go_on_where_they_were() -> None:
     assert (random.getstate(), fingerprint(problem.model)["random"]) == before
 
 
-@pytest.mark.parametrize("good", [0, 3, 6, 8])
+@pytest.mark.parametrize(
+    ("owner", "name", "good"),
+    [
+        *((Tensor, "clone", good) for good in (0, 3)),
+        *((torch, "add", good) for good in (0, 3)),
+        (Tensor, "add_", 0),
+        (torch, "zeros_like", 0),
+    ],
+)
 def test_out_of_memory_at_a_copy_leaves_everything_as_before(
-    good: int, monkeypatch: pytest.MonkeyPatch
+    owner: Any, name: str, good: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first six copies are the transaction's own, the others those of the recorded pass."""
+    """Copies of the transaction; sums of tangents; weights on the way; the backward pass."""
     problem, calls = task("plain"), count()
-    before, copy = fingerprint(problem.model), Tensor.clone
+    before, make = fingerprint(problem.model), getattr(owner, name)
     fast = torch.backends.mha.get_fastpath_enabled()
 
-    def clone(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def making(*args: object, **kwargs: object) -> Tensor:
         if next(calls) >= good:
             raise MemoryError("no memory left")
-        return copy(self, *args, **kwargs)
+        made: Tensor = make(*args, **kwargs)
+        return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(Tensor, "clone", clone)
+        patch.setattr(owner, name, making)
         with pytest.raises(MemoryError) as caught:  # keeps every frame: no clean-up by collection
             Teleporter(problem.model).step(problem.closure)
     assert fingerprint(problem.model) == before
