@@ -15,7 +15,7 @@ from teleport.cli.options import (
     Threads,
     check_names,
 )
-from teleport.cli.progress import part_progress, step_progress
+from teleport.cli.study import recording
 
 
 def spectrum(
@@ -35,29 +35,15 @@ def spectrum(
     """Show how few directions hold the input energy of every layer (the paper's Figure 6a)."""
     check_names(names, preset)
     with loading():
-        from teleport.cli.show import show
         from teleport.lab.paper.input_energy import write_spectra
         from teleport.lab.paper.snapshot import check_moment
-        from teleport.lab.records.folders import resumed_folder
-        from teleport.runtime.threads import threads_for, using_threads
 
     for name in names:
         check_moment(name, preset)  # before any folder is made
-    folder = resumed_folder("spectrum", out, resume)
     moments = list(dict.fromkeys(trained or (0, 50)))
     total = len(names) * len(moments)
-    with part_progress(total, folder) as begin, using_threads(threads_for(threads)):
-        write_spectra(
-            names,
-            folder,
-            preset=preset,
-            steps=moments,
-            seed=seed,
-            resume=resume,
-            command=COMMAND_LINE.get(),
-            progress=begin,
-        )
-    show(folder)
+    with recording("spectrum", out, resume, threads, total) as run:
+        write_spectra(names, preset=preset, steps=moments, seed=seed, **run)
 
 
 def tau(
@@ -76,35 +62,21 @@ def tau(
     """Follow gradient norm and loss over teleport steps for every tau (the paper's Figure 6b)."""
     check_names([name], preset)
     with loading():
-        from teleport.cli.show import show
         from teleport.lab.paper.input_energy import FIGURE_TAUS
         from teleport.lab.paper.snapshot import check_moment
         from teleport.lab.paper.threshold import write_trajectories
-        from teleport.lab.records.folders import resumed_folder
         from teleport.line_search import load_search
-        from teleport.runtime.threads import threads_for, using_threads
 
         load_search()
 
     check_moment(name, preset)
     if lr is not None and not 0.0 < lr < math.inf:
         raise ValueError(f"lr must be > 0 and finite, got {lr}")
-    folder = resumed_folder("tau", out, resume)
     total = 1 + len(FIGURE_TAUS)
-    with part_progress(total, folder) as begin, using_threads(threads_for(threads)):
+    with recording("tau", out, resume, threads, total) as run:
         write_trajectories(
-            name,
-            folder,
-            preset=preset,
-            trained=trained,
-            lr=lr,
-            teleport_steps=steps,
-            seed=seed,
-            resume=resume,
-            command=COMMAND_LINE.get(),
-            progress=begin,
+            name, preset=preset, trained=trained, lr=lr, teleport_steps=steps, seed=seed, **run
         )
-    show(folder)
 
 
 def moves(
@@ -126,12 +98,9 @@ def moves(
     """Show which layers one teleport moves, and with which drift, for every tau."""
     check_names(names, preset)
     with loading():
-        from teleport.cli.show import show
         from teleport.lab.paper.moves import MOVE_TAUS, write_moves
         from teleport.lab.paper.snapshot import check_moment
-        from teleport.lab.records.folders import resumed_folder
         from teleport.line_search import load_search
-        from teleport.runtime.threads import threads_for, using_threads
 
         load_search()
 
@@ -139,24 +108,19 @@ def moves(
         raise ValueError(f"growth must be > 1 and finite, got {growth}")
     for name in names:
         check_moment(name, preset, batch)  # before any folder is made
-    folder = resumed_folder("moves", out, resume)
     names = list(dict.fromkeys(names))
     total = len(names) * seeds * (1 + len(MOVE_TAUS))
-    with part_progress(total, folder) as begin, using_threads(threads_for(threads)):
+    with recording("moves", out, resume, threads, total) as run:
         write_moves(
             names,
-            folder,
             preset=preset,
             trained=trained,
             growth=growth,
             n=batch,
             evaluating=evaluating,
             seeds=seeds,
-            resume=resume,
-            command=COMMAND_LINE.get(),
-            progress=begin,
+            **run,
         )
-    show(folder)
 
 
 def saving(
@@ -175,31 +139,17 @@ def saving(
     """Predict how many training steps a teleport saves, and whether growth="auto" would go."""
     check_names(names, preset)
     with loading():
-        from teleport.cli.show import show
         from teleport.lab.paper.savings import check_savings, count_arms, write_savings
-        from teleport.lab.records.folders import resumed_folder
         from teleport.line_search import load_search
-        from teleport.runtime.threads import threads_for, using_threads
 
         load_search()
 
     chosen = [part.strip() for part in optimizers.split(",")]
     check_savings(names, chosen, preset)  # before any folder is made
-    folder = resumed_folder("saving", out, resume)
     names, chosen = list(dict.fromkeys(names)), list(dict.fromkeys(chosen))
     total = seeds * count_arms(names, chosen, preset)
-    with part_progress(total, folder) as begin, using_threads(threads_for(threads)):
-        write_savings(
-            names,
-            chosen,
-            folder,
-            preset=preset,
-            seeds=seeds,
-            resume=resume,
-            command=COMMAND_LINE.get(),
-            progress=begin,
-        )
-    show(folder)
+    with recording("saving", out, resume, threads, total) as run:
+        write_savings(names, chosen, preset=preset, seeds=seeds, **run)
 
 
 def product(
@@ -255,30 +205,15 @@ def connectivity(
     """Follow the loss on the line between networks trained with and without a teleport."""
     check_names(names, preset)
     with loading():
-        from teleport.cli.show import show
         from teleport.lab.analysis.connectivity import check_connectivity, write_lines
-        from teleport.lab.records.folders import resumed_folder
         from teleport.line_search import load_search
-        from teleport.runtime.threads import threads_for, using_threads
 
         load_search()
 
     names = list(dict.fromkeys(names))
     total = seeds * sum(check_connectivity(name, preset, epochs) for name in names)
-    folder = resumed_folder("connectivity", out, resume)
-    with step_progress(total, folder) as progress, using_threads(threads_for(threads)):
-        write_lines(
-            names,
-            folder,
-            preset=preset,
-            epochs=epochs,
-            seeds=seeds,
-            points=points,
-            resume=resume,
-            command=COMMAND_LINE.get(),
-            progress=progress,
-        )
-    show(folder)
+    with recording("connectivity", out, resume, threads, total, "step") as run:
+        write_lines(names, preset=preset, epochs=epochs, seeds=seeds, points=points, **run)
 
 
 def sensitivity(
@@ -295,16 +230,13 @@ def sensitivity(
     """Change all settings of a teleport at once; print the effect of each on the loss."""
     check_names([name], preset)
     with loading():
-        from teleport.cli.show import show
         from teleport.lab.analysis.sensitivity import (
             SIZE_FACTORS,
             check_sensitivity,
             latin_hypercube,
             write_design,
         )
-        from teleport.lab.records.folders import resumed_folder
         from teleport.line_search import load_search
-        from teleport.runtime.threads import threads_for, using_threads
 
         load_search()
 
@@ -313,16 +245,5 @@ def sensitivity(
         * (1 + len(SIZE_FACTORS))
         * check_sensitivity(name, preset, epochs)
     )
-    folder = resumed_folder("sensitivity", out, resume)
-    with step_progress(total, folder) as progress, using_threads(threads_for(threads)):
-        write_design(
-            name,
-            folder,
-            preset=preset,
-            epochs=epochs,
-            points=points,
-            resume=resume,
-            command=COMMAND_LINE.get(),
-            progress=progress,
-        )
-    show(folder)
+    with recording("sensitivity", out, resume, threads, total, "step") as run:
+        write_design(name, preset=preset, epochs=epochs, points=points, **run)
