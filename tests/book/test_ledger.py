@@ -222,6 +222,7 @@ def run_pytest(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_examples_that_passed_summed_over_parameters(tmp_path: Path) -> None:
     root = repository(tmp_path)
     (root / ledger.LEDGER_PATH).unlink()

@@ -334,6 +334,7 @@ def test_whatever_a_function_does_the_answer_is_kind(case):
     assert verdict.statement
 
 
+@pytest.mark.slow
 def test_an_endless_loop_is_ended_even_if_it_catches_everything():
     verdict = check.projection(forever, quiet=True)
     assert verdict.cases == 1
@@ -605,6 +606,7 @@ def notebook(path, *cells):
     return path
 
 
+@pytest.mark.slow
 def test_a_notebook_gets_the_points_of_its_graded_cells(tmp_path, capsys):
     path = notebook(
         tmp_path / "mine.ipynb",
@@ -631,6 +633,7 @@ def test_a_notebook_gets_the_points_of_its_graded_cells(tmp_path, capsys):
     assert "empty folder" in reasons["e7"]
 
 
+@pytest.mark.slow
 def test_files_without_marks_are_read_by_the_calls_and_names_they_hold(tmp_path, capsys):
     path = notebook(
         tmp_path / "plain.ipynb",

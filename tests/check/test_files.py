@@ -334,6 +334,7 @@ def test_a_graded_cell_that_is_copied_counts_once(how, tmp_path, graded):
         assert f"cell {len(cells) + 1}" in note
 
 
+@pytest.mark.slow
 def test_a_copy_is_named_where_points_are_printed(tmp_path, capsys):
     path = written(tmp_path / "a.ipynb", book(IMPORTS, GOOD, *copies(TEST, TEST)))
     assert main(["check", str(path)]) == 0

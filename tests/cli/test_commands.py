@@ -322,6 +322,7 @@ def test_a_table_whose_sizes_do_not_fit_is_refused_before_a_folder_is_made(
     assert [path.name for path in tmp_path.iterdir()] == ["t.toml"]
 
 
+@pytest.mark.slow
 def test_an_optimizer_is_the_same_in_any_case_of_letters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +336,7 @@ def test_an_optimizer_is_the_same_in_any_case_of_letters(
     assert {r.config["settings"]["optimizer"] for r in read_runs(Path("run"))} == {"sgd"}
 
 
+@pytest.mark.slow
 def test_arms_that_are_the_same_run_once_and_a_teleport_that_never_comes_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

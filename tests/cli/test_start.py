@@ -125,6 +125,7 @@ def test_public_names_are_all_there() -> None:
         _ = teleport.nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first", ["layers", "layers.convolution", "layers.support", "teleporter", "layers.attention"]
 )
@@ -214,6 +215,7 @@ def test_the_first_step_loads_nothing() -> None:
     assert python(STEP + closure).split() == ["1"]
 
 
+@pytest.mark.slow
 def test_a_closure_may_be_the_first_to_compile() -> None:
     """The first call may be compiled; those that need tangents run as they are written."""
     closure = "report = teleporter.step(lambda: torch.compile(loss, backend='eager')(x, y))"

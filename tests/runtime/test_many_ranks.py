@@ -42,6 +42,7 @@ def of(ranks: Ranks, name: str, size: int = SIZE) -> list[Any]:
     return [rank[name] for rank in ranks[:size]]
 
 
+@pytest.mark.slow
 @pytest.mark.verifies("thm-invariance", "thm-survivor")
 @pytest.mark.parametrize(("shards", "name"), PAIRS)
 def test_ranks_are_one_process_with_their_closures_in_a_list(

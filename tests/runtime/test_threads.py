@@ -87,6 +87,7 @@ def recorded(path: Path) -> list[int]:
     return [row["hardware"]["threads"] for row in rows if "hardware" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

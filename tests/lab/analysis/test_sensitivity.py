@@ -39,6 +39,7 @@ from tests.support.tables import SMALL
 shares = st.floats(0.0, 1.0)
 
 
+@pytest.mark.slow
 @given(st.integers(10, 80), st.integers(0, 2**31))
 @settings(max_examples=6)
 def test_a_latin_hypercube_has_one_point_in_every_stratum(count: int, seed: int) -> None:
@@ -83,6 +84,7 @@ def known(at: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.column_stack([np.ones(len(x)), x, *rest]) @ weights
 
 
+@pytest.mark.slow
 @given(coefficients, st.integers(12, 60), st.integers(0, 1000), st.sampled_from(list(SIZE_FACTORS)))
 @settings(max_examples=8)
 def test_effects_of_a_known_response_are_found(

@@ -29,6 +29,8 @@ from teleport.schedule import Schedule
 from tests.support.disk import full_disk
 from tests.support.waiting import HANG, wait_for
 
+pytestmark = pytest.mark.slow
+
 TWICE = TeleportSettings(Schedule(epochs=2, batches=2, warmup_steps=3), batch_size=64)
 TINY = RunSettings(
     "sample-rows", "tiny", "adam", epochs=2, teleport=replace(TWICE, held_out_size=64)
@@ -90,7 +92,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     }
 
 
-@pytest.mark.slow
 @given(
     kills=st.lists(st.integers(1, 75), min_size=1, max_size=3, unique=True),
     arm=st.sampled_from([PLAIN, MOVED]),
@@ -156,7 +157,6 @@ def check_optimizer(optimizer: str, folder: Path) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("control", "optimizer"),
     list(zip(ON_THE_OPTIMIZER, ("adam", "sgd", "momentum", "adam"), strict=True)),
@@ -187,7 +187,6 @@ def written(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.jsonl"))
 
 
-@pytest.mark.slow
 def test_kill_9_at_any_moment(tmp_path: Path) -> None:
     """The real thing, by the command line: two arms, killed again and again."""
     options = ["run", "sample-rows", "--preset", "tiny", "--lr", "0.1"]

@@ -108,6 +108,7 @@ def test_a_diverging_run_is_recorded_and_the_next_one_runs(tmp_path: Path) -> No
     assert [run.status for run in read_runs(tmp_path)] == ["diverged", "finished"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "lr"), [("adam", 1e38), ("sgd", 1e39), ("momentum", 1e300)])
 @pytest.mark.parametrize("rival", ["", "lr raised"])  # whose trials take steps, too
 def test_a_step_beyond_the_range_of_its_numbers_is_a_divergence(
@@ -216,6 +217,7 @@ def evaluations(folder: Path) -> int:
     return max((text.count("evaluation") for text in records), default=0)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_complete_records_and_exit_code_130(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "teleport", "run", "--epochs", "50", "--out", str(out)]
@@ -346,6 +348,7 @@ def test_a_start_far_above_the_rest_does_not_flatten_the_figure(arms: list[list[
 with_zeros = st.lists(st.just(0.0) | st.floats(1e-3, 10), min_size=3, max_size=3)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @given(st.lists(with_zeros, min_size=4, max_size=4))
 @example([[0.0, 0.0, 0.0]] * 4)

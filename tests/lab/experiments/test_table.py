@@ -294,6 +294,7 @@ def test_whatever_a_table_holds_is_used_or_refused_by_its_key(
         assert float(f"{number:g}") > 0
 
 
+@pytest.mark.slow
 def test_a_chain_too_long_to_follow_is_named(tmp_path: Path) -> None:
     links = [f'[e{n + 1}]\nlike = "e{n}"\n' for n in range(3000)]
     path = table(tmp_path, f'{BASE}[e0]\nlike = "base"\n{"".join(links)}')

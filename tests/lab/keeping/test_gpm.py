@@ -129,6 +129,7 @@ def test_the_data_are_those_of_the_protocol() -> None:
     assert tasks[0].images(images).max() == pytest.approx((1 - 0.1307) / 0.3081)
 
 
+@pytest.mark.slow
 def test_a_record_says_what_is_stored(tmp_path: Path) -> None:
     course = SequenceRun("gpm-mnist", "tiny")
     run_strategies(course, default_strategies("gpm-mnist"), [0], tmp_path)

@@ -95,6 +95,7 @@ def test_a_loss_that_is_not_finite_has_an_infinite_drift() -> None:
     assert cells[MOVE_COLUMNS.index("drift")] == "inf"
 
 
+@pytest.mark.slow
 def test_the_moves_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "moves"
     chosen = ["--preset", "tiny", "--trained", "2", "--batch", "30", "--evaluating", "--seeds", "2"]

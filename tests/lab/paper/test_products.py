@@ -114,6 +114,7 @@ def test_the_figure_says_how_many_rows_there_are_and_how_many_it_shows() -> None
     assert "bias" in product_figure(first).axes[0].get_xlabel()
 
 
+@pytest.mark.slow
 def test_the_product_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "product"
     name = small(tmp_path)

@@ -19,6 +19,7 @@ from teleport.lab.paper.savings import (
 )
 
 
+@pytest.mark.slow
 def test_the_command_and_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "saving"
     chosen = ["--preset", "tiny", "--seeds", "2", "--optimizers", "sgd", "--threads", "1"]

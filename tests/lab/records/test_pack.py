@@ -182,6 +182,7 @@ def test_a_study_that_is_packed_anew_is_read_anew(loose: Path, tmp_path: Path) -
     assert read_rows(record_paths(tmp_path / "study" / "sgd")[0])
 
 
+@pytest.mark.slow
 def test_report_and_figure_say_the_same_of_both_forms(
     loose: Path, study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

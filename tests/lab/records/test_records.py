@@ -371,6 +371,7 @@ TWICE = {
 """The name of the second record of a run, and what it holds."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", TWICE)
 @pytest.mark.parametrize("command", ["figure", "report"])
 def test_a_run_that_is_recorded_twice_is_refused_by_name(

@@ -128,6 +128,7 @@ def test_the_maker_of_a_record_is_told_by_its_first_row(folders: dict[str, Path]
     assert made_by({"type": "config", "seed": 0}) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", RESUMED)
 @pytest.mark.parametrize("there", [*RESUMED, "product"])
 def test_no_command_goes_on_in_the_folder_of_another(
@@ -176,6 +177,7 @@ def test_runs_with_other_settings_do_not_go_beside_those_that_are_there(
     assert state(out) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["run", "sweep"])
 def test_a_table_that_was_edited_is_not_gone_on_with(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
