@@ -38,6 +38,8 @@ from teleport.check.chapters.ch06_step import (
 )
 from teleport.check.chapters.ch07_error_control import drift_bound, held_out_drift, total_move
 from teleport.check.chapters.ch08_rivals import balanced, change_of_basis, group_action
+from teleport.check.chapters.ch09_evidence import half_width, holm, log_loss, tally
+from teleport.check.chapters.ch12_keeping import free_directions, kept_weights, leak, recall_at
 from teleport.check.engine import Check
 from teleport.check.recall import answer, choice, seal_of, value
 from teleport.check.verdict import Verdict
@@ -78,6 +80,14 @@ CHECKS = {
         change_of_basis,
         balanced,
         level_set_step,
+        log_loss,
+        half_width,
+        tally,
+        holm,
+        kept_weights,
+        free_directions,
+        leak,
+        recall_at,
     )
 }
 """Every check of a function, by name, in the order of the chapters."""
@@ -98,25 +108,33 @@ __all__ = [
     "conv_rows",
     "drift_bound",
     "energy_rank",
+    "free_directions",
     "group_action",
     "grouped_projection",
     "growth_step",
+    "half_width",
     "held_out_drift",
+    "holm",
+    "kept_weights",
     "largest_gradient",
     "layer_projection",
     "layernorm_direction",
+    "leak",
     "level_set_step",
+    "log_loss",
     "merged_basis",
     "path_degree",
     "polynomial_degree",
     "projection",
     "qk_move",
     "rank",
+    "recall_at",
     "rotation",
     "rows",
     "seal_of",
     "stationary",
     "survivor",
+    "tally",
     "teleport_gradient",
     "teleport_step",
     "tied_projection",

@@ -126,9 +126,9 @@ def _not_tensor(answer: Any, like: Tensor) -> tuple[str, str] | None:
 
 def _not_sequence(answer: Any, like: Any) -> tuple[str, str] | None:
     if not isinstance(answer, (list, tuple)):
-        return f"{len(like)} tensors in a list or tuple were expected, not {_kind(answer)}", ""
+        return f"{len(like)} values in a list or tuple were expected, not {_kind(answer)}", ""
     if len(answer) != len(like):
-        return f"{len(like)} tensors were expected, not {len(answer)}", ""
+        return f"{len(like)} values were expected, not {len(answer)}", ""
     for place, (part, wanted) in enumerate(zip(answer, like, strict=True)):
         found = misfit(part, wanted)
         if found is not None:

@@ -14,6 +14,10 @@ CHAPTERS = {
         "thm-linearised",
         "thm-change-of-basis",
     ),
+    "09_experiments_mlp_cnn": ("eq-exp-resolved", "eq-exp-step"),
+    "11_what_is_true": ("eq-true-holm",),
+    "12_keeping_a_function": ("thm-keep", "eq-keep-displacement"),
+    "13_fine_tuning_real_models": ("eq-real-recall",),
 }
 """Labels that each chapter's notebook, named without suffix, holds."""
 

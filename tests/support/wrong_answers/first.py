@@ -6,6 +6,7 @@ The first word is the theorem, or "-" if none is broken; the rest is in the hint
 import math
 
 import torch
+from scipy.special import stdtrit
 
 
 def rotation(point, angle):
@@ -226,3 +227,51 @@ def qk_move(query, key, element):
 def path_degree(blocks):
     """thm-polynomial take the longest and not their sum"""
     return 2 + 2 * sum(sum(block) for block in blocks)
+
+
+def log_loss(losses, baseline):
+    """eq-exp-resolved one large loss is not to decide"""
+    return math.log(float(losses.mean() / baseline.mean()))
+
+
+def half_width(gaps):
+    """eq-exp-resolved take Student's t"""
+    return 1.959963984540054 * float(gaps.std()) / len(gaps) ** 0.5
+
+
+def tally(gaps):
+    """eq-exp-resolved judged by the seeds that survived"""
+    counts = [0, 0, 0, 0]
+    for row in gaps:
+        row = row[row.isfinite()]
+        mean, width = row.mean(), stdtrit(len(row) - 1, 0.975) * row.std() / len(row) ** 0.5
+        counts[3 if not abs(mean) > width else int(mean > 0)] += 1
+    return counts
+
+
+def holm(p_values):
+    """eq-true-holm That is Bonferroni"""
+    return p_values * len(p_values) <= 0.05
+
+
+def kept_weights(start, weights, basis):
+    """thm-keep You projected the weights"""
+    return weights - weights @ basis @ basis.T
+
+
+def free_directions(tasks):
+    """thm-keep Ranks do not add up"""
+    ranks = [int(torch.linalg.matrix_rank(rows)) for rows in tasks]
+    size = tasks[0].shape[1]
+    return [max(size - sum(ranks[: i + 1]), 0) for i in range(len(tasks))]
+
+
+def leak(change, basis):
+    """thm-keep the share of the squares"""
+    return float((change @ basis).square().sum() / change.square().sum())
+
+
+def recall_at(before, after, index, k):
+    """eq-real-recall The order among the k does not count"""
+    old, new = ((q @ index.T).topk(k, dim=1).indices for q in (before, after))
+    return float((old == new).double().mean())

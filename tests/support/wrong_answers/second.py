@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 
 J = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
 SHIFT = torch.tensor([7.0, 5.0], dtype=torch.float64)
@@ -243,3 +244,50 @@ def qk_move(query, key, element):
 def path_degree(blocks):
     """thm-polynomial The error passes the head, too"""
     return 2 * sum(max(block) for block in blocks)
+
+
+def log_loss(losses, baseline):
+    """eq-exp-resolved The logarithms are missing"""
+    return float((losses - baseline).mean())
+
+
+def half_width(gaps):
+    """eq-exp-resolved n - 1 below, not n"""
+    return float(stdtrit(len(gaps) - 1, 0.975) * gaps.std(correction=0)) / len(gaps) ** 0.5
+
+
+def tally(gaps):
+    """eq-exp-resolved slipped into the unresolved"""
+    width = float(stdtrit(2, 0.975)) * gaps.std(dim=1) / 3**0.5
+    clear = gaps.mean(dim=1)[gaps.mean(dim=1).abs() > width]
+    lower, higher = int((clear < 0).sum()), int((clear > 0).sum())
+    return [lower, higher, 0, len(gaps) - lower - higher]
+
+
+def holm(p_values):
+    """eq-true-holm The first that fails ends it"""
+    ordered, places = p_values.sort()
+    small = ordered * torch.arange(len(p_values), 0, -1) <= 0.05
+    return torch.zeros_like(small).scatter(0, places, small)
+
+
+def kept_weights(start, weights, basis):
+    """thm-keep You kept the part of the change that has to go"""
+    return start + (weights - start) @ basis @ basis.T
+
+
+def free_directions(tasks):
+    """thm-keep Earlier tasks are to be kept, too"""
+    return [rows.shape[1] - int(torch.linalg.matrix_rank(rows)) for rows in tasks]
+
+
+def leak(change, basis):
+    """thm-keep where a change may be"""
+    return float((change - change @ basis @ basis.T).norm() / change.norm())
+
+
+def recall_at(before, after, index, k):
+    """eq-real-recall have the *largest* inner products"""
+    old, new = ((q @ index.T).topk(k, largest=False).indices.tolist() for q in (before, after))
+    found = [len(set(a) & set(b)) / k for a, b in zip(old, new, strict=True)]
+    return sum(found) / len(found)

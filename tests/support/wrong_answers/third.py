@@ -6,6 +6,7 @@ The first word is the theorem, or "-" if none is broken; the rest is in the hint
 import math
 
 import torch
+from scipy.special import stdtrit
 
 J = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
 SHIFT = torch.tensor([7.0, 5.0], dtype=torch.float64)
@@ -252,3 +253,47 @@ def qk_move(query, key, element):
 def path_degree(blocks):
     """thm-polynomial not the shortest"""
     return 2 + 2 * sum(min(block) for block in blocks)
+
+
+def log_loss(losses, baseline):
+    """eq-exp-resolved the end of the run only"""
+    return math.log(float(losses[-1] / baseline[-1]))
+
+
+def half_width(gaps):
+    """eq-exp-resolved the interval for a further seed"""
+    return float(stdtrit(len(gaps) - 1, 0.975) * gaps.std())
+
+
+def tally(gaps):
+    """eq-exp-resolved ask whether the seeds resolve it"""
+    means = gaps.mean(dim=1)
+    gone = ~gaps.isfinite().all(dim=1)
+    groups = means < 0, (means > 0) & ~gone, gone, means == 0
+    return [int(group.sum()) for group in groups]
+
+
+def holm(p_values):
+    """eq-true-holm Nothing is corrected"""
+    return p_values <= 0.05
+
+
+def kept_weights(start, weights, basis):
+    """eq-keep-displacement keeps all and learns nothing"""
+    return start.clone()
+
+
+def free_directions(tasks):
+    """thm-keep the directions that are taken"""
+    return [int(torch.linalg.matrix_rank(torch.cat(tasks[: i + 1]))) for i in range(len(tasks))]
+
+
+def leak(change, basis):
+    """thm-keep That is what leaks, not its share"""
+    return float((change @ basis).norm())
+
+
+def recall_at(before, after, index, k):
+    """eq-real-recall divide by k"""
+    old, new = ((q @ index.T).topk(k).indices.tolist() for q in (before, after))
+    return sum(len(set(a) & set(b)) for a, b in zip(old, new, strict=True)) / len(old)

@@ -1,0 +1,257 @@
+"""Chapters 9 to 11: what the seeds of a comparison say, and those of many comparisons."""
+
+import math
+
+import torch
+from scipy.special import stdtrit
+from torch import Tensor
+
+from teleport.check.draw import Draw
+from teleport.check.engine import Case, Check, Mistake, Property
+
+LEVEL = 0.05
+"""Share of comparisons without a difference that may be called resolved."""
+
+
+def _log_loss(losses: Tensor, baseline: Tensor) -> float:
+    return float((losses / baseline).log().mean())
+
+
+def _losses_case(draw: Draw) -> Case:
+    count = draw.choice(2, 1, 3)
+    return {"losses": draw.positive(count), "baseline": draw.positive(count)}
+
+
+log_loss = Check(
+    name="log_loss",
+    takes={"losses": "[t], at every evaluation", "baseline": "[t], of the same seed"},
+    gives="number",
+    cases=_losses_case,
+    answer=_log_loss,
+    properties=[Property("eq-exp-resolved", "The mean over the evaluations of log(L / L₀).")],
+    mistakes=[
+        Mistake(
+            "The logarithm comes first, then the mean: one large loss is not to decide.",
+            lambda x, b: math.log(float(x.mean() / b.mean())),
+        ),
+        Mistake(
+            "The logarithm comes first, then the mean: log of the mean ratio is another number.",
+            lambda x, b: math.log(float((x / b).mean())),
+        ),
+        Mistake(
+            "The logarithms are missing: losses that fall by decades cannot be subtracted.",
+            lambda x, b: float((x - b).mean()),
+        ),
+        Mistake("That is the end of the run only.", lambda x, b: math.log(float(x[-1] / b[-1]))),
+        Mistake("Divide by the number of evaluations.", lambda x, b: float((x / b).log().sum())),
+    ],
+)
+"""How much lower a run's loss lies than that of its baseline, over the whole run."""
+
+
+def _half_width(gaps: Tensor, quantile: float = 1 - LEVEL / 2, correction: int = 1) -> float:
+    n = gaps.shape[-1]
+    spread = float(gaps.std(correction=correction))
+    return float(stdtrit(n - 1, quantile)) * spread / math.sqrt(n)
+
+
+half_width = Check(
+    name="half_width",
+    takes={"gaps": "[n], log losses of n seeds, n > 1"},
+    gives="number",
+    cases=lambda draw: {"gaps": draw.matrix(draw.choice(2, 3, 4))},
+    answer=_half_width,
+    properties=[
+        Property("eq-exp-resolved", "Half the 95 % interval of the mean is t s / √n, n - 1 in t.")
+    ],
+    mistakes=[
+        Mistake(
+            "1.96 is the quantile of the normal distribution. The spread is an estimate, of few "
+            "seeds a poor one: take Student's t.",
+            lambda x: 1.959963984540054 * float(x.std()) / math.sqrt(len(x)),
+        ),
+        Mistake(
+            "The quantile is that of .975: 2.5 % are left out on either side.",
+            lambda x: _half_width(x, 1 - LEVEL),
+        ),
+        Mistake(
+            "The spread of a sample has n - 1 below, not n.",
+            lambda x: _half_width(x, correction=0),
+        ),
+        Mistake(
+            "That is the interval for a further seed; the mean of n is known √n times better.",
+            lambda x: _half_width(x) * math.sqrt(len(x)),
+        ),
+        Mistake(
+            "Of n seeds t has n - 1 degrees of freedom.",
+            lambda x: float(stdtrit(len(x), 0.975) * x.std()) / math.sqrt(len(x)),
+        ),
+        Mistake(
+            "The spread of a mean of n is s / √n, not s / n.",
+            lambda x: _half_width(x) / math.sqrt(len(x)),
+        ),
+    ],
+)
+"""Half the 95 % interval of a mean over seeds."""
+
+
+def _sort(gaps: Tensor) -> tuple[int, int, int, int]:
+    """Of one comparison, 1 at its place: lower, higher, diverged, unresolved."""
+    mean = float(gaps.mean())
+    if not math.isfinite(mean):
+        return 0, 0, 1, 0
+    if abs(mean) <= _half_width(gaps):
+        return 0, 0, 0, 1
+    return int(mean < 0), int(mean > 0), 0, 0
+
+
+def _tally(gaps: Tensor) -> list[int]:
+    return [sum(column) for column in zip(*map(_sort, gaps), strict=True)]
+
+
+def _gaps_case(draw: Draw) -> Case:
+    rows = [draw.matrix(3) + draw.choice(-20, 0, 20) for _ in range(draw.choice(1, 2, 3))]
+    for row in rows:
+        if draw.choice(False, False, True):
+            row[draw.integer(0, 2)] = math.inf
+    return {"gaps": torch.stack(rows)}
+
+
+def _survivors(gaps: Tensor) -> list[int]:
+    left = [row[row.isfinite()] for row in gaps]
+    return [sum(column) for column in zip(*map(_sort, left), strict=True)]
+
+
+def _moved(gaps: Tensor, source: int, target: int) -> list[int]:
+    counts = _tally(gaps)
+    counts[target] += counts[source]
+    counts[source] = 0
+    return counts
+
+
+tally = Check(
+    name="tally",
+    takes={"gaps": "[comparisons, 3], log losses of three seeds, inf where a run diverged"},
+    gives="list of 4 counts: lower, higher, diverged, unresolved",
+    cases=_gaps_case,
+    answer=_tally,
+    properties=[
+        Property(
+            "eq-exp-resolved",
+            "Every comparison counts once.",
+            lambda case, got: sum(map(int, got)) == len(case["gaps"]),
+        ),
+        Property(
+            "eq-exp-resolved",
+            "Lower or higher where the interval leaves 0 out, diverged where a seed is, else "
+            "unresolved.",
+        ),
+    ],
+    mistakes=[
+        Mistake(
+            "Comparisons with a diverged seed are judged by the seeds that survived. The arm is "
+            "dangerous, and the table says it is fine: count them as diverged.",
+            _survivors,
+        ),
+        Mistake(
+            "inf > NaN is False, so diverged comparisons have slipped into the unresolved.",
+            lambda x: _moved(x, 2, 3),
+        ),
+        Mistake("A loss that ended the training is no *resolved* one.", lambda x: _moved(x, 2, 1)),
+        Mistake(
+            "The sign of the mean is not enough: ask whether the seeds resolve it.",
+            lambda x: [
+                sum(bool(row.mean() < 0) for row in x),
+                sum(bool(row.mean() > 0) and bool(row.isfinite().all()) for row in x),
+                sum(not row.isfinite().all() for row in x),
+                sum(bool(row.mean() == 0) for row in x),
+            ],
+        ),
+        Mistake(
+            "A negative log loss is a *lower* loss.",
+            lambda x: [_tally(x)[i] for i in (1, 0, 2, 3)],
+        ),
+    ],
+)
+"""How the tables of the book count many comparisons."""
+
+
+def _ranked(p_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The p-values in order, their places, and how many are left at each, itself counted."""
+    ordered, places = p_values.sort()
+    return ordered, places, torch.arange(len(p_values), 0, -1)
+
+
+def _back(kept: Tensor, places: Tensor) -> Tensor:
+    return torch.zeros_like(kept).scatter(0, places, kept)
+
+
+def _holm(p_values: Tensor) -> Tensor:
+    ordered, places, left = _ranked(p_values)
+    return _back((ordered * left <= LEVEL).cumprod(0).bool(), places)
+
+
+def _up_to_last(small: Tensor, places: Tensor) -> Tensor:
+    return _back(small.flip(0).cummax(0).values.flip(0), places)
+
+
+def _step_up(p_values: Tensor) -> Tensor:
+    ordered, places, left = _ranked(p_values)
+    return _up_to_last(ordered * left <= LEVEL, places)
+
+
+def _discoveries(p_values: Tensor) -> Tensor:
+    ordered, places, left = _ranked(p_values)
+    return _up_to_last(ordered * len(ordered) <= LEVEL * left.flip(0), places)
+
+
+def _without_end(p_values: Tensor) -> Tensor:
+    ordered, places, left = _ranked(p_values)
+    return _back(ordered * left <= LEVEL, places)
+
+
+def _p_values_case(draw: Draw) -> Case:
+    values = [draw.choice(0.2, 0.004, 0.011, 0.02, 0.03, 0.3) for _ in range(draw.choice(3, 2, 4))]
+    return {"p_values": torch.tensor(values, dtype=torch.float64)}
+
+
+holm = Check(
+    name="holm",
+    takes={"p_values": "[m], in any order"},
+    gives="[m], True for those that stay resolved at the level .05",
+    cases=_p_values_case,
+    answer=_holm,
+    properties=[
+        Property(
+            "eq-true-holm",
+            "p₍ᵢ₎ (m - i + 1) ≤ .05 for this one and for all that are smaller.",
+        )
+    ],
+    mistakes=[
+        Mistake("Nothing is corrected: of 20 without a difference one stays.", lambda p: p <= 0.05),
+        Mistake(
+            "That is Bonferroni: true, but every comparison pays for all. Those that are left "
+            "are fewer with each that stays.",
+            lambda p: p * len(p) <= LEVEL,
+        ),
+        Mistake(
+            "The first that fails ends it, whatever comes behind.",
+            _without_end,
+        ),
+        Mistake(
+            "You went from the largest p-value down (Hochberg). That asks for independence; Holm "
+            "goes from the smallest up and stops.",
+            _step_up,
+        ),
+        Mistake(
+            "That is Benjamini and Hochberg: it bounds the share of false ones among those that "
+            "stay, not the probability of any.",
+            _discoveries,
+        ),
+        Mistake(
+            "The answers are in the order of the sorted p-values; put them back in their places.",
+            lambda p: _holm(p.sort().values),
+        ),
+    ],
+)
+"""Holm's correction for the number of comparisons."""

@@ -1,0 +1,217 @@
+"""Chapters 12 and 13: keeping a function while something new is learned."""
+
+import torch
+from torch import Tensor
+
+from teleport.check.draw import Draw
+from teleport.check.engine import Case, Check, Mistake, Property
+
+
+def _kept_weights(start: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
+    change = weights - start
+    return weights - change @ basis @ basis.T
+
+
+def _kept_case(draw: Draw) -> Case:
+    size, out = draw.choice(2, 3), draw.choice(1, 2)
+    return {
+        "start": draw.matrix(out, size),
+        "weights": draw.matrix(out, size),
+        "basis": draw.orthonormal(size, draw.integer(1, size - 1)),
+    }
+
+
+kept_weights = Check(
+    name="kept_weights",
+    takes={"start": "[d_out, d_in]", "weights": "[d_out, d_in]", "basis": "[d_in, k], orthonormal"},
+    gives="[d_out, d_in]",
+    cases=_kept_case,
+    answer=_kept_weights,
+    properties=[
+        Property(
+            "thm-keep",
+            "Kept inputs meet what they met at the start: W B = W₀ B.",
+            lambda case, got: bool(
+                torch.allclose(got @ case["basis"], case["start"] @ case["basis"], atol=1e-9)
+            ),
+        ),
+        Property("eq-keep-displacement", "W₀ + (W - W₀) P: all of the rest stays learned."),
+    ],
+    mistakes=[
+        Mistake(
+            "You projected the weights. What has to leave the kept space is their *change* since "
+            "the start.",
+            lambda s, w, b: w - w @ b @ b.T,
+        ),
+        Mistake(
+            "That is the change alone: add it to the start.",
+            lambda s, w, b: _kept_weights(s, w, b) - s,
+        ),
+        Mistake(
+            "You kept the part of the change that has to go.",
+            lambda s, w, b: s + (w - s) @ b @ b.T,
+        ),
+        Mistake(
+            "The change goes on from the start, not from the end.",
+            lambda s, w, b: w + (w - s) - (w - s) @ b @ b.T,
+        ),
+        Mistake("That keeps all and learns nothing.", lambda s, w, b: s),
+    ],
+)
+"""Weights after any optimizer, put back into the null space of old inputs."""
+
+
+def _ranks(tasks: list[Tensor]) -> list[int]:
+    return [int(torch.linalg.matrix_rank(rows)) for rows in tasks]
+
+
+def _joint(tasks: list[Tensor]) -> list[Tensor]:
+    return [torch.cat(tasks[: i + 1]) for i in range(len(tasks))]
+
+
+def _free(tasks: list[Tensor]) -> list[int]:
+    return [tasks[0].shape[1] - rank for rank in _ranks(_joint(tasks))]
+
+
+def _running(tasks: list[Tensor], taken: list[int]) -> list[int]:
+    size = tasks[0].shape[1]
+    return [max(size - sum(taken[: i + 1]), 0) for i in range(len(tasks))]
+
+
+def _tasks_case(draw: Draw) -> Case:
+    size = draw.choice(3, 4)
+    count = draw.choice(2, 1, 3)
+    return {"tasks": [draw.matrix(draw.choice(1, 2), size, low=-1, high=1) for _ in range(count)]}
+
+
+free_directions = Check(
+    name="free_directions",
+    takes={"tasks": "list of [n, d], the inputs of a layer on each task"},
+    gives="list of whole numbers, one after each task",
+    cases=_tasks_case,
+    answer=_free,
+    properties=[
+        Property(
+            "thm-keep",
+            "After a task those directions are free that *no* input of a task so far has.",
+        )
+    ],
+    mistakes=[
+        Mistake(
+            "Ranks do not add up where tasks share directions: take the rank of all together.",
+            lambda tasks: _running(tasks, _ranks(tasks)),
+        ),
+        Mistake(
+            "A sample takes a direction only if it is independent of the others.",
+            lambda tasks: _running(tasks, [len(rows) for rows in tasks]),
+        ),
+        Mistake(
+            "That is what each task leaves on its own. Earlier tasks are to be kept, too.",
+            lambda tasks: [tasks[0].shape[1] - rank for rank in _ranks(tasks)],
+        ),
+        Mistake("Those are the directions that are taken.", lambda tasks: _ranks(_joint(tasks))),
+    ],
+)
+"""How much room a sequence of tasks leaves in a layer."""
+
+
+def _leak(change: Tensor, basis: Tensor) -> float:
+    return float((change @ basis).norm() / change.norm())
+
+
+def _leak_case(draw: Draw) -> Case:
+    size = draw.choice(2, 3)
+    change = draw.matrix(draw.choice(1, 2), size)
+    change[0, 0] = 4.0  # no change has no share
+    return {"change": change, "basis": draw.orthonormal(size, draw.integer(1, size - 1))}
+
+
+leak = Check(
+    name="leak",
+    takes={"change": "[d_out, d_in], of the weights", "basis": "[d_in, k], orthonormal"},
+    gives="number",
+    cases=_leak_case,
+    answer=_leak,
+    properties=[
+        Property("thm-keep", "The share of the change that kept inputs meet, ‖ΔW B‖ / ‖ΔW‖.")
+    ],
+    mistakes=[
+        Mistake("That is the share of the squares.", lambda w, b: _leak(w, b) ** 2),
+        Mistake("That is what leaks, not its share.", lambda w, b: float((w @ b).norm())),
+        Mistake(
+            "That is the share outside of the kept space, where a change may be.",
+            lambda w, b: float((w - w @ b @ b.T).norm() / w.norm()),
+        ),
+        Mistake(
+            "The norms are Frobenius norms: every row counts.",
+            lambda w, b: float(torch.linalg.matrix_norm(w @ b, 2) / torch.linalg.matrix_norm(w, 2)),
+        ),
+    ],
+)
+"""How much of a step lies in the space that was to be kept."""
+
+
+def _nearest(queries: Tensor, index: Tensor, k: int) -> list[set[int]]:
+    places = (queries @ index.T).topk(k, dim=1).indices
+    return [set(row) for row in places.tolist()]
+
+
+def _recall(before: Tensor, after: Tensor, index: Tensor, k: int) -> float:
+    pairs = zip(_nearest(before, index, k), _nearest(after, index, k), strict=True)
+    return sum(len(old & new) for old, new in pairs) / (k * len(before))
+
+
+def _same_places(before: Tensor, after: Tensor, index: Tensor, k: int) -> float:
+    old, new = ((q @ index.T).topk(k, dim=1).indices for q in (before, after))
+    return float((old == new).double().mean())
+
+
+def _queries_case(draw: Draw) -> Case:
+    size, count = draw.choice(3, 4), draw.choice(1, 2)
+    index = draw.orthonormal(size, size).T.contiguous()
+
+    def queries() -> Tensor:  # their inner products with the index are whole numbers, all different
+        return torch.tensor([draw.order(size) for _ in range(count)]).double() @ index
+
+    return {"before": queries(), "after": queries(), "index": index, "k": draw.choice(2, 1)}
+
+
+recall_at = Check(
+    name="recall_at",
+    takes={
+        "before": "[q, d], queries as the old model sees them",
+        "after": "[q, d], as the new one does",
+        "index": "[m, d], made by the old model",
+        "k": "whole number",
+    },
+    gives="number",
+    cases=_queries_case,
+    answer=_recall,
+    properties=[
+        Property(
+            "eq-real-recall",
+            "The mean share of the k nearest in the index, by inner products, that are found "
+            "again.",
+        )
+    ],
+    mistakes=[
+        Mistake("The order among the k does not count, only whether each is found.", _same_places),
+        Mistake(
+            "The nearest have the *largest* inner products.",
+            lambda b, a, index, k: _recall(-b, -a, index, k),
+        ),
+        Mistake(
+            "That is how many are found: divide by k.",
+            lambda b, a, index, k: _recall(b, a, index, k) * k,
+        ),
+        Mistake(
+            "Look at k neighbours, not at the first alone.",
+            lambda b, a, index, k: _recall(b, a, index, 1),
+        ),
+        Mistake(
+            "That is the sum over the queries: take their mean.",
+            lambda b, a, index, k: _recall(b, a, index, k) * len(b),
+        ),
+    ],
+)
+"""How much of an old index old queries still find with a new model."""
