@@ -34,7 +34,7 @@ GOOD = {
     "figures inline": code("%matplotlib inline\nimport teleport"),
     "figure": code("plt.show()", printed("slope 2"), FIGURE, mystnb=ALT),
     "division": code("print(a /b, 'https://example.org/home/x')", printed("3/tmp")),
-    "25 lines": code("\n".join(["x = 1"] * 25)),
+    "20 lines": code("\n".join(["x = 1"] * 20)),
     "text": prose("See ![a level set](a.png) and 1/home.\n\n```python\n![](x)\n```\n"),
 }
 BAD = {
@@ -60,7 +60,7 @@ BAD = {
         code("%matplotlib inline\nfrom teleport.subspace import torch"),
         "imports torch from teleport.sub",
     ),
-    "26 lines": (code("\n".join(["x = 1"] * 26)), "has 26 lines, 25 are allowed"),
+    "21 lines": (code("\n".join(["x = 1"] * 21)), "has 21 lines, 20 are allowed"),
     "no number": (code("plt.show()", printed("True"), FIGURE, mystnb=ALT), "figure and no number"),
     "nothing printed": (code("plt.show()", FIGURE, mystnb=ALT), "figure and no number"),
     "no alternative": (code("plt.show()", printed("1"), FIGURE), "without alternative text"),
