@@ -9,7 +9,7 @@ import io
 import json
 import re
 from functools import cache
-from math import isnan
+from math import expm1, isnan
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from teleport.lab.bench.timing import Spread
 from teleport.lab.experiments.models import mlp
 from teleport.lab.experiments.optimizers import OPTIMIZERS
 from teleport.lab.experiments.table import EXPERIMENTS
+from teleport.lab.keeping.measures import accuracy_matrix, average_accuracy, backward_transfer
 from teleport.lab.keeping.report import forgetting_rows
 from teleport.lab.paper.savings import read_savings
 from teleport.lab.records.compare import ArmSummary, Comparison, summarise
-from teleport.lab.records.runs import read_runs
+from teleport.lab.records.runs import by_arm, read_runs
 from teleport.lab.records.study import record_folders
 from teleport.rivals.ways import OURS
+from tests.support.words import WORDS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "chapters" / "results"
@@ -179,6 +181,92 @@ def speed_lines(measured: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+NAMES = {
+    "etth1": "ETTh1",
+    "exchange-rate": "the exchange rates",
+    "smnist-rows": "the rows of MNIST",
+}
+NEITHER = ("mnist-mlp", "fashion-mlp", "mamba-", "ttt-")
+"""How experiments begin that train no convolutional network and no transformer."""
+
+
+def word(number: int) -> str:
+    return ("no", *WORDS[1:])[number] if number < len(WORDS) else str(number)
+
+
+def percents(lower: list[Comparison]) -> str:
+    """By how much a loss is lower in the least and in the most of some comparisons."""
+    found = sorted({round(-200 * expm1(one.log_loss)) / 2 for one in lower}) or [0.0]
+    if found == [0.5]:
+        return "half a percent"
+    ends = dict.fromkeys(word(round(end)) for end in (found[0], found[-1]))
+    return f"{' to '.join(ends)} percent"
+
+
+def resolved(places: list[counts.Place], sign: int) -> list[tuple[str, Comparison]]:
+    """Where the seeds resolve a lower (-1) or a higher loss (1), by experiment and optimizer."""
+    clear = [(b, a.to_own) for b, a in places if a.to_own and a.to_own.resolved]
+    named = [(f"{NAMES.get(b.experiment, b.experiment)} with {b.optimizer}", c) for b, c in clear]
+    return [(name, one) for name, one in named if sign * one.log_loss > 0]
+
+
+def matrix_sentences() -> list[tuple[str, str]]:
+    """What pages must say of the arms in the matrix: page and words."""
+    default = [b for b in matrix() if b.folder.parts in {(b.experiment, o) for o in OPTIMIZERS}]
+    low, tuned, gain = counts.low_and_tuned(default).values()
+    flat = [one for name, one in resolved(low, -1) if name.startswith(NEITHER)]
+    others = [place for place in low if not place[0].experiment.startswith(NEITHER)]
+    won = resolved(others, -1)
+    by = f"by {percents([one for _, one in won])}"
+    names = " and ".join(name for name, _ in won)
+    series = [
+        arm.to_own
+        for block, arm in (*tuned, *gain)
+        if block.folder.parts in (("etth1", "sgd"), ("exchange-rate", "sgd")) and arm.to_own
+    ]
+    gone = word(sum(one.diverged for one in series))
+    of = f"Of {len(others)} comparisons with convolutional networks and transformers"
+    losses = " and ".join(name.split(" with ")[0] for name, _ in resolved(tuned, 1))
+    (treebank,) = (b for b in default if b.folder.parts == ("ptb-words", "sgd"))
+    ran = [by_arm(treebank.runs)[arm.arm] for arm in counts.teleporting(treebank)]
+    ends = [word(sum(map(teleports.worse_than_the_start, runs))) for runs in ran]
+    diverged = sum(arm.to_own is not None and arm.to_own.diverged > 0 for _, arm in gain)
+    clear = len(resolved(gain, -1) + resolved(gain, 1))
+    cells = f"Of the {len(gain)} cells of the table above that have this arm, with three seeds each"
+    return [
+        (README, f"lowers the loss of most perceptrons by {percents(flat)}"),
+        (README, f"{of} one teleport lowers the loss in {word(len(won))}, {by}"),
+        (README, f"{gone} of {word(sum(one.seeds for one in series))} teleported runs diverge"),
+        (TABLES, f"by {percents(flat)}, and at best saves a seventh of the steps"),
+        (TABLES, f"{of} it lowers {word(len(won))}, {names}, {by}"),
+        (TABLES, f"At the tuned rate {word(len(resolved(tuned, -1)))} gains are resolved"),
+        (TABLES, f"and {word(len(resolved(tuned, 1)))} losses, both with Adagrad, on {losses}"),
+        (TABLES, f"explodes after it in {ends[0]} run of three at the low rate"),
+        (TABLES, f"at the low rate, in {ends[1]} of three at the tuned rate"),
+        (TABLES, f"{cells}, {clear or 'none'} is resolved, and {word(diverged)} diverge"),
+    ]
+
+
+def other_sentences() -> list[tuple[str, str]]:
+    """The same of the teleports from the tuned gain, and of Gradient Projection Memory."""
+    texts, lower = [], []
+    arms = [summarise(read_runs(RESULTS / "gain" / f"growth-{growth}")) for growth in ("1.5", "2")]
+    for rate in ("lr 0.1", "lr 0.2"):
+        name = f"{rate}, he init head x3 + teleport"
+        pair = [arm.to_own for found in arms for arm in found if arm.arm == name and arm.to_own]
+        lower += pair
+        texts.append(" and ".join(log_loss(one).lstrip("-") for one in pair))
+    plain, gpm = (accuracy_matrix(r) for r in read_runs(RESULTS / "keeping" / "gpm-mnist"))
+    ends = [f"{average_accuracy(m):.3f} {backward_transfer(m):.3f}" for m in (plain, gpm)]
+    ours, theirs = (end.replace("0.", ".").split() for end in reversed(ends))
+    return [
+        (README, f"lowers the loss of a perceptron by {percents(lower)} (eight seeds)"),
+        (TABLES, f"by {texts[0]} at rate 0.1, and by {texts[1]} at the tuned 0.2, all resolved"),
+        (TABLES, f"(ACC) of {theirs[0]} and a backward transfer (BWT) of {theirs[1]}"),
+        (TABLES, f"by this library with {ours[0]} and {ours[1]}"),
+    ]
+
+
 def example_output(change: tuple[str, str] = ("", "")) -> list[float]:
     """The accuracies that the example of the null space prints."""
     (code,) = re.findall(r"<!-- example: .*?```python\n(.*?)```", page(USE), re.DOTALL)
@@ -307,6 +395,17 @@ def test_the_counts_of_the_rule_that_decides_are_those_of_the_records() -> None:
         f"{len(stays)}, {faster} would, {len(stays) - faster} would not."
     )
     assert told in " ".join((ROOT / README).read_text(encoding="utf-8").split())
+
+
+def test_sentences_about_records_say_what_the_records_do() -> None:
+    """What is listed here should stand, word for word, on its page: mend the sentence there.
+
+    Where the words no longer fit, as "one" to two of them, mend the sentence here, too.
+    """
+    texts = {name: " ".join(page(name).split()) for name in (README, TABLES)}
+    told = [*matrix_sentences(), *other_sentences()]
+    wrong = [f"{name} must say: {words}" for name, words in told if words not in texts[name]]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_every_committed_result_is_complete_and_tells_its_command() -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from uuid import NAMESPACE_URL, uuid5
 
 from teleport.book.manifest import Book
 
@@ -53,6 +54,10 @@ def sphinx_settings(book: Book, form: str = "html") -> dict[str, Any]:
         settings["extensions"].append("sphinx_revealjs")
     if form == "epub":
         settings |= {"html_math_renderer": "mathml", "epub_show_urls": "no", "version": "1"}
+        settings |= {"epub_css_files": ["ebook.css"], "epub_description": book.title}
+        named = f"{book.title} {', '.join(book.authors)}"
+        settings |= {"epub_uid": "book", "epub_identifier": uuid5(NAMESPACE_URL, named).urn}
+        settings |= {"epub_contributor": ""}
     return settings
 
 

@@ -39,6 +39,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", _fill_in)
     app.connect("doctree-read", _add_box)
     app.connect("doctree-resolved", make_slides)
+    app.connect("html-page-context", _style_e_book)
     app.connect("build-finished", _copy_mathjax)
     app.add_env_collector(ChapterNumbers)
     app.add_html_math_renderer("mathml", (_visit_mathml, None), (_visit_mathml, None))
@@ -183,6 +184,15 @@ def _visit_mathml(translator: HTML5Translator, node: nodes.math | nodes.math_blo
     convert = needed("latex2mathml.converter").convert
     translator.body.append(convert(node.astext(), display=display))
     raise nodes.SkipNode
+
+
+def _style_e_book(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
+) -> None:
+    """Other extensions style web pages, by files that an e-book does not hold."""
+    if app.builder.name == "epub":
+        own = ("pygments.css", "epub.css", "ebook.css")
+        context["css_files"] = [s for s in context["css_files"] if Path(s.filename).name in own]
 
 
 def _copy_mathjax(app: Sphinx, error: Exception | None) -> None:

@@ -23,7 +23,7 @@ from teleport.book.notebook_form import (
     outside_of_code,
 )
 
-MOST_LINES = 25
+MOST_LINES = 20
 """Lines of a code cell that still fit a screen with the text above them."""
 
 FEWEST_WORDS = 5
@@ -48,7 +48,7 @@ def faults(path: Path) -> list[str]:
     - no path of one machine is used, and every name of this package comes from where it is defined
       (mypy would say that, too, but by nbqa it takes 10 s a chapter and finds much else, too;
       private names are ruff's to find, names that are not there show when the chapter is run);
-    - no code cell has more than 25 lines;
+    - no code cell has more than 20 lines;
     - a cell that shows a figure also prints a number, and says in ``mystnb.image.alt`` of its
       metadata what is to be seen, for those who cannot see it; images in text have a description;
     - the file is in normal form (`tidy`).

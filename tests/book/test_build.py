@@ -1,4 +1,5 @@
 import json
+import posixpath
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from html import unescape
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -419,6 +421,14 @@ def test_an_e_book_has_the_equations_as_mathml(tmp_path: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         text = archive.read("02_small.xhtml").decode()
         assert archive.read("mimetype") == b"application/epub+zip"
+        assert "unknown" not in archive.read("content.opf").decode().replace("unknown-", "")
+        assert "pre-wrap" in archive.read("_static/ebook.css").decode()
+        for name in (n for n in archive.namelist() if n.endswith(("html", "opf", "ncx"))):
+            page = ElementTree.fromstring(archive.read(name).replace(b"&nbsp;", b" "))
+            found = [e.get(key) for e in page.iter() for key in ("href", "src") if e.get(key)]
+            near = [str(f).split("#")[0] for f in found if "://" not in str(f)]
+            there = {posixpath.normpath(posixpath.join(posixpath.dirname(name), f)) for f in near}
+            assert there - {"."} <= set(archive.namelist()), name
     assert "<math" in text
     assert "<msup>" in text
     assert "\\ge" not in text.replace("\\ge 0 .</annotation>", "")
