@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from teleport.errors import ClosureError
+from teleport.keeping.leading import leading_basis
 from teleport.keeping.progress import Track
 from teleport.keeping.shared_inputs import SharedSpaces
 from teleport.layers.part import LinearMap
@@ -15,7 +16,7 @@ from teleport.runtime.closures import without_gradients
 from teleport.runtime.precision import Autocast
 from teleport.runtime.randomness import Quiet, RandomState, drawing_modules, names_of_drawing
 from teleport.runtime.ranks import Ranks
-from teleport.subspace import Projector
+from teleport.subspace import Projector, RowSpace, Space
 
 
 class Survey:
@@ -84,13 +85,15 @@ class Survey:
                 "no closure called a covered layer of this model in a way that can be kept; do "
                 f"they call it? {why}".rstrip()
             )
+        self._forget()  # so that what is collected goes as bases come
         found: dict[str, Projector] = {}
-        for members, space in track(spaces, "bases"):
+        for _ in track(range(len(spaces)), "bases"):
+            members, space = spaces.pop(0)
             by_tau: dict[float, Projector] = {}
             for block in members:
                 tau = taus[block.name]
                 if tau not in by_tau:
-                    by_tau[tau] = block.basis(space, tau).of_first(ranks)
+                    by_tau[tau] = _basis(block, space, tau).of_first(ranks)
                 found[block.name] = by_tau[tau]
         return {block.name: found[block.name] for block in free}, used
 
@@ -117,3 +120,12 @@ class Survey:
             self.seen = True
 
         without_gradients(run)
+
+
+def _basis(block: WeightMatrix, space: Space, tau: float) -> Projector:
+    """`WeightMatrix.basis`, of the leading directions alone where they are enough."""
+    if isinstance(space, RowSpace) and space.count:
+        with block.named_in_errors():
+            if (leading := leading_basis(space, tau)) is not None:
+                return leading
+    return block.basis(space, tau)
