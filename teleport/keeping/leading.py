@@ -16,6 +16,9 @@ ENOUGH = 0.999
 """Largest share for which this serves. Float32 orders directions by their energies to 1e-7 of all
 of it: what is that near to the whole needs better."""
 
+WIDE = 1024
+"""Columns from which on this is quicker."""
+
 
 def leading_basis(space: RowSpace, tau: float) -> Basis | None:
     """The basis of a share ``tau`` of the energy, or None where `RowSpace.basis` has to tell it.
@@ -25,7 +28,7 @@ def leading_basis(space: RowSpace, tau: float) -> Basis | None:
     known by their energies up to a few, and by the norm of all the rest.
 
     Args:
-        space: of rows below double precision, more than they have entries.
+        space: of rows; this serves below double precision, if they are wide and more than that.
         tau: share of the energy, in (0, 1].
 
     Raises:
@@ -34,7 +37,7 @@ def leading_basis(space: RowSpace, tau: float) -> Basis | None:
     if tau > ENOUGH or space.dtype == torch.float64:
         return None
     gram = space.gram()
-    if space.count <= gram.shape[-1]:
+    if not WIDE <= gram.shape[-1] < space.count:
         return None
     total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     if not bool(total.isfinite().all()):

@@ -97,6 +97,21 @@ class Survey:
                 found[block.name] = by_tau[tau]
         return {block.name: found[block.name] for block in free}, used
 
+    def state(self) -> dict[str, Any]:
+        """All that was taken in, by the names of blocks, for `restore`."""
+        used = {block.name: why for block, why in self.used.items()}
+        return {"used": used, "groups": self.spaces.state()}
+
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Take in what `state` told, if it is of the same blocks."""
+        blocks = {block.name: block for block in self.blocks}
+        if blocks.keys() != {name for names, _ in state["groups"] for name in names}:
+            return False
+        self.spaces.restore([([blocks[n] for n in names], s) for names, s in state["groups"]])
+        self.used = {blocks[name]: why for name, why in state["used"].items()}
+        self.seen = True
+        return True
+
     def _forget(self) -> None:
         self.spaces = SharedSpaces(self.blocks)
         self.seen = False

@@ -1,5 +1,7 @@
 """Leading directions by float32, counted by the energies that they have."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,12 +10,21 @@ from torch import Tensor
 
 from teleport import null_space, subspace
 from teleport.errors import NonFiniteInputError
+from teleport.keeping import leading as leading_module
 from teleport.keeping.leading import ENOUGH, leading_basis
 from teleport.subspace import Basis, RowSpace
 from tests.support.examples import examples
 from tests.support.strategies import seeds
 
 few = examples(25)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def narrow() -> Iterator[None]:
+    """What serves wide layers alone is tried on narrow ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leading_module, "WIDE", 1)
+        yield
 
 
 def rows_of(seed: int, d: int, decay: float, *groups: int) -> Tensor:
@@ -71,7 +82,7 @@ def test_smaller_shares_and_merged_spaces_are_as_of_all_directions(
         basis.at(1.0)
 
 
-def test_where_it_does_not_serve_it_says_so() -> None:
+def test_where_it_does_not_serve_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(0, 6, 1.0)
     assert leading_basis(space_of(rows), 1.0) is None
     assert leading_basis(space_of(rows.double()), 0.9) is None
@@ -79,6 +90,8 @@ def test_where_it_does_not_serve_it_says_so() -> None:
     assert leading(torch.zeros(9, 4), 0.9).rank == 0
     with pytest.raises(NonFiniteInputError):
         leading(rows * torch.inf, 0.9)
+    monkeypatch.setattr(leading_module, "WIDE", 7)
+    assert leading_basis(space_of(rows), 0.9) is None
 
 
 def test_a_null_space_takes_it() -> None:
