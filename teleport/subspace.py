@@ -19,6 +19,9 @@ from teleport.errors import NonFiniteInputError, is_between
 from teleport.runtime.precision import PRECISIONS, coarsest, sum_rounding
 from teleport.runtime.ranks import Ranks
 
+BLOCK = 512
+"""Columns at a time of a Gram matrix of many: few enough to leave out what symmetry tells."""
+
 
 class Projector(ABC):
     """P of one weight matrix: removes what acts on the kept part of the layer's inputs."""
@@ -248,7 +251,7 @@ class RowSpace(Space):
         """Take in more rows; they are copied or reduced, since a model may overwrite its inputs."""
         dtype = coarsest([self._dtype, rows.dtype])
         if self._reduced is not None and self._exact() and dtype != self._dtype:
-            self._reduced = self._reduced.mT @ self._reduced
+            self._reduced = _gram(self._reduced)
         self._dtype = dtype
         self.count += rows.shape[-2]
         self._pending.append(rows.detach().to(torch.float64, copy=True))
@@ -264,9 +267,9 @@ class RowSpace(Space):
         if dtype == torch.float64 or not (reduced or total > factor.shape[-1]):
             self._take(factor, other.count, dtype)
             return
-        grams = [rows.mT @ rows for rows in self._pending]
+        grams = [_gram(rows) for rows in self._pending]
         if self._reduced is not None:
-            grams.insert(0, self._reduced.mT @ self._reduced if self._exact() else self._reduced)
+            grams.insert(0, _gram(self._reduced) if self._exact() else self._reduced)
         self.count, self._dtype, self._pending = total, dtype, []
         self._reduced = reduce(torch.add, [*grams, other.gram()])
 
@@ -376,7 +379,7 @@ class RowSpace(Space):
         """Inner products of all pairs of columns of the rows, float64."""
         factor = self.factor()
         is_gram = self._reduced is not None and not self._exact()
-        return factor.clone() if is_gram else factor.mT @ factor
+        return factor.clone() if is_gram else _gram(factor)
 
     @classmethod
     def of_gram(
@@ -399,14 +402,15 @@ class RowSpace(Space):
         return self._dtype == torch.float64
 
     def _reduce(self) -> None:
-        rows = torch.cat(self._pending, dim=-2)
+        one = len(self._pending) == 1
+        rows = self._pending[0] if one else torch.cat(self._pending, dim=-2)
         self._pending = []
         if self._exact():
             factor = _triangle(rows)
             both = factor if self._reduced is None else torch.cat([self._reduced, factor], dim=-2)
             self._reduced = torch.linalg.qr(both, mode="r").R
         else:
-            gram = rows.mT @ rows
+            gram = _gram(rows)
             self._reduced = gram if self._reduced is None else self._reduced + gram
 
     def _decompose(self) -> tuple[Tensor, Tensor]:
@@ -505,6 +509,19 @@ def _triangle(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*group
         rows = torch.cat([_triangle(half) for half in rows.tensor_split(2, dim=-2)], dim=-2)
     triangle: Tensor = torch.linalg.qr(rows, mode="r").R
     return triangle
+
+
+def _gram(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*groups d_in d_in"]:
+    """``rowsᵀ rows``: of many columns one triangle, block by block, for it is symmetric."""
+    d_in = rows.shape[-1]
+    if d_in < 2 * BLOCK:
+        return rows.mT @ rows
+    gram = rows.new_empty(*rows.shape[:-2], d_in, d_in)
+    for start in range(0, d_in, BLOCK):
+        block, rest = slice(start, start + BLOCK), slice(start, None)
+        part = rows[..., block].mT @ rows[..., rest]
+        gram[..., block, rest], gram[..., rest, block] = part, part.mT
+    return gram
 
 
 def _singular_from_gram(gram: Tensor) -> tuple[Tensor, Tensor]:

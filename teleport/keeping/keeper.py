@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from teleport.errors import NullSpaceError, require
+from teleport.layers.one_hot import AxisBasis
 from teleport.layers.support import WeightMatrix
 from teleport.runtime.precision import Autocast, at_least_single
 from teleport.subspace import Basis, Projector
@@ -41,13 +42,16 @@ class Keeper:
         self._every, self._uses = every, 0
         ready: dict[int, _Ready] = {}
         self._origins = []
+        stay = list(uncovered(parameters, blocks))
         for block in blocks:
             basis = bases[block.name]
+            if isinstance(basis, AxisBasis):  # rows of a table: the others may do as they like
+                stay.append((block.part.weight.parameter, basis.kept.nonzero()[:, 0]))
+                continue
             remover = ready.setdefault(id(basis), _Ready(basis))
             self._origins.append((block, remover, block.part.matrix()))
         self._rest = [
-            (parameter, rows, parameter.detach()[rows].clone())
-            for parameter, rows in uncovered(parameters, blocks)
+            (parameter, rows, parameter.detach()[rows].clone()) for parameter, rows in stay
         ]
 
     def project(self) -> None:

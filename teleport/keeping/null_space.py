@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from teleport.errors import NullSpaceError
 from teleport.keeping.adapters import lora_
+from teleport.keeping.choice import LEFT_OUT, Tau, left_out_of, taus_of
 from teleport.keeping.drift import DriftReport, layer_drifts, locked_share, output_drift
 from teleport.keeping.editing import Edit, edit
 from teleport.keeping.file import read, write
@@ -31,24 +32,17 @@ from teleport.keeping.keeper import (
 )
 from teleport.keeping.progress import progress_bar
 from teleport.keeping.survey import Survey
+from teleport.keeping.unfinished import Unfinished
 from teleport.layers.support import (
     NO_GRADIENT,
     Coverage,
-    WeightMatrix,
     cover,
-    require_matches,
-    selected,
 )
 from teleport.report import text_table
 from teleport.runtime.precision import Autocast, at_least_single
 from teleport.runtime.ranks import ranks_of, silenced
 from teleport.runtime.transaction import Transaction
-from teleport.subspace import Projector, require_tau
-
-LEFT_OUT = "left out by include or exclude"
-
-Tau = float | Mapping[str, float]
-"""A share of energy in (0, 1] for all layers, or for those whose names match a pattern."""
+from teleport.subspace import Projector
 
 
 class NullSpace:
@@ -262,7 +256,7 @@ class NullSpace:
             raise NullSpaceError(
                 f"these null spaces are of different layers: {_difference(ours, theirs)}"
             )
-        taus = _taus(tau, list(self.bases), 1.0)
+        taus = taus_of(tau, list(self.bases), 1.0)
         joint: dict[tuple[int, int, float], Projector] = {}
         merged = {}
         for name in ours:
@@ -290,7 +284,7 @@ class NullSpace:
             ValueError: if a tau is outside (0, 1] or a pattern matches no layer.
             NullSpaceError: if it takes directions that this space does not hold.
         """
-        taus = _taus(tau, list(self.bases), None)
+        taus = taus_of(tau, list(self.bases), None)
         grown: dict[tuple[int, float | None], Projector] = {}
         for name, basis in self.bases.items():
             key = id(basis), taus[name]
@@ -426,6 +420,7 @@ def null_space(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     progress: bool = True,
+    unfinished: str | Path | None = None,
 ) -> NullSpace:
     """The null space of a model's layer inputs over any amount of data.
 
@@ -448,6 +443,10 @@ def null_space(
         include: patterns of the layers that may move; all by default. The others stay as they are.
         exclude: patterns of layers that must not move.
         progress: draw a bar on the terminal, if the standard error is one.
+        unfinished: a file for what is taken in, written at most once a minute, a Gram matrix for
+            each basis, and deleted in the end. If this was interrupted, call it again with the same
+            file, model, closures and layers: it goes on where the file ends, to the same bases.
+            Each rank has a file of its own, with its number behind the name.
 
     Returns:
         The space. Layers the data never reach are free in all directions; those whose weights
@@ -459,50 +458,24 @@ def null_space(
         UnsupportedModelError: if the model has no covered layer, or its weights are sharded.
         ClosureError: if no closure calls a covered layer, if an input is NaN or infinite, or if
             what a module computes is random in evaluation mode, too.
+        NullSpaceError: if the file ``unfinished`` is none of this model and these closures.
     """
     with torch.inference_mode(False), progress_bar(progress) as track:
         coverage = cover(model, at_least_one=True)
         names = [block.name for block in coverage.blocks]
-        taus = _taus(tau, names, 1.0)
-        left_out = _left_out(coverage, include, exclude)
+        taus = taus_of(tau, names, 1.0)
+        left_out = left_out_of(coverage, include, exclude)
         survey = Survey(model, coverage, left_out)
         autocast, ranks = Autocast(), ranks_of(model)
         with autocast.off(), ranks.together(), silenced(model), Transaction(model) as kept:
             with ranks.together():
-                for closure in track(closures, "old data"):
+                file = Unfinished(unfinished, model, survey, ranks)
+                for closure in file.rest(track(closures, "old data")):
                     survey.add(closure, autocast, kept.quiet)
             bases, used = survey.bases(taus, ranks, track)
+        file.unlink()
     stay = {block.name: LEFT_OUT for block in coverage.blocks if block in left_out}
     return NullSpace(bases, {**coverage.frozen, **stay, **used}, model)
-
-
-def _taus(tau: Tau, names: list[str], default: Any) -> dict[str, Any]:
-    """The threshold of every layer."""
-    if not isinstance(tau, Mapping):
-        require_tau(tau)
-        return dict.fromkeys(names, tau)
-    for share in tau.values():
-        require_tau(share)
-    require_matches(names, list(tau))
-    first = {pattern: selected(names, [pattern], None) for pattern in tau}
-    return {n: next((tau[p] for p, those in first.items() if n in those), default) for n in names}
-
-
-def _left_out(
-    coverage: Coverage, include: Sequence[str] | None, exclude: Sequence[str] | None
-) -> set[WeightMatrix]:
-    for argument, patterns in {"include": include, "exclude": exclude}.items():
-        if isinstance(patterns, str):
-            raise ValueError(f"{argument} takes a list of patterns: [{patterns!r}]")
-    names = [block.name for block in coverage.blocks]
-    require_matches(names, [*(include or ()), *(exclude or ())])
-    wanted = selected(names, include, exclude)
-    if not wanted:
-        raise ValueError(
-            f"include={include!r} and exclude={exclude!r} leave no layer that may move; the "
-            f"model's layers are {names}"
-        )
-    return {block for block in coverage.blocks if block.name not in wanted}
 
 
 def _require_own(parameters: Iterable[nn.Parameter], model: nn.Module) -> None:

@@ -65,6 +65,16 @@ class SharedSpaces:
             for members in together.values()
         ]
 
+    def state(self) -> list[tuple[list[str], Any]]:
+        """Who shares inputs, and their space, after `settle`."""
+        groups = dict.fromkeys(self._group.values())
+        return [([block.name for block in group.members], group.space) for group in groups]
+
+    def restore(self, groups: Iterable[tuple[Sequence[WeightMatrix], Any]]) -> None:
+        """Take what `state` told."""
+        for members, space in groups:
+            self._group |= dict.fromkeys(members, _Group(members, space))
+
     def _part(self, group: "_Group") -> None:
         """Add the input that is waiting; those that have not had it leave it to the others."""
         if not group.done:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from teleport.errors import ClosureError
+from teleport.keeping.leading import leading_basis
 from teleport.keeping.progress import Track
 from teleport.keeping.shared_inputs import SharedSpaces
 from teleport.layers.part import LinearMap
@@ -15,7 +16,7 @@ from teleport.runtime.closures import without_gradients
 from teleport.runtime.precision import Autocast
 from teleport.runtime.randomness import Quiet, RandomState, drawing_modules, names_of_drawing
 from teleport.runtime.ranks import Ranks
-from teleport.subspace import Projector
+from teleport.subspace import Projector, RowSpace, Space
 
 
 class Survey:
@@ -84,15 +85,32 @@ class Survey:
                 "no closure called a covered layer of this model in a way that can be kept; do "
                 f"they call it? {why}".rstrip()
             )
+        self._forget()  # so that what is collected goes as bases come
         found: dict[str, Projector] = {}
-        for members, space in track(spaces, "bases"):
+        for _ in track(range(len(spaces)), "bases"):
+            members, space = spaces.pop(0)
             by_tau: dict[float, Projector] = {}
             for block in members:
                 tau = taus[block.name]
                 if tau not in by_tau:
-                    by_tau[tau] = block.basis(space, tau).of_first(ranks)
+                    by_tau[tau] = _basis(block, space, tau).of_first(ranks)
                 found[block.name] = by_tau[tau]
         return {block.name: found[block.name] for block in free}, used
+
+    def state(self) -> dict[str, Any]:
+        """All that was taken in, by the names of blocks, for `restore`."""
+        used = {block.name: why for block, why in self.used.items()}
+        return {"used": used, "groups": self.spaces.state()}
+
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Take in what `state` told, if it is of the same blocks."""
+        blocks = {block.name: block for block in self.blocks}
+        if blocks.keys() != {name for names, _ in state["groups"] for name in names}:
+            return False
+        self.spaces.restore([([blocks[n] for n in names], s) for names, s in state["groups"]])
+        self.used = {blocks[name]: why for name, why in state["used"].items()}
+        self.seen = True
+        return True
 
     def _forget(self) -> None:
         self.spaces = SharedSpaces(self.blocks)
@@ -117,3 +135,12 @@ class Survey:
             self.seen = True
 
         without_gradients(run)
+
+
+def _basis(block: WeightMatrix, space: Space, tau: float) -> Projector:
+    """`WeightMatrix.basis`, of the leading directions alone where they are enough."""
+    if isinstance(space, RowSpace) and space.count:
+        with block.named_in_errors():
+            if (leading := leading_basis(space, tau)) is not None:
+                return leading
+    return block.basis(space, tau)

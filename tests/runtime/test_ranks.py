@@ -16,6 +16,7 @@ from tests.support.ranks import (
     SIZE,
     Ranks,
     assert_same_report,
+    attached,
     batch,
     branched,
     branches,
@@ -151,6 +152,18 @@ def test_a_null_space_keeps_what_all_ranks_know(ranks: Ranks) -> None:
     assert torch.equal(first["at"], second["at"])
     assert (first["at"] - wanted["at"]).norm() <= 1e-7 * wanted["at"].norm()
     assert max(first["change"], second["change"]) <= 1e-4
+
+
+@pytest.mark.verifies("thm-keep")
+def test_attached_to_an_optimizer_it_keeps_what_all_ranks_know(ranks: Ranks) -> None:
+    x, y = batch()
+    model = build("perceptron")
+    wanted = attached(model, x[:8], [x[:4], x[4:8]], x, y)
+    first, second = of(ranks, "attached")
+    assert (parameters(model) - parameters(build("perceptron"))).norm() > 0.1
+    assert torch.equal(first["at"], second["at"])
+    assert (first["at"] - wanted["at"]).norm() <= 1e-7 * wanted["at"].norm()
+    assert max(first["change"], second["change"]) <= 1e-9
 
 
 @pytest.mark.parametrize("method", METHODS)

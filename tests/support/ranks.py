@@ -256,6 +256,21 @@ def keeping(model: nn.Module, old: Tensor, space: Sequence[Tensor], x: Tensor, y
         return {"change": float((model(old) - before).abs().max()), "at": parameters(model)}
 
 
+def attached(model: nn.Module, old: Tensor, space: Sequence[Tensor], x: Tensor, y: Tensor) -> Found:
+    """Some steps of AdamW with a null space attached."""
+    kept = null_space(model, [lambda x=x: model(x) for x in space])
+    with torch.no_grad():
+        before = model(old)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    with kept.attach(optimizer, every=2):
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model, x, y)().backward()
+            optimizer.step()
+    with torch.no_grad():
+        return {"change": float((model(old) - before).abs().max()), "at": parameters(model)}
+
+
 # -- one rank in trouble -------------------------------------------------------------------------
 
 
@@ -420,6 +435,7 @@ def scenarios(rank: int) -> dict[str, Callable[[], Any]]:
         ),
         "space, both": lambda: space_of(wrap(build("sequences")), list(x.split(3 + 2 * rank))),
         "keeping": lambda: keeping(wrap(build("perceptron")), xs[:8], [xs[4 * rank :][:4]], x, y),
+        "attached": lambda: attached(wrap(build("perceptron")), xs[:8], [xs[4 * rank :][:4]], x, y),
         "fallback": lambda: one_rank_without_forward_mode(rank),
         "disagreeing": lambda: disagreeing(rank),
         "refused": lambda: refused(rank),

@@ -1,0 +1,103 @@
+"""A survey of old data that was interrupted and goes on: what it has taken in so far, in a file."""
+
+import os
+import pickle
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from teleport.errors import NullSpaceError
+from teleport.keeping.survey import Survey
+from teleport.layers.one_hot import AxisSpace
+from teleport.layers.shared_weight import TiedSpace
+from teleport.runtime.ranks import Ranks
+from teleport.subspace import RowSpace
+
+BETWEEN = 60.0
+"""Seconds between two writings, for a file may hold gigabytes."""
+
+
+class Unfinished:
+    """The file of a survey. A rank has its own, for it has closures of its own.
+
+    Args:
+        path: where; None for a survey that cannot be interrupted.
+        model: whose inputs are surveyed; the file is of its present weights and buffers alone.
+        survey: filled from the file, if there is one.
+        ranks: who takes part.
+
+    Raises:
+        NullSpaceError: for a file of something else. It stays, and the survey is as before.
+    """
+
+    def __init__(
+        self, path: str | Path | None, model: nn.Module, survey: Survey, ranks: Ranks
+    ) -> None:
+        self._survey, self._done, self._path = survey, 0, None
+        if path is None:
+            return
+        rank = f".{torch.distributed.get_rank()}" if ranks.size > 1 else ""
+        self._path, self._of = Path(f"{path}{rank}"), _digest(model)
+        if self._path.exists():
+            self._read(self._path)
+
+    def rest(self, closures: Iterable[Callable[[], Any]]) -> Iterator[Callable[[], Any]]:
+        """The closures that have not been taken in; they must be before the next is asked for."""
+        count, written = 0, time.monotonic()
+        for count, closure in enumerate(closures, 1):
+            if count > self._done:
+                yield closure
+                if self._path is not None and time.monotonic() - written >= BETWEEN:
+                    self._write(self._path, count)
+                    written = time.monotonic()
+        if count < self._done:
+            raise NullSpaceError(
+                f"{self._path} has taken in {self._done} closures, of which {count} were given: it "
+                "is of other data. Delete it, or give another file"
+            )
+
+    def unlink(self) -> None:
+        """Delete the file: the survey is finished."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def _write(self, path: Path, done: int) -> None:
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            torch.save({"of": self._of, "done": done, "survey": self._survey.state()}, part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with torch.serialization.safe_globals([RowSpace, AxisSpace, TiedSpace]):
+                found = torch.load(path, weights_only=True)
+            of, done, state = found["of"], found["done"], found["survey"]
+        except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as error:
+            raise NullSpaceError(
+                f"{path} holds no unfinished survey: {error}. Delete it, or give another file"
+            ) from error
+        if of != self._of or not self._survey.restore(state):
+            raise NullSpaceError(
+                f"{path} is of another model, of other weights or of other layers. Delete it, or "
+                "give another file"
+            )
+        self._done = done
+
+
+def _digest(model: nn.Module) -> dict[str, int]:
+    """A number for each parameter and buffer, by name."""
+    return {name: _number(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _number(tensor: Any) -> int:
+    if not isinstance(tensor, Tensor):  # what a module adds to its state
+        return 0
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return zlib.crc32(flat.numpy())

@@ -1,0 +1,133 @@
+"""A null space whose making was interrupted goes on where its file ends."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from teleport import ClosureError, NullSpace, NullSpaceError, null_space
+from teleport.keeping import unfinished
+from teleport.layers.shared_weight import TiedBasis
+from teleport.subspace import Projector
+
+
+class Words(nn.Module):
+    """Tokens, two layers with the same inputs, another that some data do not reach, a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 6)
+        self.one, self.two, self.rare = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 6)
+        self.head = nn.Linear(6, 20, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        y = torch.tanh(self.one(x)) * self.two(x)
+        return self.head(x + self.rare(y) if int(tokens[0]) % 2 else x)
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfinished, "BETWEEN", 0.0)
+
+
+@pytest.fixture
+def model() -> Words:
+    torch.manual_seed(3)
+    return Words()
+
+
+def closures(
+    model: nn.Module, called: list[int], stop: int | None = None, count: int = 5
+) -> Iterator[Callable[[], Any]]:
+    """Each with four tokens of its own; one of them is interrupted."""
+    for number in range(count):
+
+        def closure(number: int = number) -> Tensor:
+            if number == stop:
+                raise KeyboardInterrupt
+            called.append(number)
+            return model((7 * number + torch.arange(4)) % 20)
+
+        yield closure
+
+
+def interrupted(model: nn.Module, file: Path, **settings: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        null_space(model, closures(model, [], stop=3), unfinished=file, **settings)
+
+
+def tensors(space: NullSpace) -> dict[str, list[Tensor]]:
+    def of(basis: Projector) -> list[Tensor]:
+        if isinstance(basis, TiedBasis):
+            return [*of(basis.own), *of(basis.other)]
+        return [value for value in vars(basis).values() if isinstance(value, Tensor)]
+
+    return {name: of(basis) for name, basis in space.bases.items()}
+
+
+@pytest.mark.parametrize("tau", [0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_goes_on_to_the_same_bases(
+    model: Words, tmp_path: Path, tau: float, dtype: torch.dtype
+) -> None:
+    model.to(dtype)
+    file, called = tmp_path / "survey", []
+    wanted = null_space(model, closures(model, []), tau)
+    interrupted(model, file, tau=tau)
+    found = null_space(model, closures(model, called), tau, unfinished=file)
+    assert called == [3, 4]
+    assert not list(tmp_path.iterdir()), "the file is gone"
+    assert tensors(found).keys() == tensors(wanted).keys()
+    for name, those in tensors(wanted).items():
+        assert all(torch.equal(a, b) for a, b in zip(tensors(found)[name], those, strict=True))
+    assert found.bases["one"] is found.bases["two"]
+    assert found.frozen == wanted.frozen
+
+
+@pytest.mark.parametrize("change", ["weights", "layers", "fewer", "short", "other", "missing"])
+def test_a_file_of_something_else_is_refused_and_stays(
+    model: Words, tmp_path: Path, change: str
+) -> None:
+    file, called = tmp_path / "survey", []
+    interrupted(model, file)
+    settings: dict[str, Any] = {}
+    match, count = "of another model, of other weights or of other layers", 5
+    if change == "weights":
+        model.one.bias.data[0] += 1
+    elif change == "layers":
+        settings["include"] = ["one"]
+    elif change == "fewer":
+        match, count = "has taken in 3 closures, of which 2 were given", 2
+    elif change == "short":
+        match = "holds no unfinished survey"
+        file.write_bytes(file.read_bytes()[:-500])
+    elif change == "other":
+        match = "holds no unfinished survey"
+        torch.save({"of": {}, "done": Path("x")}, file)
+    else:
+        match = "holds no unfinished survey"
+        torch.save({"of": {}}, file)
+    before = file.read_bytes()
+    with pytest.raises(NullSpaceError, match=match):
+        null_space(model, closures(model, called, count=count), unfinished=file, **settings)
+    assert called == []
+    assert file.read_bytes() == before
+
+
+def test_a_file_that_cannot_be_written_is_said(model: Words, tmp_path: Path) -> None:
+    with pytest.raises((OSError, RuntimeError), match="nowhere"):
+        null_space(model, closures(model, []), unfinished=tmp_path / "nowhere" / "survey")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_fails_before_anything_was_taken_in_leaves_no_file(
+    model: Words, tmp_path: Path
+) -> None:
+    with pytest.raises(ClosureError):
+        null_space(model, [], unfinished=tmp_path / "survey")
+    assert not list(tmp_path.iterdir())
