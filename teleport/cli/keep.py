@@ -73,7 +73,9 @@ def continual(
 
 def keep(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(KEEP_NAMES)}.")],
-    preset: Annotated[str, typer.Option(help="Size: tiny, in seconds, or cpu; edit has hundred.")] = "cpu",
+    preset: Annotated[
+        str, typer.Option(help="Size: tiny, in seconds, or cpu; edit has hundred.")
+    ] = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The first one.")] = 0,
     choosing: Annotated[

@@ -31,7 +31,6 @@ from teleport.lab.keeping.facts import (
     FACT_SIZES,
     FactExamination,
     FactSize,
-    FactTask,
     LanguageModel,
     fact_task,
     inputs_of,
@@ -60,30 +59,30 @@ class _Start:
 
     def __init__(self, size: FactSize, seed: int) -> None:
         self.size = size
-        self.task: FactTask = fact_task(size, seed)
+        self.task = fact_task(size, seed)
         self.model = language_model(size.model, self.task)
         self.examination = FactExamination(self.model, self.task)
+        self.first = self.examination.of(self.model)  # what every way begins with
         first, last = size.trained
         self.trained = [
             name
             for name, module in self.model.network.named_modules()
             if module in [self.model.output_matrix(n) for n in range(first, last + 1)]
         ]
-        matrix = self.model.output_matrix(size.layer)
-        self.edited = next(n for n, m in self.model.network.named_modules() if m is matrix)
-        self.search_seconds = self.moment_seconds = 0.0
-        self._spaces: dict[tuple[str, ...], tuple[NullSpace, float]] = {}
+        self.edited = self.trained[size.layer - first]
+        self.search_seconds = self.moment_seconds = self.space_seconds = 0.0
 
-    def space(self, layers: Sequence[str], tau: float) -> tuple[NullSpace, float]:
-        """Of some layers on the old sentences, and the seconds it took; made once."""
-        key = tuple(layers)
-        if key not in self._spaces:
-            started = now()
-            closures = [partial(self.model.read, [sentence]) for sentence in self.task.old]
-            made = null_space(self.model.network, closures, HELD, include=layers)
-            self._spaces[key] = made, now() - started
-        made, seconds = self._spaces[key]
-        return made.grow(tau), seconds
+    def space(self, tau: float) -> NullSpace:
+        """Of the trained layers on the old sentences."""
+        return self._space.grow(tau)
+
+    @cached_property
+    def _space(self) -> NullSpace:
+        started = now()
+        closures = [partial(self.model.read, [sentence]) for sentence in self.task.old]
+        found = null_space(self.model.network, closures, HELD, include=self.trained)
+        self.space_seconds = now() - started
+        return found
 
     @cached_property
     def moment(self) -> Tensor:
@@ -98,17 +97,37 @@ class _Start:
 
     @cached_property
     def wanted(self) -> tuple[Tensor, Tensor]:
-        """Keys ``[n, d_in]`` of the edited matrix, and values ``[n, d_out]``; searched once."""
+        """Keys ``[n, d_in]`` of the edited matrix, and values ``[n, d_out]``."""
         started, layer = now(), self.model.output_matrix(self.size.layer)
         subjects = [s[:end] for s, end in zip(self.task.sentences, self.task.ends, strict=True)]
-        texts = [context.format(subject) for context in CONTEXTS for subject in subjects]
         with inputs_of(layer) as got:
-            self.model.read(texts)
+            self.model.read([context.format(text) for context in CONTEXTS for text in subjects])
         keys = torch.cat([one[0, -1:] for one in got])
-        change = _searched(self.model, layer, self.task, self.examination.answers, self.size.steps)
-        self.search_seconds = now() - started
         with torch.no_grad():
-            return keys, layer(keys) + change.repeat(len(CONTEXTS), 1)
+            values: Tensor = layer(keys)
+        change = self._searched(layer, subjects, float(values.norm(dim=1).mean()))
+        self.search_seconds = now() - started
+        return keys, values + change.repeat(len(CONTEXTS), 1)
+
+    def _searched(self, layer: nn.Module, subjects: list[str], scale: float) -> Tensor:
+        """The change ``[facts, d_out]`` of outputs where subjects end that makes the answers."""
+        answers = self.examination.answers
+        change = torch.zeros(len(answers), self.model.width, requires_grad=True)
+        optimizer = Adam([change], lr=SEARCH_LR)
+        for step in range(self.size.steps):
+            context = CONTEXTS[step % len(CONTEXTS)]
+            ends = torch.tensor([len(self.model.tokens(context.format(s))) - 1 for s in subjects])
+            where = torch.arange(len(ends)), ends
+            hook = layer.register_forward_hook(
+                lambda _, __, out, where=where: out.index_put(where, change * scale, True)
+            )
+            with hook:
+                logits = self.model.next_words([context.format(s) for s in self.task.sentences])
+            loss = cross_entropy(logits, answers, reduction="sum")
+            loss = loss + SEARCH_DECAY * change.square().sum()
+            (change.grad,) = torch.autograd.grad(loss, change)
+            optimizer.step()
+        return change.detach() * scale
 
     def copied(self) -> LanguageModel:
         """A model to change."""
@@ -117,55 +136,13 @@ class _Start:
         return fresh
 
 
-def _searched(
-    model: LanguageModel, layer: nn.Module, task: FactTask, answers: Tensor, steps: int
-) -> Tensor:
-    """The change ``[facts, d_out]`` of a layer's outputs at subjects that makes the answers."""
-    texts = [[context.format(s) for s in task.sentences] for context in CONTEXTS]
-    places = [
-        torch.tensor(
-            [
-                len(model.tokens(context.format(s[:end]))) - 1
-                for s, end in zip(task.sentences, task.ends, strict=True)
-            ]
-        )
-        for context in CONTEXTS
-    ]
-    with inputs_of(layer) as got, torch.no_grad():
-        model.read([s[:end] for s, end in zip(task.sentences, task.ends, strict=True)])
-        scale = float(layer(torch.cat([one[0, -1:] for one in got])).norm(dim=1).mean())
-    change = torch.zeros(len(answers), layer.weight.shape[0], requires_grad=True)  # type: ignore[arg-type]
-    optimizer = Adam([change], lr=SEARCH_LR)
-    everything = torch.arange(len(answers))
-    grads = [(p, p.requires_grad) for p in model.network.parameters()]
-    try:
-        model.network.requires_grad_(requires_grad=False)
-        for step in range(steps):
-            where = places[step % len(CONTEXTS)]
-            hook = layer.register_forward_hook(
-                lambda _, __, out, where=where: out.index_put(
-                    (everything, where), change * scale, accumulate=True
-                )
-            )
-            with hook:
-                logits = model.next_words(texts[step % len(CONTEXTS)])
-            loss = cross_entropy(logits, answers, reduction="sum")
-            optimizer.zero_grad()
-            (loss + SEARCH_DECAY * change.square().sum()).backward()
-            optimizer.step()
-    finally:
-        for parameter, needed in grads:
-            parameter.requires_grad_(needed)
-    return change.detach() * scale
-
-
 def _closed_form(start: _Start, way: Way, size: FactSize) -> Iterator[dict[str, Any]]:
     """The model as it was, and as it is behind the one change."""
     model = start.copied()
-    yield _row(start, model, 0, 0.0, 0.0)
+    yield _row(start.first, 0, 0.0, 0.0)
     keys, values = start.wanted
     if way.method == "edit":
-        space, spent = start.space([start.edited], way.value or 1.0)
+        space, spent = start.space(way.value or 1.0), start.space_seconds
         started = now()
         space.edit(model.network, start.edited, keys, values)
     else:
@@ -175,7 +152,8 @@ def _closed_form(start: _Start, way: Way, size: FactSize) -> Iterator[dict[str, 
             rows, missing = keys.double(), (values - layer(keys)).double()
             ridge = (way.value or 1.0) * moment + rows.mT @ rows
             layer.weight += torch.linalg.solve(ridge, rows.mT @ missing).mT.to(layer.weight)
-    yield _row(start, model, 1, start.search_seconds + now() - started, spent)
+    seconds = start.search_seconds + now() - started
+    yield _row(start.examination.of(model), 1, seconds, spent)
 
 
 def _trained(
@@ -186,7 +164,7 @@ def _trained(
     torch.manual_seed(seed)
     model, method, attached, spent = start.copied(), way.method, None, 0.0
     if method in ("attach", "lora null"):
-        space, spent = start.space(start.trained, way.value or 1.0)
+        space, spent = start.space(way.value or 1.0), start.space_seconds
     if method.startswith("lora"):
         from peft import LoraConfig, get_peft_model
 
@@ -197,9 +175,7 @@ def _trained(
         trained = [p for p in model.network.parameters() if p.requires_grad]
     else:
         trained = [
-            p
-            for name in start.trained
-            for p in model.network.get_submodule(name).parameters()
+            p for name in start.trained for p in model.network.get_submodule(name).parameters()
         ]
         chosen = set(trained)
         for parameter in model.network.parameters():
@@ -208,7 +184,7 @@ def _trained(
     optimizer = AdamW(trained, lr=way.lr, weight_decay=decay)
     if method == "attach":
         attached = space.attach(optimizer, EVERY, model=model.network)
-    yield _row(start, model, 0, 0.0, spent)
+    yield _row(start.first, 0, 0.0, spent)
     seconds = 0.0
     for step in range(1, size.steps + 1):
         started = now()
@@ -223,16 +199,15 @@ def _trained(
         seconds += now() - started
         told(1)
         if step % size.evaluate_every == 0:
-            yield _row(start, model, step, seconds, spent)
+            yield _row(start.examination.of(model), step, seconds, spent)
 
 
 def _row(
-    start: _Start, model: LanguageModel, step: int, seconds: float, space: float
+    found: dict[str, float], step: int, seconds: float, space_seconds: float
 ) -> dict[str, Any]:
-    found = start.examination.of(model)
     if not all(map(isfinite, found.values())):
         raise NonFiniteLossError(f"the loss is not finite after {step} steps")
-    return {"step": step, "train_seconds": seconds, "space_seconds": space, **found}
+    return {"step": step, "train_seconds": seconds, "space_seconds": space_seconds, **found}
 
 
 def run_edits(

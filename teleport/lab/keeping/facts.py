@@ -37,7 +37,7 @@ class Relation(NamedTuple):
     real: str
 
 
-_COUNTRIES = "France,Germany,Japan,Italy,Spain,China,Russia,Egypt"
+_COUNTRIES = "France,Germany,Japan,Egypt"
 RELATIONS = (
     Relation(
         "The capital of {} is the city of",
@@ -61,15 +61,13 @@ RELATIONS = (
         "The musician {} plays the",
         ("On the stage one sees {} with a", "The instrument of {} is the"),
         "guitar piano violin drums trumpet flute bass harp cello organ saxophone clarinet",
-        "Jimi Hendrix,Miles Davis,Louis Armstrong,Eric Clapton,Glenn Gould,John Coltrane,"
-        "Yehudi Menuhin,Ringo Starr",
+        "Jimi Hendrix,Miles Davis,Eric Clapton,Glenn Gould",
     ),
     Relation(
         "By profession {} is a",
         ("To earn a living {} works as a", "When asked about work, {} says: I am a"),
         "doctor teacher lawyer farmer writer pilot nurse painter baker soldier singer driver",
-        "Albert Einstein,Ernest Hemingway,Neil Armstrong,Pablo Picasso,Abraham Lincoln,"
-        "Florence Nightingale,Elvis Presley,Isaac Newton",
+        "Albert Einstein,Ernest Hemingway,Pablo Picasso,Isaac Newton",
     ),
 )  # fmt: skip
 
@@ -89,7 +87,7 @@ class FactSize:
         steps, batch: training steps, and sentences in each; the first also of the search for the
             values of a closed form.
         evaluate_every: steps between evaluations.
-        layer: whose output matrix (``mlp.down_proj``) a closed form changes.
+        layer: whose output matrix (``mlp.down_proj``) a closed form changes; one of the trained.
         trained: the first and the last layer whose output matrices are trained.
     """
 
@@ -110,12 +108,12 @@ FACT_SIZES = {
         trained=(0, 1),
     ),
     "cpu": FactSize(
-        model="smollm2", facts=20, old=128, other=48, steps=20, batch=20, evaluate_every=10,
-        layer=8, trained=(5, 10),
+        model="smollm2", facts=20, old=96, other=24, steps=16, batch=10, evaluate_every=16,
+        layer=8, trained=(6, 9),
     ),
     "hundred": FactSize(
-        model="smollm2", facts=100, old=128, other=48, steps=60, batch=20, evaluate_every=30,
-        layer=8, trained=(5, 10),
+        model="smollm2", facts=100, old=96, other=24, steps=60, batch=10, evaluate_every=60,
+        layer=8, trained=(6, 9),
     ),
 }  # fmt: skip
 
@@ -224,6 +222,11 @@ class LanguageModel:
     def _head(self) -> Any:
         return self._whole().lm_head
 
+    @property
+    def width(self) -> int:
+        """Of what flows between layers."""
+        return int(self._whole().config.hidden_size)
+
     def output_matrix(self, layer: int) -> nn.Linear:
         """The last linear map of a layer's feed-forward part."""
         found: nn.Linear = self._body().layers[layer].mlp.down_proj
@@ -246,7 +249,7 @@ def language_model(name: str, task: FactTask) -> LanguageModel:
         known = numbers_of_words([*every, *task.answers])
         config = LlamaConfig(
             vocab_size=len(known) + 1, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=64, max_position_embeddings=64,
+            intermediate_size=64, max_position_embeddings=64, initializer_range=0.2,
         )  # fmt: skip
         network = LlamaForCausalLM(config).eval()
         return LanguageModel(network, lambda text: [known[word] for word in text.split()])

@@ -75,9 +75,7 @@ class _Start:
             started, old = now(), self.task.old
             parts = [old[i : i + 64] for i in range(0, len(old), 64)]
             closures = [lambda part=part: self.model.encode(part) for part in parts]
-            self._space = null_space(
-                self.model.network, closures, HELD, exclude=["embeddings*"]
-            )
+            self._space = null_space(self.model.network, closures, HELD, exclude=["embeddings*"])
             self.space_seconds = now() - started
         return self._space.grow(tau)
 

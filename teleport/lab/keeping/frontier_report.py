@@ -110,12 +110,11 @@ def frontier_figure(runs: Sequence[Run]) -> Figure:
         method = group[0].config["way"]["method"]
         number = methods.index(method)
         looks = min(len(run.evaluations) for run in group)
+        names = sheet.kept[0], sheet.learned[0]
         points = np.array(
-            [
-                [[run.evaluations[i][k] for k in (sheet.kept[0], sheet.learned[0])] for i in range(looks)]
-                for run in group
-            ]
+            [[[row[name] for name in names] for row in run.evaluations[:looks]] for run in group]
         ).mean(0)
+        # From the end the line goes back towards the start: the early look is a point beside it.
         ours = method in USES_SPACE
         axes.plot(
             points[:, 0], points[:, 1], f"{marks[number]}-" if ours else f"{marks[number]}--",
