@@ -74,10 +74,13 @@ def continual(
 def keep(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(KEEP_NAMES)}.")],
     preset: Annotated[
-        str, typer.Option(help="Size: tiny, in seconds, or cpu; edit has hundred.")
+        str, typer.Option(help="Size: tiny, in seconds, or cpu; words: many; edit: hundred.")
     ] = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The first one.")] = 0,
+    methods: Annotated[
+        str | None, typer.Option(help="words, edit: some of the methods, with commas; default all.")
+    ] = None,
     choosing: Annotated[
         bool,
         typer.Option(
@@ -100,8 +103,11 @@ def keep(
     one_of("experiment", name, dict.fromkeys(KEEP_NAMES))  # at once; the rest with PyTorch
     if choosing and name != "words":
         raise ValueError("--choosing is of words only")
+    if methods and name == "leak":
+        raise ValueError("--methods is of words and edit only")
     with loading():
         from teleport.cli.show import show
+        from teleport.lab.keeping.comparison import chosen_ways
         from teleport.lab.keeping.edits import DEFAULT_EDITS, run_edits
         from teleport.lab.keeping.facts import FACT_SIZES
         from teleport.lab.keeping.frontier import DEFAULT_WAYS, run_words
@@ -110,15 +116,17 @@ def keep(
         from teleport.lab.records.folders import resumed_folder
         from teleport.runtime.threads import threads_for, using_threads
 
-    sizes, runs, each = {
-        "words": (WORD_SIZES, partial(run_words, choosing=choosing), len(DEFAULT_WAYS)),
-        "edit": (FACT_SIZES, run_edits, len(DEFAULT_EDITS)),
-        "leak": (LEAK_SIZES, run_leak, 0),
+    sizes, run, known = {
+        "words": (WORD_SIZES, partial(run_words, choosing=choosing), DEFAULT_WAYS),
+        "edit": (FACT_SIZES, run_edits, DEFAULT_EDITS),
+        "leak": (LEAK_SIZES, run_leak, ()),
     }[name]
+    ways = chosen_ways(known, methods)
+    runs = partial(run, ways=ways) if ways else run
     size = one_of("preset", preset, sizes)
     require_packages("" if name == "leak" else size.model)
     numbers, command = range(first_seed, first_seed + seeds), COMMAND_LINE.get()
-    total = each * size.steps or len(PROJECTIONS) * len(LEAK_RATES)
+    total = len(ways) * size.steps or len(PROJECTIONS) * len(LEAK_RATES)
     folder = resumed_folder(name, out, resume)
     with step_progress(total * seeds, folder) as progress, using_threads(threads_for(threads)):
         runs(preset, numbers, folder, resume=resume, command=command, progress=progress)

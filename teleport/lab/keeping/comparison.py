@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from teleport.errors import NonFiniteLossError
+from teleport.lab.experiments.entry import one_of
 from teleport.lab.experiments.run import Progress
 from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
@@ -64,6 +65,19 @@ class Way:
         """What tables call it."""
         setting = "" if self.value is None else f" {SETTINGS[self.method]} {self.value:g}"
         return f"{self.method}{setting}" + (f", lr {self.lr:g}" if self.lr else "")
+
+
+def chosen_ways(ways: Sequence[Way], methods: str | None) -> list[Way]:
+    """Those of some methods, whose names have commas between them; all by default.
+
+    Raises:
+        ValueError: for a method that none of the ways is of.
+    """
+    known = dict.fromkeys(way.method for way in ways)
+    names = list(known) if methods is None else methods.split(",")
+    for name in names:
+        one_of("method", name, known)
+    return [way for way in ways if way.method in names]
 
 
 def run_ways(

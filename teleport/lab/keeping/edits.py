@@ -45,12 +45,14 @@ RANK = 16
 SEARCH_LR, SEARCH_DECAY = 0.1, 0.1
 
 DEFAULT_EDITS = (
-    *(Way("plain", lr) for lr in (1e-4, 3e-4)),
-    *(Way("lora", 3e-3, decay) for decay in (0.0, 10.0)),
-    *(Way("attach", 1e-3, tau) for tau in (0.9, 0.97)),
-    Way("lora null", 1e-2, 0.9),
-    *(Way("memit", 0.0, strength) for strength in (1e2, 1e4)),
     *(Way("edit", 0.0, tau) for tau in (0.9, 0.97)),
+    *(Way("memit", 0.0, strength) for strength in (1e4, 1e5)),
+    Way("plain", 1e-3),
+    Way("attach", 1e-3, 0.97),
+    Way("lora", 1e-2, 1.0),
+    Way("lora null", 1e-2, 0.97),
+    Way("plain", 3e-4),
+    Way("lora", 1e-2, 0.0),
 )
 
 
@@ -136,24 +138,28 @@ class _Start:
         return fresh
 
 
-def _closed_form(start: _Start, way: Way, size: FactSize) -> Iterator[dict[str, Any]]:
-    """The model as it was, and as it is behind the one change."""
-    model = start.copied()
-    yield _row(start.first, 0, 0.0, 0.0)
-    keys, values = start.wanted
+def closed_form(start: _Start, way: Way) -> tuple[LanguageModel, float]:
+    """The model behind the one change, and the seconds that it took, the search left out."""
+    model, (keys, values) = start.copied(), start.wanted
     if way.method == "edit":
-        space, spent = start.space(way.value or 1.0), start.space_seconds
-        started = now()
+        space, started = start.space(way.value or 1.0), now()
         space.edit(model.network, start.edited, keys, values)
-    else:
-        layer, moment, spent = model.output_matrix(size.layer), start.moment, start.moment_seconds
-        started = now()
-        with torch.no_grad():
-            rows, missing = keys.double(), (values - layer(keys)).double()
-            ridge = (way.value or 1.0) * moment + rows.mT @ rows
-            layer.weight += torch.linalg.solve(ridge, rows.mT @ missing).mT.to(layer.weight)
-    seconds = start.search_seconds + now() - started
-    yield _row(start.examination.of(model), 1, seconds, spent)
+        return model, now() - started
+    layer, moment = model.output_matrix(start.size.layer), start.moment
+    started = now()
+    with torch.no_grad():
+        rows, missing = keys.double(), (values - layer(keys)).double()
+        ridge = (way.value or 1.0) * moment + rows.mT @ rows
+        layer.weight += torch.linalg.solve(ridge, rows.mT @ missing).mT.to(layer.weight)
+    return model, now() - started
+
+
+def _edited(start: _Start, way: Way) -> Iterator[dict[str, Any]]:
+    """Two looks: as it was, and behind the change."""
+    yield _row(start.first, 0, 0.0, 0.0)
+    model, seconds = closed_form(start, way)
+    spent = start.space_seconds if way.method == "edit" else start.moment_seconds
+    yield _row(start.examination.of(model), 1, start.search_seconds + seconds, spent)
 
 
 def _trained(
@@ -244,7 +250,7 @@ def run_edits(
         start: _Start, way: Way, seed: int, told: Callable[[int], None]
     ) -> Iterator[dict[str, Any]]:
         if way.method in ("memit", "edit"):
-            yield from _closed_form(start, way, size)
+            yield from _edited(start, way)
             told(size.steps)
         else:
             yield from _trained(start, way, size, seed, told)

@@ -108,7 +108,7 @@ FACT_SIZES = {
         trained=(0, 1),
     ),
     "cpu": FactSize(
-        model="smollm2", facts=20, old=96, other=24, steps=16, batch=10, evaluate_every=16,
+        model="smollm2", facts=20, old=96, other=24, steps=12, batch=10, evaluate_every=12,
         layer=8, trained=(6, 9),
     ),
     "hundred": FactSize(

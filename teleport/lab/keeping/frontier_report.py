@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from teleport.lab.keeping.comparison import USES_SPACE
-from teleport.lab.records.runs import Run, by_arm
+from teleport.lab.records.runs import FloatArray, Run, by_arm
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ _SHEETS = {
         ("learned", "share of new words learned"),
         (0.95, 0.95),
         "Means over seeds. Learned: held-out sentences with new words that find their own thing. "
-        f"Recall@10, cosine: of unseen old queries in the old index, to what they were. {_TIMES}",
+        "Recall@10, cosine: of unseen old queries in the old index, to what they were. Back to "
+        f"a: the old weights and a times the change. {_TIMES}",
     ),
     "edit": _Sheet(
         {
@@ -74,7 +75,8 @@ def frontier_rows(runs: Sequence[Run]) -> list[list[str]]:
             }
             numbers = [f"{mean[name]:{form}}" for name, (_, form) in columns.items()]
             times = [f"{mean[name]:.0f}" for name in ("train_seconds", "space_seconds")]
-            rows.append([arm, f"{mean['step']:.0f}", *numbers, *times])
+            back = f", back to {found[0]['alpha']:g}" if "alpha" in found[0] else ""
+            rows.append([arm, f"{mean['step']:.0f}{back}", *numbers, *times])
     return rows
 
 
@@ -99,27 +101,39 @@ def frontier_table(runs: Sequence[Run]) -> Table:
     return table
 
 
+def _points(run: Run, names: tuple[str, str]) -> tuple[FloatArray, FloatArray]:
+    """From the old weights to those at the end, and the earlier looks; both ``[looks, 2]``."""
+    last = run.evaluations[-1]["step"]
+    ends = [row for row in run.evaluations if row["step"] in (0, last)]
+    ends.sort(key=lambda row: row.get("alpha", float(row["step"] > 0)))
+    early = [row for row in run.evaluations if row not in ends]
+    path, before = ([[row[name] for name in names] for row in rows] for rows in (ends, early))
+    return np.array(path), np.array(before).reshape(-1, 2)
+
+
 def frontier_figure(runs: Sequence[Run]) -> Figure:
-    """What is learned against what is kept, a line for each way through its looks."""
+    """What is learned against what is kept, a line for each way, from the old weights to the end.
+
+    Earlier looks are hollow.
+    """
     sheet = _sheet(runs)
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     methods = list(dict.fromkeys(run.config["way"]["method"] for run in runs))
     marks = "osD^vP*Xh<>p"
-    for arm, group in by_arm(runs).items():
+    for arm, group in by_arm([run for run in runs if run.status == "finished"]).items():
         method = group[0].config["way"]["method"]
         number = methods.index(method)
-        looks = min(len(run.evaluations) for run in group)
-        names = sheet.kept[0], sheet.learned[0]
-        points = np.array(
-            [[[row[name] for name in names] for row in run.evaluations[:looks]] for run in group]
-        ).mean(0)
-        # From the end the line goes back towards the start: the early look is a point beside it.
-        ours = method in USES_SPACE
+        names, ours = (sheet.kept[0], sheet.learned[0]), method in USES_SPACE
+        path, early = (
+            np.mean(one, 0) for one in zip(*(_points(run, names) for run in group), strict=True)
+        )
+        mark, color, size = marks[number], f"C{number}", 6 if ours else 4
         axes.plot(
-            points[:, 0], points[:, 1], f"{marks[number]}-" if ours else f"{marks[number]}--",
-            color=f"C{number}", label=arm, lw=1.8 if ours else 1.0, ms=6 if ours else 4,
+            *path.T, f"{mark}-" if ours else f"{mark}--", color=color, label=arm,
+            lw=1.8 if ours else 1.0, ms=size,
         )  # fmt: skip
+        axes.plot(*early.T, mark, color=color, ms=size, mfc="none")
     if sheet.goal is not None:
         kept, learned = sheet.goal
         axes.axhspan(learned, 1.02, kept / 1.02, 1.0, alpha=0.12, color="k")

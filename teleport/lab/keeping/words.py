@@ -92,6 +92,10 @@ WORD_SIZES = {
         model="minilm", words=20, old=512, index=1000, queries=100, steps=30, batch=20,
         evaluate_every=15,
     ),
+    "many": WordSize(
+        model="minilm", words=20, old=2048, index=1000, queries=100, steps=30, batch=20,
+        evaluate_every=15,
+    ),
 }  # fmt: skip
 
 
