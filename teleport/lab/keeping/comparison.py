@@ -19,6 +19,7 @@ Start = TypeVar("Start")
 SETTINGS = {
     "plain": "",
     "embedding": "",
+    "embedding null": "",
     "tokens": "",
     "pull": "lambda",
     "lora": "decay",
@@ -32,17 +33,17 @@ SETTINGS = {
 }
 """Methods, and what their setting is.
 
-``plain``: AdamW. ``embedding``: on the vectors of tokens alone. ``tokens``: a token for each new
-word, and its vector alone is learned. ``pull``: with lambda / 2 times the squared distance to the
-start. ``lora``: low-rank adapters, with weight decay. ``distil``: with this weight times the
-squared distance of old sentences' vectors to what they were. ``osf``: PEFT's, which freezes this
-share of the singular directions of the weights. ``attach``: `NullSpace.attach`, every 10 steps.
-``lora null``: adapters in the null space, `NullSpace.lora_`. ``memit``: a closed form with the
-second moment of old inputs times lambda as its ridge. ``edit``: the closed form in the null space,
-`NullSpace.edit`.
+``plain``: AdamW. ``embedding``: on the vectors of tokens alone; ``embedding null``: the same behind
+`NullSpace.attach`. ``tokens``: a token for each new word, and its vector alone is learned.
+``pull``: with lambda / 2 times the squared distance to the start. ``lora``: low-rank adapters, with
+weight decay. ``distil``: with this weight times the squared distance of old sentences' vectors to
+what they were. ``osf``: PEFT's, which freezes this share of the singular directions of the weights.
+``attach``: `NullSpace.attach`, every 10 steps. ``lora null``: adapters in the null space,
+`NullSpace.lora_`. ``memit``: a closed form with the second moment of old inputs times lambda as its
+ridge. ``edit``: the closed form in the null space, `NullSpace.edit`.
 """
 
-USES_SPACE = ("attach", "lora null", "attach+distil", "edit")
+USES_SPACE = ("attach", "embedding null", "lora null", "attach+distil", "edit")
 """Methods with a null space."""
 
 

@@ -14,7 +14,7 @@ from teleport.errors import NonFiniteLossError
 from teleport.keeping.null_space import NullSpace, null_space
 from teleport.lab.experiments.entry import one_of
 from teleport.lab.experiments.run import Progress
-from teleport.lab.keeping.comparison import Way, run_ways
+from teleport.lab.keeping.comparison import USES_SPACE, Way, run_ways
 from teleport.lab.keeping.words import (
     WORD_SIZES,
     Examination,
@@ -31,7 +31,7 @@ WORDS_TITLE = "new words for MiniLM beside an old index"
 HELD = 0.999
 """Share of energy up to which a space is made, once a seed; smaller ones are taken from it."""
 
-ALPHAS = (0.7, 0.5)
+ALPHAS = (0.7, 0.5, 0.3)
 """Where between the old weights, 0, and those at the end, 1, models are looked at, too."""
 
 EVERY = 10
@@ -43,6 +43,7 @@ DEFAULT_WAYS = (
     Way("tokens", 1e-2),
     Way("attach", 1e-3, 0.97),
     Way("embedding", 1e-2),
+    Way("embedding null", 1e-2),
     Way("plain", 3e-4),
     *(Way("lora", 3e-3, decay) for decay in (0.0, 10.0)),
     Way("lora null", 1e-2, 0.9),
@@ -63,21 +64,27 @@ class _Start:
         self.examination = Examination(self.model, self.task)
         self.targets = self.model.vectors(self.task.targets)
         self.old = self.model.vectors(self.task.old)
-        self.space_seconds = 0.0
-        self._space: NullSpace | None = None
+        self.space_seconds = {"embedding null": 0.0, "": 0.0}
+        self._spaces: dict[str, NullSpace] = {}
 
-    def space(self, tau: float) -> NullSpace:
-        """Of the old sentences; made once.
+    def space(self, way: Way) -> NullSpace:
+        """Of the old sentences: of the token vectors for the way that trains these alone.
 
-        Vectors of tokens stay: those that no old sentence has would be free, and others may.
+        For the others of all but these, for a token that no old sentence has would be free to move,
+        and others have it. Each is made once.
         """
-        if self._space is None:
+        kind = way.method if way.method == "embedding null" else ""
+        if kind not in self._spaces:
             started, old = now(), self.task.old
             parts = [old[i : i + 64] for i in range(0, len(old), 64)]
             closures = [lambda part=part: self.model.encode(part) for part in parts]
-            self._space = null_space(self.model.network, closures, HELD, exclude=["embeddings*"])
-            self.space_seconds = now() - started
-        return self._space.grow(tau)
+            if kind:
+                chosen: Any = {"tau": 1.0, "include": ["*word_embeddings"]}
+            else:
+                chosen = {"tau": HELD, "exclude": ["embeddings*"]}
+            self._spaces[kind] = null_space(self.model.network, closures, **chosen)
+            self.space_seconds[kind] = now() - started
+        return self._spaces[kind] if kind else self._spaces[kind].grow(way.value or 1.0)
 
     def copied(self) -> SentenceModel:
         """A model to train."""
@@ -96,22 +103,21 @@ class _Run:
         self.model = start.copied()
         self.seconds = 0.0
         method, value = way.method, way.value
-        if method in ("embedding", "tokens"):
+        if method in ("embedding", "embedding null", "tokens"):
             self._train_embedding_alone()
         network = self.model.network
         self.first = {name: p.detach().clone() for name, p in network.named_parameters()}
         if method in ("lora", "lora null", "osf"):
             self.model.network = _adapted(network, way)
         if method == "lora null":
-            start.space(value or 1.0).lora_(self.model.network)
+            start.space(way).lora_(self.model.network)
         trained = [p for p in self.model.network.parameters() if p.requires_grad]
         decay = (value or 0.0) if method == "lora" else 0.0
         self.optimizer = AdamW(trained, lr=way.lr, weight_decay=decay)
         self.origin = [p.detach().clone() for p in trained] if method == "pull" else []
         self.attached = None
-        if method.startswith("attach"):
-            space = start.space(value or 1.0)
-            self.attached = space.attach(self.optimizer, EVERY, model=self.model.network)
+        if method in ("attach", "attach+distil", "embedding null"):
+            self.attached = start.space(way).attach(self.optimizer, EVERY, model=self.model.network)
 
     def _train_embedding_alone(self) -> None:
         if self.way.method == "tokens":
@@ -165,8 +171,10 @@ class _Run:
         }
 
     def _spent(self) -> float:
-        uses = self.way.method in ("attach", "lora null", "attach+distil")
-        return self.start.space_seconds if uses else 0.0
+        if self.way.method not in USES_SPACE:
+            return 0.0
+        seconds = self.start.space_seconds
+        return seconds.get(self.way.method, seconds[""])
 
     def _loss(self) -> Tensor:
         task, method = self.start.task, self.way.method
