@@ -1,8 +1,9 @@
 """``teleport continual`` and ``keep``: keep what was learned before, and what that costs."""
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -107,7 +108,7 @@ def keep(
         raise ValueError("--methods is of words and edit only")
     with loading():
         from teleport.cli.show import show
-        from teleport.lab.keeping.comparison import chosen_ways
+        from teleport.lab.keeping.comparison import Way, chosen_ways
         from teleport.lab.keeping.edits import DEFAULT_EDITS, run_edits
         from teleport.lab.keeping.facts import FACT_SIZES
         from teleport.lab.keeping.frontier import DEFAULT_WAYS, run_words
@@ -116,11 +117,12 @@ def keep(
         from teleport.lab.records.folders import resumed_folder
         from teleport.runtime.threads import threads_for, using_threads
 
-    sizes, run, known = {
+    experiments: dict[str, tuple[Mapping[str, Any], Callable[..., Any], Sequence[Way]]] = {
         "words": (WORD_SIZES, partial(run_words, choosing=choosing), DEFAULT_WAYS),
         "edit": (FACT_SIZES, run_edits, DEFAULT_EDITS),
         "leak": (LEAK_SIZES, run_leak, ()),
-    }[name]
+    }
+    sizes, run, known = experiments[name]
     ways = chosen_ways(known, methods)
     runs = partial(run, ways=ways) if ways else run
     size = one_of("preset", preset, sizes)

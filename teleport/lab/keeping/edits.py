@@ -4,7 +4,7 @@ A closed form changes one matrix, the output of a layer's feed-forward part, as 
 al. 2023, arXiv 2210.07229). Its keys are the inputs of that matrix where a subject ends, its values
 what comes out there, changed by what makes the model say the answer, which a short search finds.
 With keys as rows ``K``, ``E`` the change wanted of their outputs and ``C`` the second moment of the
-inputs on old text, MEMIT takes ``ΔWᵀ = (λC + KᵀK)⁻¹ Kᵀ E``; `NullSpace.edit` the least change in
+inputs on old text, MEMIT takes ``ΔWᵀ = (λC + KᵀK)⁺ Kᵀ E``; `NullSpace.edit` the least change in
 the null space of old inputs. Training changes the same kind of matrix in several layers.
 """
 
@@ -42,7 +42,9 @@ EDITS_TITLE = "new facts for a language model"
 HELD = 0.999
 EVERY = 10
 RANK = 16
-SEARCH_LR, SEARCH_DECAY = 0.1, 0.1
+SEARCH_LR, SEARCH_DECAY = 0.0125, 0.5
+"""Of the search for values: changes are counted in norms of the outputs."""
+
 
 DEFAULT_EDITS = (
     *(Way("edit", 0.0, tau) for tau in (0.9, 0.97)),
@@ -150,7 +152,9 @@ def closed_form(start: _Start, way: Way) -> tuple[LanguageModel, float]:
     with torch.no_grad():
         rows, missing = keys.double(), (values - layer(keys)).double()
         ridge = (way.value or 1.0) * moment + rows.mT @ rows
-        layer.weight += torch.linalg.solve(ridge, rows.mT @ missing).mT.to(layer.weight)
+        # Less old text than the layer is wide leaves the ridge singular: the least change, then.
+        move = torch.linalg.pinv(ridge, hermitian=True) @ (rows.mT @ missing)
+        layer.weight += move.mT.to(layer.weight)
     return model, now() - started
 
 

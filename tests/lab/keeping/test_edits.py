@@ -122,8 +122,8 @@ def test_a_ridge_of_nothing_meets_the_values_and_a_null_space_keeps_the_old(star
         model, _ = closed_form(start, Way(way, 0.0, strength))
         move = (model.output_matrix(TINY.layer).weight - old.weight).detach().double()
         if way == "memit":
-            ridge = strength * start.moment @ move.mT
-            assert torch.allclose(rows.mT @ (missing - rows @ move.mT), ridge, atol=1e-3)
+            left = rows.mT @ (missing - rows @ move.mT) - strength * start.moment @ move.mT
+            assert left.norm() < 1e-4 * (rows.mT @ missing).norm()
         if strength < 1e-6:
             assert (rows @ move.mT - missing).norm() < 1e-2 * missing.norm()
         if way == "edit":
@@ -131,6 +131,23 @@ def test_a_ridge_of_nothing_meets_the_values_and_a_null_space_keeps_the_old(star
             assert (
                 float((start.moment @ move.mT).norm() / (start.moment.norm() * move.norm())) < 0.02
             )
+
+
+def test_less_old_text_than_a_layer_is_wide_gives_the_least_change(start: _Start) -> None:
+    keys, values = start.wanted
+    old = start.model.output_matrix(TINY.layer)
+    few = torch.randn(3, old.in_features, dtype=torch.float64)
+    whole, start.__dict__["moment"] = start.moment, few.mT @ few
+    try:
+        model, _ = closed_form(start, Way("memit", 0.0, 5.0))
+    finally:
+        start.__dict__["moment"] = whole
+    move = (model.output_matrix(TINY.layer).weight - old.weight).detach().double()
+    rows, missing = keys.double(), (values - old(keys)).double().detach()
+    seen = torch.linalg.qr(torch.cat([rows, few]).mT).Q
+    assert torch.allclose(move @ seen @ seen.mT, move, atol=1e-5)
+    left = rows.mT @ (missing - rows @ move.mT) - 5.0 * few.mT @ (few @ move.mT)
+    assert left.norm() < 1e-3 * (rows.mT @ missing).norm()
 
 
 @pytest.fixture(scope="module")
