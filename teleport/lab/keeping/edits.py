@@ -179,7 +179,7 @@ def _trained(
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=start.trained)
-        model.network = get_peft_model(model.network, config).eval()  # type: ignore[arg-type]
+        model.network = get_peft_model(model.network, config).eval()
         if method == "lora null":
             space.lora_(model.network)
         trained = [p for p in model.network.parameters() if p.requires_grad]
