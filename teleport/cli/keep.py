@@ -1,7 +1,9 @@
 """``teleport continual`` and ``keep``: keep what was learned before, and what that costs."""
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,9 +74,14 @@ def continual(
 
 def keep(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(KEEP_NAMES)}.")],
-    preset: Annotated[str, typer.Option(help="Size: tiny, in seconds, or cpu.")] = "cpu",
+    preset: Annotated[
+        str, typer.Option(help="Size: tiny, in seconds, or cpu; words: many; edit: hundred.")
+    ] = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="The first one.")] = 0,
+    methods: Annotated[
+        str | None, typer.Option(help="words, edit: some of the methods, with commas; default all.")
+    ] = None,
     choosing: Annotated[
         bool,
         typer.Option(
@@ -87,35 +94,42 @@ def keep(
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """Fine-tune real models with the null space and with its rivals.
+    """Fine-tune and edit real models with the null space and with its rivals.
 
-    words: a sentence model learns new words while an index of old sentences stays as it is. leak:
-    how much of an update lies inside the space to be kept, by optimizer. Records of every run, a
-    table, a figure. What they need is in the extra keeping; weights are fetched by you alone.
+    words: a sentence model learns new words while an index of old sentences stays as it is. edit: a
+    language model is told new facts, in closed form or by training. leak: how much of an update
+    lies inside the space to be kept, by optimizer. Records of every run, a table, a figure. What
+    they need is in the extra keeping; weights are fetched by you alone.
     """
     one_of("experiment", name, dict.fromkeys(KEEP_NAMES))  # at once; the rest with PyTorch
     if choosing and name != "words":
         raise ValueError("--choosing is of words only")
+    if methods and name == "leak":
+        raise ValueError("--methods is of words and edit only")
     with loading():
         from teleport.cli.show import show
+        from teleport.lab.keeping.comparison import Way, chosen_ways
+        from teleport.lab.keeping.edits import DEFAULT_EDITS, run_edits
+        from teleport.lab.keeping.facts import FACT_SIZES
         from teleport.lab.keeping.frontier import DEFAULT_WAYS, run_words
         from teleport.lab.keeping.leak import LEAK_RATES, LEAK_SIZES, PROJECTIONS, run_leak
         from teleport.lab.keeping.words import WORD_SIZES, require_packages
         from teleport.lab.records.folders import resumed_folder
         from teleport.runtime.threads import threads_for, using_threads
 
-    sizes = WORD_SIZES if name == "words" else LEAK_SIZES
+    experiments: dict[str, tuple[Mapping[str, Any], Callable[..., Any], Sequence[Way]]] = {
+        "words": (WORD_SIZES, partial(run_words, choosing=choosing), DEFAULT_WAYS),
+        "edit": (FACT_SIZES, run_edits, DEFAULT_EDITS),
+        "leak": (LEAK_SIZES, run_leak, ()),
+    }
+    sizes, run, known = experiments[name]
+    ways = chosen_ways(known, methods)
+    runs = partial(run, ways=ways) if ways else run
     size = one_of("preset", preset, sizes)
-    require_packages(size.model if name == "words" else "")
+    require_packages("" if name == "leak" else size.model)
     numbers, command = range(first_seed, first_seed + seeds), COMMAND_LINE.get()
-    each = len(DEFAULT_WAYS) * size.steps if name == "words" else len(PROJECTIONS) * len(LEAK_RATES)
+    total = len(ways) * size.steps or len(PROJECTIONS) * len(LEAK_RATES)
     folder = resumed_folder(name, out, resume)
-    with step_progress(each * seeds, folder) as progress, using_threads(threads_for(threads)):
-        if name == "words":
-            run_words(
-                preset, numbers, folder, choosing=choosing, resume=resume, command=command,
-                progress=progress,
-            )  # fmt: skip
-        else:
-            run_leak(preset, numbers, folder, resume=resume, command=command, progress=progress)
+    with step_progress(total * seeds, folder) as progress, using_threads(threads_for(threads)):
+        runs(preset, numbers, folder, resume=resume, command=command, progress=progress)
     show(folder)

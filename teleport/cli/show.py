@@ -71,7 +71,8 @@ def show(folder: Path) -> None:
         "product": _show_product,
         "connectivity": _show_lines,
         "sensitivity": _show_outcomes,
-        "words": _show_words,
+        "words": _show_ways,
+        "edit": _show_ways,
         "leak": _show_leak,
     }
     kind = str(read_runs(folder)[0].config.get("figure", ""))
@@ -169,7 +170,7 @@ def _show_outcomes(folder: Path) -> None:
     _keep(folder, [_effect_table(outcomes) for outcomes in found], {"figure.png": figure})
 
 
-def _show_words(folder: Path) -> None:
+def _show_ways(folder: Path) -> None:
     runs = read_runs(folder)
     _keep(folder, [frontier_table(runs)], {"figure.png": frontier_figure(runs)})
 

@@ -24,8 +24,8 @@ METHOD_NAMES = (
 SEQUENCE_NAMES = ("digits", "mnist-fashion", "permuted-mnist", "gpm-mnist")
 """Of tasks; see `teleport.lab.keeping.tasks`."""
 
-KEEP_NAMES = ("words", "leak")
-"""Of `teleport keep`; see `teleport.lab.keeping.frontier` and `teleport.lab.keeping.leak`."""
+KEEP_NAMES = ("words", "edit", "leak")
+"""Of `teleport keep`; see `frontier`, `edits` and `leak` in `teleport.lab.keeping`."""
 
 BENCHMARK_NAMES = ("step", "basis", "scaling", "memory", "layers", "rivals", "ranks")
 """See `teleport.lab.bench.benchmarks`."""

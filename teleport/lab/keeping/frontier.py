@@ -2,8 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,79 +14,44 @@ from teleport.errors import NonFiniteLossError
 from teleport.keeping.null_space import NullSpace, null_space
 from teleport.lab.experiments.entry import one_of
 from teleport.lab.experiments.run import Progress
+from teleport.lab.keeping.comparison import USES_SPACE, Way, run_ways
 from teleport.lab.keeping.words import (
     WORD_SIZES,
     Examination,
     SentenceModel,
     WordSize,
     WordTask,
+    give_tokens,
     sentence_model,
     word_task,
 )
-from teleport.lab.records.checkpoint import locked
-from teleport.lab.records.folders import slug
-from teleport.lab.records.sameness import check_folder, is_complete
-from teleport.lab.records.writer import RecordWriter, environment
 from teleport.runtime.clock import now
 
 WORDS_TITLE = "new words for MiniLM beside an old index"
 HELD = 0.999
 """Share of energy up to which a space is made, once a seed; smaller ones are taken from it."""
 
+ALPHAS = (0.7, 0.5, 0.3)
+"""Where between the old weights, 0, and those at the end, 1, models are looked at, too."""
+
 EVERY = 10
 RANK = 16
 _LINEAR = ["query", "key", "value", "dense"]
 
 
-@dataclass(frozen=True)
-class WordsWay:
-    """A method with its settings.
-
-    Attributes:
-        method: one of `WORDS_SETTINGS`.
-        lr: of AdamW.
-        value: of the method's own setting; see `WORDS_SETTINGS`.
-    """
-
-    method: str
-    lr: float
-    value: float | None = None
-
-    @property
-    def name(self) -> str:
-        """What tables call it."""
-        setting = "" if self.value is None else f" {WORDS_SETTINGS[self.method]} {self.value:g}"
-        return f"{self.method}{setting}, lr {self.lr:g}"
-
-
-WORDS_SETTINGS = {
-    "plain": "",
-    "pull": "lambda",
-    "lora": "decay",
-    "distil": "weight",
-    "osf": "share",
-    "attach": "tau",
-    "lora null": "tau",
-    "attach+distil": "tau",
-}
-"""Methods, and what their setting is.
-
-``plain``: AdamW on all weights. ``pull``: with lambda / 2 times the squared distance to the start.
-``lora``: low-rank adapters on all linear layers, with weight decay. ``distil``: with this weight
-times the squared distance of old sentences' vectors to what they were. ``osf``: PEFT's, which
-freezes this share of the singular directions of the weights. ``attach``: `NullSpace.attach`, every
-10 steps. ``lora null``: adapters in the null space, `NullSpace.lora_`.
-"""
-
 DEFAULT_WAYS = (
-    *(WordsWay("plain", lr) for lr in (1e-4, 3e-4)),
-    *(WordsWay("attach", lr, tau) for lr, tau in ((1e-3, 0.9), (1e-3, 0.97), (3e-3, 0.99))),
-    *(WordsWay("lora", 3e-3, decay) for decay in (0.0, 10.0)),
-    WordsWay("distil", 3e-4, 10.0),
-    WordsWay("lora null", 1e-2, 0.9),
-    WordsWay("attach+distil", 1e-3, 0.9),
-    WordsWay("osf", 1e-3, 0.5),
-    WordsWay("pull", 3e-4, 1.0),
+    Way("tokens", 1e-2),
+    Way("attach", 1e-3, 0.97),
+    Way("embedding", 1e-2),
+    Way("embedding null", 1e-2),
+    Way("plain", 3e-4),
+    *(Way("lora", 3e-3, decay) for decay in (0.0, 10.0)),
+    Way("lora null", 1e-2, 0.9),
+    Way("distil", 3e-4, 10.0),
+    Way("attach+distil", 1e-3, 0.97),
+    Way("osf", 1e-3, 0.5),
+    Way("plain", 1e-4),
+    Way("pull", 3e-4, 1.0),
 )
 
 
@@ -100,18 +64,27 @@ class _Start:
         self.examination = Examination(self.model, self.task)
         self.targets = self.model.vectors(self.task.targets)
         self.old = self.model.vectors(self.task.old)
-        self.space_seconds = 0.0
-        self._space: NullSpace | None = None
+        self.space_seconds = {"embedding null": 0.0, "": 0.0}
+        self._spaces: dict[str, NullSpace] = {}
 
-    def space(self, tau: float) -> NullSpace:
-        """Of the old sentences; made once."""
-        if self._space is None:
+    def space(self, way: Way) -> NullSpace:
+        """Of the old sentences: of the token vectors for the way that trains these alone.
+
+        For the others of all but these, for a token that no old sentence has would be free to move,
+        and others have it. Each is made once.
+        """
+        kind = way.method if way.method == "embedding null" else ""
+        if kind not in self._spaces:
             started, old = now(), self.task.old
             parts = [old[i : i + 64] for i in range(0, len(old), 64)]
             closures = [lambda part=part: self.model.encode(part) for part in parts]
-            self._space = null_space(self.model.network, closures, HELD)
-            self.space_seconds = now() - started
-        return self._space.grow(tau)
+            if kind:
+                chosen: Any = {"tau": 1.0, "include": ["*word_embeddings"]}
+            else:
+                chosen = {"tau": HELD, "exclude": ["embeddings*"]}
+            self._spaces[kind] = null_space(self.model.network, closures, **chosen)
+            self.space_seconds[kind] = now() - started
+        return self._spaces[kind] if kind else self._spaces[kind].grow(way.value or 1.0)
 
     def copied(self) -> SentenceModel:
         """A model to train."""
@@ -123,28 +96,43 @@ class _Start:
 class _Run:
     """One way on its course."""
 
-    def __init__(self, start: _Start, way: WordsWay, size: WordSize, seed: int) -> None:
+    def __init__(self, start: _Start, way: Way, size: WordSize, seed: int) -> None:
         self.start, self.way, self.size = start, way, size
         self.draws = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self.model = start.copied()
         self.seconds = 0.0
         method, value = way.method, way.value
+        if method in ("embedding", "embedding null", "tokens"):
+            self._train_embedding_alone()
+        network = self.model.network
+        self.first = {name: p.detach().clone() for name, p in network.named_parameters()}
         if method in ("lora", "lora null", "osf"):
-            self.model.network = _adapted(self.model.network, way)
+            self.model.network = _adapted(network, way)
         if method == "lora null":
-            start.space(value or 1.0).lora_(self.model.network)
+            start.space(way).lora_(self.model.network)
         trained = [p for p in self.model.network.parameters() if p.requires_grad]
         decay = (value or 0.0) if method == "lora" else 0.0
         self.optimizer = AdamW(trained, lr=way.lr, weight_decay=decay)
         self.origin = [p.detach().clone() for p in trained] if method == "pull" else []
         self.attached = None
-        if method.startswith("attach"):
-            space = start.space(value or 1.0)
-            self.attached = space.attach(self.optimizer, EVERY, model=self.model.network)
+        if method in ("attach", "attach+distil", "embedding null"):
+            self.attached = start.space(way).attach(self.optimizer, EVERY, model=self.model.network)
+
+    def _train_embedding_alone(self) -> None:
+        if self.way.method == "tokens":
+            new = give_tokens(self.model, self.start.task.words)
+        network: Any = self.model.network
+        table = network.get_input_embeddings().weight
+        network.requires_grad_(requires_grad=False)
+        table.requires_grad_()
+        if self.way.method == "tokens":
+            own = torch.zeros(len(table), 1)
+            own[new] = 1.0
+            table.register_hook(lambda grad: grad * own)
 
     def rows(self, told: Callable[[int], None]) -> Iterator[dict[str, Any]]:
-        """Evaluations at the start, every few steps and at the end."""
+        """Evaluations at the start, every few steps, at the end, and on the way back from there."""
         yield self._row(0)
         for step in range(1, self.size.steps + 1):
             started = now()
@@ -157,6 +145,19 @@ class _Run:
             told(1)
             if step % self.size.evaluate_every == 0:
                 yield self._row(step)
+        yield from self._back(step)
+
+    @torch.no_grad()
+    def _back(self, step: int) -> Iterator[dict[str, Any]]:
+        """Between the weights at the end and those of the start, by all methods alike."""
+        network: Any = self.model.network
+        if self.way.method in ("lora", "lora null", "osf"):
+            network = self.model.network = network.merge_and_unload()
+        ends = {name: value.clone() for name, value in network.named_parameters()}
+        for alpha in ALPHAS:
+            for name, value in network.named_parameters():
+                value.copy_(torch.lerp(self.first[name], ends[name], alpha))
+            yield {**self._row(step), "alpha": alpha}
 
     def _row(self, step: int) -> dict[str, Any]:
         found = self.start.examination.of(self.model)
@@ -170,8 +171,10 @@ class _Run:
         }
 
     def _spent(self) -> float:
-        uses = self.way.method in ("attach", "lora null", "attach+distil")
-        return self.start.space_seconds if uses else 0.0
+        if self.way.method not in USES_SPACE:
+            return 0.0
+        seconds = self.start.space_seconds
+        return seconds.get(self.way.method, seconds[""])
 
     def _loss(self) -> Tensor:
         task, method = self.start.task, self.way.method
@@ -190,7 +193,7 @@ class _Run:
         return loss
 
 
-def _adapted(network: nn.Module, way: WordsWay) -> nn.Module:
+def _adapted(network: nn.Module, way: Way) -> nn.Module:
     from peft import LoraConfig, OSFConfig, get_peft_model
 
     if way.method == "osf":
@@ -208,7 +211,7 @@ def run_words(
     seeds: Sequence[int],
     out: Path,
     *,
-    ways: Sequence[WordsWay] = DEFAULT_WAYS,
+    ways: Sequence[Way] = DEFAULT_WAYS,
     choosing: bool = False,
     resume: bool = False,
     command: str = "",
@@ -240,41 +243,9 @@ def run_words(
         "choosing": choosing,
         "size": asdict(size),
     }
-    paths = []
-    with locked(out / ".lock", str(out)):
-        check_folder(out, "words", shared)
-        for seed in seeds:
-            start: _Start | None = None
-            for order, way in enumerate(ways):
-                path = out / f"{order:02d}-{slug(way.name)}-seed{seed}.jsonl"
-                paths.append(path)
-                config = {
-                    **shared,
-                    "arm": way.name,
-                    "order": order,
-                    "seed": seed,
-                    "way": asdict(way),
-                }
-                what = f"{way.name} (seed {seed})"
-                if resume and is_complete(path, config):
-                    progress(what, size.steps)
-                    continue
-                if resume:
-                    path.unlink(missing_ok=True)
-                start = start or _Start(size, seed, choosing)
-                with RecordWriter(path) as writer:
-                    writer.write("config", command=command, **config, **environment())
-                    _record(_Run(start, way, size, seed), writer, partial(progress, what))
-    return paths
-
-
-def _record(run: _Run, writer: RecordWriter, told: Callable[[int], None]) -> None:
-    status = "interrupted"
-    try:
-        for row in run.rows(told):
-            writer.write("evaluation", **row)
-        status = "finished"
-    except NonFiniteLossError:
-        status = "diverged"
-    finally:
-        writer.write("end", status=status)
+    return run_ways(
+        "words", shared, ways, seeds, out,
+        lambda seed: _Start(size, seed, choosing),
+        lambda start, way, seed, told: _Run(start, way, size, seed).rows(told),
+        steps=size.steps, resume=resume, command=command, progress=progress,
+    )  # fmt: skip

