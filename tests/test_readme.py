@@ -232,6 +232,11 @@ def matrix_sentences() -> list[tuple[str, str]]:
     ends = [word(sum(map(teleports.worse_than_the_start, runs))) for runs in ran]
     diverged = sum(arm.to_own is not None and arm.to_own.diverged > 0 for _, arm in gain)
     clear = len(resolved(gain, -1) + resolved(gain, 1))
+    apart = (*NEITHER, "mnist-sample", "narrow-mlp", "smnist/")  # by both rules, or not in question
+    older = [name for name in teleports.by_the_usual_cut(default) if not name.startswith(apart)]
+    cut = " and ".join(dict.fromkeys(f"`{name.split('/')[0]}`" for name in older)) or "none"
+    paper = [b.experiment for b in matrix() if b.folder.name in ("sgd-paper", "adam-paper")]
+    tried, both = len(set(paper)), sum(paper.count(name) == 2 for name in set(paper))
     cells = f"Of the {len(gain)} cells of the table above that have this arm, with three seeds each"
     return [
         (README, f"lowers the loss of most perceptrons by {percents(flat)}"),
@@ -243,6 +248,11 @@ def matrix_sentences() -> list[tuple[str, str]]:
         (TABLES, f"and {word(len(resolved(tuned, 1)))} losses, both with Adagrad, on {losses}"),
         (TABLES, f"explodes after it in {ends[0]} run of three at the low rate"),
         (TABLES, f"at the low rate, in {ends[1]} of three at the tuned rate"),
+        (TABLES, f"are the teleports of {cut}, and"),
+        (
+            TABLES,
+            f"was tried on {word(tried)} of these data sets with SGD or Adam, on {word(both)} ",
+        ),
         (TABLES, f"{cells}, {clear or 'none'} is resolved, and {word(diverged)} diverge"),
     ]
 

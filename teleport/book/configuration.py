@@ -55,9 +55,9 @@ def sphinx_settings(book: Book, form: str = "html") -> dict[str, Any]:
     if form == "epub":
         settings |= {"html_math_renderer": "mathml", "epub_show_urls": "no", "version": "1"}
         settings |= {"epub_css_files": ["ebook.css"], "epub_description": book.title}
-        named = f"{book.title} {', '.join(book.authors)}"
-        settings |= {"epub_uid": "book", "epub_identifier": uuid5(NAMESPACE_URL, named).urn}
-        settings |= {"epub_contributor": ""}
+        authors = ", ".join(book.authors)
+        named = uuid5(NAMESPACE_URL, f"{book.title} {authors}").urn
+        settings |= {"epub_uid": "book", "epub_identifier": named, "epub_contributor": authors}
     return settings
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.builders import Builder
 from sphinx.environment import BuildEnvironment
 from sphinx.environment.collectors.toctree import TocTreeCollector
 from sphinx.writers.html5 import HTML5Translator
@@ -126,7 +127,7 @@ def _add_box(app: Sphinx, doctree: nodes.document) -> None:
     for chapter in book.chapters:
         if book.document(chapter.file) == app.env.docname:
             title = next(iter(doctree.findall(nodes.title)))
-            box = _box(book, chapter)
+            box = _box(book, chapter, app.builder)
             if app.config.teleport_repository:
                 box += _in_colab(book, chapter, app.config.teleport_repository)
             title.parent.insert(title.parent.index(title) + 1, box)
@@ -149,7 +150,7 @@ def _in_colab(book: Book, chapter: Chapter, repository: str) -> list[nodes.Node]
     ]
 
 
-def _box(book: Book, chapter: Chapter) -> nodes.Node:
+def _box(book: Book, chapter: Chapter, builder: Builder) -> nodes.Node:
     name = chapter.file.relative_to(book.file.parent).as_posix()
     document = book.document(chapter.file)
     fetch = [f"teleport data fetch {data}" for data in chapter.data if not _embedded(data)]
@@ -161,13 +162,13 @@ def _box(book: Book, chapter: Chapter) -> nodes.Node:
     about = nodes.paragraph("", f"It takes less than {chapter.seconds:g} s on two cores. ")
     if not fetch:
         about += nodes.Text("It needs no network: its data come with the package. ")
-    about += nodes.reference("", "Download the notebook", refuri=f"_sources/{document}.ipynb")
-    about += nodes.Text(".")
+    if builder.name != "epub":  # which does not hold the notebooks
+        about += nodes.reference("", "Download the notebook", refuri=f"_sources/{document}.ipynb")
+        about += nodes.Text(".")
     box += about
     if chapter.exercises is not None:
-        exercises = nodes.reference(
-            "", "its exercises", refuri=f"{book.document(chapter.exercises)}.html"
-        )
+        page = builder.get_target_uri(book.document(chapter.exercises))
+        exercises = nodes.reference("", "its exercises", refuri=page)
         box += nodes.paragraph(
             "", "", nodes.Text("There is a notebook with "), exercises, nodes.Text(".")
         )

@@ -278,7 +278,7 @@ def test_every_slider_moves_its_figure_by_the_keyboard(
     browser: Any, address: str, book: Book
 ) -> None:
     names = with_figures(book)
-    assert len(names) >= 3
+    assert len(names) >= 4
     for name in names:
         page = with_script(browser, address + name)
         for figure in page.locator(".interactive-figure").all():
