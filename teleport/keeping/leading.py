@@ -63,4 +63,5 @@ def _candidates(
     width = min(int((held < ample).sum(-1).max()) + 1, gram.shape[-1])
     leading = vectors[..., -width:].flip(-1).double()
     factor = torch.linalg.cholesky(leading.mT @ leading)
-    return torch.linalg.solve_triangular(factor, leading.mT, upper=False).mT
+    found: Tensor = torch.linalg.solve_triangular(factor, leading.mT, upper=False).mT
+    return found

@@ -102,4 +102,4 @@ def _number(tensor: Any) -> int:
     if not isinstance(tensor, Tensor):  # what a module adds to its state
         return 0
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return zlib.crc32(flat.numpy())
+    return zlib.crc32(flat.numpy().data)
