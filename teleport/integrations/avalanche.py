@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from teleport.errors import require
+from teleport.keeping.choice import Tau
 from teleport.keeping.keeper import Attachment
-from teleport.keeping.null_space import NullSpace, Tau, null_space
+from teleport.keeping.null_space import NullSpace, null_space
 from teleport.layers.support import cover
 
 try:

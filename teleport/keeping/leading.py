@@ -36,9 +36,9 @@ def leading_basis(space: RowSpace, tau: float) -> Basis | None:
     """
     if tau > ENOUGH or space.dtype == torch.float64:
         return None
-    gram = space.gram()
-    if not WIDE <= gram.shape[-1] < space.count:
+    if not WIDE <= space.factor().shape[-1] < space.count:
         return None
+    gram = space.gram()
     total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     if not bool(total.isfinite().all()):
         raise NonFiniteInputError
@@ -63,4 +63,5 @@ def _candidates(
     width = min(int((held < ample).sum(-1).max()) + 1, gram.shape[-1])
     leading = vectors[..., -width:].flip(-1).double()
     factor = torch.linalg.cholesky(leading.mT @ leading)
-    return torch.linalg.solve_triangular(factor, leading.mT, upper=False).mT
+    found: Tensor = torch.linalg.solve_triangular(factor, leading.mT, upper=False).mT
+    return found

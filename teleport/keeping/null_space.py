@@ -467,8 +467,8 @@ def null_space(
         left_out = left_out_of(coverage, include, exclude)
         survey = Survey(model, coverage, left_out)
         autocast, ranks = Autocast(), ranks_of(model)
-        with autocast.off(), ranks.together(), silenced(model), Transaction(model) as kept:
-            with ranks.together():
+        with autocast.off(), ranks.together(), silenced(model):
+            with Transaction(model) as kept, ranks.together():
                 file = Unfinished(unfinished, model, survey, ranks)
                 for closure in file.rest(track(closures, "old data")):
                     survey.add(closure, autocast, kept.quiet)

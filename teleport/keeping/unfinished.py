@@ -32,7 +32,7 @@ class Unfinished:
         ranks: who takes part.
 
     Raises:
-        NullSpaceError: for a file of something else. It stays, and the survey is as before.
+        NullSpaceError: for a file of something else, which stays, or one whose folder is missing.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class Unfinished:
             return
         rank = f".{torch.distributed.get_rank()}" if ranks.size > 1 else ""
         self._path, self._of = Path(f"{path}{rank}"), _digest(model)
+        if not self._path.parent.is_dir():
+            raise NullSpaceError(f"{self._path.parent} is no folder: make it before the survey")
         if self._path.exists():
             self._read(self._path)
 
@@ -100,4 +102,4 @@ def _number(tensor: Any) -> int:
     if not isinstance(tensor, Tensor):  # what a module adds to its state
         return 0
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return zlib.crc32(flat.numpy())
+    return zlib.crc32(flat.numpy().data)

@@ -225,6 +225,9 @@ def _find(model: nn.Module) -> tuple[dict[str, CoveredModule], dict[str, str]]:
                 found[name] = CoveredModule(module, rule, parts)
         elif list(module.parameters(recurse=False)):
             frozen[name] = f"no rule for {type(module).__name__}"
+        elif hasattr(module, "_packed_params"):  # PyTorch's quantised layers have no parameters
+            frozen[name] = f"the weight of {type(module).__name__} is quantised"
+            inside.update(module.children())
     return found, frozen
 
 

@@ -119,9 +119,11 @@ def test_a_file_of_something_else_is_refused_and_stays(
     assert file.read_bytes() == before
 
 
-def test_a_file_that_cannot_be_written_is_said(model: Words, tmp_path: Path) -> None:
-    with pytest.raises((OSError, RuntimeError), match="nowhere"):
-        null_space(model, closures(model, []), unfinished=tmp_path / "nowhere" / "survey")
+def test_a_missing_folder_is_said_before_anything_is_taken_in(model: Words, tmp_path: Path) -> None:
+    called: list[int] = []
+    with pytest.raises(NullSpaceError, match="nowhere is no folder"):
+        null_space(model, closures(model, called), unfinished=tmp_path / "nowhere" / "survey")
+    assert called == []
     assert not list(tmp_path.iterdir())
 
 
