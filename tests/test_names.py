@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "teleport"
 CONVENTIONS = {"TeleportCallback", "app", "main", "setup"}
 """What trainers, Typer, the command line and Sphinx call the same in every module that has it."""
 
-CHECKED = {"energy_rank", "group_action", "teleport_gradient"}
+CHECKED = {"energy_rank", "group_action", "holm", "leak", "tally", "teleport_gradient"}
 """A learner's function, and beside it in `teleport.check` the check that has to have its name."""
 
 """Of the core; to be given two names there."""
