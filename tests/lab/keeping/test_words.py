@@ -27,7 +27,8 @@ from teleport.lab.keeping.words import (
     word_task,
 )
 from teleport.lab.records.pack import pack
-from teleport.lab.records.runs import read_runs
+from teleport.lab.records.runs import by_arm, read_runs
+from tests.support.results import RESULTS
 
 pytest.importorskip("peft", reason="the extra keeping is not installed")
 pytest.importorskip("transformers", reason="the extra keeping is not installed")
@@ -178,3 +179,27 @@ def test_the_command_leaves_a_table_and_records(
     assert {path: path.read_bytes() for path in out.glob("*.jsonl")} == before
     assert cli.main(["keep", "leak", "--choosing", "--out", str(tmp_path / "no")]) != 0
     assert cli.main(["keep", "nothing"]) != 0
+
+
+def test_the_readme_says_what_the_records_say() -> None:
+    groups = by_arm(read_runs(RESULTS / "keeping" / "words"))
+
+    def end(arm: str) -> tuple[str, str]:
+        rows = [
+            next(row for row in run.evaluations if row["step"] == 30 and "alpha" not in row)
+            for run in groups[arm]
+        ]
+        assert len(rows) == 3
+        learned, recall = (sum(row[k] for row in rows) / 3 for k in ("learned", "recall"))
+        return f"{learned:.0%}".replace("%", " %"), f"{recall:.2f}".removeprefix("0")
+
+    told = " ".join((RESULTS.parent.parent / "README.md").read_text(encoding="utf-8").split())
+    attach, lora = end("attach tau 0.97, lr 0.001"), end("lora decay 10, lr 0.003")
+    assert end("embedding null, lr 0.01") == ("100 %", "1.00")
+    assert (
+        f"recall@10 of old queries in the index falls to {end('plain, lr 0.0003')[1]}. Behind the "
+        "null space of its token vectors it learns all of them at 1.00; behind that of its other "
+        f"layers {attach[0]} at {attach[1]}, where low-rank adapters with weight decay learn "
+        f"{lora[0]} at {lora[1]}."
+    ) in told
+    assert "gives {} at {}".format(*end("tokens, lr 0.01")) in told
