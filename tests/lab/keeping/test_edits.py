@@ -23,11 +23,13 @@ from teleport.lab.keeping.facts import (
 from teleport.lab.keeping.frontier_report import frontier_figure, frontier_rows
 from teleport.lab.records.pack import pack
 from teleport.lab.records.runs import read_runs
+from tests.support.results import RESULTS
 
 pytest.importorskip("peft", reason="the extra keeping is not installed")
 pytest.importorskip("transformers", reason="the extra keeping is not installed")
 
 TINY = FACT_SIZES["tiny"]
+SHARES = ("efficacy", "paraphrases", "neighbours")
 
 
 def test_a_draw_of_facts_has_subjects_that_are_new_and_says_where_they_end() -> None:
@@ -186,3 +188,18 @@ def test_who_has_not_the_weights_is_told_the_command(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(words, "find_spec", lambda n: None if n == "gguf" else find(n))
     with pytest.raises(RunError, match="needs gguf"):
         words.require_packages("smollm2")
+
+
+def test_the_readme_says_what_the_records_say() -> None:
+    ends = {
+        run.arm: {k: f"{run.evaluations[-1][k]:.0%}".replace("%", " %") for k in SHARES}
+        for run in read_runs(RESULTS / "keeping" / "edit")
+    }
+    told = " ".join((RESULTS.parent.parent / "README.md").read_text(encoding="utf-8").split())
+    edited, trained = ends["edit tau 0.9"], ends["plain, lr 0.001"]
+    assert edited["efficacy"] == "100 %"
+    assert (
+        f"SmolLM2 says all of them, {edited['paraphrases']} in other words, and "
+        f"{edited['neighbours']} of like sentences about real things end as before; trained, it "
+        f"says {trained['efficacy']}, and {trained['neighbours']} end as before."
+    ) in told
