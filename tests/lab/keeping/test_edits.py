@@ -9,7 +9,7 @@ from torch import Tensor
 
 from teleport.errors import RunError
 from teleport.lab.keeping import words
-from teleport.lab.keeping.comparison import SETTINGS, Way
+from teleport.lab.keeping.comparison import SETTINGS, Recipe
 from teleport.lab.keeping.edits import DEFAULT_EDITS, _Start, closed_form, run_edits
 from teleport.lab.keeping.facts import (
     CONTEXTS,
@@ -121,7 +121,7 @@ def test_a_ridge_of_nothing_meets_the_values_and_a_null_space_keeps_the_old(star
     rows, missing = keys.double(), (values - old(keys)).double().detach()
     kept = start.space(0.99).bases[name].project(torch.eye(old.in_features, dtype=torch.float64))
     for way, strength in (("memit", 1e-9), ("memit", 10.0), ("edit", 0.99)):
-        model, _ = closed_form(start, Way(way, 0.0, strength))
+        model, _ = closed_form(start, Recipe(way, 0.0, strength))
         move = (model.output_matrix(TINY.layer).weight - old.weight).detach().double()
         if way == "memit":
             left = rows.mT @ (missing - rows @ move.mT) - strength * start.moment @ move.mT
@@ -141,7 +141,7 @@ def test_less_old_text_than_a_layer_is_wide_gives_the_least_change(start: _Start
     few = torch.randn(3, old.in_features, dtype=torch.float64)
     whole, start.__dict__["moment"] = start.moment, few.mT @ few
     try:
-        model, _ = closed_form(start, Way("memit", 0.0, 5.0))
+        model, _ = closed_form(start, Recipe("memit", 0.0, 5.0))
     finally:
         start.__dict__["moment"] = whole
     move = (model.output_matrix(TINY.layer).weight - old.weight).detach().double()

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from teleport import cli
 from teleport.errors import RunError
 from teleport.lab.keeping import words
-from teleport.lab.keeping.comparison import USES_SPACE, Way
+from teleport.lab.keeping.comparison import USES_SPACE, Recipe
 from teleport.lab.keeping.frontier import ALPHAS, DEFAULT_WAYS, run_words
 from teleport.lab.keeping.frontier_report import frontier_figure, frontier_rows
 from teleport.lab.keeping.leak import LEAK_RATES, LEAK_SIZES, leak
@@ -124,7 +124,7 @@ def test_the_null_space_keeps_the_old_sentences_better_than_plain_steps(folder: 
 def test_resume_leaves_what_is_finished_and_refuses_another_task(
     folder: Path, tmp_path: Path
 ) -> None:
-    ways = [Way("plain", 1e-3), Way("attach", 1e-3, 0.9)]
+    ways = [Recipe("plain", 1e-3), Recipe("attach", 1e-3, 0.9)]
     first, second = run_words("tiny", [3], tmp_path, ways=ways)
     kept = first.read_bytes()
     rows = [json.loads(line) for line in second.read_text().splitlines()]
