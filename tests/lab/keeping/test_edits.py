@@ -120,13 +120,13 @@ def test_a_ridge_of_nothing_meets_the_values_and_a_null_space_keeps_the_old(star
     old = start.model.output_matrix(TINY.layer)
     rows, missing = keys.double(), (values - old(keys)).double().detach()
     kept = start.space(0.99).bases[name].project(torch.eye(old.in_features, dtype=torch.float64))
-    for way, strength in (("memit", 1e-9), ("memit", 10.0), ("edit", 0.99)):
+    for way, strength in (("memit", 1e-5), ("memit", 10.0), ("edit", 0.99)):
         model, _ = closed_form(start, Recipe(way, 0.0, strength))
         move = (model.output_matrix(TINY.layer).weight - old.weight).detach().double()
         if way == "memit":
             left = rows.mT @ (missing - rows @ move.mT) - strength * start.moment @ move.mT
             assert left.norm() < 1e-4 * (rows.mT @ missing).norm()
-        if strength < 1e-6:
+        if strength < 1e-4:
             assert (rows @ move.mT - missing).norm() < 1e-2 * missing.norm()
         if way == "edit":
             assert torch.allclose(move @ kept, move, atol=1e-6)
