@@ -94,7 +94,7 @@ def test_every_way_is_recorded_from_the_same_start_and_learns(folder: Path, tmp_
     assert len(runs) == 2 * len(DEFAULT_WAYS)
     for run in runs:
         assert run.status == "finished"
-        assert [row["step"] for row in run.evaluations] == [0, 2, 4, 4, 4]
+        assert [row["step"] for row in run.evaluations] == [0, 2, 4, *[4] * len(ALPHAS)]
         assert [row["alpha"] for row in run.evaluations[3:]] == list(ALPHAS)
         first = run.evaluations[0]
         assert first["recall"] == 1.0
