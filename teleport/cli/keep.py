@@ -108,7 +108,7 @@ def keep(
         raise ValueError("--methods is of words and edit only")
     with loading():
         from teleport.cli.show import show
-        from teleport.lab.keeping.comparison import Way, chosen_ways
+        from teleport.lab.keeping.comparison import Recipe, chosen_ways
         from teleport.lab.keeping.edits import DEFAULT_EDITS, run_edits
         from teleport.lab.keeping.facts import FACT_SIZES
         from teleport.lab.keeping.frontier import DEFAULT_WAYS, run_words
@@ -117,7 +117,7 @@ def keep(
         from teleport.lab.records.folders import resumed_folder
         from teleport.runtime.threads import threads_for, using_threads
 
-    experiments: dict[str, tuple[Mapping[str, Any], Callable[..., Any], Sequence[Way]]] = {
+    experiments: dict[str, tuple[Mapping[str, Any], Callable[..., Any], Sequence[Recipe]]] = {
         "words": (WORD_SIZES, partial(run_words, choosing=choosing), DEFAULT_WAYS),
         "edit": (FACT_SIZES, run_edits, DEFAULT_EDITS),
         "leak": (LEAK_SIZES, run_leak, ()),

@@ -43,12 +43,21 @@ what they were. ``osf``: PEFT's, which freezes this share of the singular direct
 ridge. ``edit``: the closed form in the null space, `NullSpace.edit`.
 """
 
+HELD = 0.999
+"""Share of energy up to which a space is made, once a seed; smaller ones are taken from it."""
+
+EVERY = 10
+"""Steps between two projections."""
+
+RANK = 16
+"""Of adapters."""
+
 USES_SPACE = ("attach", "embedding null", "lora null", "attach+distil", "edit")
 """Methods with a null space."""
 
 
 @dataclass(frozen=True)
-class Way:
+class Recipe:
     """A method with its settings.
 
     Attributes:
@@ -68,7 +77,7 @@ class Way:
         return f"{self.method}{setting}" + (f", lr {self.lr:g}" if self.lr else "")
 
 
-def chosen_ways(ways: Sequence[Way], methods: str | None) -> list[Way]:
+def chosen_ways(ways: Sequence[Recipe], methods: str | None) -> list[Recipe]:
     """Those of some methods, whose names have commas between them; all by default.
 
     Raises:
@@ -84,11 +93,11 @@ def chosen_ways(ways: Sequence[Way], methods: str | None) -> list[Way]:
 def run_ways(
     kind: str,
     shared: dict[str, Any],
-    ways: Sequence[Way],
+    ways: Sequence[Recipe],
     seeds: Sequence[int],
     out: Path,
     begin: Callable[[int], Start],
-    rows: Callable[[Start, Way, int, Callable[[int], None]], Iterator[dict[str, Any]]],
+    rows: Callable[[Start, Recipe, int, Callable[[int], None]], Iterator[dict[str, Any]]],
     *,
     steps: int,
     resume: bool,

@@ -25,7 +25,7 @@ from teleport.errors import NonFiniteLossError
 from teleport.keeping.null_space import NullSpace, null_space
 from teleport.lab.experiments.entry import one_of
 from teleport.lab.experiments.run import Progress
-from teleport.lab.keeping.comparison import Way, run_ways
+from teleport.lab.keeping.comparison import EVERY, HELD, RANK, Recipe, run_ways
 from teleport.lab.keeping.facts import (
     CONTEXTS,
     FACT_SIZES,
@@ -39,22 +39,19 @@ from teleport.lab.keeping.facts import (
 from teleport.runtime.clock import now
 
 EDITS_TITLE = "new facts for a language model"
-HELD = 0.999
-EVERY = 10
-RANK = 16
 SEARCH_LR, SEARCH_DECAY = 0.0125, 0.5
 """Of the search for values: changes are counted in norms of the outputs."""
 
 
 DEFAULT_EDITS = (
-    *(Way("edit", 0.0, tau) for tau in (0.9, 0.97)),
-    *(Way("memit", 0.0, strength) for strength in (1e4, 1e5)),
-    Way("plain", 1e-3),
-    Way("attach", 1e-3, 0.97),
-    Way("lora", 1e-2, 1.0),
-    Way("lora null", 1e-2, 0.97),
-    Way("plain", 3e-4),
-    Way("lora", 1e-2, 0.0),
+    *(Recipe("edit", 0.0, tau) for tau in (0.9, 0.97)),
+    *(Recipe("memit", 0.0, strength) for strength in (1e4, 1e5)),
+    Recipe("plain", 1e-3),
+    Recipe("attach", 1e-3, 0.97),
+    Recipe("lora", 1e-2, 1.0),
+    Recipe("lora null", 1e-2, 0.97),
+    Recipe("plain", 3e-4),
+    Recipe("lora", 1e-2, 0.0),
 )
 
 
@@ -140,7 +137,7 @@ class _Start:
         return fresh
 
 
-def closed_form(start: _Start, way: Way) -> tuple[LanguageModel, float]:
+def closed_form(start: _Start, way: Recipe) -> tuple[LanguageModel, float]:
     """The model behind the one change, and the seconds that it took, the search left out."""
     model, (keys, values) = start.copied(), start.wanted
     if way.method == "edit":
@@ -158,7 +155,7 @@ def closed_form(start: _Start, way: Way) -> tuple[LanguageModel, float]:
     return model, now() - started
 
 
-def _edited(start: _Start, way: Way) -> Iterator[dict[str, Any]]:
+def _edited(start: _Start, way: Recipe) -> Iterator[dict[str, Any]]:
     """Two looks: as it was, and behind the change."""
     yield _row(start.first, 0, 0.0, 0.0)
     model, seconds = closed_form(start, way)
@@ -167,7 +164,7 @@ def _edited(start: _Start, way: Way) -> Iterator[dict[str, Any]]:
 
 
 def _trained(
-    start: _Start, way: Way, size: FactSize, seed: int, told: Callable[[int], None]
+    start: _Start, way: Recipe, size: FactSize, seed: int, told: Callable[[int], None]
 ) -> Iterator[dict[str, Any]]:
     """Evaluations at the start, every few steps and at the end."""
     draws = torch.Generator().manual_seed(seed)
@@ -225,7 +222,7 @@ def run_edits(
     seeds: Sequence[int],
     out: Path,
     *,
-    ways: Sequence[Way] = DEFAULT_EDITS,
+    ways: Sequence[Recipe] = DEFAULT_EDITS,
     resume: bool = False,
     command: str = "",
     progress: Progress = lambda what, steps: None,
@@ -251,7 +248,7 @@ def run_edits(
     shared = {"figure": "edit", "title": EDITS_TITLE, "preset": preset, "size": asdict(size)}
 
     def rows(
-        start: _Start, way: Way, seed: int, told: Callable[[int], None]
+        start: _Start, way: Recipe, seed: int, told: Callable[[int], None]
     ) -> Iterator[dict[str, Any]]:
         if way.method in ("memit", "edit"):
             yield from _edited(start, way)

@@ -14,7 +14,7 @@ from teleport.errors import NonFiniteLossError
 from teleport.keeping.null_space import NullSpace, null_space
 from teleport.lab.experiments.entry import one_of
 from teleport.lab.experiments.run import Progress
-from teleport.lab.keeping.comparison import USES_SPACE, Way, run_ways
+from teleport.lab.keeping.comparison import EVERY, HELD, RANK, USES_SPACE, Recipe, run_ways
 from teleport.lab.keeping.words import (
     WORD_SIZES,
     Examination,
@@ -28,30 +28,25 @@ from teleport.lab.keeping.words import (
 from teleport.runtime.clock import now
 
 WORDS_TITLE = "new words for MiniLM beside an old index"
-HELD = 0.999
-"""Share of energy up to which a space is made, once a seed; smaller ones are taken from it."""
-
 ALPHAS = (0.7, 0.5, 0.3)
 """Where between the old weights, 0, and those at the end, 1, models are looked at, too."""
 
-EVERY = 10
-RANK = 16
 _LINEAR = ["query", "key", "value", "dense"]
 
 
 DEFAULT_WAYS = (
-    Way("tokens", 1e-2),
-    Way("attach", 1e-3, 0.97),
-    Way("embedding", 1e-2),
-    Way("embedding null", 1e-2),
-    Way("plain", 3e-4),
-    *(Way("lora", 3e-3, decay) for decay in (0.0, 10.0)),
-    Way("lora null", 1e-2, 0.9),
-    Way("distil", 3e-4, 10.0),
-    Way("attach+distil", 1e-3, 0.97),
-    Way("osf", 1e-3, 0.5),
-    Way("plain", 1e-4),
-    Way("pull", 3e-4, 1.0),
+    Recipe("tokens", 1e-2),
+    Recipe("attach", 1e-3, 0.97),
+    Recipe("embedding", 1e-2),
+    Recipe("embedding null", 1e-2),
+    Recipe("plain", 3e-4),
+    *(Recipe("lora", 3e-3, decay) for decay in (0.0, 10.0)),
+    Recipe("lora null", 1e-2, 0.9),
+    Recipe("distil", 3e-4, 10.0),
+    Recipe("attach+distil", 1e-3, 0.97),
+    Recipe("osf", 1e-3, 0.5),
+    Recipe("plain", 1e-4),
+    Recipe("pull", 3e-4, 1.0),
 )
 
 
@@ -67,7 +62,7 @@ class _Start:
         self.space_seconds = {"embedding null": 0.0, "": 0.0}
         self._spaces: dict[str, NullSpace] = {}
 
-    def space(self, way: Way) -> NullSpace:
+    def space(self, way: Recipe) -> NullSpace:
         """Of the old sentences: of the token vectors for the way that trains these alone.
 
         For the others of all but these, for a token that no old sentence has would be free to move,
@@ -96,7 +91,7 @@ class _Start:
 class _Run:
     """One way on its course."""
 
-    def __init__(self, start: _Start, way: Way, size: WordSize, seed: int) -> None:
+    def __init__(self, start: _Start, way: Recipe, size: WordSize, seed: int) -> None:
         self.start, self.way, self.size = start, way, size
         self.draws = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
@@ -193,7 +188,7 @@ class _Run:
         return loss
 
 
-def _adapted(network: nn.Module, way: Way) -> nn.Module:
+def _adapted(network: nn.Module, way: Recipe) -> nn.Module:
     from peft import LoraConfig, OSFConfig, get_peft_model
 
     if way.method == "osf":
@@ -211,7 +206,7 @@ def run_words(
     seeds: Sequence[int],
     out: Path,
     *,
-    ways: Sequence[Way] = DEFAULT_WAYS,
+    ways: Sequence[Recipe] = DEFAULT_WAYS,
     choosing: bool = False,
     resume: bool = False,
     command: str = "",

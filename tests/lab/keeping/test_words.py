@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from teleport import cli
 from teleport.errors import RunError
 from teleport.lab.keeping import words
-from teleport.lab.keeping.comparison import USES_SPACE, Way
+from teleport.lab.keeping.comparison import USES_SPACE, Recipe
 from teleport.lab.keeping.frontier import ALPHAS, DEFAULT_WAYS, run_words
 from teleport.lab.keeping.frontier_report import frontier_figure, frontier_rows
 from teleport.lab.keeping.leak import LEAK_RATES, LEAK_SIZES, leak
@@ -27,7 +27,8 @@ from teleport.lab.keeping.words import (
     word_task,
 )
 from teleport.lab.records.pack import pack
-from teleport.lab.records.runs import read_runs
+from teleport.lab.records.runs import by_arm, read_runs
+from tests.support.results import RESULTS
 
 pytest.importorskip("peft", reason="the extra keeping is not installed")
 pytest.importorskip("transformers", reason="the extra keeping is not installed")
@@ -93,7 +94,7 @@ def test_every_way_is_recorded_from_the_same_start_and_learns(folder: Path, tmp_
     assert len(runs) == 2 * len(DEFAULT_WAYS)
     for run in runs:
         assert run.status == "finished"
-        assert [row["step"] for row in run.evaluations] == [0, 2, 4, 4, 4]
+        assert [row["step"] for row in run.evaluations] == [0, 2, 4, *[4] * len(ALPHAS)]
         assert [row["alpha"] for row in run.evaluations[3:]] == list(ALPHAS)
         first = run.evaluations[0]
         assert first["recall"] == 1.0
@@ -123,7 +124,7 @@ def test_the_null_space_keeps_the_old_sentences_better_than_plain_steps(folder: 
 def test_resume_leaves_what_is_finished_and_refuses_another_task(
     folder: Path, tmp_path: Path
 ) -> None:
-    ways = [Way("plain", 1e-3), Way("attach", 1e-3, 0.9)]
+    ways = [Recipe("plain", 1e-3), Recipe("attach", 1e-3, 0.9)]
     first, second = run_words("tiny", [3], tmp_path, ways=ways)
     kept = first.read_bytes()
     rows = [json.loads(line) for line in second.read_text().splitlines()]
@@ -178,3 +179,27 @@ def test_the_command_leaves_a_table_and_records(
     assert {path: path.read_bytes() for path in out.glob("*.jsonl")} == before
     assert cli.main(["keep", "leak", "--choosing", "--out", str(tmp_path / "no")]) != 0
     assert cli.main(["keep", "nothing"]) != 0
+
+
+def test_the_readme_says_what_the_records_say() -> None:
+    groups = by_arm(read_runs(RESULTS / "keeping" / "words"))
+
+    def end(arm: str) -> tuple[str, str]:
+        rows = [
+            next(row for row in run.evaluations if row["step"] == 30 and "alpha" not in row)
+            for run in groups[arm]
+        ]
+        assert len(rows) == 3
+        learned, recall = (sum(row[k] for row in rows) / 3 for k in ("learned", "recall"))
+        return f"{learned:.0%}".replace("%", " %"), f"{recall:.2f}".removeprefix("0")
+
+    told = " ".join((RESULTS.parent.parent / "README.md").read_text(encoding="utf-8").split())
+    attach, lora = end("attach tau 0.97, lr 0.001"), end("lora decay 10, lr 0.003")
+    assert end("embedding null, lr 0.01") == ("100 %", "1.00")
+    assert (
+        f"recall@10 of old queries in the index falls to {end('plain, lr 0.0003')[1]}. Behind the "
+        "null space of its token vectors it learns all of them at 1.00; behind that of its other "
+        f"layers {attach[0]} at {attach[1]}, where low-rank adapters with weight decay learn "
+        f"{lora[0]} at {lora[1]}."
+    ) in told
+    assert "gives {} at {}".format(*end("tokens, lr 0.01")) in told
