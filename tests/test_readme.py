@@ -234,7 +234,8 @@ def matrix_sentences() -> list[tuple[str, str]]:
     clear = len(resolved(gain, -1) + resolved(gain, 1))
     apart = (*NEITHER, "mnist-sample", "narrow-mlp", "smnist/")  # by both rules, or not in question
     older = [name for name in teleports.by_the_usual_cut(default) if not name.startswith(apart)]
-    cut = " and ".join(dict.fromkeys(f"`{name.split('/')[0]}`" for name in older)) or "none"
+    cut = " and ".join(dict.fromkeys(f"`{name.split('/')[0]}`" for name in older))
+    old = f"are the teleports of {cut}, and" if cut else "are only the teleports of the paper's"
     paper = [b.experiment for b in matrix() if b.folder.name in ("sgd-paper", "adam-paper")]
     tried, both = len(set(paper)), sum(paper.count(name) == 2 for name in set(paper))
     cells = f"Of the {len(gain)} cells of the table above that have this arm, with three seeds each"
@@ -248,7 +249,7 @@ def matrix_sentences() -> list[tuple[str, str]]:
         (TABLES, f"and {word(len(resolved(tuned, 1)))} losses, both with Adagrad, on {losses}"),
         (TABLES, f"explodes after it in {ends[0]} run of three at the low rate"),
         (TABLES, f"at the low rate, in {ends[1]} of three at the tuned rate"),
-        (TABLES, f"are the teleports of {cut}, and"),
+        (TABLES, old),
         (
             TABLES,
             f"was tried on {word(tried)} of these data sets with SGD or Adam, on {word(both)} ",
