@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from teleport.cli.loading import loading
-from teleport.cli.options import COMMAND_LINE, ResumeOption, Threads
-from teleport.cli.progress import step_progress
+from teleport.cli.options import ResumeOption, Threads
+from teleport.cli.study import recording
 from teleport.lab.experiments.choices import KEEP_NAMES, METHOD_NAMES, SEQUENCE_NAMES
 from teleport.lab.experiments.entry import one_of
 
@@ -45,7 +45,6 @@ def continual(
     """Learn tasks in turn, keeping the old ones; print a table, write records and a figure."""
     one_of("sequence", name, dict.fromkeys(SEQUENCE_NAMES))  # at once; the rest with PyTorch
     with loading():
-        from teleport.cli.show import show
         from teleport.lab.keeping.training import (
             LR_GRID,
             TUNING_SEED,
@@ -53,8 +52,6 @@ def continual(
             default_strategies,
             run_strategies,
         )
-        from teleport.lab.records.folders import resumed_folder
-        from teleport.runtime.threads import threads_for, using_threads
 
     rates = list(LR_GRID) if tune and not lr else lr
     strategies = default_strategies(name, methods.split(",") if methods else None, tau, rates)
@@ -63,13 +60,8 @@ def continual(
     start = first_seed + TUNING_SEED if tune else first_seed
     numbers = range(start, start + seeds)
     total = course.steps(course.sets()) * len(strategies) * seeds
-    folder = resumed_folder(name, out, resume)
-    with step_progress(total, folder) as progress, using_threads(threads_for(threads)):
-        command = COMMAND_LINE.get()
-        run_strategies(
-            course, strategies, numbers, folder, resume=resume, command=command, progress=progress
-        )
-    show(folder)
+    with recording(name, out, resume, threads, total, "step") as run:
+        run_strategies(course, strategies, numbers, run.pop("folder"), **run)
 
 
 def keep(
@@ -107,29 +99,24 @@ def keep(
     if methods and name == "leak":
         raise ValueError("--methods is of words and edit only")
     with loading():
-        from teleport.cli.show import show
         from teleport.lab.keeping.comparison import Recipe, chosen_ways
         from teleport.lab.keeping.edits import DEFAULT_EDITS, run_edits
         from teleport.lab.keeping.facts import FACT_SIZES
         from teleport.lab.keeping.frontier import DEFAULT_WAYS, run_words
         from teleport.lab.keeping.leak import LEAK_RATES, LEAK_SIZES, PROJECTIONS, run_leak
         from teleport.lab.keeping.words import WORD_SIZES, require_packages
-        from teleport.lab.records.folders import resumed_folder
-        from teleport.runtime.threads import threads_for, using_threads
 
     experiments: dict[str, tuple[Mapping[str, Any], Callable[..., Any], Sequence[Recipe]]] = {
         "words": (WORD_SIZES, partial(run_words, choosing=choosing), DEFAULT_WAYS),
         "edit": (FACT_SIZES, run_edits, DEFAULT_EDITS),
         "leak": (LEAK_SIZES, run_leak, ()),
     }
-    sizes, run, known = experiments[name]
+    sizes, experiment, known = experiments[name]
     ways = chosen_ways(known, methods)
-    runs = partial(run, ways=ways) if ways else run
+    runs = partial(experiment, ways=ways) if ways else experiment
     size = one_of("preset", preset, sizes)
     require_packages("" if name == "leak" else size.model)
-    numbers, command = range(first_seed, first_seed + seeds), COMMAND_LINE.get()
-    total = len(ways) * size.steps or len(PROJECTIONS) * len(LEAK_RATES)
-    folder = resumed_folder(name, out, resume)
-    with step_progress(total * seeds, folder) as progress, using_threads(threads_for(threads)):
-        runs(preset, numbers, folder, resume=resume, command=command, progress=progress)
-    show(folder)
+    numbers = range(first_seed, first_seed + seeds)
+    total = seeds * (len(ways) * size.steps or len(PROJECTIONS) * len(LEAK_RATES))
+    with recording(name, out, resume, threads, total, "step") as run:
+        runs(preset, numbers, run.pop("folder"), **run)
