@@ -124,7 +124,7 @@ def _bracketed(excess: Callable[[float], float], low: float, high: float) -> flo
     """A zero in a bracket by comparing values; what is beyond all numbers counts as huge."""
     from scipy.optimize import toms748  # late: see `load_search`
 
-    return float(toms748(lambda step: min(excess(step), 1e150), low, high, **SEARCH))
+    return float(toms748(lambda step: min(excess(float(step)), 1e150), low, high, **SEARCH))
 
 
 def _polynomial_root(
