@@ -22,6 +22,9 @@ from teleport.runtime.ranks import Ranks
 BLOCK = 512
 """Columns at a time of a Gram matrix of many: few enough to leave out what symmetry tells."""
 
+WAITING = 256
+"""Rows that wait for one addition to a Gram matrix: enough to make its traffic in memory small."""
+
 
 class Projector(ABC):
     """P of one weight matrix: removes what acts on the kept part of the layer's inputs."""
@@ -233,7 +236,8 @@ class Basis(Projector):
 class RowSpace(Space):
     """Collects input rows, in any number of pieces, and gives a `Basis` of their span.
 
-    Memory stays at one ``d_in x d_in`` matrix however many rows are added. Double-precision rows
+    Memory stays at one ``d_in x d_in`` matrix however many rows are added: they wait as they came
+    for as long as they take less, and few at a time once there is one. Double-precision rows
     are reduced by QR factorizations, which keep their condition number. Rows of lower precision
     are reduced to a float64 Gram matrix, which is cheaper and squares the condition number: it
     resolves singular values down to about 1e-8 of the rows' norm, a tenth of the rank cut for
@@ -247,6 +251,7 @@ class RowSpace(Space):
         self._reduced: Tensor | None = None
         self._dtype = torch.float64
 
+    @torch.inference_mode(False)  # so that a Gram matrix can be added to outside of it, too
     def add(self, rows: Float[Tensor, "*groups rows d_in"]) -> None:
         """Take in more rows; they are copied or reduced, since a model may overwrite its inputs."""
         dtype = coarsest([self._dtype, rows.dtype])
@@ -254,20 +259,22 @@ class RowSpace(Space):
             self._reduced = _gram(self._reduced)
         self._dtype = dtype
         self.count += rows.shape[-2]
-        self._pending.append(rows.detach().to(torch.float64, copy=True))
-        if sum(pending.shape[-2] for pending in self._pending) > rows.shape[-1]:
+        self._pending.append(rows.detach().clone())
+        if self._is_crowded():
             self._reduce()
 
+    @torch.inference_mode(False)
     def absorb(self, other: "RowSpace") -> None:
         if other.count == 0:
             return
+        self._settle()
         factor, dtype = other.factor(), coarsest([self._dtype, other._dtype])
         total = self.count + other.count
         reduced = self._reduced is not None or other._reduced is not None
         if dtype == torch.float64 or not (reduced or total > factor.shape[-1]):
             self._take(factor, other.count, dtype)
             return
-        grams = [_gram(rows) for rows in self._pending]
+        grams = [_gram(rows.double()) for rows in self._pending]
         if self._reduced is not None:
             grams.insert(0, _gram(self._reduced) if self._exact() else self._reduced)
         self.count, self._dtype, self._pending = total, dtype, []
@@ -326,9 +333,9 @@ class RowSpace(Space):
         1e-10, far inside what the rank rule calls full (``thm-rank``), and costs a tenth of an
         eigendecomposition. The singular values of the basis are an upper bound.
         """
+        rows = self.factor()
         if self._reduced is not None or self._exact():
             return None
-        rows = torch.cat(self._pending, dim=-2)
         gram = rows @ rows.mT
         total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         smallest = max(1e-6, _relative_cut(rows.shape[-1], self._dtype) ** 2)
@@ -371,9 +378,8 @@ class RowSpace(Space):
 
         Many rows below double precision are kept as a Gram matrix only: for them it is `gram`.
         """
-        if self._reduced is not None and self._pending:
-            self._reduce()
-        return torch.cat(self._pending, dim=-2) if self._reduced is None else self._reduced
+        self._settle()
+        return self._waiting() if self._reduced is None else self._reduced
 
     def gram(self) -> Float[Tensor, "*groups d_in d_in"]:
         """Inner products of all pairs of columns of the rows, float64."""
@@ -385,7 +391,7 @@ class RowSpace(Space):
     def of_gram(
         cls, gram: Float[Tensor, "*groups d_in d_in"], count: int, dtype: torch.dtype
     ) -> "RowSpace":
-        """The space of ``count`` rows of a dtype below double precision, from `gram`."""
+        """The space of ``count`` rows below double precision, from `gram`, which it takes over."""
         space = cls()
         space.count, space._dtype, space._reduced = count, dtype, gram
         return space
@@ -401,31 +407,49 @@ class RowSpace(Space):
     def _exact(self) -> bool:
         return self._dtype == torch.float64
 
-    def _reduce(self) -> None:
+    def _waiting(self) -> Tensor:
+        """The rows that wait, float64."""
         one = len(self._pending) == 1
-        rows = self._pending[0] if one else torch.cat(self._pending, dim=-2)
+        return (self._pending[0] if one else torch.cat(self._pending, dim=-2)).double()
+
+    def _is_crowded(self) -> bool:
+        """Whether the rows that wait take more memory than a matrix that they can be reduced to."""
+        count = sum(rows.shape[-2] for rows in self._pending)
+        if self._reduced is not None and not self._exact():
+            return count >= WAITING
+        size = sum(rows.shape[-2] * rows.element_size() for rows in self._pending)
+        return size > self._pending[0].shape[-1] * torch.float64.itemsize
+
+    def _settle(self) -> None:
+        """Nothing waits that is to be reduced: rows that a Gram matrix or a factor has joined."""
+        if not self._pending:
+            return
+        count = sum(rows.shape[-2] for rows in self._pending)
+        if self._reduced is not None or count > self._pending[0].shape[-1]:
+            self._reduce()
+
+    @torch.inference_mode(False)
+    def _reduce(self) -> None:
+        rows = self._waiting()
         self._pending = []
         if self._exact():
             factor = _triangle(rows)
             both = factor if self._reduced is None else torch.cat([self._reduced, factor], dim=-2)
             self._reduced = torch.linalg.qr(both, mode="r").R
         else:
-            gram = _gram(rows)
-            self._reduced = gram if self._reduced is None else self._reduced + gram
+            self._reduced = _gram(rows, self._reduced)
 
     def _decompose(self) -> tuple[Tensor, Tensor]:
         """Singular values, largest first, and right singular vectors as columns."""
-        if self._reduced is not None and self._pending:
-            self._reduce()
+        rows = self.factor()
         if self._exact():
-            rows = torch.cat(self._pending, dim=-2) if self._reduced is None else self._reduced
             if not bool(rows.isfinite().all()):
                 raise NonFiniteInputError
             _, values, transposed = torch.linalg.svd(rows, full_matrices=False)
             return values, transposed.mT
         if self._reduced is not None:
-            return _singular_from_gram(self._reduced)
-        return _singular_from_rows(torch.cat(self._pending, dim=-2))
+            return _singular_from_gram(rows)
+        return _singular_from_rows(rows)
 
 
 def numerical_rank(
@@ -511,15 +535,22 @@ def _triangle(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*group
     return triangle
 
 
-def _gram(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*groups d_in d_in"]:
-    """``rowsᵀ rows``: of many columns one triangle, block by block, for it is symmetric."""
+def _gram(
+    rows: Float[Tensor, "*groups rows d_in"], onto: Tensor | None = None
+) -> Float[Tensor, "*groups d_in d_in"]:
+    """``rowsᵀ rows``, added to another Gram matrix in place.
+
+    Of many columns one triangle, block by block, for it is symmetric.
+    """
     d_in = rows.shape[-1]
     if d_in < 2 * BLOCK:
-        return rows.mT @ rows
-    gram = rows.new_empty(*rows.shape[:-2], d_in, d_in)
+        return rows.mT @ rows if onto is None else onto.add_(rows.mT @ rows)
+    gram = rows.new_empty(*rows.shape[:-2], d_in, d_in) if onto is None else onto
     for start in range(0, d_in, BLOCK):
         block, rest = slice(start, start + BLOCK), slice(start, None)
         part = rows[..., block].mT @ rows[..., rest]
+        if onto is not None:
+            part += onto[..., block, rest]
         gram[..., block, rest], gram[..., rest, block] = part, part.mT
     return gram
 

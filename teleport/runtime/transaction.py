@@ -38,7 +38,7 @@ class Transaction:
     generators; and the parameters, unless `commit` was called. An exception never commits, not even
     one on the way out, and does not keep the rest from being put back.
 
-    Costs one copy of the parameters, buffers and gradients.
+    Costs one copy of the parameters, buffers and gradients, until it is left.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -152,7 +152,10 @@ class Transaction:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stack.__exit__(kind, error, trace)
+        try:
+            self._stack.__exit__(kind, error, trace)
+        finally:
+            self._parameters = []  # the copy goes, whoever holds on to this
 
     def _undo_unless_committed(self, kind: type[BaseException] | None, *_: Any) -> None:
         if not self._committed or kind is not None:
