@@ -19,7 +19,7 @@ from typing import Any
 from teleport.book.extras import needed
 from teleport.book.manifest import Book
 from teleport.check import recall
-from teleport.check.exercises import Exercise, exercises
+from teleport.check.exercises import SheetExercise, exercises
 from teleport.check.units import checks_called
 from teleport.errors import BookError
 
@@ -100,7 +100,7 @@ def _handed(graded: str) -> dict[str, Any]:
     return found
 
 
-def _question(exercise: Exercise, handed: dict[str, Any]) -> str:
+def _question(exercise: SheetExercise, handed: dict[str, Any]) -> str:
     """A question in the language of text2qti."""
     right, why = handed["right"], handed["why"] or {}
     text = _SET.sub("", _KIND.sub("", "\n\n".join(exercise.question)))

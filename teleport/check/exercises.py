@@ -14,7 +14,7 @@ STUB = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION\n?", re.MULT
 
 
 @dataclass(frozen=True)
-class Exercise:
+class SheetExercise:
     """An exercise of a notebook, its parts as Markdown.
 
     Attributes:
@@ -32,7 +32,7 @@ class Exercise:
     graded: str
 
 
-def exercises(path: Path) -> list[Exercise]:
+def exercises(path: Path) -> list[SheetExercise]:
     """The exercises of a notebook, in their order.
 
     Raises:
@@ -90,7 +90,7 @@ def _blocks(group: list[dict[str, Any]]) -> Iterator[str]:
     yield _directive("solution", label, [":class: dropdown"], exercise.answer)
 
 
-def _exercise(group: list[dict[str, Any]]) -> Exercise:
+def _exercise(group: list[dict[str, Any]]) -> SheetExercise:
     title, _, text = _source(group[0]).partition("\n")
     question = [text.strip()]
     answer: list[str] = []
@@ -110,7 +110,7 @@ def _exercise(group: list[dict[str, Any]]) -> Exercise:
         else:
             question.append(_python(source))
     heading = title.removeprefix("##").strip()
-    return Exercise(_about(group), heading, tuple(question), tuple(answer), "\n".join(graded))
+    return SheetExercise(_about(group), heading, tuple(question), tuple(answer), "\n".join(graded))
 
 
 def _directive(kind: str, argument: str, options: list[str], parts: tuple[str, ...]) -> str:
