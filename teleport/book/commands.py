@@ -1,4 +1,4 @@
-"""``teleport book``: build, serve and check."""
+"""``teleport book``: build, serve and check; questions for teachers."""
 
 import tempfile
 import time
@@ -82,6 +82,21 @@ def slides(out: Out = Path("build/slides"), book: File = BOOK) -> None:
 def epub(out: Out = Path("build/epub"), book: File = BOOK) -> None:
     """Make an e-book with the equations as MathML and the figures as still pictures."""
     typer.echo(f"made {_built(book, out, form='epub')}")
+
+
+@app.command()
+def questions(
+    out: Annotated[Path, typer.Option("--out", help="New folder of the packages.")] = Path(
+        "build/questions"
+    ),
+    book: File = BOOK,
+) -> None:
+    """Write the sheets' questions, with their answers, for course systems: QTI 1.2 for teachers."""
+    from teleport.book.questions import write_questions  # it loads PyTorch
+
+    for name, count in write_questions(read_book(book), out).items():
+        typer.echo(f"{out / name}  {count} questions")
+    typer.echo("they hold the answers: keep them from students")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The packages that build the book; they come with the extra ``book``."""
+"""The packages that build the book and write questions; they come with extras."""
 
 from importlib import import_module
 from types import ModuleType
@@ -6,8 +6,8 @@ from types import ModuleType
 from teleport.errors import BookError
 
 
-def needed(name: str) -> ModuleType:
-    """Import a module of the extra ``book``.
+def needed(name: str, extra: str = "book", task: str = "building the book") -> ModuleType:
+    """Import a module of an extra, ``book`` if no other is named, for a task.
 
     Raises:
         BookError: if it is not installed, with the line that installs it.
@@ -16,6 +16,6 @@ def needed(name: str) -> ModuleType:
         return import_module(name)
     except ModuleNotFoundError as error:
         raise BookError(
-            f"building the book needs the package {error.name}, which is not installed; "
-            "run `pip install '.[book]'` in the top folder of the repository"
+            f"{task} needs the package {error.name}, which is not installed; "
+            f"run `pip install '.[{extra}]'` in the top folder of the repository"
         ) from error

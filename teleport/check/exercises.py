@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,34 @@ from teleport.errors import CheckError
 
 MARKERS = re.compile(r"^[ \t]*### (BEGIN|END) SOLUTION[ \t]*\n?", re.MULTILINE)
 STUB = re.compile(r"^( *)### BEGIN SOLUTION\n.*?^ *### END SOLUTION\n?", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class SheetExercise:
+    """An exercise of a notebook, its parts as Markdown.
+
+    Attributes:
+        about: what the notebook notes about it: label, kind, difficulty, points.
+        title: its heading.
+        question: what students read.
+        answer: the solution.
+        graded: the code that grades it, as Python.
+    """
+
+    about: dict[str, Any]
+    title: str
+    question: tuple[str, ...]
+    answer: tuple[str, ...]
+    graded: str
+
+
+def exercises(path: Path) -> list[SheetExercise]:
+    """The exercises of a notebook, in their order.
+
+    Raises:
+        CheckError: if the file is not such a notebook.
+    """
+    return [_exercise(group) for group in _read(path) if group and _about(group) is not None]
 
 
 def exercise_markdown(path: Path) -> str:
@@ -23,12 +52,14 @@ def exercise_markdown(path: Path) -> str:
     Raises:
         CheckError: if the file is not such a notebook.
     """
+    return "\n\n".join(block for group in _read(path) for block in _blocks(group)) + "\n"
+
+
+def _read(path: Path) -> list[list[dict[str, Any]]]:
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        groups = list(_groups(cells))
+        return list(_groups(json.loads(path.read_text(encoding="utf-8"))["cells"]))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckError(f"{path} is not a notebook of exercises ({error!r})") from error
-    return "\n\n".join(block for group in groups for block in _blocks(group)) + "\n"
 
 
 def _groups(cells: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -42,17 +73,28 @@ def _groups(cells: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     yield group
 
 
+def _about(group: list[dict[str, Any]]) -> Any:
+    return group[0]["metadata"].get("exercise")
+
+
 def _blocks(group: list[dict[str, Any]]) -> Iterator[str]:
     if not group:
         return
-    about = group[0]["metadata"].get("exercise")
-    if about is None:
+    if _about(group) is None:
         for cell in group:
             yield _source(cell) if cell["cell_type"] == "markdown" else _python(_source(cell))
         return
+    exercise = _exercise(group)
+    label = exercise.about["label"]
+    yield _directive("exercise", exercise.title, [f":label: {label}"], exercise.question)
+    yield _directive("solution", label, [":class: dropdown"], exercise.answer)
+
+
+def _exercise(group: list[dict[str, Any]]) -> SheetExercise:
     title, _, text = _source(group[0]).partition("\n")
     question = [text.strip()]
     answer: list[str] = []
+    graded: list[str] = []
     for cell in group[1:]:
         marks = cell["metadata"].get("nbgrader", {})
         source = _source(cell)
@@ -63,15 +105,15 @@ def _blocks(group: list[dict[str, Any]]) -> Iterator[str]:
             stub = STUB.sub(r"\1...\n", source).strip("\n")
             if stub != "...":
                 question.append(_python(stub))
-        elif not marks.get("grade"):
+        elif marks.get("grade"):
+            graded.append(source)
+        else:
             question.append(_python(source))
-    label = about["label"]
     heading = title.removeprefix("##").strip()
-    yield _directive("exercise", heading, [f":label: {label}"], question)
-    yield _directive("solution", label, [":class: dropdown"], answer)
+    return SheetExercise(_about(group), heading, tuple(question), tuple(answer), "\n".join(graded))
 
 
-def _directive(kind: str, argument: str, options: list[str], parts: list[str]) -> str:
+def _directive(kind: str, argument: str, options: list[str], parts: tuple[str, ...]) -> str:
     body = "\n\n".join(parts)
     longest = max([2, *(len(run) for run in re.findall(r"^:{3,}", body, re.MULTILINE))])
     fence = ":" * (longest + 1)

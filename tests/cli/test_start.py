@@ -46,12 +46,13 @@ COMMANDS = [
         "data verify",
     ),
     *("book", "book build", "book serve", "book check", "book proofs", "book slides", "book epub"),
+    "book questions",
 ]
 WRONG = ["run --nope", "run nope", "run --preset x", "run --schedule x", "sweep nope", "tau nope"]
 WRONG += ["continual nope", "run --threads 0", "bench step --threads 2000", "spectrum nope"]
 NO_HELP = ["--version", "list", *WRONG]
 HEAVY = ["torch", "numpy", "scipy", "polars", "matplotlib", "requests", "sphinx", "transformers"]
-HEAVY += ["lightning", "accelerate", "avalanche"]
+HEAVY += ["lightning", "accelerate", "avalanche", "text2qti"]
 
 
 def python(code: str, *arguments: str) -> str:
