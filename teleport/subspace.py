@@ -251,6 +251,7 @@ class RowSpace(Space):
         self._reduced: Tensor | None = None
         self._dtype = torch.float64
 
+    @torch.inference_mode(False)  # so that a Gram matrix can be added to outside of it, too
     def add(self, rows: Float[Tensor, "*groups rows d_in"]) -> None:
         """Take in more rows; they are copied or reduced, since a model may overwrite its inputs."""
         dtype = coarsest([self._dtype, rows.dtype])
@@ -262,6 +263,7 @@ class RowSpace(Space):
         if self._is_crowded():
             self._reduce()
 
+    @torch.inference_mode(False)
     def absorb(self, other: "RowSpace") -> None:
         if other.count == 0:
             return
@@ -389,7 +391,7 @@ class RowSpace(Space):
     def of_gram(
         cls, gram: Float[Tensor, "*groups d_in d_in"], count: int, dtype: torch.dtype
     ) -> "RowSpace":
-        """The space of ``count`` rows of a dtype below double precision, which takes over `gram`."""
+        """The space of ``count`` rows below double precision, from `gram`, which it takes over."""
         space = cls()
         space.count, space._dtype, space._reduced = count, dtype, gram
         return space
@@ -426,7 +428,7 @@ class RowSpace(Space):
         if self._reduced is not None or count > self._pending[0].shape[-1]:
             self._reduce()
 
-    @torch.inference_mode(False)  # so that whoever comes next may add to the result in place
+    @torch.inference_mode(False)
     def _reduce(self) -> None:
         rows = self._waiting()
         self._pending = []

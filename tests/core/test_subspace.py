@@ -1,5 +1,6 @@
 """Row spaces: rank, basis, projector, energy rule (T9, and the projector of T3)."""
 
+import io
 import math
 
 import pytest
@@ -332,3 +333,64 @@ def test_plainly_independent_rows_need_no_decomposition() -> None:
     assert space.basis_if_independent() is not None
     space.add(torch.zeros(1, 200))
     assert space.basis_if_independent() is None
+
+
+def bytes_held(space: RowSpace) -> int:
+    file = io.BytesIO()
+    torch.save(space, file)
+    return file.tell()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_wait_in_no_more_memory_than_they_came_in_or_a_gram_matrix_takes(
+    dtype: torch.dtype,
+) -> None:
+    """And few at a time once there is one: at most 256 rows of float64 here, for a factor."""
+    width, piece, space = 128, 32, RowSpace()
+    matrix, record = width**2 * 8, 5_000
+    for count in range(piece, 12 * width, piece):
+        space.add(torch.randn(piece, width).to(dtype))
+        came = count * width * dtype.itemsize
+        if came <= matrix:
+            assert bytes_held(space) <= came + record
+        waiting = min(matrix, 256 * width * dtype.itemsize)
+        assert bytes_held(space) <= matrix + waiting + record
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(48, torch.bfloat16), (48, torch.float32), (1030, torch.bfloat16)],  # the last by blocks
+)
+def test_a_gram_matrix_is_that_of_all_rows_however_they_came(
+    width: int, dtype: torch.dtype
+) -> None:
+    rows = torch.randn(width + 300, width).to(dtype)
+    space = RowSpace()
+    for some in rows.split([width + 20, 1, 4, 200, 75]):
+        space.add(some)
+        so_far = rows[: space.count].double()
+        torch.testing.assert_close(space.gram(), so_far.T @ so_far, rtol=0, atol=1e-10)
+    before = space.gram()
+    space.gram().zero_()
+    assert torch.equal(space.gram(), before)
+
+
+def test_more_rows_than_columns_that_still_wait_are_decomposed_as_a_gram_matrix() -> None:
+    rows = torch.randn(36, 24)
+    few, reduced = RowSpace(), RowSpace.of_gram(rows.double().T @ rows.double(), 36, torch.float32)
+    few.add(rows[:20])
+    few.add(rows[20:])
+    assert few.basis_if_independent() is None
+    torch.testing.assert_close(few.basis().singular_values, reduced.basis().singular_values)
+    assert few.basis().rank == few.factor().shape[-2] == 24
+
+
+def test_rows_may_come_in_and_outside_of_inference_mode() -> None:
+    rows, space, other = torch.randn(400, 16), RowSpace(), RowSpace()
+    with torch.inference_mode():
+        space.add(rows[:100].clone())
+        other.add(rows[100:200].clone())
+        space.absorb(other)
+    space.add(rows[200:])
+    whole = rows.double().T @ rows.double()
+    torch.testing.assert_close(space.gram(), whole)

@@ -2,6 +2,7 @@
 
 import math
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -510,3 +511,12 @@ def test_what_cannot_be_put_back_keeps_nothing_else_from_it(
         commit_all()
     assert next(calls) > 1
     assert fingerprint(problem.model) == before
+
+
+def test_the_copy_of_the_model_goes_when_the_transaction_is_left() -> None:
+    model = nn.Linear(3, 3)
+    with Transaction(model) as transaction:
+        copies = [weakref.ref(values) for values in transaction.kept.values()]
+        assert len(copies) == 2
+        assert all(copy() is not None for copy in copies)
+    assert not any(copy() is not None for copy in copies)
