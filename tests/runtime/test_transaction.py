@@ -517,5 +517,6 @@ def test_the_copy_of_the_model_goes_when_the_transaction_is_left() -> None:
     model = nn.Linear(3, 3)
     with Transaction(model) as transaction:
         copies = [weakref.ref(values) for values in transaction.kept.values()]
-        assert len(copies) == 2 and all(copy() is not None for copy in copies)
+        assert len(copies) == 2
+        assert all(copy() is not None for copy in copies)
     assert not any(copy() is not None for copy in copies)
