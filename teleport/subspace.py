@@ -267,7 +267,8 @@ class RowSpace(Space):
     def absorb(self, other: "RowSpace") -> None:
         if other.count == 0:
             return
-        self._settle()
+        if not self._exact():  # else the factor waits with the rows, as it does for `joined`
+            self._settle()
         factor, dtype = other.factor(), coarsest([self._dtype, other._dtype])
         total = self.count + other.count
         reduced = self._reduced is not None or other._reduced is not None
