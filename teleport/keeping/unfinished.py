@@ -82,8 +82,10 @@ class Unfinished:
                 found = torch.load(path, weights_only=True)
             of, done, state = found["of"], found["done"], found["survey"]
         except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as error:
+            # PyTorch's own words here advise to read the file without its safeguards.
+            why = error if isinstance(error, OSError) else "it is cut short, or of something else"
             raise NullSpaceError(
-                f"{path} holds no unfinished survey: {error}. Delete it, or give another file"
+                f"{path} holds no unfinished survey: {why}. Delete it, or give another file"
             ) from error
         if of != self._of or not self._survey.restore(state):
             raise NullSpaceError(
