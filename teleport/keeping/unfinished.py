@@ -1,7 +1,6 @@
 """A survey of old data that was interrupted and goes on: what it has taken in so far, in a file."""
 
 import os
-import pickle
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -81,11 +80,17 @@ class Unfinished:
             with torch.serialization.safe_globals([RowSpace, AxisSpace, TiedSpace]):
                 found = torch.load(path, weights_only=True)
             of, done, state = found["of"], found["done"], found["survey"]
-        except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as error:
-            # PyTorch's own words here advise to read the file without its safeguards.
-            why = error if isinstance(error, OSError) else "it is cut short, or of something else"
+        except OSError as error:  # it may be whole: nobody should delete it for that
             raise NullSpaceError(
-                f"{path} holds no unfinished survey: {why}. Delete it, or give another file"
+                f"{path} holds no unfinished survey, or cannot be read now: "
+                f"{error.strerror or error}. Mend that, or if the file is damaged, delete it"
+            ) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # PyTorch raises errors of many kinds for files that are damaged
+            raise NullSpaceError(
+                f"{path} holds no unfinished survey: it is cut short, or of something else. Delete "
+                "it, or give another file"
             ) from error
         if of != self._of or not self._survey.restore(state):
             raise NullSpaceError(

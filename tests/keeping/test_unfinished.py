@@ -89,7 +89,9 @@ def test_it_goes_on_to_the_same_bases(
     assert found.frozen == wanted.frozen
 
 
-@pytest.mark.parametrize("change", ["weights", "layers", "fewer", "short", "other", "missing"])
+@pytest.mark.parametrize(
+    "change", ["weights", "layers", "fewer", "short", "empty", "other", "missing"]
+)
 def test_a_file_of_something_else_is_refused_and_stays(
     model: Words, tmp_path: Path, change: str
 ) -> None:
@@ -106,6 +108,9 @@ def test_a_file_of_something_else_is_refused_and_stays(
     elif change == "short":
         match = "holds no unfinished survey"
         file.write_bytes(file.read_bytes()[:-500])
+    elif change == "empty":  # an EOFError of PyTorch's
+        match = "holds no unfinished survey"
+        file.write_bytes(b"")
     elif change == "other":
         match = "holds no unfinished survey"
         torch.save({"of": {}, "done": Path("x")}, file)
