@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from teleport import Teleporter, TeleportReport, recording
+from teleport import Teleporter, TeleportReport
 from teleport.landscape import Landscape, _multiplications
 from teleport.layers.support import cover
+from teleport.recording import Tape
+from teleport.runtime.closures import Closure
 from teleport.runtime.threads import WORTH_THREADS, in_parallel, using_threads, worth_threads
 from teleport.subspace import Basis
 from teleport.teleporter import METHODS
@@ -40,10 +42,10 @@ IN_BATCHES = ("attention", "plain", "residual", "tied", "twice")
 """Graphs without batch statistics: for them the loss of a batch is the mean of its parts."""
 
 
-def pieces(problem: Task, sizes: list[int]) -> list[recording.Closure]:
+def pieces(problem: Task, sizes: list[int]) -> list[Closure]:
     """Closures whose mean is the loss of the whole, from any parts: each is weighted."""
 
-    def part(x: Tensor, y: Tensor) -> recording.Closure:
+    def part(x: Tensor, y: Tensor) -> Closure:
         weight = len(sizes) * len(x) / len(problem.x)
         return lambda: weight * functional.cross_entropy(problem.model(x), y)
 
@@ -331,15 +333,15 @@ class Living:
 
     @contextmanager
     def watching(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        made = recording.Tape.__init__
+        made = Tape.__init__
 
-        def remember(tape: recording.Tape, *args: object, **kwargs: object) -> None:
+        def remember(tape: Tape, *args: object, **kwargs: object) -> None:
             made(tape, *args, **kwargs)
             self.tapes.append(weakref.ref(tape))
             self.most = max(self.most, self.count())
 
         with monkeypatch.context() as patch:
-            patch.setattr(recording.Tape, "__init__", remember)
+            patch.setattr(Tape, "__init__", remember)
             yield
 
 
