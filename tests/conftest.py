@@ -28,7 +28,8 @@ COMMON = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow],
 }
-settings.register_profile("local", **COMMON)
+# By hand others every time, so that many short runs see more than a long one.
+settings.register_profile("local", **{**COMMON, "max_examples": 20})
 settings.register_profile("ledger", derandomize=True, **COMMON)
 # The same examples every time: a second run finds nothing new, so half of them are drawn. Others
 # come from those who run the tests by hand, and from `--deep`.
