@@ -60,8 +60,8 @@ def continual(
     start = first_seed + TUNING_SEED if tune else first_seed
     numbers = range(start, start + seeds)
     total = course.steps(course.sets()) * len(strategies) * seeds
-    with recording(name, out, resume, threads, total, "step") as run:
-        run_strategies(course, strategies, numbers, run.pop("folder"), **run)
+    with recording(name, out, resume, threads, total, "step") as to:
+        run_strategies(course, strategies, numbers, to)
 
 
 def keep(
@@ -118,5 +118,5 @@ def keep(
     require_packages("" if name == "leak" else size.model)
     numbers = range(first_seed, first_seed + seeds)
     total = seeds * (len(ways) * size.steps or len(PROJECTIONS) * len(LEAK_RATES))
-    with recording(name, out, resume, threads, total, "step") as run:
-        runs(preset, numbers, run.pop("folder"), **run)
+    with recording(name, out, resume, threads, total, "step") as to:
+        runs(preset, numbers, to)

@@ -42,8 +42,8 @@ def spectrum(
         check_moment(name, preset)  # before any folder is made
     moments = list(dict.fromkeys(trained or (0, 50)))
     total = len(names) * len(moments)
-    with recording("spectrum", out, resume, threads, total) as run:
-        write_spectra(names, preset=preset, steps=moments, seed=seed, **run)
+    with recording("spectrum", out, resume, threads, total) as to:
+        write_spectra(names, to, preset=preset, steps=moments, seed=seed)
 
 
 def tau(
@@ -73,9 +73,9 @@ def tau(
     if lr is not None and not 0.0 < lr < math.inf:
         raise ValueError(f"lr must be > 0 and finite, got {lr}")
     total = 1 + len(FIGURE_TAUS)
-    with recording("tau", out, resume, threads, total) as run:
+    with recording("tau", out, resume, threads, total) as to:
         write_trajectories(
-            name, preset=preset, trained=trained, lr=lr, teleport_steps=steps, seed=seed, **run
+            name, to, preset=preset, trained=trained, lr=lr, teleport_steps=steps, seed=seed
         )
 
 
@@ -110,16 +110,16 @@ def moves(
         check_moment(name, preset, batch)  # before any folder is made
     names = list(dict.fromkeys(names))
     total = len(names) * seeds * (1 + len(MOVE_TAUS))
-    with recording("moves", out, resume, threads, total) as run:
+    with recording("moves", out, resume, threads, total) as to:
         write_moves(
             names,
+            to,
             preset=preset,
             trained=trained,
             growth=growth,
             n=batch,
             evaluating=evaluating,
             seeds=seeds,
-            **run,
         )
 
 
@@ -148,8 +148,8 @@ def saving(
     check_savings(names, chosen, preset)  # before any folder is made
     names, chosen = list(dict.fromkeys(names)), list(dict.fromkeys(chosen))
     total = seeds * count_arms(names, chosen, preset)
-    with recording("saving", out, resume, threads, total) as run:
-        write_savings(names, chosen, preset=preset, seeds=seeds, **run)
+    with recording("saving", out, resume, threads, total) as to:
+        write_savings(names, chosen, to, preset=preset, seeds=seeds)
 
 
 def product(
@@ -212,8 +212,8 @@ def connectivity(
 
     names = list(dict.fromkeys(names))
     total = seeds * sum(check_connectivity(name, preset, epochs) for name in names)
-    with recording("connectivity", out, resume, threads, total, "step") as run:
-        write_lines(names, preset=preset, epochs=epochs, seeds=seeds, points=points, **run)
+    with recording("connectivity", out, resume, threads, total, "step") as to:
+        write_lines(names, to, preset=preset, epochs=epochs, seeds=seeds, points=points)
 
 
 def sensitivity(
@@ -245,5 +245,5 @@ def sensitivity(
         * (1 + len(SIZE_FACTORS))
         * check_sensitivity(name, preset, epochs)
     )
-    with recording("sensitivity", out, resume, threads, total, "step") as run:
-        write_design(name, preset=preset, epochs=epochs, points=points, **run)
+    with recording("sensitivity", out, resume, threads, total, "step") as to:
+        write_design(name, to, preset=preset, epochs=epochs, points=points)

@@ -5,22 +5,18 @@ after a teleport. What the whole runs saved is in the records of `teleport sweep
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from teleport.bounds.saving import FIRST_POWER, TriedStep, best_growth, try_step
 from teleport.data import Dataset, load
-from teleport.errors import RunError
 from teleport.lab.experiments.arms import Arm, RunSettings, default_arms, teleport_settings
 from teleport.lab.experiments.training import Training, check_fits
-from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
-from teleport.lab.records.runs import has_begun, read_rows
-from teleport.lab.records.sameness import check_folder, is_complete
-from teleport.lab.records.study import record_paths
-from teleport.lab.records.writer import RecordWriter, environment
+from teleport.lab.records.record_folder import RecordFolder, read_records
+from teleport.lab.records.writer import environment
 from teleport.runtime.clock import now
 from teleport.runtime.ranks import ALONE
 from teleport.runtime.transaction import Transaction
@@ -33,34 +29,22 @@ NO_DESCENT = 1e6
 def write_savings(
     names: Sequence[str],
     optimizers: Sequence[str],
-    folder: Path,
+    out: RecordFolder,
     *,
     preset: str = "cpu",
     seeds: int = 2,
-    resume: bool = False,
-    command: str = "",
-    progress: Callable[[str], None] = lambda what: None,
 ) -> None:
     """Record what teleports should save, one file for each experiment, optimizer and seed.
 
-    Args:
-        names: of the experiments.
-        optimizers: those of them that an experiment was tuned for are taken.
-        folder: an existing one, for the records.
-        preset: their size.
-        seeds: how many, from 0; those of `teleport sweep`.
-        resume: leave complete records, and make those again that were broken off.
-        command: the command line, for the record.
-        progress: told what is being computed.
+    Of the optimizers those are taken that an experiment was tuned for. The seeds, from 0, are those
+    of `teleport sweep`.
 
     Raises:
         ValueError: for an unknown name, or a value out of range.
-        RunError: if the folder is in use or holds other records, a record exists already, or it
-            cannot be written.
+        RunError: as `RecordFolder`.
         DataError: if the data cannot be had.
     """
-    with locked(folder / ".lock", str(folder)):
-        check_folder(folder, "saving", {"preset": preset})
+    with out.held("saving", {"preset": preset}):
         for order, name in enumerate(names):
             for optimizer in optimizers:
                 settings = tuned_settings(name, optimizer, preset)
@@ -68,23 +52,17 @@ def write_savings(
                     continue
                 dataset = load(settings.recipe().data)
                 for seed in range(seeds):
-                    path = folder / f"{order:02d}-{slug(name)}-{optimizer}-seed{seed}.jsonl"
                     own = {"experiment": name, "optimizer": optimizer, "seed": seed}
-                    if resume:
-                        if is_complete(path, own):
-                            continue
-                        path.unlink(missing_ok=True)
-                    with RecordWriter(path) as writer:
-                        shared = {"figure": "saving", "order": order, "command": command}
-                        title = settings.recipe().title
-                        writer.write(
-                            "config", **shared, preset=preset, title=title, **own, **environment()
-                        )
+                    path = out.missing(f"{order:02d}-{slug(name)}-{optimizer}-seed{seed}", own)
+                    if path is None:
+                        continue
+                    shared = {"figure": "saving", "order": order, "preset": preset}
+                    title = settings.recipe().title
+                    with out.writing(path, **shared, title=title, **own, **environment()) as writer:
                         for arm in plain_arms(name, optimizer):
-                            progress(f"{name}, {optimizer}, seed {seed}: {arm.name}")
+                            out.progress(f"{name}, {optimizer}, seed {seed}: {arm.name}")
                             row = measure(Training(settings, arm, seed, dataset))
                             writer.write("saving", arm=arm.name, **row)
-                        writer.write("end", status="finished")
 
 
 def tuned_settings(name: str, optimizer: str, preset: str) -> RunSettings | None:
@@ -197,20 +175,13 @@ def read_savings(folder: Path) -> list[Saving]:
     """What teleports should save in the arms whose records a folder holds, in their order.
 
     Raises:
-        RunError: if there is none, or a record is damaged or of something else.
+        RunError: as `read_records`.
     """
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for path in filter(has_begun, record_paths(folder)):
-        config, *rows = read_rows(path)
-        if config.get("figure") != "saving":
-            raise RunError(f"{path} is not a record of `teleport saving`")
-        if not rows or rows[-1]["type"] != "end":
-            continue  # broken off; --resume makes it again
+    for _, config, rows in read_records(folder, "saving", "savings"):
         for row in (row for row in rows if row["type"] == "saving"):
             key = config["experiment"], config["optimizer"], row["arm"]
             found.setdefault(key, []).append(row)
-    if not found:
-        raise RunError(f"{folder} holds no savings; give a folder `teleport saving` has written")
 
     def mean(rows: list[dict[str, Any]], name: str) -> float:
         return float(sum(row[name] for row in rows) / len(rows))
