@@ -24,7 +24,6 @@ from teleport.lab.keeping.comparison import (
     EVERY,
     HELD,
     Recipe,
-    Row,
     look_row,
     looks,
     run_ways,
@@ -42,6 +41,7 @@ from teleport.lab.keeping.facts import (
     language_model,
 )
 from teleport.lab.records.record_folder import RecordFolder
+from teleport.lab.records.study import Row
 from teleport.runtime.clock import now
 
 EDITS_TITLE = "new facts for a language model"

@@ -16,7 +16,6 @@ from teleport.lab.keeping.comparison import (
     HELD,
     USES_SPACE,
     Recipe,
-    Row,
     look_row,
     looks,
     run_ways,
@@ -33,6 +32,7 @@ from teleport.lab.keeping.words import (
     word_task,
 )
 from teleport.lab.records.record_folder import RecordFolder
+from teleport.lab.records.study import Row
 from teleport.runtime.clock import now
 
 WORDS_TITLE = "new words for MiniLM beside an old index"
