@@ -31,7 +31,10 @@ def recording(
         from teleport.cli.show import show
         from teleport.lab.records.folders import resumed_folder
         from teleport.lab.records.record_folder import RecordFolder
+        from teleport.line_search import load_search
         from teleport.runtime.threads import threads_for, using_threads
+
+        load_search()
 
     folder = resumed_folder(study, out, resume)
     bar = part_progress if unit == "part" else step_progress

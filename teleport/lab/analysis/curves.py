@@ -19,9 +19,7 @@ from teleport.lab.records.runs import FloatArray, Run, by_arm, log
 
 SHADES = ("#0b3c5d", "#c8553d", "#5b8e7d", "#8d6a9f", "#c49a1a", "#4a4a4a")
 
-
 POINT_MARKERS = ("o", "s", "^", "D", "v", "P")
-
 
 LINE_STYLES = ("-", "--", ":", "-.")
 

@@ -43,17 +43,13 @@ from teleport.teleporter import Teleporter
 LabelledBatch = tuple[Tensor, Tensor]
 """Inputs and classes."""
 
-
 Prepared = tuple[Teleporter | Rival, list[Callable[[], Tensor]]]
 """Something that moves a model of its own, and the closures of its batches."""
 
-
 CPU = torch.device("cpu")
-
 
 GRADIENT_BUDGET = 30.0
 """Gradients whose time a way may spend in `same_budget_table`."""
-
 
 HELD_OUT = 1000
 """Images outside the batch whose loss is compared."""

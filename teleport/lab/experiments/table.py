@@ -41,7 +41,6 @@ else:
 MARKS = ("paper", "ours")
 TOO_LONG = "a chain of `like`, or of tables in tables, is too long to follow; shorten it"
 
-
 _PRESET: dict[str, Condition] = {
     "epochs": is_natural,
     "evaluate_every": is_natural,

@@ -48,7 +48,6 @@ EDITS_TITLE = "new facts for a language model"
 SEARCH_LR, SEARCH_DECAY = 0.0125, 0.5
 """Of the search for values: changes are counted in norms of the outputs."""
 
-
 DEFAULT_EDITS = (
     *(Recipe("edit", 0.0, tau) for tau in (0.9, 0.97)),
     *(Recipe("memit", 0.0, strength) for strength in (1e4, 1e5)),

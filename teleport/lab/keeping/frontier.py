@@ -41,7 +41,6 @@ ALPHAS = (0.7, 0.5, 0.3)
 
 _LINEAR = ["query", "key", "value", "dense"]
 
-
 DEFAULT_WAYS = (
     Recipe("tokens", 1e-2),
     Recipe("attach", 1e-3, 0.97),

@@ -23,7 +23,6 @@ VALIDATION = 5000
 A size may say otherwise.
 """
 
-
 MEAN, DEVIATION = 0.1307, 0.3081
 """Of the pixels of MNIST's training images, from 0 to 1."""
 
