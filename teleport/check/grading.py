@@ -91,12 +91,9 @@ class _Run:
 def grade(
     path: Path, time_limit: float = 10.0, ran: Callable[[int, int], None] = lambda done, of: None
 ) -> Grades:
-    """Grade a ``.py`` or ``.ipynb`` file.
+    """Grade a ``.py`` or ``.ipynb`` file, with ``time_limit`` seconds for each cell or statement.
 
-    Args:
-        path: of the file.
-        time_limit: seconds for each piece of it: a cell, or a statement.
-        ran: told how many pieces have ended, and of how many.
+    ``ran`` is told how many of them have ended, and of how many.
 
     Raises:
         CheckError: if the file cannot be graded at all, or Hypothesis is not installed.

@@ -107,11 +107,7 @@ class Dataset:
         return "mse" if self.kind == "windows" else "cross_entropy"
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss over all targets.
-
-        Args:
-            outputs: What the network returned, float, shaped as the module's table says.
-            targets: Targets of the same examples.
+        """Mean loss over all targets; outputs are shaped as the module's table says.
 
         Returns:
             A scalar: mean squared error for windows, cross entropy otherwise (over all positions
@@ -122,14 +118,10 @@ class Dataset:
         return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
     def prepare(self, inputs: Tensor) -> Tensor:
-        """Make a network's inputs of stored ones, on the device where they are.
+        """Make a network's inputs of some rows of stored ones, on the device where they are.
 
-        Args:
-            inputs: Some rows of an ``..._inputs`` tensor.
-
-        Returns:
-            Bytes become float32 divided by 255, in [0, 1], and resized where the set says so
-            (bilinear). All other inputs come back as they are.
+        Bytes become float32 divided by 255, in [0, 1], and resized where the set says so
+        (bilinear). All other inputs come back as they are.
         """
         if inputs.dtype != torch.uint8:
             return inputs

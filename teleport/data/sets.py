@@ -90,23 +90,12 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
 
 
 def available(root: str | Path | None = None) -> list[SetInfo]:
-    """List the known data sets.
-
-    Args:
-        root: Data folder, as in `load`.
-
-    Returns:
-        One entry per set, with the place of its files. The files are not checked.
-    """
+    """The known data sets and where their files are, unchecked; ``root`` as in `load`."""
     return [_info(name, root) for name in SOURCES]
 
 
 def fetch(name: str, root: str | Path | None = None) -> Path:
-    """Download the files of a set that are absent, and check all of them.
-
-    Args:
-        name: Name of the set.
-        root: Data folder, as in `load`.
+    """Download the files of a set that are absent, and check all of them; ``root`` as in `load`.
 
     Returns:
         The folder that holds the files.
@@ -121,11 +110,7 @@ def fetch(name: str, root: str | Path | None = None) -> Path:
 
 
 def verify(name: str, root: str | Path | None = None) -> list[FileStatus]:
-    """Check every file of a set without downloading anything.
-
-    Args:
-        name: Name of the set.
-        root: Data folder, as in `load`.
+    """Check every file of a set without downloading anything; ``root`` as in `load`.
 
     Returns:
         The status of each file, in the order of the set. Damage is reported, not raised.

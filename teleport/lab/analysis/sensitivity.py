@@ -338,6 +338,8 @@ def _checked(
 ) -> list[dict[str, Any]]:
     """The rows of one point: its configuration, then one outcome for every design."""
     found = {row.get("design"): row for row in others if row["type"] == "outcome"}
+    if config["order"] != config["seed"]:  # else a point could be there twice
+        raise RunError(f"{path} is not the point of its seed; make its record again")
     if set(found) != set(SIZE_FACTORS) or len(config["place"]) != len(NAMES):
         raise RunError(
             f"{path} does not have an outcome for {' and '.join(SIZE_FACTORS)} at a place of "
