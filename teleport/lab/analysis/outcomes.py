@@ -132,9 +132,7 @@ def folder_outcomes(
 ) -> list[FolderOutcome]:
     """Every folder with records of runs, this one and those below, compared or not.
 
-    Args:
-        folder: of them.
-        progress: told how many folders were read since, and how many there are.
+    ``progress`` is told how many folders were read since, and how many there are.
 
     Raises:
         RunError: if a record is damaged or copied.

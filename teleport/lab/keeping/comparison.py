@@ -178,15 +178,8 @@ def looks(
 ) -> Iterator[tuple[int, float]]:
     """Train, and stop for a look at the start and every few steps.
 
-    What is attached to the optimizer projects before each look.
-
-    Args:
-        optimizer: of the parameters that are trained.
-        loss: of a step, the first being 1.
-        steps: in all.
-        every: steps between looks.
-        attached: a null space, or None.
-        told: of every step.
+    The loss is that of a step, the first being 1. What is attached to the optimizer projects before
+    each look; ``told`` is told of every step.
 
     Yields:
         Steps done, and the seconds that they took.

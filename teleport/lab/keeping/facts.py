@@ -265,12 +265,7 @@ def language_model(name: str, task: FactTask) -> LanguageModel:
 
 
 class FactExamination:
-    """What a model says of facts, their neighbours and other text, against itself as it was.
-
-    Args:
-        model: as it was.
-        task: the facts.
-    """
+    """What a model says of facts, their neighbours and other text, against itself as it was."""
 
     def __init__(self, model: LanguageModel, task: FactTask) -> None:
         self._task = task

@@ -136,14 +136,10 @@ class _Trial:
 
 
 def leak(way: str, optimizer: str, size: LeakSize, seed: int) -> Leak:
-    """Train in one way with one optimizer, and measure.
+    """Train in one way with one optimizer of `LEAK_RATES`, and measure.
 
-    Args:
-        way: one of `PROJECTIONS`: the displacement projected by `NullSpace.attach`, only the
-            gradients by `NullSpace.project_`, or PEFT's OSF, which projects gradients, too.
-        optimizer: one of `LEAK_RATES`.
-        size: of model and data.
-        seed: of both.
+    The ways are those of `PROJECTIONS`: the displacement projected by `NullSpace.attach`, only the
+    gradients by `NullSpace.project_`, or PEFT's OSF, which projects gradients, too.
 
     Raises:
         ValueError: for an unknown way or optimizer.

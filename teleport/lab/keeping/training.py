@@ -88,13 +88,7 @@ def default_strategies(
     taus: Sequence[float] | None = None,
     lrs: Sequence[float] | None = None,
 ) -> list[Strategy]:
-    """The strategies of a sequence.
-
-    Args:
-        sequence: its name.
-        methods: names of methods; all of them by default.
-        taus: for the methods with a null space; the sequence's by default.
-        lrs: learning rates for every method; the tuned one of each by default.
+    """The strategies of a sequence: its methods, its tau and their tuned rates, unless given.
 
     Raises:
         ValueError: for an unknown name, a tau outside (0, 1], or a learning rate not > 0.

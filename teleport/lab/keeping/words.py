@@ -124,10 +124,8 @@ class WordTask:
 def word_task(size: WordSize, seed: int, choosing: bool = False) -> WordTask:
     """Draw words, their things and old sentences.
 
-    Args:
-        size: how many.
-        seed: of the draw.
-        choosing: for choosing settings; no thing, pattern or old sentence is in both kinds of task.
+    No thing, pattern or old sentence is in both kinds of task, those for choosing settings and
+    those for reports.
     """
     draws = torch.Generator().manual_seed(seed)
     part = 0 if choosing else 1
@@ -305,12 +303,7 @@ def _numbers(sentences: Sequence[str], known: dict[str, int]) -> dict[str, Tenso
 
 
 class Examination:
-    """What a model has learned and what it has kept, against itself as it was.
-
-    Args:
-        model: as it was.
-        task: the words and sentences.
-    """
+    """What a model has learned and what it has kept, against itself as it was."""
 
     def __init__(self, model: SentenceModel, task: WordTask) -> None:
         self._task = task

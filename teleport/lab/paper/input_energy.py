@@ -54,12 +54,9 @@ class Spectrum:
 def spectra(
     model: nn.Module, closure: Callable[[], Any], taus: Sequence[float] = FIGURE_TAUS
 ) -> list[Spectrum]:
-    """The spectra of all covered layers of a model.
+    """The spectra of all covered layers of a model, with ranks for thresholds in (0, 1].
 
-    Args:
-        model: the model.
-        closure: runs it on a batch; what it returns does not matter.
-        taus: thresholds, each in (0, 1], for the ranks.
+    The closure runs the model on a batch; what it returns does not matter.
 
     Raises:
         ValueError: if a threshold is out of range.

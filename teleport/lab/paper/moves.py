@@ -34,13 +34,6 @@ def try_move(
 
     The model is as before afterwards.
 
-    Args:
-        model: the model.
-        closure: returns the loss of the teleport batch.
-        held_out: returns that of other examples.
-        tau: share of the input energy that is kept.
-        growth: of the gradient norm, asked for.
-
     Returns:
         The report of the move, with the guard's tolerance, and why the guard undid it; empty if it
         did not.
@@ -69,17 +62,11 @@ def write_moves(
     evaluating: bool = False,
     seeds: int = 3,
 ) -> None:
-    """Record what moves in named experiments for every τ, one file for each seed.
+    """Record what moves in named experiments for every τ, one file for each of the seeds from 0.
 
-    Args:
-        names: of the experiments.
-        out: for the records.
-        preset: their size.
-        trained: training steps before the teleport.
-        growth: of the gradient norm, asked for, > 1.
-        n: examples of the teleport batch; default the experiment's.
-        evaluating: teleport in evaluation mode, which BatchNorm tells from training mode.
-        seeds: how many, from 0.
+    Teleports come after so many training steps and ask for a growth > 1. The batch has ``n``
+    examples, by default the experiment's. With ``evaluating`` they are in evaluation mode, which
+    BatchNorm tells from training mode.
 
     Raises:
         ValueError: for an unknown name, or a value out of range.

@@ -53,14 +53,6 @@ def trajectory(
     drift is not bounded, and the growth of the norm only by `DIVERGED_GROWTH`. The model is as
     before afterwards.
 
-    Args:
-        model: the model.
-        closure: returns the loss of the teleport batch.
-        held_out: returns that of other examples.
-        tau: share of the input energy that is kept.
-        lr: step size, the paper's η.
-        steps: how many, >= 1.
-
     Returns:
         The points, and why there are fewer than ``steps + 1`` of them; empty if there are not.
     """

@@ -81,11 +81,7 @@ def read_records(
 ) -> list[tuple[Path, dict[str, Any], list[dict[str, Any]]]]:
     """Path, first row and other rows of the records of a study, which is all that is there.
 
-    Args:
-        folder: of the records.
-        study: the command that made them.
-        what: they are of, for the message.
-        unfinished: also those that were broken off, which ``--resume`` makes again.
+    Those that were broken off, which ``--resume`` makes again, come only if they are asked for.
 
     Raises:
         RunError: if there is none, or one is damaged or of something else, or two are of the same.

@@ -359,12 +359,6 @@ def made_by(config: dict[str, Any]) -> str:
 def check_row(path: Path, number: int, row: dict[str, Any], config: dict[str, Any]) -> None:
     """Refuse a row in which a field is missing or of another kind; a record of others is theirs.
 
-    Args:
-        path: of the record.
-        number: of the line.
-        row: on it.
-        config: the first row of the record.
-
     Raises:
         RunError: naming record, line and field, what is there and what is expected.
     """
