@@ -21,7 +21,8 @@ from torch import nn
 
 from teleport.data import Dataset, load
 from teleport.errors import RunError
-from teleport.lab.experiments.arms import Arm, RunSettings, teleport_settings, tuning
+from teleport.lab.analysis.sensitivity import design_settings
+from teleport.lab.experiments.arms import Arm, RunSettings, tuning
 from teleport.lab.experiments.training import Training, check_fits, look, separate_draws
 from teleport.lab.records.folders import slug
 from teleport.lab.records.record_folder import RecordFolder, read_records
@@ -164,15 +165,12 @@ def points_on_line(to: str, first: Training, second: Training, count: int) -> It
 def settings_of(
     name: str, preset: str = "cpu", epochs: int | None = None
 ) -> tuple[RunSettings, float]:
-    """How an experiment is trained here: with SGD at its tuned rate, which is returned as well.
+    """As of `design_settings`, with the tuned rate.
 
     Raises:
-        ValueError: for an unknown name or preset, a count < 1, or an experiment whose rate is not
-            known.
+        ValueError: as there, or for an experiment whose rate is not known.
     """
-    settings = RunSettings(name, preset, "sgd", epochs, teleport=teleport_settings(name))
-    settings.size()
-    return settings, tuning(name, "sgd").tuned
+    return design_settings(name, preset, epochs), tuning(name, "sgd").tuned
 
 
 def check_connectivity(name: str, preset: str = "cpu", epochs: int | None = None) -> int:

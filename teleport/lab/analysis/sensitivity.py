@@ -170,7 +170,7 @@ def effects(design: str, at: FloatArray, response: FloatArray) -> Effects:
 
 
 def design_settings(name: str, preset: str = "cpu", epochs: int | None = None) -> RunSettings:
-    """How an experiment is trained here: with SGD; for the preset's epochs unless given.
+    """How an experiment is trained in these studies: with SGD, the preset's epochs unless given.
 
     Raises:
         ValueError: for an unknown name or preset, or a count < 1.

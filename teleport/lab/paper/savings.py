@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from teleport.bounds.saving import FIRST_POWER, TriedStep, best_growth, try_step
-from teleport.data import Dataset, load
+from teleport.data import load
 from teleport.lab.experiments.arms import Arm, RunSettings, default_arms, teleport_settings
 from teleport.lab.experiments.training import Training, check_fits
 from teleport.lab.records.folders import slug
@@ -45,40 +45,43 @@ def write_savings(
         DataError: if the data cannot be had.
     """
     with out.held("saving", {"preset": preset}):
-        for order, name in enumerate(names):
-            for optimizer in optimizers:
-                settings = tuned_settings(name, optimizer, preset)
-                if settings is None:
+        for settings in tuned_settings(names, optimizers, preset):
+            name, optimizer, recipe = settings.experiment, settings.optimizer, settings.recipe()
+            dataset, order = load(recipe.data), names.index(name)
+            for seed in range(seeds):
+                own = {"experiment": name, "optimizer": optimizer, "seed": seed}
+                path = out.missing(f"{order:02d}-{slug(name)}-{optimizer}-seed{seed}", own)
+                if path is None:
                     continue
-                dataset = load(settings.recipe().data)
-                for seed in range(seeds):
-                    own = {"experiment": name, "optimizer": optimizer, "seed": seed}
-                    path = out.missing(f"{order:02d}-{slug(name)}-{optimizer}-seed{seed}", own)
-                    if path is None:
-                        continue
-                    shared = {"figure": "saving", "order": order, "preset": preset}
-                    title = settings.recipe().title
-                    with out.writing(path, **shared, title=title, **own, **environment()) as writer:
-                        for arm in plain_arms(name, optimizer):
-                            out.progress(f"{name}, {optimizer}, seed {seed}: {arm.name}")
-                            row = measure(Training(settings, arm, seed, dataset))
-                            writer.write("saving", arm=arm.name, **row)
+                shared = {"figure": "saving", "order": order, "preset": preset}
+                title = recipe.title
+                with out.writing(path, **shared, title=title, **own, **environment()) as writer:
+                    for arm in plain_arms(settings):
+                        out.progress(f"{name}, {optimizer}, seed {seed}: {arm.name}")
+                        row = measure(Training(settings, arm, seed, dataset))
+                        writer.write("saving", arm=arm.name, **row)
 
 
-def tuned_settings(name: str, optimizer: str, preset: str) -> RunSettings | None:
-    """How an experiment is trained with an optimizer; None if it was not tuned for it."""
-    settings = RunSettings(name, preset, optimizer, teleport=teleport_settings(name))
-    settings.size()
-    return settings if optimizer in settings.recipe().tuning else None
+def tuned_settings(
+    names: Sequence[str], optimizers: Sequence[str], preset: str
+) -> list[RunSettings]:
+    """How experiments are trained with those of the optimizers that they were tuned for."""
+    every = [
+        RunSettings(name, preset, optimizer, teleport=teleport_settings(name))
+        for name in names
+        for optimizer in optimizers
+    ]
+    for settings in every:
+        settings.size()
+    return [settings for settings in every if settings.optimizer in settings.recipe().tuning]
 
 
 def check_savings(names: Sequence[str], optimizers: Sequence[str], preset: str) -> None:
     """Refuse, before anything is written, what `write_savings` would refuse; errors as there."""
-    found = [tuned_settings(name, optimizer, preset) for name in names for optimizer in optimizers]
-    for settings in filter(None, found):
-        dataset: Dataset = load(settings.recipe().data)
-        check_fits(settings, dataset)
-    if not any(found):
+    found = tuned_settings(names, optimizers, preset)
+    for settings in found:
+        check_fits(settings, load(settings.recipe().data))
+    if not found:
         raise ValueError(
             f"none of {', '.join(names)} was tuned for any of {', '.join(optimizers)}; see "
             "`teleport list`"
@@ -87,13 +90,13 @@ def check_savings(names: Sequence[str], optimizers: Sequence[str], preset: str) 
 
 def count_arms(names: Sequence[str], optimizers: Sequence[str], preset: str) -> int:
     """How many arms `write_savings` looks at with every seed."""
-    pairs = ((name, optimizer) for name in names for optimizer in optimizers)
-    return sum(len(plain_arms(*pair)) for pair in pairs if tuned_settings(*pair, preset))
+    return sum(len(plain_arms(settings)) for settings in tuned_settings(names, optimizers, preset))
 
 
-def plain_arms(name: str, optimizer: str) -> list[Arm]:
+def plain_arms(settings: RunSettings) -> list[Arm]:
     """The default arms without a teleport, each once."""
-    return list(dict.fromkeys(arm.baseline for arm in default_arms(name, optimizer)))
+    arms = default_arms(settings.experiment, settings.optimizer)
+    return list(dict.fromkeys(arm.baseline for arm in arms))
 
 
 def measure(training: Training) -> dict[str, Any]:

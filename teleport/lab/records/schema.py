@@ -96,7 +96,7 @@ NUMBER_OR_NULL = or_null(NUMBER)
 LOSS_OR_NULL = or_null(Kind("a number >= 0", lambda value: _is_number(value) and value >= 0))
 NUMBERS = Kind("a list of numbers", lambda value: _are(value, _is_number))
 SHARES = Kind("a list of numbers", lambda value: value == [] or _are(value, _is_number))
-TIME = Kind("a number > 0", _is_time)
+POSITIVE = Kind("a number > 0", _is_time)
 TIMES = Kind("a list of numbers > 0", lambda value: _are(value, _is_time))
 MATRIX = Kind("a matrix of numbers", _is_matrix)
 RANKS = Kind("an object of integers >= 0 by numbers", _are_ranks)
@@ -209,7 +209,7 @@ ROWS: dict[str, dict[str, Fields]] = {
             "reason": TEXT,
             "undone": TEXT,
             "tolerance": NUMBER,
-            **dict.fromkeys(("seconds", "gradient_seconds"), TIME),
+            **dict.fromkeys(("seconds", "gradient_seconds"), POSITIVE),
             **dict.fromkeys(("loss_before", "grad_norm_before"), NUMBER),
             **dict.fromkeys(("loss_after", "grad_norm_after"), NUMBER_OR_NULL),
             **dict.fromkeys(("held_out_before", "held_out_after"), NUMBER_OR_NULL),
@@ -223,7 +223,7 @@ ROWS: dict[str, dict[str, Fields]] = {
             "arm": TEXT,
             "steps": COUNT,
             **dict.fromkeys(("stride", "stride_after", "growth"), NUMBER),
-            "cost": TIME,
+            "cost": POSITIVE,
         },
         "end": _END,
     },
@@ -288,7 +288,7 @@ ROWS: dict[str, dict[str, Fields]] = {
             "optimizer": TEXT,
             "lr": NUMBER,
         },
-        "teleport": {"to": TEXT, "grad_norm_before": TIME, "grad_norm_after": NUMBER},
+        "teleport": {"to": TEXT, "grad_norm_before": POSITIVE, "grad_norm_after": NUMBER},
         "point": {"to": TEXT, **dict.fromkeys(("share", "train_loss", "test_loss"), NUMBER)},
         "end": _END,
     },
@@ -334,7 +334,7 @@ ROWS: dict[str, dict[str, Fields]] = {
         "same budget": {
             **_MOVED,
             "steps": COUNT,
-            **dict.fromkeys(("seconds", "gradient_seconds", "gradients"), TIME),
+            **dict.fromkeys(("seconds", "gradient_seconds", "gradients"), POSITIVE),
         },
         "speed": {"activation": TEXT, "seconds": TIMES, "gradient_seconds": TIMES},
         "end": {"status": TEXT},
