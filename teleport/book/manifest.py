@@ -44,10 +44,7 @@ class Chapter:
     """One chapter.
 
     Attributes:
-        file: The notebook.
         seconds: Time budget for running all its cells.
-        data: Names of the data sets that it reads.
-        exercises: Notebook with its exercises, if there is one.
     """
 
     file: Path
@@ -67,15 +64,9 @@ class Book:
 
     Attributes:
         file: ``book.toml`` itself.
-        title: Title of the book.
-        authors: Its authors.
-        language: Code of its language.
         licence: SPDX name of its licence.
         front: Markdown file of the first page.
-        bibliography: BibTeX file.
         links: Text and address of what the foot of every page links to.
-        chapters: The chapters in their order.
-        pages: Files of the pages behind the chapters in their order.
     """
 
     file: Path

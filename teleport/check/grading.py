@@ -32,14 +32,8 @@ class Exercise:
     """What an exercise got.
 
     Attributes:
-        name: of the exercise.
-        place: where it stands in the file.
-        points: what it got.
-        possible: what it could get.
         passed: whether it got all its points; of none, whether it would have got them.
         reason: why it failed, beside what its verdicts say.
-        verdicts: of the checks it called.
-        note: what else is to be said about it.
     """
 
     name: str

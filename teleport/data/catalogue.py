@@ -19,8 +19,6 @@ class Source:
     """How a set is made of its files.
 
     Attributes:
-        what: The set in one line.
-        kind: What its examples are.
         files: Its files, in the order in which ``build`` expects them.
         folder: Folder of the files inside the root; empty for a set embedded in the package.
         build: Makes the parts of the checked files.

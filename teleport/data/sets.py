@@ -27,9 +27,6 @@ class SetInfo:
     """One line of the list of data sets.
 
     Attributes:
-        name: Name to load it by.
-        kind: What its examples are.
-        what: The set in one line.
         where: ``"embedded"``, the folder that holds the files, or ``"not fetched"``.
         how: What to do to have it; empty where it is there.
     """
@@ -46,7 +43,6 @@ class FileStatus:
     """Result of checking one file.
 
     Attributes:
-        path: The file.
         state: ``"ok"``, ``"missing"`` or ``"damaged"``.
         detail: What is wrong and what to do; empty when the file is ok.
     """

@@ -29,7 +29,6 @@ class Checked:
     """A file whose digest is right.
 
     Attributes:
-        path: Where it lies.
         content: Its content, decompressed unless it is an archive.
         digest: The digest that was compared, without the name of the algorithm.
     """
@@ -41,12 +40,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What decoding the files of a set gives.
-
-    Attributes:
-        arrays: Arrays by name.
-        names: Names of classes or words.
-    """
+    """What decoding the files of a set gives."""
 
     arrays: dict[str, npt.NDArray]
     names: tuple[str, ...] = ()

@@ -261,7 +261,6 @@ class Lines:
     """The records of one experiment over its seeds.
 
     Attributes:
-        config: that of the first seed.
         shares: of the way, ``[points]``.
         losses: by the other network and the split, ``[seeds, points]``.
         growths: what the teleports reached, by the other network, ``[seeds]``.

@@ -22,9 +22,7 @@ class FolderOutcome:
 
     Attributes:
         folder: relative to the folder of the report.
-        runs: its records.
         summaries: one per arm.
-        best: name of the best arm without teleport.
     """
 
     folder: Path

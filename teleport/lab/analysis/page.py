@@ -43,7 +43,6 @@ class _Curve:
     Attributes:
         seeds: ``[seeds, steps]``.
         mean: ``[steps]``, as far as all seeds have values.
-        diverged: whether a seed did.
     """
 
     seeds: FloatArray

@@ -61,7 +61,6 @@ class Values:
         open: 1 - τ.
         n: examples of the teleport batch.
         after: training steps before the teleport.
-        lr: learning rate.
     """
 
     growth: float
@@ -293,8 +292,6 @@ class Outcomes:
     """One design as read from its records.
 
     Attributes:
-        config: of the first point.
-        design: `WANTED_GROWTH` or `FIXED_STEP`.
         places: ``[points, factors]``.
         log_loss: of the teleport against none, ``[points]``; NaN where there is nothing to compare.
         growth: reached, ``[points]``.

@@ -43,7 +43,6 @@ class Traffic:
     Attributes:
         widths: of the input, the hidden layers and the output.
         rows: samples in all ranks together.
-        tau: share of energy to be kept.
     """
 
     widths: tuple[int, ...]

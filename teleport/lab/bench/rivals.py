@@ -64,13 +64,11 @@ class WayRow:
     """One way to move, on the same batch as all others.
 
     Attributes:
-        way: its name.
         growth: factor on the gradient norm.
         drift: relative change of the batch loss.
         held_out_drift: relative change of the loss of other images.
         move: norm of the change of all weights together.
         timing: of all repeats, each right after one gradient of the batch.
-        note: how it ended.
     """
 
     way: str
@@ -189,14 +187,11 @@ class BudgetRow:
     """One way, repeated for as long as all others.
 
     Attributes:
-        way: its name.
         steps: kept within the budget; the last one may end after it.
         growth: factor on the gradient norm by all steps together.
         drift: relative change of the batch loss by them.
         held_out_drift: relative change of the loss of other images.
-        seconds: that the steps took.
         gradient_seconds: of one gradient, the median of some just before.
-        note: how the last step ended.
     """
 
     way: str

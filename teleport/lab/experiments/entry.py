@@ -42,9 +42,7 @@ class Preset:
     """The size of an experiment.
 
     Attributes:
-        epochs: passes over the training data.
         train_size: training examples used, the first ones; None for all.
-        evaluate_every: training steps between evaluations.
         evaluate_size: examples of each split an evaluation looks at, the first ones.
         network: sizes of the network that differ from the experiment's.
     """
@@ -102,13 +100,8 @@ class Experiment:
 
     Attributes:
         name: what the command line calls it.
-        title: what figures call it.
-        data: name of the data set.
         network: ``kind``, one of `SIZES`, and its sizes.
-        batch_size: of training.
         teleport: what the paper's schedule needs.
-        presets: sizes by name.
-        tuning: by optimizer.
         tuning_of: the experiment whose learning rates hold for optimizers that ``tuning`` would not
             name; None if there is none.
         marks: ``"paper"`` or ``"ours"`` for every key, such as ``network.hidden``.

@@ -68,7 +68,6 @@ class Recipe:
     """A method with its settings.
 
     Attributes:
-        method: one of `SETTINGS`.
         lr: of AdamW; 0 where there is none.
         value: of the method's own setting; see `SETTINGS`.
     """

@@ -81,12 +81,10 @@ class FactSize:
 
     Attributes:
         model: ``"smollm2"``, or ``"tiny"`` for one made on the spot with random weights.
-        facts: how many are new.
         old: sentences of which a method may keep the function.
         other: sentences whose loss is looked at.
         steps, batch: training steps, and sentences in each; the first also of the search for the
             values of a closed form.
-        evaluate_every: steps between evaluations.
         layer: whose output matrix (``mlp.down_proj``) a closed form changes; one of the trained.
         trained: the first and the last layer whose output matrices are trained.
     """

@@ -71,7 +71,6 @@ class WordSize:
         old: sentences of which a method may keep the function.
         index, queries: sentences of the index, and those that are looked up in it.
         steps, batch: training steps, and sentences in each.
-        evaluate_every: steps between evaluations.
     """
 
     model: str
@@ -104,11 +103,9 @@ class WordTask:
     """One draw of words and sentences.
 
     Attributes:
-        words: the new words.
         learned, targets: sentences with new words, and the same with the known names.
         asked: for each sentence pattern the sentences of all words.
         named: the same with the known names.
-        old, index, queries: old sentences.
     """
 
     words: list[str]

@@ -140,11 +140,7 @@ class Saving:
 
     Attributes:
         key: experiment, optimizer and arm.
-        steps: of a whole run.
         stride, stride_after: k before and after the teleport.
-        growth: that the teleport reached.
-        cost: of the teleport, in steps.
-        seeds: how many.
     """
 
     key: tuple[str, str, str]

@@ -31,9 +31,6 @@ class TrajectoryPoint:
     """Where a teleport of some steps ends.
 
     Attributes:
-        number: of teleport steps.
-        loss: on the teleport batch.
-        grad_norm: of that loss.
         held_out: loss on other examples; None if it was not finite, in a record.
     """
 

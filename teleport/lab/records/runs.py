@@ -31,7 +31,6 @@ class Run:
     """One run as read from its record.
 
     Attributes:
-        path: the record.
         config: its first line.
         evaluations: rows with ``step``, ``epoch``, ``train_seconds``, ``teleport_seconds``,
             ``train_loss``, ``test_loss``, ``test_accuracy``, ``grad_norm``.

@@ -20,12 +20,7 @@ from teleport.errors import RunError
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of values.
-
-    Attributes:
-        what: it is, for messages.
-        holds: whether a value is of it.
-    """
+    """One kind of values."""
 
     what: str
     holds: Callable[[Any], bool]
