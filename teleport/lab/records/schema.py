@@ -106,6 +106,13 @@ _MOMENT: Fields = {"order": COUNT, "seed": COUNT, "title": TEXT}
 _BASE: Fields = dict.fromkeys("tdnlb", WIDTH)
 _TIMED: Fields = {"network": TEXT, "shape": TEXT, "seconds": TIMES, "gradient_seconds": TIMES}
 _MOVED: Fields = dict.fromkeys(("growth", "drift", "held_out_drift"), NUMBER)
+_WAY: Fields = {
+    **_MOMENT,
+    "arm": TEXT,
+    "preset": TEXT,
+    "way": {"method": TEXT, "lr": NUMBER, "value": NUMBER_OR_NULL},
+}
+_SPENT: Fields = {"step": COUNT, "train_seconds": NUMBER, "space_seconds": NUMBER}
 _FACTORS = ("growth", "step", "open", "lr")
 
 ROWS: dict[str, dict[str, Fields]] = {
@@ -223,33 +230,18 @@ ROWS: dict[str, dict[str, Fields]] = {
         "end": _END,
     },
     "words": {
-        "config": {
-            **_MOMENT,
-            "arm": TEXT,
-            "preset": TEXT,
-            "choosing": FLAG,
-            "way": {"method": TEXT, "lr": NUMBER, "value": NUMBER_OR_NULL},
-        },
+        "config": {**_WAY, "choosing": FLAG},
         "evaluation": {
-            "step": COUNT,
+            **_SPENT,
             "alpha?": NUMBER,
-            "train_seconds": NUMBER,
-            "space_seconds": NUMBER,
             **dict.fromkeys(("learned", "recall", "cosine", "least_cosine"), NUMBER),
         },
         "end": _END,
     },
     "edit": {
-        "config": {
-            **_MOMENT,
-            "arm": TEXT,
-            "preset": TEXT,
-            "way": {"method": TEXT, "lr": NUMBER, "value": NUMBER_OR_NULL},
-        },
+        "config": _WAY,
         "evaluation": {
-            "step": COUNT,
-            "train_seconds": NUMBER,
-            "space_seconds": NUMBER,
+            **_SPENT,
             **dict.fromkeys(("efficacy", "paraphrases", "neighbours", "loss"), NUMBER),
         },
         "end": _END,
