@@ -34,13 +34,10 @@ class FormalStatement:
 
     Attributes:
         kind: the word it begins with.
-        name: by which Coq knows it.
         words: what the comment before it says.
         verifies: labels of the book's theorems.
-        text: the statement as it stands in the file.
         proof: from ``Proof.`` to ``Qed.``; empty for a definition.
         given: what the sections around it assume.
-        line: where it begins.
         lines: how many lines it has, with its proof.
     """
 

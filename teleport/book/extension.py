@@ -108,9 +108,7 @@ def _one_cell(text: str) -> str:
 def _with_sliders(text: str, shown: bool) -> str:
     """A chapter in which the still picture of every interactive figure is followed by the other.
 
-    Args:
-        text: The notebook.
-        shown: Whether the pages can show them; if not, the still pictures are all there is.
+    If the pages cannot show them, the still pictures are all there is.
     """
     notebook = json.loads(text)
     for cell in notebook["cells"]:

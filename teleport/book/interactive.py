@@ -33,7 +33,6 @@ class Line:
         name: For the legend; empty for none.
         x: Its points: numbers in a list, a range, an array or a tensor. With ``shown="own"`` such
             numbers for each position of the slider.
-        y: Likewise.
         shown: ``all`` of it, whatever the position; all of it with a ``mark`` at the point that has
             the number of the position; its ``first`` points, as many as ``counts`` says; the points
             of the position ``own``.
@@ -64,8 +63,6 @@ class Panel:
 
     Attributes:
         title: What is to be seen.
-        x: Label of the horizontal axis.
-        y: Label of the vertical axis.
         curves: What is drawn, the first at the back.
         log: The axes that are logarithmic: ``""``, ``"x"``, ``"y"`` or ``"xy"``.
         equal: Whether both axes have one unit.
@@ -91,7 +88,6 @@ class Interactive:
         control: What the slider sets, such as ``growth``.
         positions: The text or number of each of its positions.
         says: For each position, what is to be read off there.
-        panels: One or two.
         at: The position of the still picture, and the one the slider starts at.
 
     Raises:

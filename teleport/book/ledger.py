@@ -214,10 +214,8 @@ def record_proofs(root: Path, rows: dict[str, ProofRow]) -> None:
 def update(root: Path, results: dict[str, tuple[int, str]]) -> dict[str, LedgerRow]:
     """Write what tests did into the ledger; rows of other tests stay as long as they exist.
 
-    Args:
-        root: The repository.
-        results: Test id → how many examples passed, and the `file_digest` of its file before it
-            ran.
+    ``results`` has by test how many examples passed, and the `file_digest` of its file before it
+    ran.
     """
     marks, rows = marked(root), read_ledger(root / LEDGER_PATH)
     rows |= {

@@ -24,14 +24,15 @@ The checks are by hand: pydantic knows neither the lines of a file nor what it m
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from teleport.book.places import Keys, key_lines
 from teleport.errors import BookError
+from teleport.lab.records.schema import POSITIVE, Kind
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,10 +45,7 @@ class Chapter:
     """One chapter.
 
     Attributes:
-        file: The notebook.
         seconds: Time budget for running all its cells.
-        data: Names of the data sets that it reads.
-        exercises: Notebook with its exercises, if there is one.
     """
 
     file: Path
@@ -67,15 +65,9 @@ class Book:
 
     Attributes:
         file: ``book.toml`` itself.
-        title: Title of the book.
-        authors: Its authors.
-        language: Code of its language.
         licence: SPDX name of its licence.
         front: Markdown file of the first page.
-        bibliography: BibTeX file.
         links: Text and address of what the foot of every page links to.
-        chapters: The chapters in their order.
-        pages: Files of the pages behind the chapters in their order.
     """
 
     file: Path
@@ -120,28 +112,17 @@ def read_book(path: Path) -> Book:
     return _Reader(path.resolve(), path, key_lines(text)).book(table)
 
 
-_Accepts = Callable[[object], bool]
+def _list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _is_seconds(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 86400
-
-
-_TEXT: tuple[_Accepts, str] = (lambda v: isinstance(v, str) and bool(v.strip()), "a text")
-_TEXTS: tuple[_Accepts, str] = (_is_texts, "a list of texts")
-_TABLES: tuple[_Accepts, str] = (
-    lambda v: isinstance(v, list) and all(isinstance(item, dict) for item in v),
-    "tables, each with a header in double brackets",
+_TEXT = Kind("a text", lambda v: isinstance(v, str) and bool(v.strip()))
+_TEXTS = Kind("a list of texts", partial(_list_of, str))
+_TABLES = Kind("tables, each with a header in double brackets", partial(_list_of, dict))
+_LINKS = Kind(
+    "a table of addresses", lambda v: isinstance(v, dict) and _list_of(str, list(v.values()))
 )
-_LINKS: tuple[_Accepts, str] = (
-    lambda v: isinstance(v, dict) and all(isinstance(item, str) for item in v.values()),
-    "a table of addresses",
-)
-_SECONDS: tuple[_Accepts, str] = (_is_seconds, "a number of seconds > 0")
+_SECONDS = Kind("a number of seconds > 0", lambda v: POSITIVE.holds(v) and v < 86400)
 
 _BOOK = {
     "title": _TEXT,
@@ -224,17 +205,15 @@ class _Reader:
             exercises and self.file(exercises, (*keys, "exercises"), ".ipynb", folder),
         )
 
-    def check(
-        self, table: dict[str, Any], keys: Keys, known: dict[str, tuple[_Accepts, str]]
-    ) -> None:
+    def check(self, table: dict[str, Any], keys: Keys, known: dict[str, Kind]) -> None:
         where = f" in [[{keys[0]}]]" if keys else ""
         for key, value in table.items():
             if key not in known:
                 raise self.fail(
                     (*keys, key), f"unknown key {key!r}{where}; allowed: {', '.join(known)}"
                 )
-            accepts, allowed = known[key]
-            if not accepts(value):
+            if not known[key].holds(value):
+                allowed = known[key].what
                 raise self.fail((*keys, key), f"{key!r}{where} must be {allowed}, got {value!r}")
         for key in known:
             if key not in table and key not in _OPTIONAL:

@@ -26,7 +26,6 @@ class Situation:
     """One thing a model or closure may contain.
 
     Attributes:
-        what: in words.
         code: defines ``model``, ``loss`` and ``output``, after the table's setup.
         step: ``"moves"``, ``"stays"`` or ``"refused"``: what `teleport.Teleporter.step` does.
         keep: ``"kept"`` or ``"refused"``: what `teleport.null_space` does.

@@ -15,9 +15,7 @@ ANSWER_TOLERANCE = 1e-9
 def misfit(answer: Any, like: Any) -> tuple[str, str] | None:
     """What is wrong with the kind of an answer: a sentence and advice, or None.
 
-    Args:
-        answer: of the learner.
-        like: the right answer; numbers may come as tensors of one element, and lists as tuples.
+    Numbers may come as tensors of one element, and lists as tuples.
     """
     if answer is None:
         return "nothing was returned", "End your function with a `return` of its result."

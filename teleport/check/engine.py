@@ -40,8 +40,6 @@ class Property:
     """Something that holds for right answers.
 
     Attributes:
-        theorem: its label in the book.
-        statement: in words.
         holds: of the case and the answer, which is of the right kind and finite; None is for the
             property of being the right answer, where there is only one.
     """
@@ -59,12 +57,7 @@ class Property:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A usual mistake: what it answers, and what to tell who makes it.
-
-    Attributes:
-        hint: one or two sentences.
-        answer: takes what the learner's function takes.
-    """
+    """A usual mistake: what it answers, and what to tell who makes it."""
 
     hint: str
     answer: Callable[..., Answer]
@@ -75,13 +68,10 @@ class Check:
     """Checks a function that a learner wrote; call it with the function.
 
     Attributes:
-        name: its name in ``teleport.check``.
         takes: the arguments by name, in order, with their shape or kind.
         gives: shape or kind of the answer.
         cases: draws a case: the values of the arguments.
-        answer: the right answer.
         properties: in the order in which they are tried, the most telling first.
-        mistakes: what usually goes wrong.
         fits: what is wrong with the kind of an answer, if it need not look like the right one.
         view: what of an answer is unique, for comparisons with mistakes.
     """

@@ -19,9 +19,6 @@ class SheetExercise:
 
     Attributes:
         about: what the notebook notes about it: label, kind, difficulty, points.
-        title: its heading.
-        question: what students read.
-        answer: the solution.
         graded: the code that grades it, as Python.
     """
 

@@ -32,14 +32,8 @@ class Exercise:
     """What an exercise got.
 
     Attributes:
-        name: of the exercise.
-        place: where it stands in the file.
-        points: what it got.
-        possible: what it could get.
         passed: whether it got all its points; of none, whether it would have got them.
         reason: why it failed, beside what its verdicts say.
-        verdicts: of the checks it called.
-        note: what else is to be said about it.
     """
 
     name: str
@@ -91,12 +85,9 @@ class _Run:
 def grade(
     path: Path, time_limit: float = 10.0, ran: Callable[[int, int], None] = lambda done, of: None
 ) -> Grades:
-    """Grade a ``.py`` or ``.ipynb`` file.
+    """Grade a ``.py`` or ``.ipynb`` file, with ``time_limit`` seconds for each cell or statement.
 
-    Args:
-        path: of the file.
-        time_limit: seconds for each piece of it: a cell, or a statement.
-        ran: told how many pieces have ended, and of how many.
+    ``ran`` is told how many of them have ended, and of how many.
 
     Raises:
         CheckError: if the file cannot be graded at all, or Hypothesis is not installed.

@@ -67,10 +67,7 @@ class Outcome:
 
     Attributes:
         value: what was returned; tensors are detached.
-        raised: the exception instead, or None.
-        timed_out: whether the call was ended.
         changed: names of arguments whose values were changed in place.
-        printed: the beginning of what was printed.
     """
 
     value: Any = None

@@ -24,7 +24,6 @@ class AnswerCell:
 
     Attributes:
         number: in the notebook, the first being 1.
-        kind: code, markdown or raw.
         source: its lines end with line feeds.
         graded: what nbgrader notes about a cell that grades without a person; else nothing.
         heading: what our sheets note about an exercise that begins here; else nothing.

@@ -23,14 +23,10 @@ def choice(
     theorem: str = "",
     quiet: bool = False,
 ) -> Verdict:
-    """Whether the letter that a learner chose is the right one.
+    """Whether the letter that a learner's variable holds is the right one.
 
-    Args:
-        answer: what the learner's variable holds.
-        right: the right letter.
-        why: for wrong letters, what is wrong with them.
-        theorem: label in the book of what the question is about.
-        quiet: whether to print nothing.
+    ``why`` says of wrong letters what is wrong with them; ``theorem`` is the label in the book of
+    what the question is about; ``quiet`` prints nothing.
     """
     given = answer.strip().lower() if isinstance(answer, str) else answer
     hint = "" if why is None or not isinstance(given, str) else why.get(given, "")
@@ -48,15 +44,10 @@ def value(
     theorem: str = "",
     quiet: bool = False,
 ) -> Verdict:
-    """Whether the number that a learner found is the right one.
+    """Whether the number that a learner's variable holds is the right one.
 
-    Args:
-        answer: what the learner's variable holds.
-        right: the right number.
-        why: for numbers that usual mistakes give, what is wrong with them.
-        tolerance: relative, for numbers that are not whole.
-        theorem: label in the book of what the question is about.
-        quiet: whether to print nothing.
+    ``why`` says of the numbers that usual mistakes give what is wrong with them. The tolerance is
+    relative, for numbers that are not whole. The rest is as of `choice`.
     """
     if hasattr(answer, "item") and getattr(answer, "numel", lambda: 1)() == 1:
         answer = answer.item()
@@ -73,14 +64,10 @@ def value(
 
 
 def answer(given: Any, seal: str, think: str, *, theorem: str = "", quiet: bool = False) -> Verdict:
-    """Whether an answer is the sealed one.
+    """Whether a learner's answer, a letter or a number, is the sealed one.
 
-    Args:
-        given: what the learner's variable holds: a letter or a number.
-        seal: what `seal_of` made of the right answer.
-        think: for wrong answers, what to think of; it is seen before the answer is right.
-        theorem: label in the book of what the question is about.
-        quiet: whether to print nothing.
+    ``seal`` is what `seal_of` made of the right answer, and ``think`` what wrong answers are told
+    to think of, which is seen before the answer is right. The rest is as of `choice`.
 
     Raises:
         ValueError: if the seal is none.

@@ -17,9 +17,7 @@ class Unit:
 
     Attributes:
         tree: Python code, its lines counted as in the text of its `Submission`.
-        place: where it stands, in words.
         exercise: name of the exercise that it grades, or empty.
-        points: of the exercise.
         fault: why it is not run, or empty.
         calls: checks that it has to call for the points.
         source: what stands there; of two pieces that grade one exercise, whether they are the same.
@@ -39,7 +37,6 @@ class Submission:
     """A file of answers.
 
     Attributes:
-        units: its pieces, in order.
         file: what the code is said to come from, in tracebacks and for `inspect`.
         text: the code of a notebook as one text; None if ``file`` is there to be read.
     """

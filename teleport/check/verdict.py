@@ -16,16 +16,11 @@ class Verdict:
     """The answer of a check; true exactly if it passed.
 
     Attributes:
-        check: name of the check.
         passed: whether every case came out right.
         theorem: label in the book of the property that failed, or of the main one.
-        statement: the property in words.
         counterexample: the smallest failing input, as code that reproduces it; empty if passed.
         expected: what the property asks for on that input.
-        got: what came.
         hint: the mistake that gives exactly these answers, or how to go on.
-        printed: the beginning of what the function printed.
-        cases: number of cases tried.
     """
 
     check: str

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from teleport.cli.loading import loading
-from teleport.cli.options import COMMAND_LINE, DeviceOption, checked_threads
+from teleport.cli.options import COMMAND_LINE, DeviceOption, checked_threads, out_option
 from teleport.cli.progress import step_progress
 from teleport.lab.experiments.choices import BENCHMARK_NAMES, NOT_IN_ALL
 
@@ -29,9 +29,7 @@ def bench(
             help="PyTorch's threads; with more than one, a busy machine disturbs.",
         ),
     ] = 1,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder; default runs/<date>-bench-<what>.")
-    ] = None,
+    out: Annotated[Path | None, out_option("bench-<what>")] = None,
     against: Annotated[
         Path | None,
         typer.Option(

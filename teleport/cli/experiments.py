@@ -19,6 +19,7 @@ from teleport.cli.options import (
     Threads,
     check_names,
     checked_threads,
+    out_option,
 )
 from teleport.cli.output import console, count_of, say
 from teleport.cli.progress import step_progress
@@ -108,9 +109,7 @@ def run(
         str, typer.Option(help="relu (the paper's), leaky_relu (needed by --rivals) or tanh.")
     ] = "relu",
     device: DeviceOption = "cpu",
-    out: Annotated[
-        Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
-    ] = None,
+    out: Annotated[Path | None, out_option("<name>")] = None,
     resume: ResumeOption = False,
     force: Annotated[
         bool, typer.Option("--force", help="Start over in the folder of --out.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from teleport.cli.loading import loading
-from teleport.cli.options import ResumeOption, Threads
+from teleport.cli.options import ResumeOption, Threads, out_option
 from teleport.cli.study import recording
 from teleport.lab.experiments.choices import KEEP_NAMES, METHOD_NAMES, SEQUENCE_NAMES
 from teleport.lab.experiments.entry import one_of
@@ -37,9 +37,7 @@ def continual(
         bool, typer.Option("--tune", help="A grid of learning rates on validation images.")
     ] = False,
     resume: ResumeOption = False,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
-    ] = None,
+    out: Annotated[Path | None, out_option("<name>")] = None,
     threads: Threads = None,
 ) -> None:
     """Learn tasks in turn, keeping the old ones; print a table, write records and a figure."""
@@ -60,8 +58,8 @@ def continual(
     start = first_seed + TUNING_SEED if tune else first_seed
     numbers = range(start, start + seeds)
     total = course.steps(course.sets()) * len(strategies) * seeds
-    with recording(name, out, resume, threads, total, "step") as run:
-        run_strategies(course, strategies, numbers, run.pop("folder"), **run)
+    with recording(name, out, resume, threads, total, "step") as to:
+        run_strategies(course, strategies, numbers, to)
 
 
 def keep(
@@ -81,9 +79,7 @@ def keep(
         ),
     ] = False,
     resume: ResumeOption = False,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder; default runs/<date>-<name>.")
-    ] = None,
+    out: Annotated[Path | None, out_option("<name>")] = None,
     threads: Threads = None,
 ) -> None:
     """Fine-tune and edit real models with the null space and with its rivals.
@@ -118,5 +114,5 @@ def keep(
     require_packages("" if name == "leak" else size.model)
     numbers = range(first_seed, first_seed + seeds)
     total = seeds * (len(ways) * size.steps or len(PROJECTIONS) * len(LEAK_RATES))
-    with recording(name, out, resume, threads, total, "step") as run:
-        runs(preset, numbers, run.pop("folder"), **run)
+    with recording(name, out, resume, threads, total, "step") as to:
+        runs(preset, numbers, to)

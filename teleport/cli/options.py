@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,11 @@ def checked_threads(threads: int | None) -> int | None:
     if threads is not None:
         check_threads(threads)
     return threads
+
+
+def out_option(name: str) -> Any:
+    """Where a command writes; ``name`` is that of the folder it makes by itself."""
+    return typer.Option(help=f"New folder; default runs/<date>-{name}.")
 
 
 PresetOption = Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")]

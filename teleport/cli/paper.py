@@ -14,6 +14,7 @@ from teleport.cli.options import (
     ResumeOption,
     Threads,
     check_names,
+    out_option,
 )
 from teleport.cli.study import recording
 
@@ -26,9 +27,7 @@ def spectrum(
         typer.Option(min=0, help="Training steps to look after; may be repeated. Default 0, 50."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of initial values, data order, batch.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder; default runs/<date>-spectrum.")
-    ] = None,
+    out: Annotated[Path | None, out_option("spectrum")] = None,
     resume: ResumeOption = False,
     threads: Threads = None,
 ) -> None:
@@ -42,8 +41,8 @@ def spectrum(
         check_moment(name, preset)  # before any folder is made
     moments = list(dict.fromkeys(trained or (0, 50)))
     total = len(names) * len(moments)
-    with recording("spectrum", out, resume, threads, total) as run:
-        write_spectra(names, preset=preset, steps=moments, seed=seed, **run)
+    with recording("spectrum", out, resume, threads, total) as to:
+        write_spectra(names, to, preset=preset, steps=moments, seed=seed)
 
 
 def tau(
@@ -55,7 +54,7 @@ def tau(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Teleport steps.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of initial values, data order, batch.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="New folder; default runs/<date>-tau.")] = None,
+    out: Annotated[Path | None, out_option("tau")] = None,
     resume: ResumeOption = False,
     threads: Threads = None,
 ) -> None:
@@ -65,17 +64,14 @@ def tau(
         from teleport.lab.paper.input_energy import FIGURE_TAUS
         from teleport.lab.paper.snapshot import check_moment
         from teleport.lab.paper.threshold import write_trajectories
-        from teleport.line_search import load_search
-
-        load_search()
 
     check_moment(name, preset)
     if lr is not None and not 0.0 < lr < math.inf:
         raise ValueError(f"lr must be > 0 and finite, got {lr}")
     total = 1 + len(FIGURE_TAUS)
-    with recording("tau", out, resume, threads, total) as run:
+    with recording("tau", out, resume, threads, total) as to:
         write_trajectories(
-            name, preset=preset, trained=trained, lr=lr, teleport_steps=steps, seed=seed, **run
+            name, to, preset=preset, trained=trained, lr=lr, teleport_steps=steps, seed=seed
         )
 
 
@@ -91,7 +87,7 @@ def moves(
         bool, typer.Option("--evaluating", help="In evaluation mode, which BatchNorm notices.")
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 3,
-    out: Annotated[Path | None, typer.Option(help="New folder; default runs/<date>-moves.")] = None,
+    out: Annotated[Path | None, out_option("moves")] = None,
     resume: ResumeOption = False,
     threads: Threads = None,
 ) -> None:
@@ -100,9 +96,6 @@ def moves(
     with loading():
         from teleport.lab.paper.moves import MOVE_TAUS, write_moves
         from teleport.lab.paper.snapshot import check_moment
-        from teleport.line_search import load_search
-
-        load_search()
 
     if not 1.0 < growth < math.inf:
         raise ValueError(f"growth must be > 1 and finite, got {growth}")
@@ -110,16 +103,16 @@ def moves(
         check_moment(name, preset, batch)  # before any folder is made
     names = list(dict.fromkeys(names))
     total = len(names) * seeds * (1 + len(MOVE_TAUS))
-    with recording("moves", out, resume, threads, total) as run:
+    with recording("moves", out, resume, threads, total) as to:
         write_moves(
             names,
+            to,
             preset=preset,
             trained=trained,
             growth=growth,
             n=batch,
             evaluating=evaluating,
             seeds=seeds,
-            **run,
         )
 
 
@@ -130,9 +123,7 @@ def saving(
     ] = "sgd,momentum,adagrad,adam",
     preset: PresetOption = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 2,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder; default runs/<date>-saving.")
-    ] = None,
+    out: Annotated[Path | None, out_option("saving")] = None,
     resume: ResumeOption = False,
     threads: Threads = None,
 ) -> None:
@@ -140,16 +131,13 @@ def saving(
     check_names(names, preset)
     with loading():
         from teleport.lab.paper.savings import check_savings, count_arms, write_savings
-        from teleport.line_search import load_search
-
-        load_search()
 
     chosen = [part.strip() for part in optimizers.split(",")]
     check_savings(names, chosen, preset)  # before any folder is made
     names, chosen = list(dict.fromkeys(names)), list(dict.fromkeys(chosen))
     total = seeds * count_arms(names, chosen, preset)
-    with recording("saving", out, resume, threads, total) as run:
-        write_savings(names, chosen, preset=preset, seeds=seeds, **run)
+    with recording("saving", out, resume, threads, total) as to:
+        write_savings(names, chosen, to, preset=preset, seeds=seeds)
 
 
 def product(
@@ -161,9 +149,7 @@ def product(
     preset: PresetOption = "cpu",
     trained: Annotated[int, typer.Option(min=0, help="Training steps before.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Of initial values, data order, batch.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder; default runs/<date>-product.")
-    ] = None,
+    out: Annotated[Path | None, out_option("product")] = None,
     threads: Threads = None,
 ) -> None:
     """Show a layer as products of matrices, forward and backward (the paper's Figure 7)."""
@@ -196,9 +182,7 @@ def connectivity(
     epochs: EpochsOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, counted from 0.")] = 5,
     points: Annotated[int, typer.Option(min=3, help="On every line, its ends included.")] = 11,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder; default runs/<date>-connectivity.")
-    ] = None,
+    out: Annotated[Path | None, out_option("connectivity")] = None,
     resume: ResumeOption = False,
     threads: Threads = None,
 ) -> None:
@@ -206,14 +190,11 @@ def connectivity(
     check_names(names, preset)
     with loading():
         from teleport.lab.analysis.connectivity import check_connectivity, write_lines
-        from teleport.line_search import load_search
-
-        load_search()
 
     names = list(dict.fromkeys(names))
     total = seeds * sum(check_connectivity(name, preset, epochs) for name in names)
-    with recording("connectivity", out, resume, threads, total, "step") as run:
-        write_lines(names, preset=preset, epochs=epochs, seeds=seeds, points=points, **run)
+    with recording("connectivity", out, resume, threads, total, "step") as to:
+        write_lines(names, to, preset=preset, epochs=epochs, seeds=seeds, points=points)
 
 
 def sensitivity(
@@ -221,9 +202,7 @@ def sensitivity(
     preset: PresetOption = "cpu",
     epochs: EpochsOption = None,
     points: Annotated[int, typer.Option(help="Of the design, three runs each.")] = 48,
-    out: Annotated[
-        Path | None, typer.Option(help="New folder; default runs/<date>-sensitivity.")
-    ] = None,
+    out: Annotated[Path | None, out_option("sensitivity")] = None,
     resume: ResumeOption = False,
     threads: Threads = None,
 ) -> None:
@@ -236,14 +215,11 @@ def sensitivity(
             latin_hypercube,
             write_design,
         )
-        from teleport.line_search import load_search
-
-        load_search()
 
     total = (
         len(latin_hypercube(points))
         * (1 + len(SIZE_FACTORS))
         * check_sensitivity(name, preset, epochs)
     )
-    with recording("sensitivity", out, resume, threads, total, "step") as run:
-        write_design(name, preset=preset, epochs=epochs, points=points, **run)
+    with recording("sensitivity", out, resume, threads, total, "step") as to:
+        write_design(name, to, preset=preset, epochs=epochs, points=points)

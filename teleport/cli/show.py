@@ -94,7 +94,7 @@ def _show_trajectories(folder: Path) -> None:
 def _show_moves(folder: Path) -> None:
     found = read_moves(folder)
     tables = [table for moves in found for table in (_moves_table(moves), _room_table(moves))]
-    _keep(folder, tables, {})
+    _keep(folder, tables)
 
 
 def _show_savings(folder: Path) -> None:
@@ -110,7 +110,7 @@ def _show_savings(folder: Path) -> None:
         numbers = (s.stride, s.growth, s.stride_after, s.saved, s.cost)
         says = f"{'yes' if s.pays else 'no'}, {s.expected:.2g}"
         table.add_row(*s.key, *(f"{n:.2g}" for n in numbers), says)
-    _keep(folder, [table], {})
+    _keep(folder, [table])
 
 
 def _show_product(folder: Path) -> None:
@@ -176,7 +176,7 @@ def _show_ways(folder: Path) -> None:
 
 
 def _show_leak(folder: Path) -> None:
-    _keep(folder, [leak_table(folder)], {})
+    _keep(folder, [leak_table(folder)])
 
 
 def _effect_table(outcomes: Outcomes) -> Table:
@@ -198,21 +198,27 @@ def _effect_table(outcomes: Outcomes) -> Table:
     return table
 
 
-def _keep(folder: Path, tables: list[Table], figures: dict[str, Figure]) -> None:
-    """Print tables, keep them as text beside the figures, say where."""
+def _keep(
+    folder: Path,
+    tables: list[Table],
+    figures: dict[str, Figure] | None = None,
+    runs: Iterable[Run] = (),
+) -> None:
+    """Print tables and what diverged, keep the tables as text beside the figures, say where."""
     console().print(*tables)
+    say_diverged(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)  # one in a packed study need not be there
         with (folder / "table.txt").open("w", encoding="utf-8") as file:
             console(file=file).print(*tables)
-        for name, drawn in figures.items():
+        for name, drawn in (figures or {}).items():
             drawn.savefig(folder / name, dpi=150)
     except OSError as error:
         raise RunError(
             f"cannot write the table and the figures to {folder}: {error.strerror}; the records "
-            "are complete"
+            f"are complete, and `teleport figure {folder}` draws them when there is room"
         ) from error
-    names = ["records", "table.txt", *figures]
+    names = ["records", "table.txt", *(figures or {})]
     typer.echo(f"{', '.join(names[:-1])} and {names[-1]} are in {folder}")
 
 
@@ -323,27 +329,13 @@ def show_grades(grades: Grades) -> None:
 
 
 def _show_runs(folder: Path) -> None:
-    """Print the tables of a folder, keep them as text, draw the figure, say where."""
     runs = read_runs(folder)
     if "sequence" in runs[0].config:
         tables, drawn = forgetting_tables(runs), forgetting_figure(runs)
     else:
         check_alike(runs)
         tables, drawn = _tables(runs), _loss_figure(runs)
-    for table in tables:
-        console().print(table)
-    say_diverged(runs)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # one in a packed study need not be there
-        with (folder / "table.txt").open("w", encoding="utf-8") as file:
-            console(file=file).print(*tables)
-        drawn.savefig(folder / "figure.png", dpi=150)
-    except OSError as error:
-        raise RunError(
-            f"cannot write table.txt and figure.png to {folder}: {error.strerror}; the records "
-            f"are complete, and `teleport figure {folder}` draws them when there is room"
-        ) from error
-    typer.echo(f"records, table.txt and figure.png are in {folder}")
+    _keep(folder, tables, {"figure.png": drawn}, runs)
 
 
 def say_diverged(runs: Iterable[Run]) -> None:
@@ -443,10 +435,8 @@ _SUMMARY: dict[str, Callable[[ArmSummary], str]] = {
     "to best baseline: log loss": lambda s: _log_gap(s.to_best),
 }
 
-
 MOST_COLUMNS = 8
 """Arms that fit side by side; more are shown one below the other."""
-
 
 _IN_BRIEF = {
     "final train loss": "train loss",
@@ -459,7 +449,6 @@ _IN_BRIEF = {
     "to own baseline: seconds": "seconds",
     "to own baseline: log loss": "log loss",
 }
-
 
 _CAPTION = (
     "Own baseline: the same arm without teleport; best baseline: the lowest final train loss of "

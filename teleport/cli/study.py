@@ -3,18 +3,21 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE
 from teleport.cli.progress import part_progress, step_progress
 
+if TYPE_CHECKING:
+    from teleport.lab.records.record_folder import RecordFolder
+
 
 @contextmanager
 def recording(
     study: str, out: Path | None, resume: bool, threads: int | None, total: int, unit: str = "part"
-) -> Iterator[dict[str, Any]]:
-    """What writes the records of a study is told, by name; afterwards they are shown.
+) -> "Iterator[RecordFolder]":
+    """Where the records of a study are written; afterwards they are shown.
 
     Args:
         study: names a new folder.
@@ -27,11 +30,14 @@ def recording(
     with loading():
         from teleport.cli.show import show
         from teleport.lab.records.folders import resumed_folder
+        from teleport.lab.records.record_folder import RecordFolder
+        from teleport.line_search import load_search
         from teleport.runtime.threads import threads_for, using_threads
+
+        load_search()
 
     folder = resumed_folder(study, out, resume)
     bar = part_progress if unit == "part" else step_progress
     with bar(total, folder) as progress, using_threads(threads_for(threads)):
-        command = COMMAND_LINE.get()
-        yield {"folder": folder, "resume": resume, "command": command, "progress": progress}
+        yield RecordFolder(folder, resume, COMMAND_LINE.get(), progress)
     show(folder)

@@ -25,15 +25,7 @@ UNPACKED_LIMIT = 1 << 30  # bytes; the largest official content is about a quart
 
 
 def gunzip(content: bytes, where: str, limit: int = UNPACKED_LIMIT) -> bytes:
-    """Decompress gzip, but never to more than ``limit`` bytes.
-
-    Args:
-        content: The compressed file.
-        where: Name of the file, for messages.
-        limit: Largest allowed size of the result in bytes.
-
-    Returns:
-        The decompressed content.
+    """Decompress gzip, but never to more than ``limit`` bytes; ``where`` names it in messages.
 
     Raises:
         DataError: The file is damaged or incomplete, or its content is larger than the limit.
@@ -55,18 +47,11 @@ def gunzip(content: bytes, where: str, limit: int = UNPACKED_LIMIT) -> bytes:
 def tar_members(
     content: bytes, where: str, limit: int = UNPACKED_LIMIT
 ) -> Iterator[tuple[str, bytes]]:
-    """Read the files in a gzipped tar archive one after the other.
-
-    Args:
-        content: The archive, ``.tar.gz``.
-        where: Name of the archive, for messages.
-        limit: Largest allowed size of everything in it, in bytes.
-
-    Yields:
-        Name and content of each regular file, in the order of the archive.
+    """Names and contents of the files in a ``.tar.gz`` archive, in its order.
 
     Raises:
-        DataError: The archive is damaged, too large, or has a member that is unsafe.
+        DataError: The archive is damaged, has a member that is unsafe, or holds more than ``limit``
+            bytes.
     """
     unpacked = BytesIO(gunzip(content, where, limit))
     seen: set[PurePosixPath] = set()
@@ -87,18 +72,11 @@ def tar_members(
 def zip_members(
     content: bytes, where: str, limit: int = UNPACKED_LIMIT
 ) -> Iterator[tuple[str, bytes]]:
-    """Read the files in a zip archive one after the other.
-
-    Args:
-        content: The archive.
-        where: Name of the archive, for messages.
-        limit: Largest allowed size of everything in it, in bytes.
-
-    Yields:
-        Name and content of each file, in the order of the archive's directory.
+    """Names and contents of the files in a zip archive, in the order of its directory.
 
     Raises:
-        DataError: The archive is damaged, too large, or has a member that is unsafe.
+        DataError: The archive is damaged, has a member that is unsafe, or holds more than ``limit``
+            bytes.
     """
     try:
         with zipfile.ZipFile(BytesIO(content)) as archive:

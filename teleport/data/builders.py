@@ -14,12 +14,10 @@ from teleport.errors import DataError
 
 
 def idx_images(files: Sequence[Checked], train: int, shape: tuple[int, ...] = (784,)) -> Parts:
-    """Build MNIST or Fashion-MNIST.
+    """Build MNIST or Fashion-MNIST of IDX files, images and labels in turn.
 
-    Args:
-        files: IDX files, images and labels in turn; their concatenation is the whole set.
-        train: Number of leading images that form the training part.
-        shape: Shape that each image gets: flat, or as a sequence ``(time, features)``.
+    The first ``train`` images are the training part; each gets ``shape``: flat, or as a sequence
+    ``(time, features)``.
 
     Returns:
         Inputs float32 ``[n, *shape]``, pixels divided by 255, and targets int64 ``[n]``.
@@ -43,13 +41,10 @@ def idx_images(files: Sequence[Checked], train: int, shape: tuple[int, ...] = (7
 
 
 def cifar(files: Sequence[Checked], classes: int, label_bytes: int, lists: str) -> Parts:
-    """Build CIFAR-10 or CIFAR-100 from the binary distribution.
+    """Build CIFAR-10 or CIFAR-100 from the ``.tar.gz`` archive of the binary distribution.
 
-    Args:
-        files: The ``.tar.gz`` archive.
-        classes: Number of classes.
-        label_bytes: Labels per record, 1 or 2; the last one is used.
-        lists: Name of the text file in the archive that holds the class names.
+    A record has ``label_bytes`` labels, of which the last is used; ``lists`` is the text file in
+    the archive that holds the class names.
 
     Returns:
         Inputs uint8 ``[n, 3, 32, 32]`` and targets int64 ``[n]``, in the official order.
@@ -86,11 +81,6 @@ def cifar(files: Sequence[Checked], classes: int, label_bytes: int, lists: str) 
 def packed_jpegs(files: Sequence[Checked], key: str, side: int) -> Parts:
     """Build a set of JPEG files in the packed npz layout; decoded once, then read from the cache.
 
-    Args:
-        files: The ``.npz`` file.
-        key: Name for the cache.
-        side: Height and width of the images in pixels.
-
     Returns:
         Inputs uint8 ``[n, 3, side, side]`` and targets int64 ``[n]``.
 
@@ -108,11 +98,7 @@ def packed_jpegs(files: Sequence[Checked], key: str, side: int) -> Parts:
 
 
 def tiny_imagenet(files: Sequence[Checked], side: int = 64) -> Parts:
-    """Build Tiny-ImageNet-200; decoded once, then read from the cache.
-
-    Args:
-        files: The official zip archive.
-        side: Height and width of the images in it, in pixels.
+    """Build Tiny-ImageNet-200 of the official zip; decoded once, then read from the cache.
 
     Returns:
         Inputs uint8 ``[n, 3, side, side]`` and targets int64 ``[n]``. The official validation
@@ -132,13 +118,7 @@ def tiny_imagenet(files: Sequence[Checked], side: int = 64) -> Parts:
 def table(
     files: Sequence[Checked], variables: int, *, header: bool = False, skip: int = 0
 ) -> Parts:
-    """Build a multivariate time series.
-
-    Args:
-        files: The file of comma-separated numbers.
-        variables: Number of variables.
-        header: Whether the first line names the columns.
-        skip: Leading columns that are not read.
+    """Build a multivariate time series of a table of numbers; see `series.read_table`.
 
     Returns:
         Windows of 168 steps with the step 24 after the last; see `series.split_windows`.
@@ -152,12 +132,9 @@ def table(
 
 
 def penn_treebank(files: Sequence[Checked], *, treebank: bool, length: int = text.LENGTH) -> Parts:
-    """Build Penn Treebank for predicting the next token.
+    """Build Penn Treebank of its three texts, training first, for predicting the next token.
 
-    Args:
-        files: Training, validation and test text, in this order.
-        treebank: Whether to split as the paper does, with NLTK's tokenizer; else at spaces.
-        length: Tokens in a sequence.
+    Words are split at spaces, or with ``treebank`` as in the paper, by NLTK's tokenizer.
 
     Returns:
         Inputs and targets int64 ``[n, length]``; the names are the vocabulary of the training

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from teleport.data import builders, sources
+from teleport.data import builders
 from teleport.data.dataset import DataKind, Parts
 from teleport.data.download import SourceFile
+from teleport.data.sources import FILES
 from teleport.data.store import Checked
 
 SAMPLE_NAME = "mnist-sample"
@@ -18,8 +19,6 @@ class Source:
     """How a set is made of its files.
 
     Attributes:
-        what: The set in one line.
-        kind: What its examples are.
         files: Its files, in the order in which ``build`` expects them.
         folder: Folder of the files inside the root; empty for a set embedded in the package.
         build: Makes the parts of the checked files.
@@ -84,15 +83,15 @@ def _ptb(how: str, *, treebank: bool) -> Source:
     )
     build = partial(builders.penn_treebank, treebank=treebank)
     recipe = f"{'treebank' if treebank else 'spaces'} 256"
-    return Source(f"Penn Treebank, {how}", "tokens", sources.PTB, "ptb", build, note, recipe)
+    return Source(f"Penn Treebank, {how}", "tokens", FILES["ptb"], "ptb", build, note, recipe)
 
 
 _BYTES = "official parts; pixels / 255 when prepared"
 _TINY = "official training part, official validation part as test; pixels / 255 when prepared"
-_SAMPLE = _mnist("8,000 + 2,000 digits", "", sources.MNIST_TEST, 8_000)
-_DIGITS = sources.MNIST_TRAIN + sources.MNIST_TEST
+_SAMPLE = _mnist("8,000 + 2,000 digits", "", FILES["mnist-test"], 8_000)
+_DIGITS = FILES["mnist-train"] + FILES["mnist-test"]
 _MNIST = _mnist("60,000 + 10,000 digits", "mnist", _DIGITS, 60_000)
-_FASHION = _mnist("60,000 + 10,000 clothes", "fashion-mnist", sources.FASHION_MNIST, 60_000)
+_FASHION = _mnist("60,000 + 10,000 clothes", "fashion-mnist", FILES["fashion-mnist"], 60_000)
 
 SOURCES: dict[str, Source] = {
     **{f"{SAMPLE_NAME}{ending}": source for ending, source in _SAMPLE.items()},
@@ -101,7 +100,7 @@ SOURCES: dict[str, Source] = {
     "cifar10": Source(
         "50,000 + 10,000 colour images, 32 x 32, 10 classes",
         "images",
-        sources.CIFAR10,
+        FILES["cifar10"],
         "cifar10",
         partial(builders.cifar, classes=10, label_bytes=1, lists="batches.meta.txt"),
         _BYTES,
@@ -111,7 +110,7 @@ SOURCES: dict[str, Source] = {
     "cifar10-jpeg": Source(
         "CIFAR-10 with JPEG loss (quality 75), 10 classes",
         "images",
-        sources.CIFAR10_JPEG,
+        FILES["cifar10-jpeg"],
         "cifar10",
         partial(builders.packed_jpegs, key="cifar10-jpeg", side=32),
         "official parts in another order, JPEG re-encoded; pixels / 255 when prepared",
@@ -121,7 +120,7 @@ SOURCES: dict[str, Source] = {
     "cifar100": Source(
         "50,000 + 10,000 colour images, 32 x 32, 100 classes",
         "images",
-        sources.CIFAR100,
+        FILES["cifar100"],
         "cifar100",
         partial(builders.cifar, classes=100, label_bytes=2, lists="fine_label_names.txt"),
         _BYTES,
@@ -131,7 +130,7 @@ SOURCES: dict[str, Source] = {
     "tiny-imagenet": Source(
         "100,000 + 10,000 colour images, 64 x 64, 200 classes",
         "images",
-        sources.TINY_IMAGENET,
+        FILES["tiny-imagenet"],
         "tiny-imagenet",
         builders.tiny_imagenet,
         _TINY,
@@ -141,7 +140,7 @@ SOURCES: dict[str, Source] = {
     "tiny-imagenet-224": Source(
         "Tiny-ImageNet resized to 224 x 224 as in the paper",
         "images",
-        sources.TINY_IMAGENET,
+        FILES["tiny-imagenet"],
         "tiny-imagenet",
         builders.tiny_imagenet,
         f"{_TINY}, then resized to 224 x 224, bilinear",
@@ -152,7 +151,7 @@ SOURCES: dict[str, Source] = {
     "tiny-imagenet-32": Source(
         "16,000 + 4,000 of Tiny-ImageNet, 32 x 32, JPEG loss, 200 classes",
         "images",
-        sources.TINY_IMAGENET_32,
+        FILES["tiny-imagenet-32"],
         "tiny-imagenet",
         partial(builders.packed_jpegs, key="tiny-imagenet-32", side=32),
         "80 training images per class, 20 official validation images per class as test, 32 x 32, "
@@ -161,16 +160,16 @@ SOURCES: dict[str, Source] = {
         classes=200,
     ),
     "electricity": _series(
-        "electricity use, 26,304 hours", "electricity", sources.ELECTRICITY, 321, "hour"
+        "electricity use, 26,304 hours", "electricity", FILES["electricity"], 321, "hour"
     ),
-    "traffic": _series("road occupancy, 17,544 hours", "traffic", sources.TRAFFIC, 862, "hour"),
+    "traffic": _series("road occupancy, 17,544 hours", "traffic", FILES["traffic"], 862, "hour"),
     "exchange_rate": _series(
-        "exchange rates, 7,588 days", "exchange_rate", sources.EXCHANGE_RATE, 8, "day"
+        "exchange rates, 7,588 days", "exchange_rate", FILES["exchange-rate"], 8, "day"
     ),
     "etth1": _series(
         "transformer loads and oil temperature, 17,420 hours",
         "etth1",
-        sources.ETTH1,
+        FILES["etth1"],
         7,
         "hour",
         header=True,

@@ -34,8 +34,6 @@ class Parts:
     """What the builder of a set makes of its files.
 
     Attributes:
-        train: Inputs and targets of the training part.
-        test: Inputs and targets of the test part.
         valid: Inputs and targets of the validation part, where the set has one.
         names: Names of the classes, the variables or the words, in the order of their numbers.
     """
@@ -51,17 +49,11 @@ class Dataset:
     """A data set in memory, one example per row; the module's table gives the shapes.
 
     Attributes:
-        name: Name it was loaded by.
         train_inputs: Inputs of the training part; `prepare` makes a network's inputs of them.
         train_targets: Classes ``[n]``, values ``[n, d]`` or next tokens ``[n, time]``.
-        test_inputs: Inputs of the test part.
-        test_targets: Targets of the test part.
         classes: Number of classes or of words in the vocabulary; 0 for a regression.
         checksum: Short hex digest of the file contents and the way they were read and split.
-        source: Where the content officially comes from.
-        kind: What the examples are.
         valid_inputs: Inputs of the validation part; empty where the set has none.
-        valid_targets: Targets of the validation part.
         names: Names of the classes, variables or words, in order; empty where unknown.
         resize: Side in pixels to which `prepare` resizes images; 0 leaves them as they are.
         note: Split, units and normalisation in one sentence, for the record.
@@ -107,11 +99,7 @@ class Dataset:
         return "mse" if self.kind == "windows" else "cross_entropy"
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss over all targets.
-
-        Args:
-            outputs: What the network returned, float, shaped as the module's table says.
-            targets: Targets of the same examples.
+        """Mean loss over all targets; outputs are shaped as the module's table says.
 
         Returns:
             A scalar: mean squared error for windows, cross entropy otherwise (over all positions
@@ -122,14 +110,10 @@ class Dataset:
         return functional.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
     def prepare(self, inputs: Tensor) -> Tensor:
-        """Make a network's inputs of stored ones, on the device where they are.
+        """Make a network's inputs of some rows of stored ones, on the device where they are.
 
-        Args:
-            inputs: Some rows of an ``..._inputs`` tensor.
-
-        Returns:
-            Bytes become float32 divided by 255, in [0, 1], and resized where the set says so
-            (bilinear). All other inputs come back as they are.
+        Bytes become float32 divided by 255, in [0, 1], and resized where the set says so
+        (bilinear). All other inputs come back as they are.
         """
         if inputs.dtype != torch.uint8:
             return inputs

@@ -43,15 +43,9 @@ class SourceFile:
 
 
 def digest(like: str, content: bytes) -> str:
-    """Digest some content.
+    """Digest some content by the algorithm of another digest, ``"algorithm:hex digits"``.
 
-    Args:
-        like: A digest of the same sort, ``"algorithm:..."``.
-        content: The bytes.
-
-    Returns:
-        ``"algorithm:hex digits"``. The algorithm ``git`` is SHA-1 over a header and the content,
-        which is how git names a file.
+    The algorithm ``git`` is SHA-1 over a header and the content, which is how git names a file.
     """
     algorithm = like.split(":")[0]
     if algorithm == "git":
@@ -63,12 +57,8 @@ def digest(like: str, content: bytes) -> str:
 def download(file: SourceFile, folder: Path) -> None:
     """Download a file from the first of its mirrors that hands out the right content.
 
-    What has arrived lies in ``<name>.part`` until it is complete and its digest is right; a
-    later call goes on from there. The final name appears in one step.
-
-    Args:
-        file: What to download.
-        folder: An existing folder.
+    What has arrived lies in ``<name>.part`` of the folder until it is complete and its digest is
+    right; a later call goes on from there. The final name appears in one step.
 
     Raises:
         DataError: No mirror had the right content; one line per mirror says why.

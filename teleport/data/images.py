@@ -51,20 +51,14 @@ def read_cifar(
     """Read records of the binary distribution of CIFAR-10 or CIFAR-100.
 
     A record is one label (CIFAR-10) or a coarse and a fine label (CIFAR-100), then the red, green
-    and blue planes of a 32 x 32 image, row by row.
-
-    Args:
-        content: Content of a ``.bin`` file.
-        where: Name of the file, for messages.
-        classes: Number of classes of the last label.
-        label_bytes: Number of labels in a record; the last one is used.
+    and blue planes of a 32 x 32 image, row by row. The last label is used, one of ``classes``.
 
     Returns:
         Images uint8 ``[n, 3, 32, 32]`` and labels uint8 ``[n]``.
 
     Raises:
         DataError: The size is not a whole number of records, or a label is no class. The message
-            gives the file and the offset.
+            gives the file, ``where``, and the offset.
     """
     size = label_bytes + math.prod(CIFAR_SHAPE)
     if not content or len(content) % size:
@@ -79,17 +73,12 @@ def read_cifar(
 
 
 def check_labels(labels: Bytes, where: str, classes: int, start: int, step: int = 1) -> None:
-    """Refuse labels that are no class.
+    """Refuse labels, uint8 ``[n]``, that are no class.
 
-    Args:
-        labels: uint8 ``[n]``.
-        where: Name of the file that holds them, for messages.
-        classes: Number of classes.
-        start: Offset of the first label in the file.
-        step: Bytes from one label to the next.
+    The first is at the offset ``start`` of its file, and each ``step`` bytes behind the one before.
 
     Raises:
-        DataError: A label is no class. The message gives the file and the offset.
+        DataError: A label is no class. The message gives the file, ``where``, and the offset.
     """
     wrong = np.flatnonzero(labels >= classes)
     if len(wrong):

@@ -29,12 +29,7 @@ PACKED = ("blob", "offsets", "labels", "split", "class_names")
 
 
 def decode(files: Iterable[tuple[str, Any]], count: int, side: int) -> Bytes:
-    """Decode JPEG files of one size.
-
-    Args:
-        files: What to call each file in messages, and its bytes; ``count`` of them.
-        count: Number of files.
-        side: Height and width that each image must have, in pixels.
+    """Decode ``count`` JPEG files of ``side`` x ``side`` pixels, each with its name for messages.
 
     Returns:
         uint8 ``[count, 3, side, side]``, red, green, blue; grey images have three equal planes.
@@ -62,18 +57,13 @@ def read_packed(content: bytes, where: str, side: int) -> dict[str, npt.NDArray]
     ``blob`` uint8 holds the files, file i is ``blob[offsets[i]:offsets[i + 1]]``; ``labels`` are
     classes, ``split`` is 0 for training and 1 for test, training first; ``class_names`` are text.
 
-    Args:
-        content: Content of the ``.npz`` file.
-        where: Its name, for messages.
-        side: Height and width of the images in pixels.
-
     Returns:
         ``images`` uint8 ``[n, 3, side, side]``, ``labels`` uint8, ``split`` uint8, and the text
         array ``class_names``.
 
     Raises:
         DataError: An array is missing or does not fit the others, or an image is damaged. The
-            message names the file, and the image with its offset.
+            message names the file, ``where``, and the image with its offset.
     """
     packed = _npz(content, where)
     blob, offsets, labels, split, names = (packed[name] for name in PACKED)
@@ -92,11 +82,6 @@ def read_tiny_imagenet(
     """Read the official archive of Tiny-ImageNet-200.
 
     The labelled training and validation images are read; the official test images have no labels.
-
-    Args:
-        content: Content of ``tiny-imagenet-200.zip``.
-        where: Its name, for messages.
-        side: Height and width of the images in pixels.
 
     Returns:
         ``images`` uint8 ``[n, 3, side, side]``, ``labels`` uint8 ``[n]`` and ``split`` uint8

@@ -24,12 +24,8 @@ def read_table(
 ) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
     """Read comma-separated numbers, one time step per line.
 
-    Args:
-        content: Content of the file.
-        where: Its name, for messages.
-        variables: Number of columns that are read.
-        header: Whether the first line names the columns.
-        skip: Number of leading columns that are not read, such as a date.
+    With ``header`` the first line names the columns; ``skip`` leading ones, such as a date, are not
+    read.
 
     Returns:
         float64 ``[time, variables]`` and the names of the columns, empty without a header.
@@ -74,13 +70,7 @@ def split_windows(
     length: int = WEEK,
     horizon: int = DAY,
 ) -> Parts:
-    """Split a series by time, normalise it and cut each part into windows.
-
-    Args:
-        table: float64 ``[time, d]``.
-        names: Names of the variables.
-        length: Time steps in a window.
-        horizon: Time steps from the last input to the target.
+    """Split a series ``[time, d]`` by time, normalise it and cut each part into `windows`.
 
     Returns:
         Training, validation and test parts with 60, 20 and 20 % of the time steps. Every variable
@@ -106,15 +96,10 @@ def split_windows(
 
 
 def windows(series: Tensor, length: int = WEEK, horizon: int = DAY) -> Pair:
-    """Cut a series into all its windows, without copying it.
+    """Cut a series ``[time, d]`` into all its windows, without copying it.
 
     Window i holds the steps i to ``i + length - 1``; its target is the step ``horizon`` after the
     last of them.
-
-    Args:
-        series: Tensor ``[time, d]``.
-        length: Time steps in a window.
-        horizon: Time steps from the last input to the target, at least 1.
 
     Returns:
         Inputs ``[n, length, d]`` and targets ``[n, d]`` with n = time - length - horizon + 1; both

@@ -27,9 +27,6 @@ class SetInfo:
     """One line of the list of data sets.
 
     Attributes:
-        name: Name to load it by.
-        kind: What its examples are.
-        what: The set in one line.
         where: ``"embedded"``, the folder that holds the files, or ``"not fetched"``.
         how: What to do to have it; empty where it is there.
     """
@@ -46,7 +43,6 @@ class FileStatus:
     """Result of checking one file.
 
     Attributes:
-        path: The file.
         state: ``"ok"``, ``"missing"`` or ``"damaged"``.
         detail: What is wrong and what to do; empty when the file is ok.
     """
@@ -90,23 +86,12 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
 
 
 def available(root: str | Path | None = None) -> list[SetInfo]:
-    """List the known data sets.
-
-    Args:
-        root: Data folder, as in `load`.
-
-    Returns:
-        One entry per set, with the place of its files. The files are not checked.
-    """
+    """The known data sets and where their files are, unchecked; ``root`` as in `load`."""
     return [_info(name, root) for name in SOURCES]
 
 
 def fetch(name: str, root: str | Path | None = None) -> Path:
-    """Download the files of a set that are absent, and check all of them.
-
-    Args:
-        name: Name of the set.
-        root: Data folder, as in `load`.
+    """Download the files of a set that are absent, and check all of them; ``root`` as in `load`.
 
     Returns:
         The folder that holds the files.
@@ -121,11 +106,7 @@ def fetch(name: str, root: str | Path | None = None) -> Path:
 
 
 def verify(name: str, root: str | Path | None = None) -> list[FileStatus]:
-    """Check every file of a set without downloading anything.
-
-    Args:
-        name: Name of the set.
-        root: Data folder, as in `load`.
+    """Check every file of a set without downloading anything; ``root`` as in `load`.
 
     Returns:
         The status of each file, in the order of the set. Damage is reported, not raised.

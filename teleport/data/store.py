@@ -29,7 +29,6 @@ class Checked:
     """A file whose digest is right.
 
     Attributes:
-        path: Where it lies.
         content: Its content, decompressed unless it is an archive.
         digest: The digest that was compared, without the name of the algorithm.
     """
@@ -41,12 +40,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What decoding the files of a set gives.
-
-    Attributes:
-        arrays: Arrays by name.
-        names: Names of classes or words.
-    """
+    """What decoding the files of a set gives."""
 
     arrays: dict[str, npt.NDArray]
     names: tuple[str, ...] = ()
@@ -63,15 +57,7 @@ def cache_folder() -> Path:
 
 
 def locate(folder: Path, file: SourceFile) -> Path | None:
-    """Where a file lies, if it does.
-
-    Args:
-        folder: Folder of the set.
-        file: The wanted file. It may lie there gzipped or not if its content has a digest.
-
-    Returns:
-        The path, or nothing.
-    """
+    """Where a file lies in the folder of its set, gzipped or not if its content has a digest."""
     names = [file.name]
     if file.content:
         other = file.name.removesuffix(".gz")
@@ -81,14 +67,7 @@ def locate(folder: Path, file: SourceFile) -> Path | None:
 
 
 def read_checked(path: Path, file: SourceFile) -> Checked:
-    """Read a file and compare its digest.
-
-    Args:
-        path: Where it lies.
-        file: What it must be.
-
-    Returns:
-        The content; ``.gz`` files are decompressed, archives are not.
+    """Read a file and compare its digest; ``.gz`` files are decompressed, archives are not.
 
     Raises:
         DataError: The file cannot be read or is not what its digest says.
@@ -115,12 +94,9 @@ def _check(path: Path, what: str, expected: str, content: bytes) -> None:
 def fetch_missing(folder: Path, files: Sequence[SourceFile]) -> None:
     """Download the files that are absent; only one process at a time does so.
 
-    A file that is complete stays; one that is not stays as ``.part``, from which the next call
-    goes on. The folder stays, too: another process may be waiting for the lock in it.
-
-    Args:
-        folder: Folder of the set, made if needed.
-        files: The wanted files.
+    A file that is complete stays; one that is not stays as ``.part``, from which the next call goes
+    on. The folder of the set is made if needed and stays, too: another process may be waiting for
+    the lock in it.
 
     Raises:
         DataError: A file cannot be had from any mirror.
@@ -139,16 +115,8 @@ def decoded_once(key: str, files: Sequence[Checked], decode: Callable[[], Decode
     """Decode the files of a set, or read what an earlier call decoded from the same contents.
 
     The result is kept in the user's cache folder, not beside the data, which may be shared or
-    read-only. Its name holds the digests of the files, its header a digest of the arrays; a file
-    that is damaged is made again.
-
-    Args:
-        key: Name of the way of decoding; change it when the result changes.
-        files: The files that are decoded.
-        decode: Does it.
-
-    Returns:
-        What ``decode`` returns.
+    read-only. Its name holds ``key``, which changes when the way of decoding does, and the digests
+    of the files, its header a digest of the arrays; a file that is damaged is made again.
     """
     name = sha256("\n".join([key, *(file.digest for file in files)]).encode()).hexdigest()[:16]
     path = cache_folder() / "decoded" / f"{key}-{name}.safetensors"

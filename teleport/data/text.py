@@ -18,10 +18,7 @@ Tokenizer = Callable[[str], list[str]]
 
 
 def treebank_tokenizer() -> Tokenizer:
-    """NLTK's ``TreebankWordTokenizer``, which the paper uses.
-
-    Returns:
-        The function that splits one line.
+    """NLTK's ``TreebankWordTokenizer``, which the paper uses, as a function that splits one line.
 
     Raises:
         DataError: NLTK is not installed.
@@ -38,15 +35,7 @@ def treebank_tokenizer() -> Tokenizer:
 
 
 def words(content: bytes, where: str, tokenizer: Tokenizer = str.split) -> list[str]:
-    """Split a text, line by line.
-
-    Args:
-        content: The text in UTF-8.
-        where: Name of the file, for messages.
-        tokenizer: Splits one line.
-
-    Returns:
-        The words in order; every line is closed by ``<eos>``.
+    """Split a text in UTF-8, line by line; every line is closed by ``<eos>``.
 
     Raises:
         DataError: The text is empty or not UTF-8; the message gives the file and the offset.
@@ -66,12 +55,8 @@ def words(content: bytes, where: str, tokenizer: Tokenizer = str.split) -> list[
 def vocabulary(training_words: Iterable[str]) -> tuple[str, ...]:
     """List the distinct words of the training text, the most frequent first.
 
-    Args:
-        training_words: All words of the training text.
-
-    Returns:
-        The words; among equally frequent ones, in alphabetical order. ``<unk>`` comes last if the
-        text does not have it.
+    Among equally frequent ones the order is that of the alphabet. ``<unk>`` comes last if the text
+    does not have it.
     """
     counts = Counter(training_words)
     if UNKNOWN not in counts:
@@ -80,14 +65,10 @@ def vocabulary(training_words: Iterable[str]) -> tuple[str, ...]:
 
 
 def encode(text_words: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.int32]:
-    """Replace words by their numbers.
-
-    Args:
-        text_words: The words of a text.
-        names: The vocabulary; it contains ``<unk>``.
+    """Replace words by their numbers in the vocabulary, those outside of it by that of ``<unk>``.
 
     Returns:
-        int32 ``[len(text_words)]``; words outside the vocabulary get the number of ``<unk>``.
+        int32 ``[len(text_words)]``.
     """
     number = {word: i for i, word in enumerate(names)}
     unknown = number[UNKNOWN]
@@ -95,11 +76,7 @@ def encode(text_words: Sequence[str], names: Sequence[str]) -> npt.NDArray[np.in
 
 
 def sequences(stream: npt.NDArray[np.int32], length: int = LENGTH) -> Pair:
-    """Cut a stream of tokens into sequences one after the other, with the next tokens as targets.
-
-    Args:
-        stream: Tokens ``[n]``.
-        length: Tokens in a sequence.
+    """Cut a stream of tokens ``[n]`` into sequences, with the next tokens as targets.
 
     Returns:
         Inputs and targets int64 ``[(n - 1) // length, length]``, both views of one tensor; the

@@ -21,13 +21,10 @@ from teleport.teleporter import Teleporter
 Way = Callable[[nn.Module, Rehearsal], Teleporter | Rival]
 """A way to move, made for a model; controls look at the rehearsal of the default teleport."""
 
-
 OURS = "null space"
-
 
 STEPS = 8
 """Directions of the ways that take several: the paper's t."""
-
 
 RESCALINGS = ("equi-normalisation", "path conditioning")
 """The ways with an optimum of their own: no growth can be asked for, a second step does nothing."""

@@ -202,7 +202,6 @@ causal_tokens = Check(
 )
 """Which tokens count under a causal mask."""
 
-
 ELEMENTS = (
     [[1.0, 1.0], [0.0, 1.0]],
     [[2.0, 1.0], [1.0, 1.0]],

@@ -21,13 +21,12 @@ from torch import nn
 
 from teleport.data import Dataset, load
 from teleport.errors import RunError
-from teleport.lab.experiments.arms import Arm, RunSettings, teleport_settings, tuning
+from teleport.lab.analysis.sensitivity import design_settings
+from teleport.lab.experiments.arms import Arm, RunSettings, tuning
 from teleport.lab.experiments.training import Training, check_fits, look, separate_draws
-from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
-from teleport.lab.records.runs import FloatArray, Split, has_begun, read_rows, twice
-from teleport.lab.records.sameness import check_folder, is_complete
-from teleport.lab.records.study import record_paths
+from teleport.lab.records.record_folder import RecordFolder, read_records
+from teleport.lab.records.runs import FloatArray, Split, read_rows
 from teleport.lab.records.writer import RecordWriter, environment
 
 GROWTHS = (1.5,)
@@ -166,15 +165,12 @@ def points_on_line(to: str, first: Training, second: Training, count: int) -> It
 def settings_of(
     name: str, preset: str = "cpu", epochs: int | None = None
 ) -> tuple[RunSettings, float]:
-    """How an experiment is trained here: with SGD at its tuned rate, which is returned as well.
+    """As of `design_settings`, with the tuned rate.
 
     Raises:
-        ValueError: for an unknown name or preset, a count < 1, or an experiment whose rate is not
-            known.
+        ValueError: as there, or for an experiment whose rate is not known.
     """
-    settings = RunSettings(name, preset, "sgd", epochs, teleport=teleport_settings(name))
-    settings.size()
-    return settings, tuning(name, "sgd").tuned
+    return design_settings(name, preset, epochs), tuning(name, "sgd").tuned
 
 
 def check_connectivity(name: str, preset: str = "cpu", epochs: int | None = None) -> int:
@@ -204,84 +200,60 @@ def check_connectivity(name: str, preset: str = "cpu", epochs: int | None = None
 
 def write_lines(
     names: Sequence[str],
-    folder: Path,
+    out: RecordFolder,
     *,
     preset: str = "cpu",
     epochs: int | None = None,
     seeds: int = 5,
     points: int = 11,
-    resume: bool = False,
-    command: str = "",
-    progress: Callable[[str, int], None] = lambda what, steps: None,
 ) -> None:
     """Record the lines between the trainings of named experiments, one file for every seed.
 
-    Args:
-        names: of the experiments.
-        folder: an existing one, for the records.
-        preset: their size.
-        epochs: instead of the preset's.
-        seeds: how many, counted from 0.
-        points: on every line, ends included, >= 3.
-        resume: leave complete records, and make those again that were broken off.
-        command: the command line, for the records.
-        progress: told what is being computed, and the steps done since the last call.
+    There are ``points`` >= 3 on every line, its ends included.
 
     Raises:
         ValueError: as `settings_of`.
-        RunError: if the folder is in use or holds other records, a record exists already or cannot
-            be written, or a training diverges.
+        RunError: as `RecordFolder`, or if a training diverges.
     """
     asked = {"preset": preset, "epochs": epochs, "points": points, "growths": list(GROWTHS)}
-    with locked(folder / ".lock", str(folder)):
-        check_folder(folder, "connectivity", asked)
+    with out.held("connectivity", asked):
         for seed in range(seeds):
             for order, name in enumerate(names):
-                path = folder / f"{order:02d}-{slug(name)}-seed{seed}.jsonl"
-                told = partial(progress, f"{name} (seed {seed})")
-                if resume:
-                    if is_complete(path, {"experiment": name, "seed": seed}):
-                        told(check_connectivity(name, preset, epochs))
-                        continue
-                    path.unlink(missing_ok=True)
-                shared = {"command": command, "order": order, "figure": "connectivity", **asked}
+                own = {"experiment": name, "seed": seed}
+                path = out.missing(f"{order:02d}-{slug(name)}-seed{seed}", own)
+                told = partial(out.progress, f"{name} (seed {seed})")
+                if path is None:
+                    told(check_connectivity(name, preset, epochs))
+                    continue
+                settings, lr = settings_of(name, preset, epochs)
+                dataset = load(settings.recipe().data)
+                shared = {"command": out.command, "order": order, "figure": "connectivity", **asked}
+                about = _about(settings, lr, dataset)
                 with RecordWriter(path) as writer:
-                    _write(writer, name, seed, shared, told)
+                    writer.write("config", **shared, **own, **about, **environment())
+                    told(0)
+                    forks = forked(settings, lr, seed, dataset, GROWTHS, told)
+                    _, plain, _ = next(forks)
+                    for to, training, reports in forks:
+                        for report in reports:
+                            row = {key: value for key, value in report.items() if key != "type"}
+                            writer.write("teleport", to=to, **row)
+                        for point in points_on_line(to, plain, training, points):
+                            writer.write("point", **asdict(point))
+                    writer.write("end", status="finished", step=plain.steps)
 
 
-def _write(
-    writer: RecordWriter,
-    name: str,
-    seed: int,
-    shared: dict[str, Any],
-    progress: Callable[[int], None],
-) -> None:
-    settings, lr = settings_of(name, shared["preset"], shared["epochs"])
-    dataset = load(settings.recipe().data)
-    trained = settings.teleport.schedule.warmup_steps
-    writer.write(
-        "config",
-        **shared,
-        experiment=name,
-        title=settings.recipe().title,
-        seed=seed,
-        trained=trained,
-        optimizer=settings.optimizer,
-        lr=lr,
-        teleport=asdict(settings.teleport),
-        size=asdict(settings.size()),
-        data={"name": dataset.name, "checksum": dataset.checksum, "source": dataset.source},
-        **environment(),
-    )
-    progress(0)
-    forks = forked(settings, lr, seed, dataset, shared["growths"], progress)
-    _, plain, _ = next(forks)
-    for to, training, reports in forks:
-        for report in reports:
-            writer.write("teleport", to=to, **{k: v for k, v in report.items() if k != "type"})
-        for point in points_on_line(to, plain, training, shared["points"]):
-            writer.write("point", **asdict(point))
-    writer.write("end", status="finished", step=plain.steps)
+def _about(settings: RunSettings, lr: float, dataset: Dataset) -> dict[str, Any]:
+    """What a record says of the training."""
+    return {
+        "title": settings.recipe().title,
+        "trained": settings.teleport.schedule.warmup_steps,
+        "optimizer": settings.optimizer,
+        "lr": lr,
+        "teleport": asdict(settings.teleport),
+        "size": asdict(settings.size()),
+        "data": {"name": dataset.name, "checksum": dataset.checksum, "source": dataset.source},
+    }
 
 
 @dataclass(frozen=True)
@@ -289,7 +261,6 @@ class Lines:
     """The records of one experiment over its seeds.
 
     Attributes:
-        config: that of the first seed.
         shares: of the way, ``[points]``.
         losses: by the other network and the split, ``[seeds, points]``.
         growths: what the teleports reached, by the other network, ``[seeds]``.
@@ -314,20 +285,12 @@ def read_lines(folder: Path) -> list[Lines]:
     """The lines that a folder holds, experiment by experiment in the order they were asked for.
 
     Raises:
-        RunError: if there are none, or a record is damaged, broken off or of something else.
+        RunError: as `read_records`, or if the lines of a record are not those of the others.
     """
     found: dict[tuple[int, str], list[Record]] = {}
-    for path in filter(has_begun, record_paths(folder)):
-        rows = read_rows(path)
-        if rows[0].get("figure") != "connectivity":
-            raise RunError(f"{path} is not a record of `teleport connectivity`")
-        if rows[-1]["type"] == "end":  # else it was broken off; --resume makes it again
-            found.setdefault((rows[0]["order"], rows[0]["experiment"]), []).append((path, rows))
-    if not found:
-        raise RunError(
-            f"{folder} holds no complete record of `teleport connectivity`; give a folder that it "
-            "has written"
-        )
+    for path, config, rows in read_records(folder, "connectivity", "lines"):
+        key = config["order"], config["experiment"]
+        found.setdefault(key, []).append((path, [config, *rows]))
     return [_of_seeds(records) for _, records in sorted(found.items(), key=lambda item: item[0])]
 
 
@@ -335,11 +298,6 @@ Record = tuple[Path, list[dict[str, Any]]]
 
 
 def _of_seeds(records: list[Record]) -> Lines:
-    seeds: dict[int, Path] = {}
-    for path, (config, *_) in records:
-        if seeds.setdefault(config["seed"], path) != path:
-            what = f"{config['experiment']} (seed {config['seed']})"
-            raise RunError(twice(seeds[config["seed"]], path, what))
     by_seed = [_points(*record) for record in records]
     others = by_seed[0]
     shares = [point.share for point in next(iter(others.values()))]

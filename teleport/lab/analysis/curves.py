@@ -19,9 +19,7 @@ from teleport.lab.records.runs import FloatArray, Run, by_arm, log
 
 SHADES = ("#0b3c5d", "#c8553d", "#5b8e7d", "#8d6a9f", "#c49a1a", "#4a4a4a")
 
-
 POINT_MARKERS = ("o", "s", "^", "D", "v", "P")
-
 
 LINE_STYLES = ("-", "--", ":", "-.")
 
@@ -29,13 +27,8 @@ LINE_STYLES = ("-", "--", ":", "-.")
 def loss_figure(runs: Sequence[Run], title: str = "") -> Figure:
     """Train loss (top) and test loss (bottom), against steps (left) and seconds (right).
 
-    Args:
-        runs: records of one folder; several seeds of an arm become a mean with a band of one
-            standard deviation.
-        title: above the figure.
-
-    Returns:
-        A figure of its own, not known to pyplot; save it with ``savefig``.
+    Several seeds of an arm become a mean with a band of one standard deviation. The figure is not
+    known to pyplot; save it with ``savefig``.
     """
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharey="row")
@@ -50,11 +43,9 @@ def loss_figure(runs: Sequence[Run], title: str = "") -> Figure:
 
 
 def matrix_figure(rows: Mapping[str, Sequence[Run]], title: str = "") -> Figure:
-    """Train loss against steps (left) and seconds (right), a row for every optimizer.
+    """Train loss against steps (left) and seconds (right), a row for every optimizer, by its name.
 
-    Args:
-        rows: by the row's name, the runs it shows; mean with a band of one standard deviation.
-        title: above the figure.
+    Mean with a band of one standard deviation.
     """
     figure = Figure(figsize=(10, 0.6 + 4.0 * len(rows)), layout="constrained")
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
@@ -265,11 +256,8 @@ def gap_figure(summaries: Sequence[ArmSummary], title: str = "") -> Figure:
 
     A dot is the mean log train loss of the arm minus that of its baseline, with one standard
     deviation over seeds: left of the line is better. Beside it stand the ratios of steps and
-    seconds to the baseline's final train loss; "-" if their median never got there.
-
-    Args:
-        summaries: of the arms, from `summarise`; those without a baseline are not drawn.
-        title: above the figure.
+    seconds to the baseline's final train loss; "-" if their median never got there. Arms without a
+    baseline are not drawn.
     """
     groups: dict[str, list[ArmSummary]] = {}
     for summary in summaries:
@@ -363,15 +351,10 @@ def _axis(run: Run, against: str) -> FloatArray:
 def draw_band(
     axes: Axes, x: FloatArray, values: FloatArray, label: str, number: int, dashed: bool = False
 ) -> None:
-    """One curve: the mean over seeds with a band of one standard deviation.
+    """One curve of ``values [seeds, points]``: their mean with a band of one standard deviation.
 
-    Args:
-        axes: where.
-        x: ``[points]``.
-        values: ``[seeds, points]``.
-        label: for the legend; empty for none.
-        number: of the curve, for its colour and marker.
-        dashed: instead of solid.
+    The ``number`` of the curve gives its colour and marker; without a label it is not in the
+    legend.
     """
     middle, spread = values.mean(0), values.std(0)
     colour = SHADES[number % len(SHADES)]
@@ -393,10 +376,8 @@ def draw_trade_off(
 ) -> None:
     """Accuracy on the old tasks against the new one's, a point with its spreads for every setting.
 
-    Args:
-        axes: where.
-        series: by method, its settings in a row: a note beside the point, new and old accuracy
-            ``[seeds]``.
+    ``series`` has by method its settings in a row: a note beside the point, new and old accuracy
+    ``[seeds]``.
     """
     for number, (method, points) in enumerate(series.items()):
         new, old = (np.array([point[i] for point in points]) for i in (1, 2))

@@ -22,9 +22,7 @@ class FolderOutcome:
 
     Attributes:
         folder: relative to the folder of the report.
-        runs: its records.
         summaries: one per arm.
-        best: name of the best arm without teleport.
     """
 
     folder: Path
@@ -132,9 +130,7 @@ def folder_outcomes(
 ) -> list[FolderOutcome]:
     """Every folder with records of runs, this one and those below, compared or not.
 
-    Args:
-        folder: of them.
-        progress: told how many folders were read since, and how many there are.
+    ``progress`` is told how many folders were read since, and how many there are.
 
     Raises:
         RunError: if a record is damaged or copied.

@@ -42,7 +42,6 @@ class _Curve:
     Attributes:
         seeds: ``[seeds, steps]``.
         mean: ``[steps]``, as far as all seeds have values.
-        diverged: whether a seed did.
     """
 
     seeds: FloatArray
@@ -55,12 +54,10 @@ def watch_page(
     seconds: float | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> str:
-    """The page about all runs of a folder and those below it.
+    """The page about all runs of a folder and those below it, as files or in a packed study.
 
-    Args:
-        folder: of records, as files or in a packed study.
-        seconds: after which the page is to load itself again; None for never.
-        progress: told how many folders were read since, and how many there are.
+    It loads itself again after so many seconds, if any are given; ``progress`` is that of
+    `folder_outcomes`.
 
     Raises:
         RunError: if there are no records of `teleport run` or sweep, or one is damaged.

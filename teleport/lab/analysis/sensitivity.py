@@ -22,12 +22,10 @@ from teleport.errors import RunError
 from teleport.lab.experiments.arms import PAPER_STEPS, Arm, RunSettings, teleport_settings
 from teleport.lab.experiments.run import Cell, run_cell, steps_per_run
 from teleport.lab.experiments.training import check_fits
-from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.compare import compare
 from teleport.lab.records.folders import slug
-from teleport.lab.records.runs import FloatArray, Run, has_begun, read_rows, read_run, twice
-from teleport.lab.records.sameness import check_folder, is_complete
-from teleport.lab.records.study import record_paths
+from teleport.lab.records.record_folder import RecordFolder, read_records
+from teleport.lab.records.runs import FloatArray, Run, read_run
 from teleport.lab.records.writer import RecordWriter, environment
 from teleport.report import growth
 from teleport.schedule import Schedule
@@ -63,7 +61,6 @@ class Values:
         open: 1 - τ.
         n: examples of the teleport batch.
         after: training steps before the teleport.
-        lr: learning rate.
     """
 
     growth: float
@@ -172,7 +169,7 @@ def effects(design: str, at: FloatArray, response: FloatArray) -> Effects:
 
 
 def design_settings(name: str, preset: str = "cpu", epochs: int | None = None) -> RunSettings:
-    """How an experiment is trained here: with SGD; for the preset's epochs unless given.
+    """How an experiment is trained in these studies: with SGD, the preset's epochs unless given.
 
     Raises:
         ValueError: for an unknown name or preset, or a count < 1.
@@ -216,14 +213,11 @@ def _with(settings: RunSettings, at: Values, design: str) -> RunSettings:
 
 def write_design(
     name: str,
-    folder: Path,
+    out: RecordFolder,
     *,
     preset: str = "cpu",
     epochs: int | None = None,
     points: int = 48,
-    resume: bool = False,
-    command: str = "",
-    progress: Callable[[str, int], None] = lambda what, steps: None,
 ) -> None:
     """Record both designs of a named experiment, one file for every point.
 
@@ -231,20 +225,9 @@ def write_design(
     a teleport. Every point has a seed of its own, so that the spread between seeds is in the
     intervals.
 
-    Args:
-        name: of the experiment.
-        folder: an existing one, for the records.
-        preset: its size.
-        epochs: instead of the preset's.
-        points: see `latin_hypercube`.
-        resume: leave complete records, and make those again that were broken off.
-        command: the command line, for the records.
-        progress: told what is being computed, and the steps done since the last call.
-
     Raises:
-        ValueError: for an unknown name, or too few points.
-        RunError: if the folder is in use or holds other records, or a record exists already or
-            cannot be written.
+        ValueError: for an unknown name, or too few points for `latin_hypercube`.
+        RunError: as `RecordFolder`.
     """
     settings = design_settings(name, preset, epochs)
     dataset = load(settings.recipe().data)
@@ -258,23 +241,18 @@ def write_design(
         "optimizer": settings.optimizer,
         "data": {"name": dataset.name, "checksum": dataset.checksum, "source": dataset.source},
     }
-    with locked(folder / ".lock", str(folder)):
-        check_folder(folder, "sensitivity", asked)
+    with out.held("sensitivity", asked):
         for order, place in enumerate(latin_hypercube(points).tolist()):
-            path = folder / f"{order:0{digits}d}-{slug(name)}-seed{order}.jsonl"
             at = values_at(place, steps)
             point = {"order": order, "seed": order, "place": place, "values": asdict(at)}
-            told = partial(progress, f"point {order + 1} of {points}")
-            if resume:
-                if is_complete(path, point):
-                    told(steps * (1 + len(SIZE_FACTORS)))
-                    continue
-                path.unlink(missing_ok=True)
-            config = {"command": command, "figure": "sensitivity", **asked, **point}
-            with RecordWriter(path) as writer:
-                writer.write("config", **config, **environment())
+            path = out.missing(f"{order:0{digits}d}-{slug(name)}-seed{order}", point)
+            told = partial(out.progress, f"point {order + 1} of {points}")
+            if path is None:
+                told(steps * (1 + len(SIZE_FACTORS)))
+                continue
+            config = {"figure": "sensitivity", **asked, **point, **environment()}
+            with out.writing(path, **config) as writer:
                 _measure(writer, settings, at, order, dataset, told)
-                writer.write("end", status="finished")
 
 
 def _measure(
@@ -314,8 +292,6 @@ class Outcomes:
     """One design as read from its records.
 
     Attributes:
-        config: of the first point.
-        design: `WANTED_GROWTH` or `FIXED_STEP`.
         places: ``[points, factors]``.
         log_loss: of the teleport against none, ``[points]``; NaN where there is nothing to compare.
         growth: reached, ``[points]``.
@@ -341,19 +317,11 @@ def read_outcomes(folder: Path) -> list[Outcomes]:
     """The designs that a folder holds.
 
     Raises:
-        RunError: if it holds no records of ours, not all points, or a damaged record.
+        RunError: as `read_records`, or if not all points are there.
     """
-    points: dict[int, Path] = {}
-    rows: list[list[dict[str, Any]]] = []
-    for path in filter(has_begun, record_paths(folder)):
-        config, *others = read_rows(path)
-        if config.get("figure") != "sensitivity":
-            raise RunError(f"{path} is not a record of `teleport sensitivity`")
-        if others and others[-1]["type"] == "end":
-            if points.setdefault(config["order"], path) != path:
-                raise RunError(twice(points[config["order"]], path, f"point {config['order']}"))
-            rows.append(_checked(path, config, others))
-    wanted = rows[0][0]["points"] if rows else "all"
+    found = read_records(folder, "sensitivity", "points of a design")
+    rows = [_checked(*record) for record in found]
+    wanted = rows[0][0]["points"]
     if len(rows) != wanted:
         raise RunError(
             f"{folder} holds {len(rows)} of {wanted} points of a design; "
@@ -367,6 +335,8 @@ def _checked(
 ) -> list[dict[str, Any]]:
     """The rows of one point: its configuration, then one outcome for every design."""
     found = {row.get("design"): row for row in others if row["type"] == "outcome"}
+    if config["order"] != config["seed"]:  # else a point could be there twice
+        raise RunError(f"{path} is not the point of its seed; make its record again")
     if set(found) != set(SIZE_FACTORS) or len(config["place"]) != len(NAMES):
         raise RunError(
             f"{path} does not have an outcome for {' and '.join(SIZE_FACTORS)} at a place of "

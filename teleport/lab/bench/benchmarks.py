@@ -33,7 +33,7 @@ from teleport.lab.bench.rivals import (
     GRADIENT_BUDGET,
     same_batch_table,
     same_budget_table,
-    symmetry_speed_ratio,
+    symmetry_timings,
 )
 from teleport.lab.bench.timing import (
     Measurement,
@@ -538,11 +538,11 @@ def rivals_jobs(setting: Setting) -> list[BenchmarkJob]:
         return rows
 
     def speed(activation: type[nn.Module]) -> list[Measurement]:
-        found = symmetry_speed_ratio(
+        found = symmetry_timings(
             base.d, base.n, base.l, base.t, batches=base.b, activation=activation, **spent
         )
         note = {"part": "speed", "activation": activation.__name__}
-        return [{**note, **_rival_row({"way": w}, timing)} for w, timing in found.timings.items()]
+        return [{**note, **_rival_row({"way": w}, timing)} for w, timing in found.items()]
 
     jobs: list[BenchmarkJob] = [("same batch", same_batch), ("same budget", same_budget)]
     for kind in (nn.LeakyReLU, nn.Tanh):

@@ -15,9 +15,7 @@ def scaling_figure(
 ) -> Figure:
     """Seconds of a teleport against every size, one panel each, on logarithmic axes.
 
-    Args:
-        panels: per size the paper's claim about it and one curve per method.
-        title: above the figure.
+    A panel has the paper's claim about its size and one curve per method.
     """
     figure = Figure(figsize=(3.4 * len(panels), 4.6), layout="constrained")
     row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]

@@ -43,7 +43,6 @@ class Traffic:
     Attributes:
         widths: of the input, the hidden layers and the output.
         rows: samples in all ranks together.
-        tau: share of energy to be kept.
     """
 
     widths: tuple[int, ...]
@@ -78,12 +77,8 @@ def predicted(
 ) -> dict[str, float]:
     """Bytes that a rank other than the first takes in, in single precision, by purpose.
 
-    Args:
-        ranks: how many.
-        layers: all that are covered.
-        rows: of the inputs of each layer in all ranks together.
-        parameters: trainable numbers in the model.
-        looks: at a gradient norm.
+    ``rows`` are those of the inputs of each layer in all ranks together, ``parameters`` the
+    trainable numbers in the model, and ``looks`` those at a gradient norm.
     """
     share, told = (ranks - 1) / ranks, int(ranks > 1)
     found = dict.fromkeys(PURPOSES, 0.0)

@@ -2,13 +2,14 @@
 
 `same_batch_table` lets every way to teleport, and every control, move the same perceptron on the
 same images, and tells what it gained, what it broke, and what it cost; `same_budget_table` lets
-each repeat its step for the same time instead. `symmetry_speed_ratio` times
+each repeat its step for the same time instead. `symmetry_timings` times
 a teleport of fixed steps against the null-space one (paper figure 5). All repeats start from the
-same weights and are timed as `teleport.measure` says.
+same weights and are timed as `teleport.lab.bench.timing` says.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from teleport.data import load
+from teleport.data import SAMPLE_NAME, load
 from teleport.errors import RunError
 from teleport.lab.bench.timing import (
     Spread,
@@ -43,20 +44,19 @@ from teleport.teleporter import Teleporter
 LabelledBatch = tuple[Tensor, Tensor]
 """Inputs and classes."""
 
-
 Prepared = tuple[Teleporter | Rival, list[Callable[[], Tensor]]]
 """Something that moves a model of its own, and the closures of its batches."""
 
-
 CPU = torch.device("cpu")
-
 
 GRADIENT_BUDGET = 30.0
 """Gradients whose time a way may spend in `same_budget_table`."""
 
-
 HELD_OUT = 1000
 """Images outside the batch whose loss is compared."""
+
+SEED = 0
+"""Of the initial weights, of the batches and of all random moves."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,11 @@ class WayRow:
     """One way to move, on the same batch as all others.
 
     Attributes:
-        way: its name.
         growth: factor on the gradient norm.
         drift: relative change of the batch loss.
         held_out_drift: relative change of the loss of other images.
         move: norm of the change of all weights together.
         timing: of all repeats, each right after one gradient of the batch.
-        note: how it ended.
     """
 
     way: str
@@ -84,28 +82,22 @@ class WayRow:
 
 def same_batch_table(
     *,
-    data: str = "mnist-sample",
     hidden: Sequence[int] = (512, 512),
-    activation: type[nn.Module] = nn.LeakyReLU,
     samples: int = 128,
     growth: float = 1.5,
     warmup_steps: int = 50,
-    seed: int = 0,
     repeats: int = 5,
     seconds: float = math.inf,
     threads: int = 1,
     device: torch.device = CPU,
 ) -> list[WayRow]:
-    """Let every rival and control move the same perceptron on the same batch.
+    """Let every rival and control move the same perceptron on the same batch of embedded images.
 
     Args:
-        data: name of the data set; flat images.
         hidden: widths; at least ``samples``, for symmetry teleportation to be exact.
-        activation: of the hidden layers; LeakyReLU is the one that all rivals can act through.
         samples: size of the batch, the paper's n.
         growth: wanted factor on the gradient norm, where a way can be asked for one.
         warmup_steps: training steps (SGD, learning rate 0.1, batch 32) before.
-        seed: of the initial weights, of the batches and of all random moves.
         repeats: of the timing at most; each from the same weights.
         seconds: after which no further repeat is begun.
         threads: of torch.
@@ -114,30 +106,35 @@ def same_batch_table(
     Returns:
         One row per way, in the order of `ways`.
     """
-    with using_threads(threads), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, batch, others = _work(data, hidden, activation, samples, warmup_steps, device)
+    with _beginning(threads):
+        model, batch, others = _work(hidden, samples, warmup_steps, device)
         rehearsal = rehearse(Teleporter(model, growth=growth), _closure(model, batch))
         movers = {
             name: partial(_prepared, model, way, [batch], rehearsal)
-            for name, way in ways(growth, seed).items()
+            for name, way in ways(growth, SEED).items()
         }
         looks = {name: _look(make, others) for name, make in movers.items()}
         timings = _timings(model, batch, movers, repeats, seconds, threads)
         return [_row(name, report, timings[name]) for name, report in looks.items()]
 
 
+@contextmanager
+def _beginning(threads: int) -> Iterator[None]:
+    """The same threads and random numbers every time; afterwards they are what they were."""
+    with using_threads(threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        yield
+
+
 def _work(
-    data: str,
-    hidden: Sequence[int],
-    activation: type[nn.Module],
-    samples: int,
-    warmup_steps: int,
-    device: torch.device,
+    hidden: Sequence[int], samples: int, warmup_steps: int, device: torch.device
 ) -> tuple[nn.Sequential, LabelledBatch, LabelledBatch]:
-    """A perceptron after some training, a batch, and other images."""
-    images = load(data)
-    model = _perceptron([images.width, *hidden, images.classes], activation)
+    """A perceptron after some training, a batch, and other images.
+
+    LeakyReLU is the activation that all rivals can act through.
+    """
+    images = load(SAMPLE_NAME)
+    model = _perceptron([images.width, *hidden, images.classes], nn.LeakyReLU)
     _train_a_little(model, images.train_inputs, images.train_targets, warmup_steps)
     chosen = torch.randperm(len(images.train_inputs))[: samples + HELD_OUT]
     batch, others = (
@@ -168,12 +165,12 @@ def _row(name: str, report: TeleportReport, timing: Timing) -> WayRow:
     )
 
 
-def repeated_ways(growth: float, seed: int = 0) -> dict[str, Way]:
+def repeated_ways(growth: float) -> dict[str, Way]:
     """The ways whose step takes one direction, to be repeated; and symmetry in its 2023 form.
 
     Without the two rescalings that are at their optimum after one step.
     """
-    every = ways(growth, seed)
+    every = ways(growth, SEED)
     several = (f"{STEPS} steps", "double backward", "first-order inverse", *RESCALINGS)
     found = {name: way for name, way in every.items() if not name.endswith(several)}
     found["null space, double backward"] = lambda m, _: Teleporter(
@@ -190,14 +187,11 @@ class BudgetRow:
     """One way, repeated for as long as all others.
 
     Attributes:
-        way: its name.
         steps: kept within the budget; the last one may end after it.
         growth: factor on the gradient norm by all steps together.
         drift: relative change of the batch loss by them.
         held_out_drift: relative change of the loss of other images.
-        seconds: that the steps took.
         gradient_seconds: of one gradient, the median of some just before.
-        note: how the last step ended.
     """
 
     way: str
@@ -212,13 +206,10 @@ class BudgetRow:
 
 def same_budget_table(
     *,
-    data: str = "mnist-sample",
     hidden: Sequence[int] = (512, 512),
-    activation: type[nn.Module] = nn.LeakyReLU,
     samples: int = 128,
     growth: float = 1.5,
     warmup_steps: int = 50,
-    seed: int = 0,
     gradients: float = GRADIENT_BUDGET,
     threads: int = 1,
     device: torch.device = CPU,
@@ -230,17 +221,7 @@ def same_budget_table(
     nothing or is rolled back. One step of every way comes first and is not timed. Controls of the
     same norm repeat the norm of the first teleport, whose rehearsal is not on their time.
 
-    Args:
-        data: as in `same_batch_table`.
-        hidden: likewise.
-        activation: likewise.
-        samples: likewise.
-        growth: of one step, where a way can be asked for one.
-        warmup_steps: as in `same_batch_table`.
-        seed: likewise.
-        gradients: the budget, > 0.
-        threads: of torch.
-        device: where.
+    The budget is > 0, and the growth that of one step; all else is as of `same_batch_table`.
 
     Returns:
         One row per way, in the order of `repeated_ways`.
@@ -250,13 +231,12 @@ def same_budget_table(
     """
     if not 0.0 < gradients < math.inf:
         raise ValueError(f"gradients must be > 0 and finite, got {gradients}")
-    with using_threads(threads), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, batch, others = _work(data, hidden, activation, samples, warmup_steps, device)
+    with _beginning(threads):
+        model, batch, others = _work(hidden, samples, warmup_steps, device)
         rehearsal = rehearse(Teleporter(model, growth=growth), _closure(model, batch))
         stopwatch = stopwatch_for(device, threads)
         rows = []
-        for name, way in repeated_ways(growth, seed).items():
+        for name, way in repeated_ways(growth).items():
             make = partial(_prepared, model, way, [batch], rehearsal)
             _move(make())
             rows.append(_spend(name, make(), others, gradients, stopwatch))
@@ -289,24 +269,7 @@ def _spend(
     )
 
 
-@dataclass(frozen=True)
-class Speed:
-    """A teleport of fixed steps by several programs, timed in turn.
-
-    Attributes:
-        timings: by program, in the order of `speed_ways`; the reference is one gradient.
-    """
-
-    timings: dict[str, Timing]
-
-    def ratio(self, program: str) -> Spread:
-        """Seconds of a program over those of the null-space teleport, repeat by repeat."""
-        ours = self.timings[OURS].seconds
-        pairs = zip(self.timings[program].seconds, ours, strict=True)
-        return Spread.of([theirs / own for theirs, own in pairs])
-
-
-def symmetry_speed_ratio(
+def symmetry_timings(
     d: int = 512,
     n: int = 128,
     layers: int = 3,
@@ -317,11 +280,11 @@ def symmetry_speed_ratio(
     repeats: int = 7,
     seconds: float = math.inf,
     threads: int = 1,
-    seed: int = 0,
     device: torch.device = CPU,
-) -> Speed:
-    """Seconds of symmetry teleportation over seconds of null-space teleportation.
+) -> dict[str, Timing]:
+    """Seconds of symmetry and of null-space teleportation, by program in turn.
 
+    The reference is one gradient.
     All programs take ``steps`` small steps of fixed size on each batch of a perceptron with
     ``layers`` linear layers of width ``d`` (10 outputs) and normal inputs, checks and reports
     included.
@@ -334,8 +297,7 @@ def symmetry_speed_ratio(
             f"sizes must be >= 1, layers >= 2 and n <= d; got d={d}, n={n}, layers={layers}, "
             f"steps={steps}, batches={batches}, repeats={repeats}"
         )
-    with using_threads(threads), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _beginning(threads):
         model = _perceptron([*[d] * layers, 10], activation).to(device)
         parts = [
             (torch.randn(n, d).to(device), torch.randint(10, (n,)).to(device))
@@ -344,7 +306,7 @@ def symmetry_speed_ratio(
         movers = {
             name: partial(_prepared, model, way, parts) for name, way in speed_ways(steps).items()
         }
-        return Speed(_timings(model, parts[0], movers, repeats, seconds, threads))
+        return _timings(model, parts[0], movers, repeats, seconds, threads)
 
 
 def speed_ways(steps: int) -> dict[str, Callable[[nn.Sequential], Teleporter | Rival]]:

@@ -3,12 +3,12 @@
 Nothing here loads PyTorch before a network is built.
 """
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from teleport.lab.experiments.choices import ACTIVATION_NAMES, INITS, READOUTS
+from teleport.lab.records.schema import WIDTH, Kind
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -17,42 +17,13 @@ if TYPE_CHECKING:
 else:  # names for whoever checks types while the program runs
     Module, Dataset = "torch.nn.Module", "teleport.data.Dataset"
 
-Condition = Callable[[Any], bool]
-
-
-def is_natural(value: Any) -> bool:
-    """Whether it is an integer >= 1."""
-    return type(value) is int and value >= 1
-
-
-def is_count(value: Any) -> bool:
-    """Whether it is an integer >= 0."""
-    return type(value) is int and value >= 0
-
-
-def is_positive(value: Any) -> bool:
-    """Whether it is a number > 0, and finite also as a float."""
-    return type(value) in (int, float) and 0 < value <= sys.float_info.max
-
-
-def is_naturals(value: Any) -> bool:
-    """Whether it is a list of integers >= 1."""
-    return isinstance(value, list) and bool(value) and all(map(is_natural, value))
-
-
-def is_text(value: Any) -> bool:
-    """Whether it is a text and not empty."""
-    return isinstance(value, str) and bool(value)
-
-
-def is_initialisation(value: Any) -> bool:
-    """Whether it is one of `INITS`."""
-    return value in INITS
-
-
-def is_readout(value: Any) -> bool:
-    """Whether it is one of `READOUTS`."""
-    return value in READOUTS
+NATURALS = Kind(
+    "a list of integers >= 1",
+    lambda v: isinstance(v, list) and bool(v) and all(map(WIDTH.holds, v)),
+)
+NAME = Kind("a text", lambda v: isinstance(v, str) and bool(v))
+INITIALISATION = Kind(f"one of {', '.join(INITS)}", lambda v: v in INITS)
+READOUT = Kind(f"one of {', '.join(READOUTS)}", lambda v: v in READOUTS)
 
 
 def one_of(what: str, name: str, known: Mapping[str, Any]) -> Any:
@@ -66,26 +37,12 @@ def one_of(what: str, name: str, known: Mapping[str, Any]) -> Any:
     return known[name]
 
 
-ALLOWED: dict[Condition, str] = {
-    is_natural: "an integer >= 1",
-    is_count: "an integer >= 0",
-    is_positive: "a number > 0",
-    is_naturals: "a list of integers >= 1",
-    is_text: "a text",
-    is_initialisation: f"one of {', '.join(INITS)}",
-    is_readout: f"one of {', '.join(READOUTS)}",
-}
-"""What each check lets pass, for messages."""
-
-
 @dataclass(frozen=True)
 class Preset:
     """The size of an experiment.
 
     Attributes:
-        epochs: passes over the training data.
         train_size: training examples used, the first ones; None for all.
-        evaluate_every: training steps between evaluations.
         evaluate_size: examples of each split an evaluation looks at, the first ones.
         network: sizes of the network that differ from the experiment's.
     """
@@ -143,13 +100,8 @@ class Experiment:
 
     Attributes:
         name: what the command line calls it.
-        title: what figures call it.
-        data: name of the data set.
         network: ``kind``, one of `SIZES`, and its sizes.
-        batch_size: of training.
         teleport: what the paper's schedule needs.
-        presets: sizes by name.
-        tuning: by optimizer.
         tuning_of: the experiment whose learning rates hold for optimizers that ``tuning`` would not
             name; None if there is none.
         marks: ``"paper"`` or ``"ours"`` for every key, such as ``network.hidden``.
@@ -191,28 +143,15 @@ class Experiment:
         return MAKERS[kind](dataset, sizes)
 
 
-SIZES: dict[str, dict[str, Condition]] = {
-    "mlp": {"hidden": is_naturals},
-    "cnn": {"channels": is_naturals},
-    "residual": {"widths": is_naturals},
-    "resnet18": {"width": is_natural},
-    "transformer": {
-        "heads": is_natural,
-        "width": is_natural,
-        "blocks": is_natural,
-        "readout": is_readout,
-    },
-    "mamba": {
-        "width": is_natural,
-        "blocks": is_natural,
-        "state": is_natural,
-        "readout": is_readout,
-    },
-    "ttt": {
-        "width": is_natural,
-        "blocks": is_natural,
-        "inner_batch": is_natural,
-        "readout": is_readout,
-    },
+_BLOCKS = {"width": WIDTH, "blocks": WIDTH, "readout": READOUT}
+
+SIZES: dict[str, dict[str, Kind]] = {
+    "mlp": {"hidden": NATURALS},
+    "cnn": {"channels": NATURALS},
+    "residual": {"widths": NATURALS},
+    "resnet18": {"width": WIDTH},
+    "transformer": {"heads": WIDTH, **_BLOCKS},
+    "mamba": {"state": WIDTH, **_BLOCKS},
+    "ttt": {"inner_batch": WIDTH, **_BLOCKS},
 }
 """The kinds of networks, each with its sizes and their checks; `networks` makes them."""

@@ -205,18 +205,14 @@ def _count_steps(steps: int) -> None:
 
 @contextmanager
 def cluster(address: str, timeout: float = 30.0) -> Iterator[Executor]:
-    """The workers of a Dask scheduler.
+    """The workers of a Dask scheduler, such as ``tcp://10.0.0.1:8786``.
 
     A worker that dies does not make its cell fail before the scheduler's ``allowed-failures`` (3)
     are used up.
 
-    Args:
-        address: of the scheduler, such as ``tcp://10.0.0.1:8786``.
-        timeout: seconds to wait for it.
-
     Raises:
-        RunError: if the extra ``dask`` is not installed, the scheduler does not answer, or it has
-            no workers.
+        RunError: if the extra ``dask`` is not installed, the scheduler does not answer for
+            ``timeout`` seconds, or it has no workers.
     """
     try:
         from distributed import Client

@@ -82,18 +82,11 @@ def intervene(
     growth: float | None = None,
     seed: int = 0,
 ) -> TeleportReport:
-    """Do to a training what an arm is named after.
+    """Do to a training what an arm is named after, one of `INTERVENTIONS`.
 
-    Controls are matched to a rehearsed teleport of the same growth; what the rehearsal costs is not
-    in the report's seconds, which favours the control.
-
-    Args:
-        name: one of `INTERVENTIONS`.
-        subject: the training.
-        closure: the teleport batch.
-        held_out: other data, for the report.
-        growth: wanted factor on the gradient norm; default as `Teleporter`.
-        seed: of random moves.
+    Controls are matched to a rehearsed teleport of the same growth, by default that of
+    `Teleporter`; what the rehearsal costs is not in the report's seconds, which favours the
+    control. ``closure`` is the teleport batch, and ``held_out`` other data for the report.
 
     Returns:
         The report of the move; for a control that moves no weight, of nothing moved.

@@ -41,7 +41,7 @@ def find_optimizer(name: str) -> Build:
     lower = name.lower()
     if lower in OPTIMIZERS:
         return OPTIMIZERS[lower]
-    known = _of_torch()
+    known = _classes(torch.optim)
     extra = _of_extra()
     if lower not in known and lower not in extra:
         near = difflib.get_close_matches(lower, {*OPTIMIZERS, *known, *extra}, n=3)
@@ -78,10 +78,6 @@ def within_range() -> Iterator[None]:
             f"a step of the optimizer is beyond the range of its numbers ({error}); "
             "give a lower learning rate"
         ) from error
-
-
-def _of_torch() -> dict[str, Any]:
-    return _classes(torch.optim)
 
 
 def _classes(package: ModuleType) -> dict[str, Any]:

@@ -132,19 +132,7 @@ def run_cell(
 ) -> Path:
     """One run to its end; with ``resume`` from where it broke off, on CPU bit for bit.
 
-    Args:
-        cell: the run.
-        dataset: its data, on its device.
-        out: the folder of its record.
-        resume: go on; a finished run is left as it is.
-        checkpoint_seconds: between checkpoints.
-        command: the command line, for the record.
-        tensorboard: as in `run_arms`.
-        threads: as in `run_arms`.
-        progress: told the steps done since the last call.
-
-    Returns:
-        The record's path.
+    Returns the record's path; the arguments are those of `run_arms`.
 
     Raises:
         RunError: if the record is in use, is another run's, began with other threads than are

@@ -42,9 +42,6 @@ class Job:
 
     Attributes:
         experiment: what the name in the cell's settings stands for where the job was made.
-        checkpoint_seconds: between checkpoints.
-        command: the command line, for the record.
-        threads: PyTorch's, as in `run_cell`.
     """
 
     cell: Cell
@@ -68,14 +65,9 @@ class Plan:
     """A matrix: experiments x optimizers x arms x seeds.
 
     Attributes:
-        names: experiments.
         optimizers: every experiment is run with every one of them.
         seeds: how many, counted from 0.
-        preset: size.
-        schedule: when teleports are due.
-        epochs: instead of the preset's.
         controls: add the controls that act on any network, at both learning rates.
-        device: where to train.
     """
 
     names: tuple[str, ...]

@@ -18,20 +18,16 @@ from typing import Any
 
 from teleport.errors import RunError
 from teleport.lab.experiments.entry import (
-    ALLOWED,
+    INITIALISATION,
+    NAME,
     SIZES,
-    Condition,
     Experiment,
     PaperTeleport,
     Preset,
     Tuning,
-    is_count,
-    is_initialisation,
-    is_natural,
-    is_positive,
-    is_text,
     one_of,
 )
+from teleport.lab.records.schema import COUNT, POSITIVE, WIDTH, Kind
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,28 +37,13 @@ else:
 MARKS = ("paper", "ours")
 TOO_LONG = "a chain of `like`, or of tables in tables, is too long to follow; shorten it"
 
-
-_PRESET: dict[str, Condition] = {
-    "epochs": is_natural,
-    "evaluate_every": is_natural,
-    "evaluate_size": is_natural,
-    "train_size": is_natural,
+_PRESET = dict.fromkeys(("epochs", "evaluate_every", "evaluate_size", "train_size"), WIDTH)
+_TUNING = {
+    "on": NAME,
+    **dict.fromkeys(("low", "tuned", "gain_lr", "head_gain"), POSITIVE),
+    "init": INITIALISATION,
 }
-_TUNING: dict[str, Condition] = {
-    "on": is_text,
-    "low": is_positive,
-    "tuned": is_positive,
-    "gain_lr": is_positive,
-    "init": is_initialisation,
-    "head_gain": is_positive,
-}
-_TELEPORT: dict[str, Condition] = {
-    "lr": is_positive,
-    "cap": is_positive,
-    "warmup_steps": is_count,
-    "n": is_natural,
-    "held_out": is_natural,
-}
+_TELEPORT = {"lr": POSITIVE, "cap": POSITIVE, "warmup_steps": COUNT, "n": WIDTH, "held_out": WIDTH}
 
 
 def read_experiments(path: Path) -> dict[str, Experiment]:
@@ -231,12 +212,10 @@ def _experiment(name: str, entry: dict[str, Any]) -> Experiment:
     sizes = _sizes(f"{name}.network", network)
     return Experiment(
         name=name,
-        title=_checked(f"{name}.title", entry["title"], is_text),
-        data=_checked(f"{name}.data", marked("data", entry["data"]), is_text),
+        title=_checked(f"{name}.title", entry["title"], NAME),
+        data=_checked(f"{name}.data", marked("data", entry["data"]), NAME),
         network=network,
-        batch_size=_checked(
-            f"{name}.batch_size", marked("batch_size", entry["batch_size"]), is_natural
-        ),
+        batch_size=_checked(f"{name}.batch_size", marked("batch_size", entry["batch_size"]), WIDTH),
         teleport=PaperTeleport(**_values(f"{name}.teleport", table("teleport"), _TELEPORT)),
         presets={
             key: _preset(f"{name}.presets.{key}", value, sizes)
@@ -246,14 +225,14 @@ def _experiment(name: str, entry: dict[str, Any]) -> Experiment:
             key: Tuning(**_values(f"{name}.tuning.{key}", value, _TUNING))
             for key, value in table("tuning").items()
         },
-        tuning_of=_checked(f"{name}.tuning_of", marked("tuning_of", entry["tuning_of"]), is_text)
+        tuning_of=_checked(f"{name}.tuning_of", marked("tuning_of", entry["tuning_of"]), NAME)
         if "tuning_of" in entry
         else None,
         marks=marks,
     )
 
 
-def _sizes(where: str, network: dict[str, Any]) -> dict[str, Condition]:
+def _sizes(where: str, network: dict[str, Any]) -> dict[str, Kind]:
     kind = network.get("kind")
     if not isinstance(kind, str) or kind not in SIZES:
         raise RunError(f"{where}.kind: must be one of {', '.join(SIZES)}; got {kind!r}")
@@ -263,7 +242,7 @@ def _sizes(where: str, network: dict[str, Any]) -> dict[str, Condition]:
     return sizes
 
 
-def _preset(where: str, value: Any, sizes: dict[str, Condition]) -> Preset:
+def _preset(where: str, value: Any, sizes: dict[str, Kind]) -> Preset:
     if not isinstance(value, dict):
         raise RunError(f"{where}: expected a table, got {value!r}")
     network = value.get("network", {})
@@ -275,7 +254,7 @@ def _preset(where: str, value: Any, sizes: dict[str, Condition]) -> Preset:
 def _values(
     where: str,
     given: Any,
-    checks: Mapping[str, Condition],
+    checks: Mapping[str, Kind],
     optional: AbstractSet[str] = frozenset(),
 ) -> dict[str, Any]:
     if not isinstance(given, dict):
@@ -295,9 +274,9 @@ def _keys(
             raise RunError(f"{where}.{key}: missing")
 
 
-def _checked(where: str, value: Any, check: Condition) -> Any:
-    if not check(value):
-        raise RunError(f"{where}: must be {ALLOWED[check]}, got {value!r}")
+def _checked(where: str, value: Any, check: Kind) -> Any:
+    if not check.holds(value):
+        raise RunError(f"{where}: must be {check.what}, got {value!r}")
     return value
 
 

@@ -31,9 +31,7 @@ def train_size(size: Preset, dataset: Dataset) -> int:
 def separate_draws(seed: int, use: int = 1) -> torch.Generator:
     """Random numbers of a run apart from the order of its data, which they must not change.
 
-    Args:
-        seed: of the run.
-        use: what they are for: 1, teleport batches; 2, trials; 3, another order of the data.
+    They are for one use: 1, teleport batches; 2, trials; 3, another order of the data.
     """
     return torch.Generator().manual_seed(seed + use * 1_000_000 + 3)
 
@@ -41,14 +39,10 @@ def separate_draws(seed: int, use: int = 1) -> torch.Generator:
 def check_fits(settings: RunSettings, dataset: Dataset, teleports: bool = True) -> None:
     """Refuse, before anything is written, what every run would break off with.
 
-    Args:
-        settings: of the runs.
-        dataset: their data.
-        teleports: whether one of them teleports.
-
     Raises:
-        RunError: if the training examples are fewer than a batch, or than a teleport and its
-            held-out data, or if the network cannot be built for the data and applied to them.
+        RunError: if the training examples are fewer than a batch, or where one teleports than a
+            teleport and its held-out data, or if the network cannot be built for the data and
+            applied to them.
     """
     size, options = settings.size(), settings.teleport
     count = train_size(size, dataset)
@@ -136,13 +130,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 class Training:
-    """A run that goes on from wherever its state is.
+    """A run that goes on from wherever its state is, its data on the device.
 
-    Args:
-        settings: what it shares with other runs.
-        arm: the way to train.
-        seed: of the initial values, the order of the data and the teleport batches.
-        dataset: on the device.
+    The seed is that of the initial values, the order of the data and the teleport batches.
 
     Raises:
         RunError: as `check_fits`.
@@ -208,11 +198,7 @@ class Training:
         return self._plain
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
-        """Go back to a state.
-
-        Args:
-            state: of such a run.
-            path: of the checkpoint that it is from, for the message.
+        """Go back to a state of such a run, from a checkpoint.
 
         Raises:
             RunError: if it is the state of something else.
@@ -244,9 +230,7 @@ class Training:
     def run(self, writer: RecordWriter, after_step: Callable[[], None]) -> None:
         """Train to the end; the record tells how it ended, whatever ends it.
 
-        Args:
-            writer: of the record.
-            after_step: called after every training step and its evaluation.
+        ``after_step`` is called after every training step and its evaluation.
         """
         self.writer = writer
         try:

@@ -1,20 +1,27 @@
 """Several ways to change one model, from the same start, each with every seed: their records."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor, nn
+
 from teleport.errors import NonFiniteLossError
+from teleport.keeping.keeper import Attachment
 from teleport.lab.experiments.entry import one_of
-from teleport.lab.experiments.run import Progress
-from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
-from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.record_folder import RecordFolder
+from teleport.lab.records.study import Row
 from teleport.lab.records.writer import RecordWriter, environment
+from teleport.runtime.clock import now
 
 Start = TypeVar("Start")
+Model = TypeVar("Model", bound=Any)
 
 SETTINGS = {
     "plain": "",
@@ -61,7 +68,6 @@ class Recipe:
     """A method with its settings.
 
     Attributes:
-        method: one of `SETTINGS`.
         lr: of AdamW; 0 where there is none.
         value: of the method's own setting; see `SETTINGS`.
     """
@@ -91,66 +97,49 @@ def chosen_ways(ways: Sequence[Recipe], methods: str | None) -> list[Recipe]:
 
 
 def run_ways(
-    kind: str,
     shared: dict[str, Any],
     ways: Sequence[Recipe],
     seeds: Sequence[int],
-    out: Path,
+    out: RecordFolder,
     begin: Callable[[int], Start],
-    rows: Callable[[Start, Recipe, int, Callable[[int], None]], Iterator[dict[str, Any]]],
-    *,
+    rows: Callable[[Start, Recipe, int, Callable[[int], None]], Iterator[Row]],
     steps: int,
-    resume: bool,
-    command: str,
-    progress: Progress,
 ) -> list[Path]:
     """One record file for every way and seed.
 
     Args:
-        kind: of the records, as `teleport.lab.records.schema` names it.
         shared: what the first row of each says.
         ways: the ways.
         seeds: the seeds.
-        out: an existing folder for the records.
+        out: for the records; told about every step.
         begin: makes what all ways of a seed share; called only if one has to run.
         rows: the evaluations of one way, which tells its last argument of every step.
         steps: of one way, for the progress of those that are there already.
-        resume: leave finished records of the same configuration as they are.
-        command: the command line, for the record.
-        progress: told about every step.
 
     Raises:
-        RunError: if the folder is in use or holds other records, or one cannot be written.
+        RunError: as `RecordFolder`.
     """
     paths = []
-    with locked(out / ".lock", str(out)):
-        check_folder(out, kind, shared)
+    with out.held(shared["figure"], shared):
         for seed in seeds:
             start: Start | None = None
             for order, way in enumerate(ways):
-                path = out / f"{order:02d}-{slug(way.name)}-seed{seed}.jsonl"
-                paths.append(path)
-                config = {
-                    **shared,
-                    "arm": way.name,
-                    "order": order,
-                    "seed": seed,
-                    "way": asdict(way),
-                }
-                what = f"{way.name} (seed {seed})"
-                if resume and is_complete(path, config):
-                    progress(what, steps)
+                own = {"arm": way.name, "order": order, "seed": seed, "way": asdict(way)}
+                config, name = {**shared, **own}, f"{order:02d}-{slug(way.name)}-seed{seed}"
+                path = out.missing(name, config)
+                told = partial(out.progress, f"{way.name} (seed {seed})")
+                paths.append(out.path / f"{name}.jsonl")
+                if path is None:
+                    told(steps)
                     continue
-                if resume:
-                    path.unlink(missing_ok=True)
                 start = begin(seed) if start is None else start
                 with RecordWriter(path) as writer:
-                    writer.write("config", command=command, **config, **environment())
-                    _record(rows(start, way, seed, partial(progress, what)), writer)
+                    writer.write("config", command=out.command, **config, **environment())
+                    _record(rows(start, way, seed, told), writer)
     return paths
 
 
-def _record(rows: Iterator[dict[str, Any]], writer: RecordWriter) -> None:
+def _record(rows: Iterator[Row], writer: RecordWriter) -> None:
     status = "interrupted"
     try:
         for row in rows:
@@ -160,3 +149,61 @@ def _record(rows: Iterator[dict[str, Any]], writer: RecordWriter) -> None:
         status = "diverged"
     finally:
         writer.write("end", status=status)
+
+
+def with_own_network(model: Model) -> Model:
+    """A copy to be changed of what runs ``model.network``."""
+    fresh = copy.copy(model)
+    fresh.network = copy.deepcopy(model.network)
+    return fresh
+
+
+def with_adapters(network: nn.Module, layers: list[str], **options: Any) -> nn.Module:
+    """The network with low-rank adapters of PEFT, in evaluation mode."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers, **options)
+    adapted: nn.Module = get_peft_model(network, config).eval()
+    return adapted
+
+
+def looks(
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[int], Tensor],
+    steps: int,
+    every: int,
+    attached: Attachment | None,
+    told: Callable[[int], None],
+) -> Iterator[tuple[int, float]]:
+    """Train, and stop for a look at the start and every few steps.
+
+    The loss is that of a step, the first being 1. What is attached to the optimizer projects before
+    each look; ``told`` is told of every step.
+
+    Yields:
+        Steps done, and the seconds that they took.
+    """
+    seconds = 0.0
+    yield 0, seconds
+    for step in range(1, steps + 1):
+        started = now()
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+        if attached is not None and step % every == 0:
+            attached.project()
+        seconds += now() - started
+        told(1)
+        if step % every == 0:
+            yield step, seconds
+
+
+def look_row(found: dict[str, float], step: int, seconds: float, space_seconds: float) -> Row:
+    """An evaluation.
+
+    Raises:
+        NonFiniteLossError: if a number is not finite.
+    """
+    if not all(map(isfinite, found.values())):
+        raise NonFiniteLossError(f"what is measured is not finite after {step} steps")
+    return {"step": step, "train_seconds": seconds, "space_seconds": space_seconds, **found}

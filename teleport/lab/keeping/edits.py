@@ -8,24 +8,28 @@ inputs on old text, MEMIT takes ``ΔWᵀ = (λC + KᵀK)⁺ Kᵀ E``; `NullSpace
 the null space of old inputs. Training changes the same kind of matrix in several layers.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
-from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam, AdamW
 
-from teleport.errors import NonFiniteLossError
 from teleport.keeping.null_space import NullSpace, null_space
 from teleport.lab.experiments.entry import one_of
-from teleport.lab.experiments.run import Progress
-from teleport.lab.keeping.comparison import EVERY, HELD, RANK, Recipe, run_ways
+from teleport.lab.keeping.comparison import (
+    EVERY,
+    HELD,
+    Recipe,
+    look_row,
+    looks,
+    run_ways,
+    with_adapters,
+    with_own_network,
+)
 from teleport.lab.keeping.facts import (
     CONTEXTS,
     FACT_SIZES,
@@ -36,12 +40,13 @@ from teleport.lab.keeping.facts import (
     inputs_of,
     language_model,
 )
+from teleport.lab.records.record_folder import RecordFolder
+from teleport.lab.records.study import Row
 from teleport.runtime.clock import now
 
 EDITS_TITLE = "new facts for a language model"
 SEARCH_LR, SEARCH_DECAY = 0.0125, 0.5
 """Of the search for values: changes are counted in norms of the outputs."""
-
 
 DEFAULT_EDITS = (
     *(Recipe("edit", 0.0, tau) for tau in (0.9, 0.97)),
@@ -130,16 +135,10 @@ class _Start:
             optimizer.step()
         return change.detach() * scale
 
-    def copied(self) -> LanguageModel:
-        """A model to change."""
-        fresh = copy.copy(self.model)
-        fresh.network = copy.deepcopy(self.model.network)
-        return fresh
-
 
 def closed_form(start: _Start, way: Recipe) -> tuple[LanguageModel, float]:
     """The model behind the one change, and the seconds that it took, the search left out."""
-    model, (keys, values) = start.copied(), start.wanted
+    model, (keys, values) = with_own_network(start.model), start.wanted
     if way.method == "edit":
         space, started = start.space(way.value or 1.0), now()
         space.edit(model.network, start.edited, keys, values)
@@ -155,28 +154,25 @@ def closed_form(start: _Start, way: Recipe) -> tuple[LanguageModel, float]:
     return model, now() - started
 
 
-def _edited(start: _Start, way: Recipe) -> Iterator[dict[str, Any]]:
+def _edited(start: _Start, way: Recipe) -> Iterator[Row]:
     """Two looks: as it was, and behind the change."""
-    yield _row(start.first, 0, 0.0, 0.0)
+    yield look_row(start.first, 0, 0.0, 0.0)
     model, seconds = closed_form(start, way)
     spent = start.space_seconds if way.method == "edit" else start.moment_seconds
-    yield _row(start.examination.of(model), 1, start.search_seconds + seconds, spent)
+    yield look_row(start.examination.of(model), 1, start.search_seconds + seconds, spent)
 
 
 def _trained(
     start: _Start, way: Recipe, size: FactSize, seed: int, told: Callable[[int], None]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Evaluations at the start, every few steps and at the end."""
     draws = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    model, method, attached, spent = start.copied(), way.method, None, 0.0
+    model, method, attached, spent = with_own_network(start.model), way.method, None, 0.0
     if method in ("attach", "lora null"):
         space, spent = start.space(way.value or 1.0), start.space_seconds
     if method.startswith("lora"):
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=start.trained)
-        model.network = get_peft_model(model.network, config).eval()
+        model.network = with_adapters(model.network, start.trained)
         if method == "lora null":
             space.lora_(model.network)
         trained = [p for p in model.network.parameters() if p.requires_grad]
@@ -191,72 +187,38 @@ def _trained(
     optimizer = AdamW(trained, lr=way.lr, weight_decay=decay)
     if method == "attach":
         attached = space.attach(optimizer, EVERY, model=model.network)
-    yield _row(start.first, 0, 0.0, spent)
-    seconds = 0.0
-    for step in range(1, size.steps + 1):
-        started = now()
+
+    def loss(step: int) -> Tensor:
         rows = torch.randperm(size.facts, generator=draws)[: size.batch]
         context = CONTEXTS[step % len(CONTEXTS)]
         texts = [context.format(start.task.sentences[n]) for n in rows.tolist()]
-        optimizer.zero_grad()
-        cross_entropy(model.next_words(texts), start.examination.answers[rows]).backward()
-        optimizer.step()
-        if attached is not None and step % size.evaluate_every == 0:
-            attached.project()
-        seconds += now() - started
-        told(1)
-        if step % size.evaluate_every == 0:
-            yield _row(start.examination.of(model), step, seconds, spent)
+        return cross_entropy(model.next_words(texts), start.examination.answers[rows])
 
-
-def _row(
-    found: dict[str, float], step: int, seconds: float, space_seconds: float
-) -> dict[str, Any]:
-    if not all(map(isfinite, found.values())):
-        raise NonFiniteLossError(f"the loss is not finite after {step} steps")
-    return {"step": step, "train_seconds": seconds, "space_seconds": space_seconds, **found}
+    for step, seconds in looks(optimizer, loss, size.steps, size.evaluate_every, attached, told):
+        found = start.examination.of(model) if step else start.first
+        yield look_row(found, step, seconds, spent)
 
 
 def run_edits(
-    preset: str,
-    seeds: Sequence[int],
-    out: Path,
-    *,
-    ways: Sequence[Recipe] = DEFAULT_EDITS,
-    resume: bool = False,
-    command: str = "",
-    progress: Progress = lambda what, steps: None,
+    preset: str, seeds: Sequence[int], out: RecordFolder, *, ways: Sequence[Recipe] = DEFAULT_EDITS
 ) -> list[Path]:
     """Put new facts into a language model in every way, with every seed; one record file each.
 
-    Args:
-        preset: one of `FACT_SIZES`.
-        seeds: each draws facts and sentences.
-        out: an existing folder for the records.
-        ways: the ways.
-        resume: leave finished records of the same configuration as they are.
-        command: the command line, for the record.
-        progress: told about every step.
+    Each seed draws facts and sentences.
 
     Raises:
         ValueError: for an unknown preset.
-        RunError: if the folder is in use or holds other records, a package is missing, or a record
-            cannot be written.
+        RunError: as `RecordFolder`, or if a package is missing.
         DataError: if the old sentences cannot be had.
     """
     size: FactSize = one_of("preset", preset, FACT_SIZES)
     shared = {"figure": "edit", "title": EDITS_TITLE, "preset": preset, "size": asdict(size)}
 
-    def rows(
-        start: _Start, way: Recipe, seed: int, told: Callable[[int], None]
-    ) -> Iterator[dict[str, Any]]:
+    def rows(start: _Start, way: Recipe, seed: int, told: Callable[[int], None]) -> Iterator[Row]:
         if way.method in ("memit", "edit"):
             yield from _edited(start, way)
             told(size.steps)
         else:
             yield from _trained(start, way, size, seed, told)
 
-    return run_ways(
-        "edit", shared, ways, seeds, out, partial(_Start, size), rows, steps=size.steps,
-        resume=resume, command=command, progress=progress,
-    )  # fmt: skip
+    return run_ways(shared, ways, seeds, out, partial(_Start, size), rows, size.steps)

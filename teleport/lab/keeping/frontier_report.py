@@ -19,7 +19,6 @@ class _Sheet:
         columns: title and form of the measures in the table.
         kept, learned: measure and label of the figure's axes.
         goal: the corner that is to be reached, kept and learned, if there is one.
-        caption: of the table.
     """
 
     columns: Mapping[str, tuple[str, str]]

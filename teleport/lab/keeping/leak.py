@@ -8,6 +8,7 @@ Projecting the displacement after the step keeps it for all (``thm-keep``).
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,10 @@ from torch import Tensor, nn
 from teleport.keeping.null_space import NullSpace, null_space
 from teleport.lab.experiments.entry import one_of
 from teleport.lab.experiments.optimizers import find_optimizer
-from teleport.lab.experiments.run import Progress
-from teleport.lab.records.checkpoint import locked
+from teleport.lab.records.record_folder import RecordFolder
 from teleport.lab.records.runs import read_rows
-from teleport.lab.records.sameness import check_folder, is_complete
 from teleport.lab.records.study import record_paths
-from teleport.lab.records.writer import RecordWriter, environment
+from teleport.lab.records.writer import environment
 from teleport.subspace import Basis
 
 LEAK_RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "lion": 1e-4}
@@ -137,14 +136,10 @@ class _Trial:
 
 
 def leak(way: str, optimizer: str, size: LeakSize, seed: int) -> Leak:
-    """Train in one way with one optimizer, and measure.
+    """Train in one way with one optimizer of `LEAK_RATES`, and measure.
 
-    Args:
-        way: one of `PROJECTIONS`: the displacement projected by `NullSpace.attach`, only the
-            gradients by `NullSpace.project_`, or PEFT's OSF, which projects gradients, too.
-        optimizer: one of `LEAK_RATES`.
-        size: of model and data.
-        seed: of both.
+    The ways are those of `PROJECTIONS`: the displacement projected by `NullSpace.attach`, only the
+    gradients by `NullSpace.project_`, or PEFT's OSF, which projects gradients, too.
 
     Raises:
         ValueError: for an unknown way or optimizer.
@@ -211,57 +206,27 @@ def _leak(moved: list[Tensor], inside: list[Tensor], drift: float) -> Leak:
     return Leak(whole, part / whole, drift)
 
 
-def run_leak(
-    preset: str,
-    seeds: Sequence[int],
-    out: Path,
-    *,
-    resume: bool = False,
-    command: str = "",
-    progress: Progress = lambda what, steps: None,
-) -> None:
-    """Every way with every optimizer; one record for each seed.
-
-    Args:
-        preset: one of `LEAK_SIZES`.
-        seeds: of model and data.
-        out: an existing folder for the records.
-        resume: leave finished records of the same configuration as they are.
-        command: the command line, for the record.
-        progress: told about every measurement.
+def run_leak(preset: str, seeds: Sequence[int], out: RecordFolder) -> None:
+    """Every way with every optimizer; one record for each seed, of model and data.
 
     Raises:
         ValueError: for an unknown preset.
-        RunError: if PEFT or pytorch-optimizer is missing, or the folder is in use, holds other
-            records or cannot be written to.
+        RunError: as `RecordFolder`, or if PEFT or pytorch-optimizer is missing.
     """
     size: LeakSize = one_of("preset", preset, LEAK_SIZES)
     shared = {"figure": "leak", "title": LEAK_TITLE, "preset": preset, "size": asdict(size)}
-    with locked(out / ".lock", str(out)):
-        check_folder(out, "leak", shared)
+    with out.held("leak", shared):
         for seed in seeds:
-            path = out / f"00-leak-seed{seed}.jsonl"
             config = {**shared, "order": 0, "seed": seed, "tau": TAU, "share": SHARE}
-            if resume and is_complete(path, config):
-                progress(f"seed {seed}", len(PROJECTIONS) * len(LEAK_RATES))
+            path = out.missing(f"00-leak-seed{seed}", config)
+            if path is None:
+                out.progress(f"seed {seed}", len(PROJECTIONS) * len(LEAK_RATES))
                 continue
-            found = [
-                _told(progress, way, name, seed, leak(way, name, size, seed))
-                for way in PROJECTIONS
-                for name in LEAK_RATES
-            ]
-            if resume:
-                path.unlink(missing_ok=True)
-            with RecordWriter(path) as writer:
-                writer.write("config", command=command, **config, **environment())
-                for row in found:
-                    writer.write("share", steps=size.steps, **row)
-                writer.write("end", status="finished")
-
-
-def _told(progress: Progress, way: str, optimizer: str, seed: int, found: Leak) -> dict[str, Any]:
-    progress(f"{way}, {optimizer} (seed {seed})", 1)
-    return {"way": way, "optimizer": optimizer, **asdict(found)}
+            with out.writing(path, **config, **environment()) as writer:
+                for way, name in product(PROJECTIONS, LEAK_RATES):
+                    what = {"steps": size.steps, "way": way, "optimizer": name}
+                    writer.write("share", **what, **asdict(leak(way, name, size, seed)))
+                    out.progress(f"{way}, {name} (seed {seed})", 1)
 
 
 def leak_rows(folder: Path) -> list[list[str]]:

@@ -23,7 +23,6 @@ VALIDATION = 5000
 A size may say otherwise.
 """
 
-
 MEAN, DEVIATION = 0.1307, 0.3081
 """Of the pixels of MNIST's training images, from 0 to 1."""
 
@@ -34,14 +33,11 @@ class Size:
 
     Attributes:
         data: data sets by name; one for each task, or one that the tasks are made from.
-        hidden: widths of the network's hidden layers.
         batch_size: images of the task being learned per step.
         first_steps, steps: training steps on the first task, and on every later one.
         first_lr: learning rate of the first task, which all methods share.
         memory: images per old task that a method may keep: for its bases, or to replay.
-        evaluate_every: training steps between evaluations.
         evaluate_size: images of every task that an evaluation looks at, the first ones.
-        bias: whether the network's layers have biases.
         validation: images at the end of each training split that are never trained on.
         normalised: whether pixels get mean 0 and standard deviation 1, by those of MNIST.
     """
@@ -65,11 +61,9 @@ class Task:
     """One task: a data set, its labels perhaps restricted, its pixels perhaps in another order.
 
     Attributes:
-        dataset: what it is learned from.
         pixels: order of the pixels, int64 ``[width]``; None leaves them.
         validation: images at the end of the training split, at most a fifth, that are not trained
             on.
-        normalised: as of `Size`.
     """
 
     dataset: Dataset
@@ -140,12 +134,9 @@ class TaskSequence:
     """Tasks to be learned in turn.
 
     Attributes:
-        name, title: what the command line and the tables call it.
-        tasks: makes the tasks of a seed from the data sets.
         reach: loss of a new task to which steps and seconds are counted.
         compare: loss of a new task at which the old tasks' loss is read off.
         tau: of the methods that use a null space, unless they are given another.
-        presets: sizes by name.
         methods: those it is run with unless others are asked for.
     """
 

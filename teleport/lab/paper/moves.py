@@ -5,7 +5,7 @@ costs the loss: for networks whose layers have much room, little or none.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,9 @@ from typing import Any
 from torch import nn
 
 from teleport.ascent import UNFROZEN
-from teleport.errors import RunError
 from teleport.lab.paper.snapshot import moment
-from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
-from teleport.lab.records.runs import has_begun, read_rows, twice
-from teleport.lab.records.sameness import check_folder, is_complete
-from teleport.lab.records.study import record_paths
-from teleport.lab.records.writer import RecordWriter
+from teleport.lab.records.record_folder import RecordFolder, read_records
 from teleport.objective import grad_norm, trainable
 from teleport.report import TeleportReport
 from teleport.runtime.clock import now
@@ -38,13 +33,6 @@ def try_move(
     """One default teleport; where the guard undoes it, the same without a guard.
 
     The model is as before afterwards.
-
-    Args:
-        model: the model.
-        closure: returns the loss of the teleport batch.
-        held_out: returns that of other examples.
-        tau: share of the input energy that is kept.
-        growth: of the gradient norm, asked for.
 
     Returns:
         The report of the move, with the guard's tolerance, and why the guard undid it; empty if it
@@ -65,7 +53,7 @@ def try_move(
 
 def write_moves(
     names: Sequence[str],
-    folder: Path,
+    out: RecordFolder,
     *,
     preset: str = "cpu",
     trained: int = 50,
@@ -73,55 +61,39 @@ def write_moves(
     n: int | None = None,
     evaluating: bool = False,
     seeds: int = 3,
-    resume: bool = False,
-    command: str = "",
-    progress: Callable[[str], None] = lambda what: None,
 ) -> None:
-    """Record what moves in named experiments for every τ, one file for each seed.
+    """Record what moves in named experiments for every τ, one file for each of the seeds from 0.
 
-    Args:
-        names: of the experiments.
-        folder: an existing one, for the records.
-        preset: their size.
-        trained: training steps before the teleport.
-        growth: of the gradient norm, asked for, > 1.
-        n: examples of the teleport batch; default the experiment's.
-        evaluating: teleport in evaluation mode, which BatchNorm tells from training mode.
-        seeds: how many, see `teleport.lab.paper.snapshot.moment`.
-        resume: leave complete records, and make those again that were broken off.
-        command: the command line, for the record.
-        progress: told what is being computed.
+    Teleports come after so many training steps and ask for a growth > 1. The batch has ``n``
+    examples, by default the experiment's. With ``evaluating`` they are in evaluation mode, which
+    BatchNorm tells from training mode.
 
     Raises:
         ValueError: for an unknown name, or a value out of range.
-        RunError: if the folder is in use or holds other records, a record exists already, or it
-            cannot be written.
+        RunError: as `RecordFolder`.
     """
     asked = {"preset": preset, "trained": trained, "growth": growth, "n": n}
     asked |= {"evaluating": evaluating, "taus": list(MOVE_TAUS)}
-    with locked(folder / ".lock", str(folder)):
-        check_folder(folder, "moves", asked)
+    with out.held("moves", asked):
         for order, name in enumerate(names):
             for seed in range(seeds):
-                path = folder / f"{order:02d}-{slug(name)}-seed{seed}.jsonl"
-                if resume:
-                    if is_complete(path, {"experiment": name, "seed": seed}):
-                        continue
-                    path.unlink(missing_ok=True)
-                with RecordWriter(path) as writer:
-                    progress(f"{name}, seed {seed}: training")
+                own = {"experiment": name, "seed": seed}
+                path = out.missing(f"{order:02d}-{slug(name)}-seed{seed}", own)
+                if path is None:
+                    continue
+                with out.writing(path) as writer:
+                    out.progress(f"{name}, seed {seed}: training")
                     at = moment(name, preset, trained, seed, n)
                     at.model.train(not evaluating)
-                    shared = {"command": command, "order": order, "figure": "moves"}
+                    shared = {"command": out.command, "order": order, "figure": "moves"}
                     writer.write("config", **shared, **(asked | at.config))
                     for tau in MOVE_TAUS:
-                        progress(f"{name}, seed {seed}: tau {tau:g}")
+                        out.progress(f"{name}, seed {seed}: tau {tau:g}")
                         base = _gradient_seconds(at.model, at.closure)
                         report, undone = try_move(at.model, at.closure, at.held_out, tau, growth)
                         row = report.to_dict() | {"undone": undone, "gradient_seconds": base}
                         searched = UNFROZEN in report.reason + undone
                         writer.write("move", tau=tau, searched=searched, **row)
-                    writer.write("end", status="finished")
 
 
 def _gradient_seconds(model: nn.Module, closure: Closure) -> float:
@@ -147,24 +119,11 @@ def read_moves(folder: Path) -> list[Moves]:
     """What moved in the experiments whose records a folder holds, in their order.
 
     Raises:
-        RunError: if there is none, or a record is damaged or of something else, or two are of the
-            same.
+        RunError: as `read_records`.
     """
     found: dict[str, Moves] = {}
-    first: dict[tuple[str, int], Path] = {}
-    for path in filter(has_begun, record_paths(folder)):
-        config, *rows = read_rows(path)
-        if config.get("figure") != "moves":
-            raise RunError(f"{path} is not a record of `teleport moves`")
-        one = first.setdefault((config["title"], config["seed"]), path)
-        if one != path:
-            raise RunError(twice(one, path, f"{config['title']} (seed {config['seed']})"))
-        if not rows or rows[-1]["type"] != "end":
-            continue  # broken off; --resume makes it again
+    for _, config, rows in read_records(folder, "moves", "moves"):
         moves = found.setdefault(config["title"], Moves(config, {}))
         for row in (row for row in rows if row["type"] == "move"):
             moves.by_tau.setdefault(row["tau"], []).append(row)
-    kept = [moves for moves in found.values() if moves.by_tau]
-    if not kept:
-        raise RunError(f"{folder} holds no moves; give a folder `teleport moves` has written")
-    return kept
+    return [moves for moves in found.values() if moves.by_tau]

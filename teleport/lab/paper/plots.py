@@ -17,9 +17,7 @@ from teleport.lab.records.runs import FloatArray
 def spectrum_figure(found: Sequence[Measured], step: int) -> Figure:
     """Share of the input energy that the leading eigenvectors capture, a panel per network.
 
-    Args:
-        found: the experiments.
-        step: training steps after which; experiments without it are left out.
+    Experiments that were not looked at after so many training steps are left out.
     """
     shown = [measured for measured in found if step in measured.by_step]
     figure = Figure(figsize=(8.5, 0.5 + 2.9 * len(shown)), layout="constrained")

@@ -52,17 +52,13 @@ class Product:
 def product_of(
     model: nn.Module, closure: Closure, layer: str | None = None, rows: int = 48
 ) -> Product:
-    """The products of one layer of a model.
+    """The products of one layer of a model, with the first rows of X, Z and Dᵀ.
 
-    Args:
-        model: the model.
-        closure: returns the loss of a batch.
-        layer: its name in the model; default the first that can be shown and is no table of
-            tokens, whose inputs, one column for each token, are all 0 but for a 1.
-        rows: how many rows of X, Z and Dᵀ to keep, >= 1.
+    By default the layer is the first that can be shown and is no table of tokens, whose inputs, one
+    column for each token, are all 0 but for a 1.
 
     Raises:
-        ValueError: if there is no such layer, or ``rows`` is out of range.
+        ValueError: if there is no such layer, or ``rows`` is not >= 1.
         UnsupportedModelError: if the model has no covered layer.
         ClosureError: if the closure does not return a loss, or calls no layer.
     """
@@ -113,16 +109,9 @@ def product_at(
     seed: int = 0,
     progress: Callable[[str, int], None] = lambda what, done: None,
 ) -> tuple[dict[str, Any], Product]:
-    """The products of one layer of a named experiment, and everything they depend on.
+    """What `product_of` finds in a named experiment, and before it everything it depends on.
 
-    Args:
-        name: of the experiment.
-        layer: see `product_of`.
-        rows: see `product_of`.
-        preset: its size.
-        trained: training steps before.
-        seed: see `teleport.lab.paper.snapshot.moment`.
-        progress: told the training steps done since the last call.
+    ``progress`` is told the training steps done since the last call.
 
     Raises:
         ValueError: for an unknown name or layer, or a value out of range.

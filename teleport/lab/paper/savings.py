@@ -5,22 +5,18 @@ after a teleport. What the whole runs saved is in the records of `teleport sweep
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from teleport.bounds.saving import FIRST_POWER, TriedStep, best_growth, try_step
-from teleport.data import Dataset, load
-from teleport.errors import RunError
+from teleport.data import load
 from teleport.lab.experiments.arms import Arm, RunSettings, default_arms, teleport_settings
 from teleport.lab.experiments.training import Training, check_fits
-from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
-from teleport.lab.records.runs import has_begun, read_rows
-from teleport.lab.records.sameness import check_folder, is_complete
-from teleport.lab.records.study import record_paths
-from teleport.lab.records.writer import RecordWriter, environment
+from teleport.lab.records.record_folder import RecordFolder, read_records
+from teleport.lab.records.writer import environment
 from teleport.runtime.clock import now
 from teleport.runtime.ranks import ALONE
 from teleport.runtime.transaction import Transaction
@@ -33,74 +29,59 @@ NO_DESCENT = 1e6
 def write_savings(
     names: Sequence[str],
     optimizers: Sequence[str],
-    folder: Path,
+    out: RecordFolder,
     *,
     preset: str = "cpu",
     seeds: int = 2,
-    resume: bool = False,
-    command: str = "",
-    progress: Callable[[str], None] = lambda what: None,
 ) -> None:
     """Record what teleports should save, one file for each experiment, optimizer and seed.
 
-    Args:
-        names: of the experiments.
-        optimizers: those of them that an experiment was tuned for are taken.
-        folder: an existing one, for the records.
-        preset: their size.
-        seeds: how many, from 0; those of `teleport sweep`.
-        resume: leave complete records, and make those again that were broken off.
-        command: the command line, for the record.
-        progress: told what is being computed.
+    Of the optimizers those are taken that an experiment was tuned for. The seeds, from 0, are those
+    of `teleport sweep`.
 
     Raises:
         ValueError: for an unknown name, or a value out of range.
-        RunError: if the folder is in use or holds other records, a record exists already, or it
-            cannot be written.
+        RunError: as `RecordFolder`.
         DataError: if the data cannot be had.
     """
-    with locked(folder / ".lock", str(folder)):
-        check_folder(folder, "saving", {"preset": preset})
-        for order, name in enumerate(names):
-            for optimizer in optimizers:
-                settings = tuned_settings(name, optimizer, preset)
-                if settings is None:
+    with out.held("saving", {"preset": preset}):
+        for settings in tuned_settings(names, optimizers, preset):
+            name, optimizer, recipe = settings.experiment, settings.optimizer, settings.recipe()
+            dataset, order = load(recipe.data), names.index(name)
+            for seed in range(seeds):
+                own = {"experiment": name, "optimizer": optimizer, "seed": seed}
+                path = out.missing(f"{order:02d}-{slug(name)}-{optimizer}-seed{seed}", own)
+                if path is None:
                     continue
-                dataset = load(settings.recipe().data)
-                for seed in range(seeds):
-                    path = folder / f"{order:02d}-{slug(name)}-{optimizer}-seed{seed}.jsonl"
-                    own = {"experiment": name, "optimizer": optimizer, "seed": seed}
-                    if resume:
-                        if is_complete(path, own):
-                            continue
-                        path.unlink(missing_ok=True)
-                    with RecordWriter(path) as writer:
-                        shared = {"figure": "saving", "order": order, "command": command}
-                        title = settings.recipe().title
-                        writer.write(
-                            "config", **shared, preset=preset, title=title, **own, **environment()
-                        )
-                        for arm in plain_arms(name, optimizer):
-                            progress(f"{name}, {optimizer}, seed {seed}: {arm.name}")
-                            row = measure(Training(settings, arm, seed, dataset))
-                            writer.write("saving", arm=arm.name, **row)
-                        writer.write("end", status="finished")
+                shared = {"figure": "saving", "order": order, "preset": preset}
+                title = recipe.title
+                with out.writing(path, **shared, title=title, **own, **environment()) as writer:
+                    for arm in plain_arms(settings):
+                        out.progress(f"{name}, {optimizer}, seed {seed}: {arm.name}")
+                        row = measure(Training(settings, arm, seed, dataset))
+                        writer.write("saving", arm=arm.name, **row)
 
 
-def tuned_settings(name: str, optimizer: str, preset: str) -> RunSettings | None:
-    """How an experiment is trained with an optimizer; None if it was not tuned for it."""
-    settings = RunSettings(name, preset, optimizer, teleport=teleport_settings(name))
-    settings.size()
-    return settings if optimizer in settings.recipe().tuning else None
+def tuned_settings(
+    names: Sequence[str], optimizers: Sequence[str], preset: str
+) -> list[RunSettings]:
+    """How experiments are trained with those of the optimizers that they were tuned for."""
+    every = [
+        RunSettings(name, preset, optimizer, teleport=teleport_settings(name))
+        for name in names
+        for optimizer in optimizers
+    ]
+    for settings in every:
+        settings.size()
+    return [settings for settings in every if settings.optimizer in settings.recipe().tuning]
 
 
 def check_savings(names: Sequence[str], optimizers: Sequence[str], preset: str) -> None:
     """Refuse, before anything is written, what `write_savings` would refuse; errors as there."""
-    found = [tuned_settings(name, optimizer, preset) for name in names for optimizer in optimizers]
-    for settings in filter(None, found):
-        dataset: Dataset = load(settings.recipe().data)
-        check_fits(settings, dataset)
-    if not any(found):
+    found = tuned_settings(names, optimizers, preset)
+    for settings in found:
+        check_fits(settings, load(settings.recipe().data))
+    if not found:
         raise ValueError(
             f"none of {', '.join(names)} was tuned for any of {', '.join(optimizers)}; see "
             "`teleport list`"
@@ -109,13 +90,13 @@ def check_savings(names: Sequence[str], optimizers: Sequence[str], preset: str) 
 
 def count_arms(names: Sequence[str], optimizers: Sequence[str], preset: str) -> int:
     """How many arms `write_savings` looks at with every seed."""
-    pairs = ((name, optimizer) for name in names for optimizer in optimizers)
-    return sum(len(plain_arms(*pair)) for pair in pairs if tuned_settings(*pair, preset))
+    return sum(len(plain_arms(settings)) for settings in tuned_settings(names, optimizers, preset))
 
 
-def plain_arms(name: str, optimizer: str) -> list[Arm]:
+def plain_arms(settings: RunSettings) -> list[Arm]:
     """The default arms without a teleport, each once."""
-    return list(dict.fromkeys(arm.baseline for arm in default_arms(name, optimizer)))
+    arms = default_arms(settings.experiment, settings.optimizer)
+    return list(dict.fromkeys(arm.baseline for arm in arms))
 
 
 def measure(training: Training) -> dict[str, Any]:
@@ -159,11 +140,7 @@ class Saving:
 
     Attributes:
         key: experiment, optimizer and arm.
-        steps: of a whole run.
         stride, stride_after: k before and after the teleport.
-        growth: that the teleport reached.
-        cost: of the teleport, in steps.
-        seeds: how many.
     """
 
     key: tuple[str, str, str]
@@ -197,20 +174,13 @@ def read_savings(folder: Path) -> list[Saving]:
     """What teleports should save in the arms whose records a folder holds, in their order.
 
     Raises:
-        RunError: if there is none, or a record is damaged or of something else.
+        RunError: as `read_records`.
     """
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for path in filter(has_begun, record_paths(folder)):
-        config, *rows = read_rows(path)
-        if config.get("figure") != "saving":
-            raise RunError(f"{path} is not a record of `teleport saving`")
-        if not rows or rows[-1]["type"] != "end":
-            continue  # broken off; --resume makes it again
+    for _, config, rows in read_records(folder, "saving", "savings"):
         for row in (row for row in rows if row["type"] == "saving"):
             key = config["experiment"], config["optimizer"], row["arm"]
             found.setdefault(key, []).append(row)
-    if not found:
-        raise RunError(f"{folder} holds no savings; give a folder `teleport saving` has written")
 
     def mean(rows: list[dict[str, Any]], name: str) -> float:
         return float(sum(row[name] for row in rows) / len(rows))

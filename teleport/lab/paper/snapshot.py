@@ -71,15 +71,10 @@ def moment(
     n: int | None = None,
     stepped: Callable[[], None] = lambda: None,
 ) -> Moment:
-    """A named experiment after some training steps.
+    """A named experiment after some training steps, with the optimizer of `rate_of`.
 
-    Args:
-        experiment: its name.
-        preset: its size.
-        steps: training steps, >= 0, with the optimizer of `rate_of`.
-        seed: of the initial values, the order of the data and the batch.
-        n: examples of the teleport batch, >= 1; default the experiment's.
-        stepped: called after every training step.
+    The teleport batch has ``n`` examples, by default the experiment's; ``stepped`` is called after
+    every training step.
 
     Raises:
         ValueError: for an unknown name, or ``steps`` out of range.

@@ -5,7 +5,7 @@ norm grows faster, and the loss is not kept any more.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,8 @@ from teleport.errors import RunError
 from teleport.lab.experiments.table import find_experiment
 from teleport.lab.paper.input_energy import FIGURE_TAUS
 from teleport.lab.paper.snapshot import moment
-from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import slug
-from teleport.lab.records.runs import read_rows
-from teleport.lab.records.sameness import check_folder, is_complete
-from teleport.lab.records.study import record_paths
-from teleport.lab.records.writer import RecordWriter
+from teleport.lab.records.record_folder import RecordFolder, read_records
 from teleport.runtime.closures import Closure
 from teleport.runtime.transaction import Transaction
 from teleport.teleporter import Teleporter
@@ -35,9 +31,6 @@ class TrajectoryPoint:
     """Where a teleport of some steps ends.
 
     Attributes:
-        number: of teleport steps.
-        loss: on the teleport batch.
-        grad_norm: of that loss.
         held_out: loss on other examples; None if it was not finite, in a record.
     """
 
@@ -56,14 +49,6 @@ def trajectory(
     those of its start (paper Algorithm 1), which a step after a step would not do at τ < 1. The
     drift is not bounded, and the growth of the norm only by `DIVERGED_GROWTH`. The model is as
     before afterwards.
-
-    Args:
-        model: the model.
-        closure: returns the loss of the teleport batch.
-        held_out: returns that of other examples.
-        tau: share of the input energy that is kept.
-        lr: step size, the paper's η.
-        steps: how many, >= 1.
 
     Returns:
         The points, and why there are fewer than ``steps + 1`` of them; empty if there are not.
@@ -88,7 +73,7 @@ def trajectory(
 
 def write_trajectories(
     name: str,
-    folder: Path,
+    out: RecordFolder,
     *,
     preset: str = "cpu",
     trained: int = 50,
@@ -96,29 +81,14 @@ def write_trajectories(
     teleport_steps: int = 8,
     taus: Sequence[float] = FIGURE_TAUS,
     seed: int = 0,
-    resume: bool = False,
-    command: str = "",
-    progress: Callable[[str], None] = lambda what: None,
 ) -> None:
-    """Record the trajectories of a named experiment for every τ.
+    """Record the trajectories of a named experiment for every τ, after some training steps.
 
-    Args:
-        name: of the experiment.
-        folder: an existing one, for the record.
-        preset: its size.
-        trained: training steps before the teleport.
-        lr: step size; default that of the experiment's paper schedule.
-        teleport_steps: how many.
-        taus: the thresholds.
-        seed: see `teleport.lab.paper.snapshot.moment`.
-        resume: leave a complete record, and make one again that was broken off.
-        command: the command line, for the record.
-        progress: told what is being computed.
+    The step size ``lr`` is by default that of the experiment's paper schedule.
 
     Raises:
         ValueError: for an unknown name, or a value out of range.
-        RunError: if the folder is in use or holds another record, the record exists already, or it
-            cannot be written.
+        RunError: as `RecordFolder`.
     """
     step_size = lr if lr is not None else find_experiment(name).teleport.lr
     asked = {
@@ -129,20 +99,17 @@ def write_trajectories(
         "teleport_steps": teleport_steps,
         "taus": list(taus),
     }
-    path = folder / f"00-{slug(name)}.jsonl"
-    with locked(folder / ".lock", str(folder)):
-        check_folder(folder, "tau", {"experiment": name, **asked}, added=asked)
-        if resume:
-            if is_complete(path, {"experiment": name}):
-                return
-            path.unlink(missing_ok=True)
-        with RecordWriter(path) as writer:
-            progress(f"{name}: training")
+    with out.held("tau", {"experiment": name, **asked}, added=asked):
+        path = out.missing(f"00-{slug(name)}", {"experiment": name})
+        if path is None:
+            return
+        with out.writing(path) as writer:
+            out.progress(f"{name}: training")
             at = moment(name, preset, trained, seed)
-            shared = {"command": command, "order": 0, "figure": "tau"}
+            shared = {"command": out.command, "order": 0, "figure": "tau"}
             writer.write("config", **shared, **(asked | at.config))
             for tau in taus:
-                progress(f"{name}: tau {tau:g}")
+                out.progress(f"{name}: tau {tau:g}")
                 points, reason = trajectory(
                     at.model, at.closure, at.held_out, tau, lr=step_size, steps=teleport_steps
                 )
@@ -150,7 +117,6 @@ def write_trajectories(
                     writer.write("point", tau=tau, **asdict(point))
                 if reason:
                     writer.write("broken off", tau=tau, reason=reason)
-            writer.write("end", status="finished")
 
 
 @dataclass(frozen=True)
@@ -165,21 +131,19 @@ def read_trajectories(folder: Path) -> Trajectories:
     """The trajectories that a folder holds.
 
     Raises:
-        RunError: if there are none, or the record is damaged or of something else.
+        RunError: as `read_records`, or if there is more than one record.
     """
-    paths = record_paths(folder)
-    if len(paths) != 1:
-        names = " and ".join(path.name for path in paths) or "none"
+    found = read_records(folder, "tau", "trajectories", unfinished=True)
+    if len(found) > 1:
+        names = " and ".join(path.name for path, _, _ in found)
         raise RunError(
             f"{folder} does not hold one record ({names}); give a folder of `teleport tau`"
         )
-    config, *rows = read_rows(paths[0])
-    if config.get("figure") != "tau":
-        raise RunError(f"{paths[0]} is not a record of `teleport tau`")
+    ((path, config, rows),) = found
     by_tau: dict[float, list[TrajectoryPoint]] = {}
     for row in (row for row in rows if row["type"] == "point"):
         point = TrajectoryPoint(*(row[field.name] for field in fields(TrajectoryPoint)))
         by_tau.setdefault(row["tau"], []).append(point)
     if not by_tau:
-        raise RunError(f"{paths[0]} ends before the first teleport; run `teleport tau` again")
+        raise RunError(f"{path} ends before the first teleport; run `teleport tau` again")
     return Trajectories(config, by_tau)

@@ -18,10 +18,6 @@ from teleport.errors import RunError
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a state to disk so that at every moment the old or the new one is there, whole.
 
-    Args:
-        path: of the checkpoint.
-        state: tensors and plain values.
-
     Raises:
         RunError: if it cannot be written; the old one stays.
     """
@@ -89,9 +85,7 @@ def is_plain(state: dict[str, Any]) -> bool:
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold a lock file; the operating system frees it when the process ends, however it ends.
 
-    Args:
-        path: of the lock file; it is removed afterwards.
-        what: what it guards, for the message.
+    The file is removed afterwards; the message names what it guards.
 
     Raises:
         RunError: if another process holds it, or the file cannot be made.

@@ -18,11 +18,8 @@ OF_A_RUN = re.compile(r"\d\d+-.*-seed\d+\.(jsonl|checkpoint(\.new)?)")
 def open_folder(name: str, out: Path | None, resume: bool = False, force: bool = False) -> Path:
     """The folder of a run: a new one, or with ``resume`` or ``force`` the one that is there.
 
-    Args:
-        name: of the run, for the default folder.
-        out: the folder, or None for a new one by `new_folder`.
-        resume: go on in ``out`` if it exists.
-        force: start over in ``out``: what earlier runs left there is removed.
+    To start over removes what earlier runs left in ``out``. Without it a new one is made by
+    `new_folder`.
 
     Raises:
         ValueError: if both are wanted, or one of them without ``out``.
@@ -82,10 +79,7 @@ def resumed_folder(name: str, out: Path | None, resume: bool) -> Path:
 def new_folder(name: str, out: Path | None, instead: str = "") -> Path:
     """Make the folder of a new run: ``out``, or ``runs/<date>-<name>`` with a number if taken.
 
-    Args:
-        name: of the run.
-        out: the folder, or None.
-        instead: what else the command can do if ``out`` is there, for the message.
+    The message of one that is there already says what the command can do ``instead``.
 
     Raises:
         RunError: if the folder exists already, is in a packed study, or cannot be made or written

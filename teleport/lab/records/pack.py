@@ -15,18 +15,11 @@ from teleport.lab.records.study import record_folders, record_paths, study_of, w
 def pack(
     folder: Path, study: Path, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> int:
-    """Pack all records of a folder and those below it into a new study.
+    """Pack all records of a folder and those below it into a new study; return how many there are.
 
     The study is read back and compared with the records before it is there by its name. Tables and
-    figures beside the records are not packed; nothing is removed.
-
-    Args:
-        folder: with finished runs.
-        study: of this name, which is not there yet.
-        progress: told how many records were read or compared since, and how many there are to be.
-
-    Returns:
-        How many records there are.
+    figures beside the records are not packed; nothing is removed. ``progress`` is told how many
+    records were read or compared since, and how many there are to be.
 
     Raises:
         RunError: if there are none, one is damaged or has not ended, ``study`` is there already or
@@ -52,14 +45,7 @@ def pack(
 
 
 def unpack(folder: Path, out: Path) -> int:
-    """Write the records of a packed study, or of a folder in one, as JSON lines again.
-
-    Args:
-        folder: the study, or the folder in it.
-        out: a folder that is not there yet.
-
-    Returns:
-        How many records there are.
+    """Write the records of a packed study, or of a folder in one, as JSON lines; return how many.
 
     Raises:
         RunError: if there are none, the study is damaged, or ``out`` is there already, inside a

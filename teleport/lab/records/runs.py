@@ -23,7 +23,6 @@ from teleport.lab.records.study import is_packed, packed_config, packed_rows, re
 
 FloatArray = npt.NDArray[np.float64]
 
-
 Split = Literal["train", "test"]
 
 
@@ -32,7 +31,6 @@ class Run:
     """One run as read from its record.
 
     Attributes:
-        path: the record.
         config: its first line.
         evaluations: rows with ``step``, ``epoch``, ``train_seconds``, ``teleport_seconds``,
             ``train_loss``, ``test_loss``, ``test_accuracy``, ``grad_norm``.

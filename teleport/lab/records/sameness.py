@@ -27,10 +27,7 @@ def differences(
 ) -> list[str]:
     """What a first row says otherwise than is wanted, key by key with both values.
 
-    Args:
-        config: the row, as read.
-        wanted: what it must say; other keys of it do not matter.
-        added: keys that an older record need not have.
+    Other keys of it do not matter; the ``added`` ones an older record need not have.
     """
     keys = [key for key in wanted if key in config or key not in added]
     return [what for key in keys for what in _differences(key, config.get(key), wanted[key])]
@@ -128,12 +125,7 @@ def check_alike(runs: Sequence[Run]) -> None:
 
 
 def is_complete(path: Path, wanted: dict[str, Any], added: Collection[str] = ()) -> bool:
-    """Whether this very record is there, and ended by itself.
-
-    Args:
-        path: of the record.
-        wanted: what its first row must say.
-        added: keys that older records do not have.
+    """Whether this very record is there, by its first row, and ended by itself.
 
     Raises:
         RunError: if it says something else, or is damaged; it stays as it is.

@@ -20,12 +20,7 @@ from teleport.errors import RunError
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of values.
-
-    Attributes:
-        what: it is, for messages.
-        holds: whether a value is of it.
-    """
+    """One kind of values."""
 
     what: str
     holds: Callable[[Any], bool]
@@ -96,7 +91,7 @@ NUMBER_OR_NULL = or_null(NUMBER)
 LOSS_OR_NULL = or_null(Kind("a number >= 0", lambda value: _is_number(value) and value >= 0))
 NUMBERS = Kind("a list of numbers", lambda value: _are(value, _is_number))
 SHARES = Kind("a list of numbers", lambda value: value == [] or _are(value, _is_number))
-TIME = Kind("a number > 0", _is_time)
+POSITIVE = Kind("a number > 0", _is_time)
 TIMES = Kind("a list of numbers > 0", lambda value: _are(value, _is_time))
 MATRIX = Kind("a matrix of numbers", _is_matrix)
 RANKS = Kind("an object of integers >= 0 by numbers", _are_ranks)
@@ -111,6 +106,13 @@ _MOMENT: Fields = {"order": COUNT, "seed": COUNT, "title": TEXT}
 _BASE: Fields = dict.fromkeys("tdnlb", WIDTH)
 _TIMED: Fields = {"network": TEXT, "shape": TEXT, "seconds": TIMES, "gradient_seconds": TIMES}
 _MOVED: Fields = dict.fromkeys(("growth", "drift", "held_out_drift"), NUMBER)
+_WAY: Fields = {
+    **_MOMENT,
+    "arm": TEXT,
+    "preset": TEXT,
+    "way": {"method": TEXT, "lr": NUMBER, "value": NUMBER_OR_NULL},
+}
+_SPENT: Fields = {"step": COUNT, "train_seconds": NUMBER, "space_seconds": NUMBER}
 _FACTORS = ("growth", "step", "open", "lr")
 
 ROWS: dict[str, dict[str, Fields]] = {
@@ -209,7 +211,7 @@ ROWS: dict[str, dict[str, Fields]] = {
             "reason": TEXT,
             "undone": TEXT,
             "tolerance": NUMBER,
-            **dict.fromkeys(("seconds", "gradient_seconds"), TIME),
+            **dict.fromkeys(("seconds", "gradient_seconds"), POSITIVE),
             **dict.fromkeys(("loss_before", "grad_norm_before"), NUMBER),
             **dict.fromkeys(("loss_after", "grad_norm_after"), NUMBER_OR_NULL),
             **dict.fromkeys(("held_out_before", "held_out_after"), NUMBER_OR_NULL),
@@ -223,38 +225,23 @@ ROWS: dict[str, dict[str, Fields]] = {
             "arm": TEXT,
             "steps": COUNT,
             **dict.fromkeys(("stride", "stride_after", "growth"), NUMBER),
-            "cost": TIME,
+            "cost": POSITIVE,
         },
         "end": _END,
     },
     "words": {
-        "config": {
-            **_MOMENT,
-            "arm": TEXT,
-            "preset": TEXT,
-            "choosing": FLAG,
-            "way": {"method": TEXT, "lr": NUMBER, "value": NUMBER_OR_NULL},
-        },
+        "config": {**_WAY, "choosing": FLAG},
         "evaluation": {
-            "step": COUNT,
+            **_SPENT,
             "alpha?": NUMBER,
-            "train_seconds": NUMBER,
-            "space_seconds": NUMBER,
             **dict.fromkeys(("learned", "recall", "cosine", "least_cosine"), NUMBER),
         },
         "end": _END,
     },
     "edit": {
-        "config": {
-            **_MOMENT,
-            "arm": TEXT,
-            "preset": TEXT,
-            "way": {"method": TEXT, "lr": NUMBER, "value": NUMBER_OR_NULL},
-        },
+        "config": _WAY,
         "evaluation": {
-            "step": COUNT,
-            "train_seconds": NUMBER,
-            "space_seconds": NUMBER,
+            **_SPENT,
             **dict.fromkeys(("efficacy", "paraphrases", "neighbours", "loss"), NUMBER),
         },
         "end": _END,
@@ -288,7 +275,7 @@ ROWS: dict[str, dict[str, Fields]] = {
             "optimizer": TEXT,
             "lr": NUMBER,
         },
-        "teleport": {"to": TEXT, "grad_norm_before": TIME, "grad_norm_after": NUMBER},
+        "teleport": {"to": TEXT, "grad_norm_before": POSITIVE, "grad_norm_after": NUMBER},
         "point": {"to": TEXT, **dict.fromkeys(("share", "train_loss", "test_loss"), NUMBER)},
         "end": _END,
     },
@@ -334,7 +321,7 @@ ROWS: dict[str, dict[str, Fields]] = {
         "same budget": {
             **_MOVED,
             "steps": COUNT,
-            **dict.fromkeys(("seconds", "gradient_seconds", "gradients"), TIME),
+            **dict.fromkeys(("seconds", "gradient_seconds", "gradients"), POSITIVE),
         },
         "speed": {"activation": TEXT, "seconds": TIMES, "gradient_seconds": TIMES},
         "end": {"status": TEXT},
@@ -358,12 +345,6 @@ def made_by(config: dict[str, Any]) -> str:
 
 def check_row(path: Path, number: int, row: dict[str, Any], config: dict[str, Any]) -> None:
     """Refuse a row in which a field is missing or of another kind; a record of others is theirs.
-
-    Args:
-        path: of the record.
-        number: of the line.
-        row: on it.
-        config: the first row of the record.
 
     Raises:
         RunError: naming record, line and field, what is there and what is expected.

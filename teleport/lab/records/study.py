@@ -128,11 +128,7 @@ def packed_rows(path: Path) -> list[Row]:
 
 
 def write_study(study: Path, records: Iterable[tuple[Path, Sequence[Row]]]) -> None:
-    """Write records into an existing folder.
-
-    Args:
-        study: the folder.
-        records: paths inside it, and their rows, the configuration first.
+    """Write records, paths inside it with rows, the configuration first, into an existing folder.
 
     Raises:
         OSError: if it cannot be written.

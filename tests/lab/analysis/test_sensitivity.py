@@ -32,6 +32,7 @@ from teleport.lab.analysis.sensitivity import (
 from teleport.lab.experiments.arms import Arm, RunSettings, teleport_settings
 from teleport.lab.experiments.run import Cell, run_cell
 from teleport.lab.records.compare import compare
+from teleport.lab.records.record_folder import RecordFolder
 from teleport.lab.records.runs import read_run
 from teleport.schedule import Schedule
 from tests.support.tables import SMALL
@@ -229,11 +230,9 @@ def test_complete_points_stay_and_broken_ones_are_made_again(
     told: list[int] = []
     write_design(
         "t.toml:even",
-        Path("design"),
+        RecordFolder(Path("design"), resume=True, progress=lambda what, steps: told.append(steps)),
         preset="tiny",
         points=10,
-        resume=True,
-        progress=lambda what, steps: told.append(steps),
     )
     assert sum(told) == 10 * 3 * 20
     assert [path.stat().st_mtime_ns for path in kept] == stamps

@@ -17,7 +17,7 @@ import teleport
 from teleport import cli
 from teleport.errors import RunError
 from teleport.lab.bench import benchmarks
-from teleport.lab.bench.rivals import Speed, repeated_ways, speed_ways
+from teleport.lab.bench.rivals import repeated_ways, speed_ways
 from teleport.lab.bench.tables import Benchmark, curves, read_benchmarks, sheets
 from teleport.lab.experiments.models import Transformer, cnn, mlp
 from teleport.landscape import Landscape
@@ -317,9 +317,9 @@ def test_sizes_of_the_rivals_are_those_of_the_base(monkeypatch: pytest.MonkeyPat
         asked.append((given["hidden"], given["samples"], given["threads"], given["seconds"]))
         return []
 
-    def speed(*sizes: int, **given: Any) -> Speed:
+    def speed(*sizes: int, **given: Any) -> dict[str, Any]:
         asked.append((*sizes, given["batches"], given["activation"]))
-        return Speed({})
+        return {}
 
     def budget(**given: Any) -> list[Any]:
         asked.append((given["hidden"], given["samples"], given["threads"]))
@@ -328,7 +328,7 @@ def test_sizes_of_the_rivals_are_those_of_the_base(monkeypatch: pytest.MonkeyPat
     setting = replace(SETTING, preset=replace(TINY, rounds=2), threads=3)
     monkeypatch.setattr(benchmarks, "same_budget_table", budget)
     monkeypatch.setattr(benchmarks, "same_batch_table", table)
-    monkeypatch.setattr(benchmarks, "symmetry_speed_ratio", speed)
+    monkeypatch.setattr(benchmarks, "symmetry_timings", speed)
     assert [job() for _, job in benchmarks.rivals_jobs(setting)] == [[]] * 4
     sizes = (24, 6, 3, 2, 1)
     same = ((24, 24), 6, 3, TINY.rival_seconds)

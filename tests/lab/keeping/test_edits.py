@@ -22,6 +22,7 @@ from teleport.lab.keeping.facts import (
 )
 from teleport.lab.keeping.frontier_report import frontier_figure, frontier_rows
 from teleport.lab.records.pack import pack
+from teleport.lab.records.record_folder import RecordFolder
 from teleport.lab.records.runs import read_runs
 from tests.support.results import RESULTS
 
@@ -155,7 +156,7 @@ def test_less_old_text_than_a_layer_is_wide_gives_the_least_change(start: _Start
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("edits")
-    run_edits("tiny", [0], out, command="teleport keep edit --preset tiny")
+    run_edits("tiny", [0], RecordFolder(out, command="teleport keep edit --preset tiny"))
     return out
 
 

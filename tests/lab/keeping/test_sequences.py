@@ -33,6 +33,7 @@ from teleport.lab.keeping.training import (
     default_strategies,
     run_strategies,
 )
+from teleport.lab.records.record_folder import RecordFolder
 from teleport.lab.records.runs import Run, read_runs
 from teleport.subspace import RowSpace
 from tests.support.examples import examples
@@ -281,7 +282,9 @@ def test_the_digits_are_split_by_label_and_the_pixels_by_seed() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("digits")
-    run_strategies(TINY, default_strategies("digits"), [0, 1], out, command="teleport continual")
+    run_strategies(
+        TINY, default_strategies("digits"), [0, 1], RecordFolder(out, command="teleport continual")
+    )
     return out
 
 
@@ -323,7 +326,10 @@ def test_resume_leaves_finished_runs_and_does_the_others_again(
     torn.write_text("".join(torn.read_text().splitlines(keepends=True)[:3]) + '{"type": "eva')
     told: list[tuple[str, int]] = []
     run_strategies(
-        TINY, strategies, [0], tmp_path, resume=True, progress=lambda *step: told.append(step)
+        TINY,
+        strategies,
+        [0],
+        RecordFolder(tmp_path, resume=True, progress=lambda *step: told.append(step)),
     )
     assert finished.read_bytes() == kept
     assert told[0] == ("plain, lr 0.05 (seed 0)", 40)
@@ -343,7 +349,7 @@ def test_nothing_is_overwritten_without_resume_or_with_another_configuration(
         run_strategies(TINY, strategies, [0], tmp_path)
     other = SequenceRun("digits", "tiny", split="validation")
     with pytest.raises(RunError, match="another split"):
-        run_strategies(other, strategies, [0], tmp_path, resume=True)
+        run_strategies(other, strategies, [0], RecordFolder(tmp_path, resume=True))
     assert path.read_bytes() == before
 
 

@@ -27,6 +27,7 @@ from teleport.lab.keeping.words import (
     word_task,
 )
 from teleport.lab.records.pack import pack
+from teleport.lab.records.record_folder import RecordFolder
 from teleport.lab.records.runs import by_arm, read_runs
 from tests.support.results import RESULTS
 
@@ -85,7 +86,7 @@ def test_learned_and_recall_are_counted_as_they_are_said_to_be() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("words")
-    run_words("tiny", [0, 1], out, command="teleport keep words --preset tiny")
+    run_words("tiny", [0, 1], RecordFolder(out, command="teleport keep words --preset tiny"))
     return out
 
 
@@ -125,11 +126,11 @@ def test_resume_leaves_what_is_finished_and_refuses_another_task(
     folder: Path, tmp_path: Path
 ) -> None:
     ways = [Recipe("plain", 1e-3), Recipe("attach", 1e-3, 0.9)]
-    first, second = run_words("tiny", [3], tmp_path, ways=ways)
+    first, second = run_words("tiny", [3], RecordFolder(tmp_path), ways=ways)
     kept = first.read_bytes()
     rows = [json.loads(line) for line in second.read_text().splitlines()]
     second.write_text(json.dumps(rows[0]) + "\n")
-    run_words("tiny", [3], tmp_path, ways=ways, resume=True)
+    run_words("tiny", [3], RecordFolder(tmp_path, resume=True), ways=ways)
     assert first.read_bytes() == kept
     again = [json.loads(line) for line in second.read_text().splitlines()]
     for old, new in zip(rows[1:-1], again[1:-1], strict=True):
@@ -137,9 +138,9 @@ def test_resume_leaves_what_is_finished_and_refuses_another_task(
             k: v for k, v in new.items() if "seconds" not in k
         }
     with pytest.raises(RunError, match="another choosing"):
-        run_words("tiny", [3], tmp_path, ways=ways, choosing=True, resume=True)
+        run_words("tiny", [3], RecordFolder(tmp_path, resume=True), ways=ways, choosing=True)
     with pytest.raises(ValueError, match="preset"):
-        run_words("huge", [3], tmp_path)
+        run_words("huge", [3], RecordFolder(tmp_path))
 
 
 def test_who_has_not_the_packages_is_told_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

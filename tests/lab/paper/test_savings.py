@@ -28,7 +28,8 @@ def test_the_command_and_its_record(tmp_path: Path, capsys: pytest.CaptureFixtur
     first = capsys.readouterr().out
     assert "what a teleport should save" in first
     found = read_savings(out)
-    arms = [arm.name for arm in plain_arms("mnist-sample", "sgd")]
+    (settings,) = tuned_settings(["mnist-sample"], ["sgd"], "tiny")
+    arms = [arm.name for arm in plain_arms(settings)]
     assert [s.key for s in found] == [("mnist-sample", "sgd", arm) for arm in arms]
     for saving in found:
         assert saving.seeds == 2
@@ -50,8 +51,7 @@ def test_the_command_and_its_record(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_measuring_leaves_the_training_where_the_first_teleport_is_due() -> None:
-    settings = tuned_settings("mnist-sample", "sgd", "tiny")
-    assert settings is not None
+    (settings,) = tuned_settings(["mnist-sample"], ["sgd", "lion"], "tiny")
     dataset = load("mnist-sample")
     one, two = (Training(settings, Arm(0.0), 0, dataset) for _ in range(2))
     row = measure(one)

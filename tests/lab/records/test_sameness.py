@@ -23,6 +23,7 @@ from teleport.lab.paper.input_energy import write_spectra
 from teleport.lab.paper.threshold import write_trajectories
 from teleport.lab.records.checkpoint import locked
 from teleport.lab.records.folders import open_folder
+from teleport.lab.records.record_folder import RecordFolder
 from teleport.lab.records.runs import first_row, read_runs
 from teleport.lab.records.sameness import ADDED, SHARED, check_alike, check_folder, is_complete
 from teleport.lab.records.schema import made_by
@@ -111,8 +112,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder.mkdir()
     run_arms(ROWS, [Arm(0.1)], [0], made["run"])
     run_strategies(SequenceRun("digits", "tiny"), [Strategy("plain", 0.1)], [0], made["continual"])
-    write_spectra(["mnist-sample"], made["spectrum"], preset="tiny", steps=[1])
-    write_trajectories("mnist-sample", made["tau"], preset="tiny", trained=1, teleport_steps=1)
+    write_spectra(["mnist-sample"], RecordFolder(made["spectrum"]), preset="tiny", steps=[1])
+    write_trajectories(
+        "mnist-sample", RecordFolder(made["tau"]), preset="tiny", trained=1, teleport_steps=1
+    )
     made["product"].rmdir()
     options = ["--preset", "tiny", "--trained", "0", "--rows", "2", "--out", str(made["product"])]
     assert cli.main(["product", small(below), *options]) == 0
@@ -240,13 +243,13 @@ def test_a_folder_that_mixes_runs_is_not_reported(
 WRITERS: dict[str, Callable[[Path], object]] = {
     "run": lambda out: run_arms(ROWS, [Arm(0.1)], [0], out, resume=True),
     "continual": lambda out: run_strategies(
-        SequenceRun("digits", "tiny"), [Strategy("plain", 0.1)], [0], out, resume=True
+        SequenceRun("digits", "tiny"), [Strategy("plain", 0.1)], [0], RecordFolder(out, resume=True)
     ),
     "spectrum": lambda out: write_spectra(
-        ["mnist-sample"], out, preset="tiny", steps=[1], resume=True
+        ["mnist-sample"], RecordFolder(out, resume=True), preset="tiny", steps=[1]
     ),
     "tau": lambda out: write_trajectories(
-        "mnist-sample", out, preset="tiny", trained=1, teleport_steps=1, resume=True
+        "mnist-sample", RecordFolder(out, resume=True), preset="tiny", trained=1, teleport_steps=1
     ),
 }
 
