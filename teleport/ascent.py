@@ -27,6 +27,7 @@ from teleport.runtime.ranks import Ranks
 from teleport.runtime.wrappers import holder_names
 from teleport.subspace import Projector
 
+SINGLE = torch.finfo(torch.float32).eps
 MISSED = 0.01
 """How far, as a share, the gradient norm may be from what frozen activations said it would be."""
 
@@ -234,10 +235,11 @@ class Ascent(GuardedMove):
             if slope == 0.0:
                 return FIXED if not self.step_sizes else "a stationary point was reached"
             share = number / settings.steps if settings.lr is None else 1.0
-            step = self._step_size(along, slope, start * (limit / start) ** share)
+            target = start * (limit / start) ** share
+            step = self._step_size(along, slope, target)
             if step is None:
                 return f"no step along the ascent direction reaches the wanted {self.norm_name}"
-            landscape.advance(along, step)
+            landscape.advance(along, step, target * target)
             self.step_sizes.append(step)
             if settings.lr is not None and step != settings.lr:
                 return self._limit_reached(limit)
@@ -256,6 +258,7 @@ class Ascent(GuardedMove):
         landscape, lr = self.landscape, self.settings.lr
         start = landscape.norm_squared()
         wanted = target * target  # infinite for the largest limits, where ** would raise
+        eps = torch.finfo(landscape.precision).eps
         if lr is not None and landscape.norm_squared_at(along, lr) <= wanted:
             return lr
         return step_to_norm(
@@ -263,8 +266,9 @@ class Ascent(GuardedMove):
             start,
             2 * slope,
             wanted,
-            rtol=8 * torch.finfo(landscape.precision).eps,
+            rtol=8 * eps,
             degree=landscape.degree(along),
+            unseen=math.sqrt(min(eps, SINGLE)) if landscape.tape and self.settings.cap is None else 0.0,
         )
 
     def _limit(self, start: float) -> float:

@@ -12,7 +12,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from teleport.errors import NonFiniteInputError, is_between
@@ -302,8 +302,14 @@ class RowSpace(Space):
         known = self._dtype if dtype is None else dtype
         return _cut(vectors, values, kept_rank(values, vectors.shape[-2], known, tau), known)
 
-    def basis_if_full(self, energy: float) -> Basis | None:
+    def basis_if_full(
+        self, energy: float, live: Bool[Tensor, "*groups d_in"] | None = None
+    ) -> Basis | None:
         """The basis of all directions, if these rows show that all rows have full rank.
+
+        Of all but the inputs that are 0 in every row, as those behind a unit that is never active:
+        ``live`` marks the others; all by default. A zero column adds an eigenvalue 0 to the Gram
+        matrix and changes no other.
 
         ``energy`` is the squared Frobenius norm of all rows, which decides the cut. Rows only add
         to a space: the smallest singular value does not fall when more come. So it is safe to stop
@@ -318,13 +324,17 @@ class RowSpace(Space):
         rounding = d_in * torch.finfo(torch.float64).eps * diagonal.sum(-1, keepdim=True)
         # A Cholesky factor of G - c exists just if no eigenvalue of G is as small as c.
         diagonal -= cut + rounding
+        if live is None:
+            live = torch.ones_like(diagonal, dtype=torch.bool)
+        diagonal.masked_fill_(~live, 1.0)  # these rows and columns are zero beside it
         if bool(torch.linalg.cholesky_ex(gram).info.any()):
             return None
         # Zeros and ones, exact in any precision: a quarter of the memory.
-        every = torch.eye(d_in, dtype=torch.float16, device=gram.device).expand_as(gram)
-        ranks = torch.full(gram.shape[:-2], d_in, device=gram.device)
-        bound = torch.full(gram.shape[:-1], energy**0.5, dtype=gram.dtype, device=gram.device)
-        return Basis(every, bound, ranks, self._dtype)
+        first = torch.argsort(~live, stable=True)
+        ranks = live.sum(-1)
+        every = torch.eye(d_in, dtype=torch.float16, device=gram.device)[first].mT
+        values = energy**0.5 * _first(ranks, first).to(gram.dtype)
+        return _cut(every, values, ranks, self._dtype)
 
     def basis_if_independent(self) -> Basis | None:
         """The basis of fewer rows than columns, if they are linearly independent beyond doubt.
