@@ -496,9 +496,7 @@ BESIDE = 0.01
 """How far from a look, as a share of the step, what was seen there serves for a neighbour."""
 
 
-def between(
-    looks: Sequence[tuple[float, Shares]], step: float, reached: float
-) -> Shares | None:
+def between(looks: Sequence[tuple[float, Shares]], step: float, reached: float) -> Shares | None:
     """Shares at a step beside the last look, by parabolas through the last three.
 
     Each is a polynomial in the step (``thm-polynomial``); so is their sum, which is known better:
@@ -531,7 +529,10 @@ def _basis_of_rows(tape: Tape, block: WeightMatrix, space: RowSpace) -> Projecto
         return space.basis_if_independent() or space.basis()
     norms = (call.part.row_norms(at_least_single(call.x.detach())) for call in calls)
     energy = sum(map(squared_norm, norms))
-    live = reduce(torch.logical_or, [call.part.live(call.x.detach()) for call in calls])
+
+    def live() -> Tensor:
+        return reduce(torch.logical_or, [call.part.live(call.x.detach()) for call in calls])
+
     enough = d_in + max(32, d_in // 4)
     for call in calls:
         for some in call.part.chunks(call.x.detach(), rows=max(512, enough)):

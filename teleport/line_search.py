@@ -134,12 +134,12 @@ def _polynomial_root(
     points: list[tuple[float, float]], slope: float, low: float, high: float
 ) -> float | None:
     """The root in the bracket of the polynomial through ``points`` with this slope at step 0."""
-    from scipy.optimize import toms748  # late: see `load_search`
+    from scipy.optimize import brentq  # late: see `load_search`; its loop is compiled
 
     polynomial = _polynomial(points, slope, high)
     if not polynomial(low / high) < 0.0 < polynomial(1.0):  # or it is NaN, having overflown
         return None
-    return high * float(toms748(polynomial, low / high, 1.0, **SEARCH))
+    return high * float(brentq(polynomial, low / high, 1.0, **SEARCH))
 
 
 def _polynomial(

@@ -6,7 +6,7 @@ of that batch (theorem ``thm-invariance``). The rows span a space; `RowSpace` co
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -303,13 +303,13 @@ class RowSpace(Space):
         return _cut(vectors, values, kept_rank(values, vectors.shape[-2], known, tau), known)
 
     def basis_if_full(
-        self, energy: float, live: Bool[Tensor, "*groups d_in"] | None = None
+        self, energy: float, live: Callable[[], Bool[Tensor, "*groups d_in"]] | None = None
     ) -> Basis | None:
         """The basis of all directions, if these rows show that all rows have full rank.
 
         Of all but the inputs that are 0 in every row, as those behind a unit that is never active:
-        ``live`` marks the others; all by default. A zero column adds an eigenvalue 0 to the Gram
-        matrix and changes no other.
+        ``live`` is asked for the others where these rows have such inputs; all by default. A column
+        of zeros adds an eigenvalue 0 to the Gram matrix and changes no other.
 
         ``energy`` is the squared Frobenius norm of all rows, which decides the cut. Rows only add
         to a space: the smallest singular value does not fall when more come. So it is safe to stop
@@ -322,16 +322,16 @@ class RowSpace(Space):
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         cut = _relative_cut(d_in, self._dtype) ** 2 * energy
         rounding = d_in * torch.finfo(torch.float64).eps * diagonal.sum(-1, keepdim=True)
+        asked = live is not None and not bool(diagonal.all())
+        alive = live() if live and asked else torch.ones_like(diagonal, dtype=torch.bool)
         # A Cholesky factor of G - c exists just if no eigenvalue of G is as small as c.
         diagonal -= cut + rounding
-        if live is None:
-            live = torch.ones_like(diagonal, dtype=torch.bool)
-        diagonal.masked_fill_(~live, 1.0)  # these rows and columns are zero beside it
+        diagonal.masked_fill_(~alive, 1.0)  # zero is all that its row and column hold beside it
         if bool(torch.linalg.cholesky_ex(gram).info.any()):
             return None
         # Zeros and ones, exact in any precision: a quarter of the memory.
-        first = torch.argsort(~live, stable=True)
-        ranks = live.sum(-1)
+        first = torch.argsort(~alive, stable=True)
+        ranks = alive.sum(-1)
         every = torch.eye(d_in, dtype=torch.float16, device=gram.device)[first].mT
         values = energy**0.5 * _first(ranks, first).to(gram.dtype)
         return _cut(every, values, ranks, self._dtype)

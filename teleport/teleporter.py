@@ -267,7 +267,7 @@ def _together(model: nn.Module) -> AbstractContextManager[Ranks]:
 
 def _request(s: Settings, optimizer: Optimizer | None, held_out: Closure | None) -> str:
     """What is asked for, in the same words on all ranks that ask for the same."""
-    names = [(b.name, tuple(b.part.matrix().shape)) for b in s.coverage.blocks]
+    names = [(b.name, tuple(b.part.matrix_shape)) for b in s.coverage.blocks]
     asked = (s.tau, s.steps, s.lr, s.growth, s.cap, s.method, s.max_drift, sorted(s.movable))
     by, held = type(optimizer).__name__, "not " if held_out is None else ""
     return f"{asked}, optimizer {by}, held_out {held}given, {names}"
