@@ -93,6 +93,7 @@ def interleaved(
     seconds: float,
     stopwatch: Stopwatch,
     clock: Callable[[], float] = time.perf_counter,
+    warm_up: bool = True,
 ) -> dict[str, Timing]:
     """Time tasks in turn, each right after the reference, again and again.
 
@@ -104,6 +105,7 @@ def interleaved(
         seconds: no round is begun after this long, but one is always kept.
         stopwatch: how to time one run.
         clock: tells when to end.
+        warm_up: whether that round comes first: not if the caller has run all before.
 
     Raises:
         ValueError: if ``rounds`` is less than 1.
@@ -113,7 +115,7 @@ def interleaved(
     kept: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
     started = clock()
     with _collector_off():
-        for number in range(rounds + 1):
+        for number in range(0 if warm_up else 1, rounds + 1):
             if number > 1 and clock() - started > seconds:
                 break
             reference.seconds(stopwatch)  # after a collection, memory and caches are cold
