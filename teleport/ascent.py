@@ -231,6 +231,9 @@ class Ascent(GuardedMove):
             return f"the {self.norm_name} {start:.6g} is already at the cap {limit:.6g}"
         for number in range(1, settings.steps + 1):
             along = self._direction(room)
+            if number == settings.steps:
+                room = {}
+                self.bases = {block: basis.numbers() for block, basis in self.bases.items()}
             squares = {block: squared_norm(matrix) for block, matrix in along.items()}
             along = {block: along[block] for block, square in squares.items() if square != 0.0}
             slope = self.ranks.of_first(sum(squares.values()))

@@ -8,6 +8,7 @@ wherever it looks, one at a time, so that memory stays at what one of them needs
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -41,7 +42,7 @@ from teleport.runtime.precision import (
 )
 from teleport.runtime.ranks import ALONE, Ranks
 from teleport.runtime.threads import in_parallel, worth_threads
-from teleport.subspace import Projector, RowSpace, Space
+from teleport.subspace import Basis, Projector, RowSpace, Space
 from teleport.tape import Tape
 
 
@@ -299,12 +300,19 @@ class Landscape:
         first = [same[0] for same in sharing.values()]
         if parallel is None:
             parallel = worth_threads(_multiplications(b, self._row_count(b)) for b in first)
-        found = in_parallel(lambda block: self._basis(block, tau), first, parallel)
+        found = in_parallel(lambda block: self._rounded_basis(block, tau), first, parallel)
         groups = zip(sharing.values(), found, strict=True)
         return {block: own.of_first(self.ranks) for same, own in groups for block in same}
 
     def _row_count(self, block: WeightMatrix) -> int:
         return self._spaces[block].count if self.tape is None else self.tape.row_count(block)
+
+    def _rounded_basis(self, block: WeightMatrix, tau: float) -> Projector:
+        """In the precision that matrices of the block are projected in: less memory, same result."""
+        basis, dtype = self._basis(block, tau), block.part.weight.parameter.dtype
+        if not isinstance(basis, Basis) or basis.vectors.dtype.itemsize <= dtype.itemsize:
+            return basis
+        return replace(basis, vectors=basis.vectors.to(torch.float32))
 
     def _basis(self, block: WeightMatrix, tau: float) -> Projector:
         if self.tape is None:

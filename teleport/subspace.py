@@ -81,6 +81,10 @@ class Projector(ABC):
             ValueError: if ``tau`` is outside (0, 1], or takes directions that were not kept.
         """
 
+    def numbers(self) -> "Projector":
+        """The same without the memory of what only projections need: it cannot project any more."""
+        return self
+
     def of_first(self, ranks: Ranks) -> "Projector":
         """The first rank's, so that what it projects is bit for bit the same on all."""
         return self if ranks.size == 1 else self._of_first(ranks)
@@ -160,6 +164,9 @@ class Basis(Projector):
     def cut_off(self) -> float:
         cut = rank_cut(self.singular_values, self.shape[-1], self.dtype)
         return float(torch.minimum(self._left_out().amax(dim=-1), cut).max())
+
+    def numbers(self) -> "Basis":
+        return replace(self, vectors=self.vectors.to("meta"))
 
     def weighted_rows(self) -> Float[Tensor, "*groups width d_in"]:
         """Rows with the same span and energies as the inputs kept, to merge spaces by."""

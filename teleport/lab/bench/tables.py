@@ -416,10 +416,10 @@ def _deep(benchmark: Benchmark) -> list[Sheet]:
             )
         )
     columns = ("network", "gradients", "quartiles (runs)", "budget", "", "a gradient, s")
-    columns += ("a teleport, s", "MiB", "MiB", "memory")
+    columns += ("a teleport, s", "a gradient, MiB", "a teleport, MiB", "memory")
     caption = (
         "A default teleport, all in: median ratio to one forward and backward pass run just "
-        "before; peaks of a gradient and of a teleport, beyond the model and its batch, and their ratio."
+        "before, seconds, and MiB at the peak beyond the model and its batch."
     )
     return [Sheet(benchmark.title, columns, rows, caption)]
 
