@@ -308,7 +308,7 @@ class Landscape:
         return self._spaces[block].count if self.tape is None else self.tape.row_count(block)
 
     def _rounded_basis(self, block: WeightMatrix, tau: float) -> Projector:
-        """In the precision that matrices of the block are projected in: less memory, same result."""
+        """In the precision that matrices of the block are projected in: the same result."""
         basis, dtype = self._basis(block, tau), block.part.weight.parameter.dtype
         if not isinstance(basis, Basis) or basis.vectors.dtype.itemsize <= dtype.itemsize:
             return basis

@@ -400,7 +400,7 @@ def _ranks(benchmark: Benchmark) -> list[Sheet]:
 
 
 def _deep(benchmark: Benchmark) -> list[Sheet]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in benchmark.rows:
         budget = None if benchmark.config["size"]["small"] else DEEP_BUDGET
         rows.append(
@@ -410,13 +410,23 @@ def _deep(benchmark: Benchmark) -> list[Sheet]:
                 *_budget_cells(timing(row).ratio.median, budget),
                 f"{Spread.of(row['gradient_seconds']).median:.3g}",
                 f"{Spread.of(row['seconds']).median:.3g}",
-                _mib(row["gradient"]),
-                _mib(row["tangent"]),
+                f"{row['gradient'] / 2**20:.4g}",
+                f"{row['tangent'] / 2**20:.4g}",
                 f"{row['tangent'] / row['gradient']:.2f}",
             )
         )
-    columns = ("network", "gradients", "quartiles (runs)", "budget", "", "a gradient, s")
-    columns += ("a teleport, s", "a gradient, MiB", "a teleport, MiB", "memory")
+    columns = (
+        "network",
+        "gradients",
+        "quartiles (runs)",
+        "budget",
+        "",
+        "a gradient, s",
+        "a teleport, s",
+        "a gradient, MiB",
+        "a teleport, MiB",
+        "memory",
+    )
     caption = (
         "A default teleport, all in: median ratio to one forward and backward pass run just "
         "before, seconds, and MiB at the peak beyond the model and its batch."
