@@ -198,7 +198,7 @@ class Landscape:
         """Go there, where the squared norm is ``reached`` if that is known without a look.
 
         Beside the last of several looks, no further one is made before somebody needs a direction:
-        shares are those of `between`, cotangents those of that look.
+        until then shares are those of `between`, and `tapes` gives the cotangents of that look.
         """
         ahead, self._ahead = self._ahead, None
         known = ahead is not None and ahead[0] is along and ahead[1] == step
