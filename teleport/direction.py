@@ -77,8 +77,15 @@ def direction(
     velocity = {p: metric.velocity(p, g, scale) for p, g in others}
     drive = {block: partial(tape.drive, block, metric, scale) for block in tape.blocks}
     tape.spare(bases.keys(), metric)
-    push_tangents(tape, model, closure, drive, velocity, wanted=bases.keys())
-    return {b: scaled(_survivor(tape, b, basis), 1 / scale) for b, basis in bases.items()}
+    found: Direction = {}
+
+    def done(block: WeightMatrix) -> None:
+        """What a block needed goes as soon as it has served."""
+        found[block] = scaled(_survivor(tape, block, bases[block]), 1 / scale)
+        tape.free(block)
+
+    push_tangents(tape, model, closure, drive, velocity, wanted=bases.keys(), done=done)
+    return {block: found[block] for block in bases}
 
 
 def mean_direction(
@@ -144,10 +151,12 @@ def _survivor(
     if x_dot is None:
         whole = tape.survivor(block)
         return without_rounding(basis.project(whole), whole, dtype)
+    for call in tape.calls_of(block):
+        call.x_dot = None  # it has served
     x_dot = at_least_single(x_dot)
-    projected = without_rounding(basis.project(x_dot), x_dot, dtype)
+    x_dot = without_rounding(basis.project(x_dot), x_dot, dtype)
     deltas = tape.deltas(block).to(x_dot.dtype)
-    return (deltas.mT @ projected).to(block.part.weight.parameter.dtype)
+    return (deltas.mT @ x_dot).to(block.part.weight.parameter.dtype)
 
 
 def without_rounding(

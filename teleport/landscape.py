@@ -8,6 +8,8 @@ wherever it looks, one at a time, so that memory stays at what one of them needs
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -40,7 +42,7 @@ from teleport.runtime.precision import (
 )
 from teleport.runtime.ranks import ALONE, Ranks
 from teleport.runtime.threads import in_parallel, worth_threads
-from teleport.subspace import Projector, RowSpace, Space
+from teleport.subspace import Basis, Projector, RowSpace, Space
 
 
 class Position(Mapping[WeightMatrix, Pieces]):
@@ -156,11 +158,15 @@ class Landscape:
         self._move_norms: dict[WeightMatrix, float] = {}  # at the position
         self._seen: Position | None = self.position  # where the gradient was taken last
         self._ahead: tuple[Direction, float, Position] | None = None
+        self._looks: list[tuple[float, Shares]] = []  # along the direction ahead
+        self._estimate: Shares | None = None  # at the position, if it was looked at only nearby
 
     # ---- the norm, here and elsewhere
 
     def shares(self) -> Shares:
         """What every block and every other parameter has of the squared norm at the position."""
+        if self._estimate is not None:
+            return self._estimate
         self._look()
         if self.tape is not None:
             return self.tape.shares(self.metric)
@@ -168,6 +174,8 @@ class Landscape:
 
     def norm_squared(self) -> float:
         """The squared gradient norm at the position."""
+        if self._estimate is not None:
+            return sum(self._estimate.values())
         self._look()
         return self._norm_squared_seen(self.metric)
 
@@ -175,16 +183,28 @@ class Landscape:
         """The squared norm at a step along a direction; the position stays."""
         if step > torch.finfo(self.dtype).max:
             return math.inf
-        self._ahead = self._seen = None  # before the next one is made: memory is that of one
+        if self.tape is not None and (self._ahead is None or self._ahead[0] is not along):
+            here = self._seen is self.position and self._estimate is None
+            self._looks = [(0.0, self.tape.shares(self.metric))] if here else []
+        self._ahead = self._seen = self._estimate = None  # before the next: memory is that of one
         self._ahead = along, step, self.position.ahead(along, step)
         self._look_at(self._ahead[2])
+        if self.tape is not None:
+            self._looks.append((step, self.tape.shares(self.metric)))
         return self._norm_squared_seen(self.metric)
 
-    def advance(self, along: Direction, step: float) -> None:
-        """Go there."""
+    def advance(self, along: Direction, step: float, reached: float | None = None) -> None:
+        """Go there, where the squared norm is ``reached`` if that is known without a look.
+
+        Beside the last of several looks, no further one is made before somebody needs a direction:
+        until then shares are those of `between`, and `tapes` gives the cotangents of that look.
+        """
         ahead, self._ahead = self._ahead, None
         known = ahead is not None and ahead[0] is along and ahead[1] == step
         there = ahead[2] if ahead and known else self.position.ahead(along, step)
+        looks, self._looks, self._estimate = self._looks, [], None
+        if reached is not None and ahead and ahead[0] is along and not known:
+            self._estimate = between(looks, step, reached)
         self.position = there.joined()
         if self._seen is there:
             self._seen = self.position
@@ -210,6 +230,7 @@ class Landscape:
 
     def _look_at(self, position: Position) -> None:
         """Take the gradient at a position."""
+        self._estimate = None
         if self.tape is not None:
             self.tape.moved = position
             self.tape.backward()
@@ -241,7 +262,8 @@ class Landscape:
             self.write()
             yield from self._recorded()
             return
-        self._look()
+        if self._estimate is None:
+            self._look()
         self.tape.remember()
         yield self.tape, 1.0
 
@@ -250,7 +272,7 @@ class Landscape:
         if self._frozen:
             self.tape = None  # before the next one is recorded: memory is that of one
             self.tape = record(self._model, self._sites, self._closures[0])
-            self._seen = self.position
+            self._seen, self._estimate = self.position, None
             return float(self.tape.loss.detach()), self.shares()
         loss, found = self.measure_plainly()
         return loss, shares_of(found, self.blocks, self.metric)
@@ -277,12 +299,19 @@ class Landscape:
         first = [same[0] for same in sharing.values()]
         if parallel is None:
             parallel = worth_threads(_multiplications(b, self._row_count(b)) for b in first)
-        found = in_parallel(lambda block: self._basis(block, tau), first, parallel)
+        found = in_parallel(lambda block: self._rounded_basis(block, tau), first, parallel)
         groups = zip(sharing.values(), found, strict=True)
         return {block: own.of_first(self.ranks) for same, own in groups for block in same}
 
     def _row_count(self, block: WeightMatrix) -> int:
         return self._spaces[block].count if self.tape is None else self.tape.row_count(block)
+
+    def _rounded_basis(self, block: WeightMatrix, tau: float) -> Projector:
+        """In the precision that matrices of the block are projected in: the same result."""
+        basis, dtype = self._basis(block, tau), block.part.weight.parameter.dtype
+        if not isinstance(basis, Basis) or basis.vectors.dtype.itemsize <= dtype.itemsize:
+            return basis
+        return replace(basis, vectors=basis.vectors.to(torch.float32))
 
     def _basis(self, block: WeightMatrix, tau: float) -> Projector:
         if self.tape is None:
@@ -470,6 +499,34 @@ class Landscape:
             self.ranks.mean_([self._grad(p) for p in trainable(self._model)])
 
 
+BESIDE = 0.01
+"""How far from a look, as a share of the step, what was seen there serves for a neighbour."""
+
+
+def between(looks: Sequence[tuple[float, Shares]], step: float, reached: float) -> Shares | None:
+    """Shares at a step beside the last look, by parabolas through the last three.
+
+    Each is a polynomial in the step (``thm-polynomial``); so is their sum, which is known better:
+    ``reached``. None where looks are too few or too far away.
+    """
+    steps = [where for where, _ in looks[-3:]]
+    if len(set(steps)) < 3 or abs(steps[-1] - step) > BESIDE * step:
+        return None
+    weights = [
+        math.prod((step - other) / (own - other) for other in steps if other != own)
+        for own in steps
+    ]
+    parts = [shares for _, shares in looks[-3:]]
+    found = {
+        name: sum(w * shares[name] for w, shares in zip(weights, parts, strict=True))
+        for name in parts[-1]
+    }
+    total = sum(found.values())
+    if not (math.isfinite(total) and abs(total - reached) <= BESIDE * reached):
+        return None
+    return {name: share * (reached / total) for name, share in found.items()}
+
+
 def _basis_of_rows(tape: Tape, block: WeightMatrix, space: RowSpace) -> Projector:
     """The basis at τ = 1; no more rows are read once they span everything."""
     calls, d_in = tape.calls_of(block), block.part.matrix_shape[-1]
@@ -479,12 +536,16 @@ def _basis_of_rows(tape: Tape, block: WeightMatrix, space: RowSpace) -> Projecto
         return space.basis_if_independent() or space.basis()
     norms = (call.part.row_norms(at_least_single(call.x.detach())) for call in calls)
     energy = sum(map(squared_norm, norms))
+
+    def live() -> Tensor:
+        return reduce(torch.logical_or, [call.part.live(call.x.detach()) for call in calls])
+
     enough = d_in + max(32, d_in // 4)
     for call in calls:
         for some in call.part.chunks(call.x.detach(), rows=max(512, enough)):
             space.add(call.part.rows(some))
             if space.count >= min(enough, count):
-                if (full := space.basis_if_full(energy)) is not None:
+                if (full := space.basis_if_full(energy, live)) is not None:
                     return full
                 enough = 4 * space.count
     return space.basis()

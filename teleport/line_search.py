@@ -29,6 +29,7 @@ def step_to_norm(
     degree: int | None = None,
     *,
     exact_slope: bool = True,
+    unseen: float = 0.0,
 ) -> float | None:
     """The step at which the squared gradient norm along a ray reaches ``target``.
 
@@ -45,6 +46,8 @@ def step_to_norm(
         degree: of the squared norm as a polynomial in the step, at most (``thm-polynomial``). A
             step found from as many values as that takes is not looked at again.
         exact_slope: whether ``slope`` is the derivative, and no guess of its size.
+        unseen: a step at which the squared norm is this near ``target``, as a share and by a
+            careful estimate, is not looked at; at least ``rtol``.
 
     Returns:
         The step, or None if none reaches the target within a hundred doublings or halvings. Where
@@ -69,7 +72,7 @@ def step_to_norm(
         elif excess(high) >= 0.0:
             if not exact_slope:
                 return _bracketed(excess, low, high)
-            return _root(excess, seen, slope / target, rtol, degree, low, high)
+            return _root(excess, seen, slope / target, max(rtol, unseen), degree, low, high)
         elif high >= farthest:
             return None
         else:
@@ -89,7 +92,7 @@ def _root(
     excess: Callable[[float], float],
     seen: dict[float, float],
     slope: float,
-    rtol: float,
+    unseen: float,
     degree: int | None,
     low: float,
     high: float,
@@ -111,7 +114,7 @@ def _root(
         known = degree is not None and len(finite) >= degree
         if known and max(abs(e) for _, e in finite) < 10.0:
             return step
-        if _expected_miss(finite, slope, step) <= rtol:
+        if _expected_miss(finite, slope, step) <= unseen:
             return step
         value = excess(step)
         if value == 0.0:
@@ -131,12 +134,12 @@ def _polynomial_root(
     points: list[tuple[float, float]], slope: float, low: float, high: float
 ) -> float | None:
     """The root in the bracket of the polynomial through ``points`` with this slope at step 0."""
-    from scipy.optimize import toms748  # late: see `load_search`
+    from scipy.optimize import brentq  # late: see `load_search`; its loop is compiled
 
     polynomial = _polynomial(points, slope, high)
     if not polynomial(low / high) < 0.0 < polynomial(1.0):  # or it is NaN, having overflown
         return None
-    return high * float(toms748(polynomial, low / high, 1.0, **SEARCH))
+    return high * float(brentq(polynomial, low / high, 1.0, **SEARCH))
 
 
 def _polynomial(

@@ -61,6 +61,10 @@ class _SpatialMap(LinearMap):
         z = self.push(x, pieces[0])
         return z + pieces[1].reshape(-1, *[1] * self.dims) if len(pieces) == 2 else z
 
+    def live(self, x: Tensor) -> Tensor:
+        """From one sample that is 0 only where all are."""
+        return super().live((_batched(x, self.dims) != 0).any(dim=0, keepdim=True).to(x.dtype))
+
     def chunks(self, x: Tensor, rows: int = CHUNK) -> Sequence[Tensor]:
         batched = _batched(x, self.dims)
         positions = max(1, batched[0, 0].numel())  # about one row per position of the input

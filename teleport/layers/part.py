@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -126,6 +126,11 @@ class LinearMap(ABC):
     def chunks(self, x: Tensor, rows: int = CHUNK) -> Sequence[Tensor]:
         """The input cut into pieces with about so many rows each, where it can be."""
         return [x]
+
+    def live(self, x: Tensor) -> Bool[Tensor, "*groups d_in"]:
+        """Which columns of the rows of an input are anything but 0."""
+        found = [(self.rows(some) != 0).any(dim=-2) for some in self.chunks(x)]
+        return torch.stack(found).any(dim=0)
 
     def rows_key(self, x: Tensor) -> Any:
         """Equal for two inputs, both alive, only if their rows are the same; or None."""

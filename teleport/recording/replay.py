@@ -29,6 +29,7 @@ def push_tangents(
     drive: Mapping[WeightMatrix, Callable[[], Iterable[Tensor]]],
     velocity: Mapping[nn.Parameter, Tensor],
     wanted: AbstractSet[WeightMatrix] | None = None,
+    done: Callable[[WeightMatrix], None] = lambda block: None,
 ) -> None:
     """One forward-mode pass: fill ``x_dot`` of the tape's calls of the blocks ``wanted``.
 
@@ -45,6 +46,7 @@ def push_tangents(
             an iterator that computes it then saves memory.
         velocity: tangents of the parameters in ``tape.others``.
         wanted: blocks whose tangents are needed; all by default.
+        done: told each of them when its last call has its tangent.
 
     Raises:
         ClosureError: if the closure calls other layers than when it was recorded.
@@ -53,7 +55,7 @@ def push_tangents(
     wanted = set(tape.blocks) if wanted is None else wanted
 
     def run() -> None:
-        replay = _Replay(tape, drive, wanted)
+        replay = _Replay(tape, drive, wanted, done)
         others = {p: velocity[p] for p in tape.others}
         with (
             forward_ad.dual_level(),
@@ -82,8 +84,9 @@ class _Replay:
         tape: Tape,
         drive: Mapping[WeightMatrix, Callable[[], Iterable[Tensor]]],
         wanted: AbstractSet[WeightMatrix],
+        done: Callable[[WeightMatrix], None],
     ) -> None:
-        self.tape = tape
+        self.tape, self._done = tape, done
         self.position = 0
         self._drive = {block: iter(tangents()) for block, tangents in drive.items()}
         self._wanted = wanted
@@ -98,10 +101,15 @@ class _Replay:
         if x_dot is not None:
             x_dot = x_dot.detach().to(call.z.dtype)
         call.x_dot = x_dot if call.block in self._wanted else None
-        if self.position == self._last:
-            raise _LastCallReached
+        end = self.position == self._last
         with torch.no_grad():
-            output, tangent = call.output(), self._tangent(call, x_dot)
+            output, tangent = (x, x) if end else (call.output(), self._tangent(call, x_dot))
+            if call is self.tape.calls_of(call.block)[-1]:
+                self._drive.pop(call.block)  # and the gradient in it
+                if call.block in self._wanted:
+                    self._done(call.block)  # not before its drive, which takes cotangents
+        if end:
+            raise _LastCallReached
         if call.constant:
             return output
         if torch.is_grad_enabled():  # the closure wants to differentiate, or to hook what it gets

@@ -198,15 +198,16 @@ class Tape:
         for block in self._calls.keys() - bases:
             if not self._prefers_gram(block, metric):
                 self.weight_gradient(block)  # which `drive` takes instead
-                self._free(block)
+                self.free(block)
 
     def forget(self) -> None:
         """Free what the last `backward` and forward-mode pass left, but for known shares."""
         self._gradients = {}
         for block in self._calls:
-            self._free(block)
+            self.free(block)
 
-    def _free(self, block: WeightMatrix) -> None:
+    def free(self, block: WeightMatrix) -> None:
+        """Free the cotangents and tangents of one block."""
         for call in self._calls[block]:
             call.delta = call.x_dot = None
         self._forgotten = True
@@ -261,7 +262,8 @@ class Tape:
     def drive(self, block: WeightMatrix, metric: Metric, scale: float) -> Iterator[Tensor]:
         """(M⁻¹ G) x, scaled, for every call: the tangents due to the block's own weights."""
         if not self._prefers_gram(block, metric):
-            velocity = metric.block_velocity(block, self.weight_gradient(block), scale)
+            self.weight_gradient(block)
+            velocity = metric.block_velocity(block, self._gradients.pop(block), scale)
             yield from self.drive_of(block, block.part.split(velocity))
             return
         gram, calls = self.row_gram(block), self.calls_of(block)

@@ -66,6 +66,10 @@ class Projector(ABC):
             ValueError: if ``tau`` is outside (0, 1], or takes directions that were not kept.
         """
 
+    def numbers(self) -> "Projector":
+        """The same without the memory of what only projections need: it cannot project any more."""
+        return self
+
     def of_first(self, ranks: Ranks) -> "Projector":
         """The first rank's, so that what it projects is bit for bit the same on all."""
         return self if ranks.size == 1 else self._of_first(ranks)

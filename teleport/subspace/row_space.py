@@ -1,11 +1,11 @@
 """Rows of any layer: `RowSpace` collects them, `Basis` spans what is kept of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from teleport.errors import NonFiniteInputError
@@ -57,6 +57,9 @@ class Basis(Projector):
     def cut_off(self) -> float:
         cut = rank_cut(self.singular_values, self.shape[-1], self.dtype)
         return float(torch.minimum(self._left_out().amax(dim=-1), cut).max())
+
+    def numbers(self) -> "Basis":
+        return replace(self, vectors=self.vectors.to("meta"))
 
     def weighted_rows(self) -> Float[Tensor, "*groups width d_in"]:
         """Rows with the same span and energies as the inputs kept, to merge spaces by."""
@@ -199,8 +202,14 @@ class RowSpace(Space):
         known = self._dtype if dtype is None else dtype
         return _cut(vectors, values, kept_rank(values, vectors.shape[-2], known, tau), known)
 
-    def basis_if_full(self, energy: float) -> Basis | None:
+    def basis_if_full(
+        self, energy: float, live: Callable[[], Bool[Tensor, "*groups d_in"]] | None = None
+    ) -> Basis | None:
         """The basis of all directions, if these rows show that all rows have full rank.
+
+        Of all but the inputs that are 0 in every row, as those behind a unit that is never active:
+        ``live`` is asked for the others where these rows have such inputs; all by default. A column
+        of zeros adds an eigenvalue 0 to the Gram matrix and changes no other.
 
         ``energy`` is the squared Frobenius norm of all rows, which decides the cut. Rows only add
         to a space: the smallest singular value does not fall when more come. So it is safe to stop
@@ -213,15 +222,19 @@ class RowSpace(Space):
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         cut = relative_cut(d_in, self._dtype) ** 2 * energy
         rounding = d_in * torch.finfo(torch.float64).eps * diagonal.sum(-1, keepdim=True)
+        asked = live is not None and not bool(diagonal.all())
+        alive = live() if live and asked else torch.ones_like(diagonal, dtype=torch.bool)
         # A Cholesky factor of G - c exists just if no eigenvalue of G is as small as c.
         diagonal -= cut + rounding
+        diagonal.masked_fill_(~alive, 1.0)  # zero is all that its row and column hold beside it
         if bool(torch.linalg.cholesky_ex(gram).info.any()):
             return None
         # Zeros and ones, exact in any precision: a quarter of the memory.
-        every = torch.eye(d_in, dtype=torch.float16, device=gram.device).expand_as(gram)
-        ranks = torch.full(gram.shape[:-2], d_in, device=gram.device)
-        bound = torch.full(gram.shape[:-1], energy**0.5, dtype=gram.dtype, device=gram.device)
-        return Basis(every, bound, ranks, self._dtype)
+        first = torch.argsort(~alive, stable=True)
+        ranks = alive.sum(-1)
+        every = torch.eye(d_in, dtype=torch.float16, device=gram.device)[first].mT
+        values = energy**0.5 * mark_first(ranks, first).to(gram.dtype)
+        return _cut(every, values, ranks, self._dtype)
 
     def basis_if_independent(self) -> Basis | None:
         """The basis of fewer rows than columns, if they are linearly independent beyond doubt.

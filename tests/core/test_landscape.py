@@ -1,10 +1,12 @@
 """A teleport batch in pieces, or in one, with frozen activations or without, is one teleport."""
 
 import gc
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,8 +18,10 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleporter, TeleportReport
-from teleport.landscape import Landscape, _multiplications
-from teleport.layers.support import cover
+from teleport.ascent import UNSEEN
+from teleport.lab.experiments.models import mlp
+from teleport.landscape import BESIDE, Landscape, _multiplications, between
+from teleport.layers.support import WeightMatrix, cover
 from teleport.recording import Tape
 from teleport.runtime.closures import Closure
 from teleport.runtime.threads import WORTH_THREADS, in_parallel, using_threads, worth_threads
@@ -176,6 +180,79 @@ def test_both_landscapes_have_the_same_norm_ahead(name: str, seed: int, length: 
         assert landscape.norm_squared() == ahead
         norms.append((ahead, landscape.norm_squared()))
     assert all(abs(a / b - 1) <= 1e-9 for a, b in zip(*norms, strict=True))
+
+
+parabolas = st.lists(st.tuples(*[st.floats(0.1, 10.0)] * 3), min_size=1, max_size=4)
+
+
+@pytest.mark.verifies("thm-polynomial")
+@given(parabolas, st.floats(0.05, 0.8), st.floats(-0.99, 0.99))
+def test_shares_between_looks_are_exact_where_they_are_parabolas(
+    parts: list[tuple[float, float, float]], first: float, beside: float
+) -> None:
+    def shares(step: float) -> dict[Any, float]:
+        return {n: a + b * step + c * step**2 for n, (a, b, c) in enumerate(parts)}
+
+    step = 1.0 + beside * BESIDE / 2
+    looks = [(where, shares(where)) for where in (9.0, 0.0, first, 1.0)]  # the last three count
+    found = between(looks, step, sum(shares(step).values()))
+    assert found is not None
+    assert all(abs(found[n] / share - 1) <= 1e-9 for n, share in shares(step).items())
+
+
+def test_no_look_is_left_out_where_the_others_say_too_little() -> None:
+    looks: list[tuple[float, Any]] = [(0.0, {1: 1.0}), (0.5, {1: 1.5}), (1.0, {1: 2.0})]
+    assert between(looks, 1.001, 2.001) is not None
+    assert between(looks[1:], 1.001, 2.001) is None  # two of them
+    assert between([looks[0], looks[2], looks[2]], 1.001, 2.001) is None
+    assert between(looks, 1.02, 2.02) is None  # far from the last
+    assert between(looks, 1.001, 2.1) is None  # another sum
+    assert between([*looks[:2], (1.0, {1: math.inf})], 1.001, 2.001) is None
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@few
+@given(seed=seeds, growth=st.floats(1.05, 3.0))
+def test_norms_that_were_not_looked_at_are_those_of_a_look(
+    name: str, seed: int, growth: float
+) -> None:
+    """In single precision nobody looks where the search ends: the report is right all the same."""
+    problem = task(name, seed, torch.float32)
+    without_dropout(problem.model)
+    report = Teleporter(problem.model, growth=growth).step(problem.closure)
+    if report.rolled_back or not report.steps:
+        return
+    there = frozen(problem.model, problem.closure)
+    norm = math.sqrt(there.norm_squared())
+    assert abs(norm / report.grad_norm_before / growth - 1) <= UNSEEN
+    assert abs(norm / report.grad_norm_after - 1) <= UNSEEN
+    shares = {b.name: share for b, share in there.shares().items() if isinstance(b, WeightMatrix)}
+    said = {layer.name: layer.grad_norm_after or 0.0 for layer in report.layers}
+    assert all(abs(said[n] ** 2 - share) <= UNSEEN * norm**2 for n, share in shares.items())
+
+
+def test_the_last_step_is_looked_at_only_in_double_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = {}
+    for dtype in (torch.float32, torch.float64):
+        done = []
+
+        def backward(tape: Tape, done: list[Tape] = done) -> None:
+            done.append(tape)
+            tape.differentiate([])
+
+        monkeypatch.setattr(Tape, "backward", backward)
+        torch.manual_seed(0)
+        model, x, y = mlp(30, 5, (40, 40)).to(dtype), torch.randn(9, 30), torch.arange(9) % 5
+        report = Teleporter(model).step(partial(entropy_of, model, x.to(dtype), y))
+        assert abs(report.growth / 1.5 - 1) <= 1e-6
+        looks[dtype] = len(done)
+    assert looks[torch.float32] < looks[torch.float64]
+
+
+def entropy_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(model(x), y)
 
 
 @pytest.mark.parametrize("name", GRAPHS)

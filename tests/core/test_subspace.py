@@ -298,6 +298,49 @@ def test_groups_stop_together_or_not_at_all() -> None:
         assert (found is not None) is full
 
 
+@pytest.mark.verifies("thm-rank")
+@given(
+    st.integers(0, 3),
+    st.integers(2, 8),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    seeds,
+    st.data(),
+)
+def test_inputs_that_are_always_zero_leave_the_basis_of_the_others(
+    groups: int, width: int, dtype: torch.dtype, seed: int, data: st.DataObject
+) -> None:
+    """The same projector as by decomposing, to rounding; the part read may show more zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*[groups] * (groups > 0), 40, width)
+    rows = torch.randn(shape, generator=generator)
+    for group in range(max(groups, 1)):
+        dead = data.draw(st.sets(st.integers(0, width - 1), max_size=width))
+        (rows[group] if groups else rows)[:, list(dead)] = 0.0
+    late = data.draw(st.booleans())
+    rows[..., :20, 0] *= not late  # nothing of this input but in rows that are not read
+    rows = rows.to(dtype)
+    some, whole = RowSpace(), RowSpace()
+    some.add(rows[..., :20, :])
+    whole.add(rows)
+    live = (rows != 0).any(dim=-2)
+    short = some.basis_if_full(float(rows.double().square().sum()), lambda: live)
+    if late and bool(live[..., 0].any()):
+        assert short is None
+        return
+    assert short is not None
+    long = whole.basis()
+    assert torch.equal(short.ranks, long.ranks)
+    assert short.residual == short.cut_off == 0.0
+    matrix = torch.randn(*shape[:-2], 3, width, generator=generator, dtype=torch.float64)
+    assert (short.project(matrix) - long.project(matrix)).abs().max() <= 1e-12
+
+
+def test_inputs_that_are_zero_are_not_asked_for_where_there_are_none() -> None:
+    space = RowSpace()
+    space.add(torch.randn(50, 6))
+    assert space.basis_if_full(1.0, lambda: pytest.fail("asked")) is not None
+
+
 @st.composite
 def few_rows(draw: st.DrawFn) -> torch.Tensor:
     """Fewer rows than columns in float32; the last one depends on the others to a drawn degree."""

@@ -135,6 +135,9 @@ def test_what_avoids_the_rows_and_the_matrix_agrees_with_them(case: Layer) -> No
     weights = torch.rand(part.matrix_shape[:-1], dtype=delta.dtype)
     wanted = (part.out_rows(delta) * weights[..., None, :]).norm(dim=-1)
     assert (part.weighted_norms(delta, weights) - wanted).abs().max() <= TOLERANCE
+    some = torch.zeros_like(x)
+    some.view(-1)[[len(x) // 2, -1]] = 1.0  # the last entry is one of the last sample
+    assert torch.equal(part.live(some), (part.rows(some) != 0).any(dim=-2))
     assert part.matrix().shape == part.matrix_shape
     assert torch.equal(torch.cat([part.rows(c) for c in part.chunks(x)], dim=-2), part.rows(x))
 

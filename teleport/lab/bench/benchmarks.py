@@ -46,6 +46,7 @@ from teleport.lab.bench.timing import (
 )
 from teleport.lab.experiments.choices import NOT_IN_ALL
 from teleport.lab.experiments.models import Transformer, cnn, mlp
+from teleport.lab.experiments.residual import ResNet18
 from teleport.lab.records.writer import RecordWriter, environment
 from teleport.landscape import Landscape
 from teleport.layers.support import WeightMatrix, cover
@@ -92,7 +93,7 @@ class Workload:
 
 
 def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return cross_entropy(model(x), y)
+    return cross_entropy(model(x).flatten(0, -2), y.flatten())  # one answer, or one per position
 
 
 # How the library does what is timed: the only lines that know its inner parts.
@@ -207,6 +208,7 @@ class BenchmarkSize:
         depths: numbers of layers for the layer-parallel benchmark, and their width and samples.
         limit: a method slower than this at a point is not run at larger values of that letter.
         rival_seconds: after which the rivals' jobs, whose rounds are long, begin no further one.
+        deep: blocks of the deep transformers.
     """
 
     small: bool
@@ -218,6 +220,7 @@ class BenchmarkSize:
     layer_size: tuple[int, int]
     limit: float
     rival_seconds: float
+    deep: tuple[int, ...]
 
     def points(self) -> list[tuple[str, ScalingPoint]]:
         """Points with the letter they vary; the base comes first and only once."""
@@ -255,6 +258,7 @@ PRESETS = {
         layer_size=(24, 6),
         limit=5.0,
         rival_seconds=1.0,
+        deep=(1, 2),
     ),
     "cpu": BenchmarkSize(
         small=False,
@@ -272,6 +276,7 @@ PRESETS = {
         layer_size=(512, 128),
         limit=5.0,
         rival_seconds=60.0,
+        deep=(2, 12),
     ),
     "paper": BenchmarkSize(
         small=False,
@@ -289,6 +294,7 @@ PRESETS = {
         layer_size=(1024, 200),
         limit=60.0,
         rival_seconds=300.0,
+        deep=(2, 4, 8, 12),
     ),
 }
 
@@ -336,6 +342,35 @@ def _case(
         for _ in range(batches)
     )
     return Workload(name, shape, model.to(device), drawn)
+
+
+def gpt(small: bool, blocks: int, device: torch.device) -> Workload:
+    """A language model with the widths of GPT-2 and a small vocabulary."""
+    width, length, samples, vocabulary = (16, 4, 2, 20) if small else (768, 64, 8, 1000)
+    model = Transformer(
+        vocabulary, vocabulary, length, width, max(1, width // 64), blocks,
+        readout="all", tokens=True, causal=True,
+    )  # fmt: skip
+    tokens, later = torch.randint(vocabulary, (2, samples, length)).to(device)
+    shape = f"{blocks} blocks, d = {width}, T = {length}, n = {samples}"
+    return Workload("GPT-2-like", shape, model.to(device), ((tokens, later),))
+
+
+def resnet(small: bool, training: bool, device: torch.device) -> Workload:
+    """ResNet-18 in training mode, or in evaluation mode with the statistics of its batch."""
+    width, pixels, samples = (2, 8, 4) if small else (64, 32, 128 if training else 64)
+    shape = f"width {width}, {pixels} x {pixels}, n = {samples}"
+    model = ResNet18(width=width)
+    case = _case("ResNet-18", model, shape, (samples, 3, pixels, pixels), 10, device)
+    if training:
+        return replace(case, name="ResNet-18, training")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # an average, of one batch
+    with torch.no_grad():
+        model(case.batches[0][0])
+    model.eval()
+    return case
 
 
 def _mlp_at(point: ScalingPoint, device: torch.device) -> Workload:
@@ -568,6 +603,27 @@ def ranks_jobs(setting: Setting) -> list[BenchmarkJob]:
     ]
 
 
+def deep_jobs(setting: Setting) -> list[BenchmarkJob]:
+    """A default teleport of deep and wide networks, its time and its peak of bytes."""
+    small, device = setting.preset.small, setting.device
+    networks = {f"{n} blocks": partial(gpt, small, n, device) for n in setting.preset.deep}
+    networks["ResNet-18"] = partial(resnet, small, False, device)
+    if setting.preset.deep[2:]:
+        networks["ResNet-18, training"] = partial(resnet, small, True, device)
+
+    def job(make: Callable[[], Workload]) -> list[Measurement]:
+        case = _seeded(make)
+        task = _teleport_task(case, None, "tangent")
+        peaks: Measurement = {  # which is the round that comes first and is not kept, too
+            "gradient": peak_bytes(lambda: ordinary_gradient(case), device),
+            "tangent": peak_bytes(partial(task.run, task.prepare()), device),
+        }
+        (row,) = _timed(setting, case, {"default teleport, all in": task}, warm_up=False)
+        return [{**row, **peaks}]
+
+    return [(name, partial(job, make)) for name, make in networks.items()]
+
+
 BENCHMARKS: dict[str, Callable[[Setting], list[BenchmarkJob]]] = {
     "step": step_jobs,
     "basis": basis_jobs,
@@ -576,6 +632,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[BenchmarkJob]]] = {
     "layers": layers_jobs,
     "rivals": rivals_jobs,
     "ranks": ranks_jobs,
+    "deep": deep_jobs,
 }
 
 
@@ -663,6 +720,7 @@ def _timed(
     case: Workload,
     tasks: dict[str, TimedTask],
     stopwatch: Stopwatch | None = None,
+    warm_up: bool = True,
 ) -> list[Measurement]:
     """Time tasks against the gradient of a case; one row each, all repeats in it."""
     timings = interleaved(
@@ -671,6 +729,7 @@ def _timed(
         rounds=setting.preset.rounds,
         seconds=setting.preset.seconds,
         stopwatch=stopwatch or stopwatch_for(setting.device, setting.threads),
+        warm_up=warm_up,
     )
     return [
         {

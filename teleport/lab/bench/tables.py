@@ -25,6 +25,9 @@ BUDGETS = {
 }
 """Gradients that an operation may cost."""
 
+DEEP_BUDGET = 12.0
+"""Gradients that a default teleport of a deep network may cost."""
+
 MEMORY_BUDGET = 1.5
 """Peak of a teleport, the Gram matrices taken off, over that of one gradient."""
 
@@ -396,6 +399,41 @@ def _ranks(benchmark: Benchmark) -> list[Sheet]:
     return [Sheet(benchmark.title, columns, rows, caption)]
 
 
+def _deep(benchmark: Benchmark) -> list[Sheet]:
+    rows: list[tuple[str, ...]] = []
+    for row in benchmark.rows:
+        budget = None if benchmark.config["size"]["small"] else DEEP_BUDGET
+        rows.append(
+            (
+                f"{row['network']} {row['shape']}",
+                *_gradient_cells(row),
+                *_budget_cells(timing(row).ratio.median, budget),
+                f"{Spread.of(row['gradient_seconds']).median:.3g}",
+                f"{Spread.of(row['seconds']).median:.3g}",
+                f"{row['gradient'] / 2**20:.4g}",
+                f"{row['tangent'] / 2**20:.4g}",
+                f"{row['tangent'] / row['gradient']:.2f}",
+            )
+        )
+    columns = (
+        "network",
+        "gradients",
+        "quartiles (runs)",
+        "budget",
+        "",
+        "a gradient, s",
+        "a teleport, s",
+        "a gradient, MiB",
+        "a teleport, MiB",
+        "memory",
+    )
+    caption = (
+        "A default teleport, all in: median ratio to one forward and backward pass run just "
+        "before, seconds, and MiB at the peak beyond the model and its batch."
+    )
+    return [Sheet(benchmark.title, columns, rows, caption)]
+
+
 def _mib(size: float) -> str:
     return f"{size / 2**20:.3g}"
 
@@ -408,6 +446,7 @@ _SHEETS: dict[str, Callable[[Benchmark], list[Sheet]]] = {
     "layers": _layers,
     "rivals": _rivals,
     "ranks": _ranks,
+    "deep": _deep,
 }
 
 

@@ -93,12 +93,13 @@ def interleaved(
     seconds: float,
     stopwatch: Stopwatch,
     clock: Callable[[], float] = time.perf_counter,
+    warm_up: bool = True,
 ) -> dict[str, Timing]:
     """Time tasks in turn, each right after the reference, again and again.
 
     One more round than ``rounds`` comes first and is not kept, because first calls load and
-    allocate what later ones find there. No round is begun after ``seconds`` of the clock, but one
-    is always kept.
+    allocate what later ones find there: not with ``warm_up`` off, for callers that have run all
+    before. No round is begun after ``seconds`` of the clock, but one is always kept.
 
     Raises:
         ValueError: if ``rounds`` is less than 1.
@@ -108,7 +109,7 @@ def interleaved(
     kept: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
     started = clock()
     with _collector_off():
-        for number in range(rounds + 1):
+        for number in range(0 if warm_up else 1, rounds + 1):
             if number > 1 and clock() - started > seconds:
                 break
             reference.seconds(stopwatch)  # after a collection, memory and caches are cold

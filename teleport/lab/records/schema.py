@@ -310,6 +310,7 @@ ROWS: dict[str, dict[str, Fields]] = {
         "basis": {**_TIMED, "operation": TEXT},
         "scaling": {**_TIMED, "method": TEXT, **_BASE},
         "layers": {**_TIMED, "operation": TEXT, "layers": COUNT},
+        "deep": {**_TIMED, "operation": TEXT, "gradient": WIDTH, "tangent": WIDTH},
         "memory": {
             "network": TEXT,
             "shape": TEXT,

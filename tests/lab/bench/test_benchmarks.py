@@ -362,6 +362,33 @@ def test_the_speed_ratio_is_held_against_its_budget(seconds: float, verdict: str
     assert small.rows[1][5:] == ("", "")
 
 
+def test_deep_networks_are_measured_in_time_and_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep"
+    assert cli.main(["bench", "deep", "--preset", "tiny", "--out", str(out)]) == 0
+    rows = read_benchmarks(out)["deep"].rows
+    assert [row["network"] for row in rows] == ["GPT-2-like", "GPT-2-like", "ResNet-18"]
+    assert all(min(row["tangent"] - row["gradient"], *row["seconds"]) > 0 for row in rows)
+    assert "2 blocks, d = 16" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(11.0, "met"), (13.0, "missed")])
+def test_a_deep_teleport_is_held_against_its_budget(seconds: float, verdict: str) -> None:
+    row = _row(network="ResNet-18", shape="n = 64", operation="default teleport, all in")
+    row |= {"seconds": [seconds], "gradient_seconds": [1.0], "gradient": 2**20, "tangent": 2**21}
+    (sheet,) = sheets(_benchmark("deep", [row], small=False))
+    assert sheet.rows[0][3:] == ("<= 12", verdict, "1", f"{seconds:.3g}", "1", "2", "2.00")
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_deep_network_teleports_in_either_mode(training: bool) -> None:
+    case = benchmarks._seeded(benchmarks.resnet, True, training, CPU)
+    assert case.model.training is training
+    report = teleport.Teleporter(case.model).step(case.closure)
+    assert report.growth == pytest.approx(1.5, rel=1e-3)
+
+
 def test_all_leaves_out_what_takes_minutes_more(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmarks.chosen("all", "cpu")[0] == ["step", "basis", "scaling", "memory", "layers"]
     assert benchmarks.chosen("rivals", "cpu")[0] == ["rivals"]
@@ -372,7 +399,7 @@ def test_all_leaves_out_what_takes_minutes_more(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "step, basis, scaling, memory, layers, rivals, ranks, all"),
+        (["speed"], "step, basis, scaling, memory, layers, rivals, ranks, deep, all"),
         (["step", "--preset", "huge"], "tiny, cpu, paper"),
         (["step", "--threads", "0"], "threads must be >= 1, got 0"),
         (["step", "--device", "no-such-device"], "not available"),
