@@ -96,9 +96,14 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time tasks in turn, each right after the reference, again and again.
 
-    One more round than ``rounds`` comes first and is not kept, because first calls load and
-    allocate what later ones find there. No round is begun after ``seconds`` of the clock, but one
-    is always kept.
+    Args:
+        reference: what the others are compared with.
+        tasks: by name.
+        rounds: how often at most; one more round comes first and is not kept, because first calls
+            load and allocate what later ones find there.
+        seconds: no round is begun after this long, but one is always kept.
+        stopwatch: how to time one run.
+        clock: tells when to end.
 
     Raises:
         ValueError: if ``rounds`` is less than 1.
