@@ -29,14 +29,14 @@ def recording(
     """
     with loading():
         from teleport.cli.show import show
-        from teleport.lab.records.folders import resumed_folder
+        from teleport.lab.records.folders import open_folder
         from teleport.lab.records.record_folder import RecordFolder
         from teleport.line_search import load_search
         from teleport.runtime.threads import threads_for, using_threads
 
         load_search()
 
-    folder = resumed_folder(study, out, resume)
+    folder = open_folder(study, out, resume)
     bar = part_progress if unit == "part" else step_progress
     with bar(total, folder) as progress, using_threads(threads_for(threads)):
         yield RecordFolder(folder, resume, COMMAND_LINE.get(), progress)

@@ -227,6 +227,11 @@ def orthonormal(case: Case, answer: Tensor) -> bool:
     return alike(answer.T @ answer, torch.eye(answer.shape[1], dtype=answer.dtype))
 
 
+_ORTHONORMAL = Property(
+    "thm-layerwise", "The columns of the basis are orthonormal: Bᵀ B = I.", orthonormal
+)
+
+
 def _basis_by(vectors_of: Any, count_of: Any) -> Any:
     return lambda rows, tau: vectors_of(rows)[:, : count_of(torch.linalg.svdvals(rows), rows, tau)]
 
@@ -246,9 +251,7 @@ basis = Check(
     cases=lambda draw: {"rows": _axes_rows(draw), "tau": draw.choice(1.0, *RANK_TAUS)},
     answer=_basis,
     properties=[
-        Property(
-            "thm-layerwise", "The columns of the basis are orthonormal: Bᵀ B = I.", orthonormal
-        ),
+        _ORTHONORMAL,
         Property(
             "thm-rank",
             "k is the smallest number of directions that hold a share τ of the energy; at τ = 1 "
@@ -332,9 +335,7 @@ merged_basis = Check(
     cases=_batches_case,
     answer=_merged,
     properties=[
-        Property(
-            "thm-layerwise", "The columns of the basis are orthonormal: Bᵀ B = I.", orthonormal
-        ),
+        _ORTHONORMAL,
         Property(
             "thm-batch",
             "Every row of every batch lies in the span of the basis, and nothing else does.",

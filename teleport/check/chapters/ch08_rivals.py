@@ -158,6 +158,10 @@ def _everywhere(case: Case, got: Any) -> bool:
     return alike(outputs(first, second, rows), outputs(case["first"], case["second"], rows))
 
 
+_SAME_FUNCTION = Property(
+    "thm-change-of-basis", "The network computes the same function, on all inputs.", _everywhere
+)
+
 change_of_basis = Check(
     name="change_of_basis",
     takes={"first": "[h, d + 1]", "second": "[o, h + 1]", "factors": "[h], > 0"},
@@ -165,11 +169,7 @@ change_of_basis = Check(
     cases=_rescale_case,
     answer=_rescale,
     properties=[
-        Property(
-            "thm-change-of-basis",
-            "The network computes the same function, on all inputs.",
-            _everywhere,
-        ),
+        _SAME_FUNCTION,
         Property(
             "thm-change-of-basis",
             "Neuron i: incoming weights and bias times c, outgoing weights divided by c.",
@@ -222,11 +222,7 @@ balanced = Check(
     cases=_balance_case,
     answer=_balance,
     properties=[
-        Property(
-            "thm-change-of-basis",
-            "The network computes the same function, on all inputs.",
-            _everywhere,
-        ),
+        _SAME_FUNCTION,
         Property(
             "thm-change-of-basis",
             "Incoming weights (bias included) and outgoing weights of each neuron have the same "

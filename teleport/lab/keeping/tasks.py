@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -94,26 +95,14 @@ class Task:
         return min(self.validation, len(self.dataset.train_inputs) // 5)
 
 
-def _one_task_per_set(sets: Sequence[Dataset], seed: int) -> list[Task]:
-    return [Task(dataset) for dataset in sets]
-
-
 def _lower_then_upper_labels(sets: Sequence[Dataset], seed: int) -> list[Task]:
     half = sets[0].classes // 2
     return [Task(_labelled(sets[0], low, low + half)) for low in (0, half)]
 
 
-def _five_orders_of_the_pixels(sets: Sequence[Dataset], seed: int) -> list[Task]:
-    return _orders_of_the_pixels(sets[0], seed, 5)
-
-
-def _ten_orders_of_the_pixels(sets: Sequence[Dataset], seed: int) -> list[Task]:
-    return _orders_of_the_pixels(sets[0], seed, 10)
-
-
-def _orders_of_the_pixels(dataset: Dataset, seed: int, count: int) -> list[Task]:
-    draws = torch.Generator().manual_seed(seed)
-    return [Task(dataset, torch.randperm(dataset.width, generator=draws)) for _ in range(count)]
+def _orders_of_the_pixels(count: int, sets: Sequence[Dataset], seed: int) -> list[Task]:
+    draws, width = torch.Generator().manual_seed(seed), sets[0].width
+    return [Task(sets[0], torch.randperm(width, generator=draws)) for _ in range(count)]
 
 
 def _labelled(dataset: Dataset, low: int, high: int) -> Dataset:
@@ -150,11 +139,11 @@ class TaskSequence:
     methods: tuple[str, ...] = METHOD_NAMES[:5]
 
 
-_MAKERS = {
-    "one task per set": _one_task_per_set,
+_MAKERS: dict[str, Callable[[Sequence[Dataset], int], list[Task]]] = {
+    "one task per set": lambda sets, seed: [Task(dataset) for dataset in sets],
     "lower then upper labels": _lower_then_upper_labels,
-    "five orders of the pixels": _five_orders_of_the_pixels,
-    "ten orders of the pixels": _ten_orders_of_the_pixels,
+    "five orders of the pixels": partial(_orders_of_the_pixels, 5),
+    "ten orders of the pixels": partial(_orders_of_the_pixels, 10),
 }
 
 

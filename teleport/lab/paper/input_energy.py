@@ -154,12 +154,12 @@ def read_spectra(folder: Path) -> list[Measured]:
         RunError: as `read_records`.
     """
     found = []
-    for _, config, rows in read_records(folder, "spectrum", "spectra", unfinished=True):
+    kept = read_records(folder, "spectrum", "spectra", row="spectrum", unfinished=True)
+    for _, config, rows in kept:
         by_step: dict[int, list[Spectrum]] = {}
         for row in (row for row in rows if row["type"] == "spectrum"):
             ranks = {float(tau): rank for tau, rank in row["ranks"].items()}
             spectrum = Spectrum(row["layer"], row["d_in"], tuple(row["shares"]), ranks)
             by_step.setdefault(row["step"], []).append(spectrum)
-        if by_step:  # else it was killed before the first
-            found.append(Measured(config, by_step))
+        found.append(Measured(config, by_step))
     return found

@@ -122,8 +122,8 @@ def read_moves(folder: Path) -> list[Moves]:
         RunError: as `read_records`.
     """
     found: dict[str, Moves] = {}
-    for _, config, rows in read_records(folder, "moves", "moves"):
+    for _, config, rows in read_records(folder, "moves", "moves", row="move"):
         moves = found.setdefault(config["title"], Moves(config, {}))
         for row in (row for row in rows if row["type"] == "move"):
             moves.by_tau.setdefault(row["tau"], []).append(row)
-    return [moves for moves in found.values() if moves.by_tau]
+    return list(found.values())

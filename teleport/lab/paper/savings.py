@@ -177,7 +177,7 @@ def read_savings(folder: Path) -> list[Saving]:
         RunError: as `read_records`.
     """
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for _, config, rows in read_records(folder, "saving", "savings"):
+    for _, config, rows in read_records(folder, "saving", "savings", row="saving"):
         for row in (row for row in rows if row["type"] == "saving"):
             key = config["experiment"], config["optimizer"], row["arm"]
             found.setdefault(key, []).append(row)

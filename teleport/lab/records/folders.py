@@ -15,11 +15,13 @@ OF_A_RUN = re.compile(r"\d\d+-.*-seed\d+\.(jsonl|checkpoint(\.new)?)")
 """Names of the files that runs keep."""
 
 
-def open_folder(name: str, out: Path | None, resume: bool = False, force: bool = False) -> Path:
-    """The folder of a run: a new one, or with ``resume`` or ``force`` the one that is there.
+def open_folder(
+    name: str, out: Path | None, resume: bool = False, force: bool | None = None
+) -> Path:
+    """The folder of records: a new one, or with ``resume`` or ``force`` the one that is there.
 
-    To start over removes what earlier runs left in ``out``. Without it a new one is made by
-    `new_folder`.
+    To start over removes what earlier runs left in ``out``; ``force`` is None of commands that
+    cannot. A new one is made by `new_folder`.
 
     Raises:
         ValueError: if both are wanted, or one of them without ``out``.
@@ -31,10 +33,10 @@ def open_folder(name: str, out: Path | None, resume: bool = False, force: bool =
     if (resume or force) and out is None:
         option = "--resume" if resume else "--force"
         raise ValueError(f"{option} needs the folder to use; give it with --out")
-    if out is not None:
-        refuse_packed(out)
     if out is None or not out.is_dir() or not (resume or force):
-        return new_folder(name, out, ", or --resume to go on in it, or --force to start over in it")
+        instead = "" if force is None else ", or --force to start over in it"
+        return new_folder(name, out, f", or --resume to go on in it{instead}")
+    refuse_packed(out)
     if force:
         with ExitStack() as stack:
             stack.enter_context(locked(out / ".lock", str(out)))
@@ -58,22 +60,6 @@ def _left_by_runs(folder: Path) -> list[Path]:
             )
     shown = [folder / name for name in ("table.txt", "figure.png")] if own else []
     return own + [file for file in shown if file.exists()]
-
-
-def resumed_folder(name: str, out: Path | None, resume: bool) -> Path:
-    """``out`` as it is with ``resume``, if it is there; else a new one by `new_folder`.
-
-    Raises:
-        ValueError: for ``resume`` without ``out``.
-        RunError: as `new_folder`.
-    """
-    if resume and out is None:
-        raise ValueError("--resume needs the folder to go on in; give it with --out")
-    if out is not None:
-        refuse_packed(out)
-    if resume and out is not None and out.is_dir():
-        return out
-    return new_folder(name, out, ", or --resume to go on in it")
 
 
 def new_folder(name: str, out: Path | None, instead: str = "") -> Path:

@@ -77,11 +77,12 @@ class RecordFolder:
 
 
 def read_records(
-    folder: Path, study: str, what: str, *, unfinished: bool = False
+    folder: Path, study: str, what: str, *, row: str = "", unfinished: bool = False
 ) -> list[tuple[Path, dict[str, Any], list[dict[str, Any]]]]:
     """Path, first row and other rows of the records of a study, which is all that is there.
 
-    Those that were broken off, which ``--resume`` makes again, come only if they are asked for.
+    Those that were broken off, which ``--resume`` makes again, come only if they are asked for, and
+    if a type of rows is given, those without any such ``row`` not at all.
 
     Raises:
         RunError: if there is none, or one is damaged or of something else, or two are of the same.
@@ -96,7 +97,8 @@ def read_records(
         one = first.setdefault(json.dumps(key), path)
         if one != path:
             raise RunError(twice(one, path, f"{config['title']} (seed {config['seed']})"))
-        if unfinished or (rows and rows[-1]["type"] == "end"):
+        types = [one["type"] for one in rows]
+        if (unfinished or types[-1:] == ["end"]) and (not row or row in types):
             found.append((path, config, rows))
     if not found:
         raise RunError(f"{folder} holds no {what}; give a folder `teleport {study}` has written")
