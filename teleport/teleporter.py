@@ -20,7 +20,7 @@ from teleport.objective import EUCLIDEAN, check_optimizer, metric_of
 from teleport.recording import load_tangents
 from teleport.report import TeleportReport
 from teleport.runtime.clock import now
-from teleport.runtime.closures import Closure
+from teleport.runtime.closures import Closure, closures_of, require_closure
 from teleport.runtime.precision import Autocast
 from teleport.runtime.ranks import Ranks, ranks_of, silenced
 from teleport.runtime.sharded import gathered, without_values
@@ -108,7 +108,8 @@ class Teleporter:
         whole = steps is None or (isinstance(steps, int) and steps >= 1)
         require("steps", steps, whole, "an integer >= 1")
         for name, patterns in (("include", include), ("exclude", exclude)):
-            require(name, patterns, not isinstance(patterns, str), "a list of patterns")
+            texts = patterns is None or all(isinstance(pattern, str) for pattern in patterns)
+            require(name, patterns, texts and not isinstance(patterns, str), "a list of patterns")
         require("lr", lr, lr is None or is_between(lr, 0.0, math.inf), "> 0 and finite")
         auto = growth == "auto"
         fits = auto or growth is None or is_between(growth, 1.0, math.inf)
@@ -258,7 +259,7 @@ class Teleporter:
         self, closures: Iterable[Closure], *, held_out: Closure | None = None
     ) -> list[TeleportReport]:
         """Teleport on several batches, one after the other (Algorithm 1's loop over batches)."""
-        return [self.step(closure, held_out=held_out) for closure in closures]
+        return [self.step(closure, held_out=held_out) for closure in closures_of(closures)]
 
 
 def _together(model: nn.Module) -> AbstractContextManager[Ranks]:
@@ -275,7 +276,7 @@ def _request(s: Settings, optimizer: Optimizer | None, held_out: Closure | None)
 
 
 def _parts(closure: Closure | Sequence[Closure]) -> list[Closure]:
-    parts = [closure] if callable(closure) else list(closure)
+    parts = list(map(require_closure, closures_of(closure)))
     if not parts:
         raise ValueError("step() needs at least one closure, got an empty list")
     return parts

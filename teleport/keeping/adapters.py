@@ -7,6 +7,7 @@ inputs' own part alone.
 """
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def lora_(bases: Mapping[str, Projector], model: nn.Module) -> dict[str, int]:
     for adapter, rows, _ in projected:
         with torch.no_grad():
             adapter.a.copy_(rows)
-        adapter.a.requires_grad_(False)
+        adapter.freeze()
     return free
 
 
@@ -55,11 +56,22 @@ class _Adapter:
 
     Attributes:
         name: of its layer in the model without adapters.
+        key: which adapter of that layer.
+        layer: the adapted one.
         a, b: its factors; ``a`` is ``[r, *inputs]``.
     """
 
-    def __init__(self, name: str, a: nn.Parameter, b: nn.Parameter) -> None:
-        self.name, self.a, self.b = name, a, b
+    def __init__(self, name: str, key: str, layer: Any) -> None:
+        self.name, self.key, self.layer = name, key, layer
+        self.a, self.b = layer.lora_A[key].weight, layer.lora_B[key].weight
+
+    def freeze(self) -> None:
+        """Train ``b`` alone, also after PEFT has made all factors of an active adapter trainable.
+
+        It does so when an adapter is chosen, or has been disabled for a while.
+        """
+        self.layer.register_forward_pre_hook(partial(_freeze, key=self.key))
+        self.a.requires_grad_(False)
 
     def projected(self, bases: Mapping[str, Projector]) -> tuple[Tensor, int]:
         """Rows of the null space of the lengths of those of ``a``, and its dimension."""
@@ -68,14 +80,16 @@ class _Adapter:
                 f"layer {self.name!r} has an adapter and no part in this null space. {_HOW}, with "
                 f"that layer included. In the space are: {', '.join(bases)}"
             )
+        rows = self.a.detach().double().flatten(1)
+        locked, free = _locked(self.name, bases[self.name], rows.shape[1])
+        locked = locked.to(rows)
         if bool(self.b.detach().any()):
+            if bool((rows @ locked).norm() <= torch.finfo(self.a.dtype).eps * rows.norm()):
+                return self.a.detach(), free  # it is there already, as one that was loaded
             raise NullSpaceError(
                 f"the adapter of layer {self.name!r} is not new: its B is not 0, so that another A "
                 "would change what the model does now"
             )
-        rows = self.a.detach().double().flatten(1)
-        locked, free = _locked(self.name, bases[self.name], rows.shape[1])
-        locked = locked.to(rows)
         moved = rows - (rows @ locked) @ locked.mT
         moved -= (moved @ locked) @ locked.mT
         length, wanted = (r.norm(dim=1, keepdim=True) for r in (moved, rows))
@@ -105,8 +119,12 @@ def _adapters(model: nn.Module) -> Iterator[_Adapter]:
             continue
         active = getattr(module, "active_adapters", list(a))
         for key in (key for key in a if key in active):
-            weights: Any = (a[key].weight, b[key].weight)
-            yield _Adapter(name.removeprefix("base_model.model."), *weights)
+            yield _Adapter(name.removeprefix("base_model.model."), key, module)
+
+
+def _freeze(layer: Any, _: Any, *, key: str) -> None:
+    if key in layer.lora_A and layer.lora_A[key].weight.requires_grad:  # it may have been deleted
+        layer.lora_A[key].weight.requires_grad_(False)
 
 
 def _require_nothing_else_trains(model: nn.Module, found: list[_Adapter]) -> None:

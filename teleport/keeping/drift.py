@@ -126,8 +126,13 @@ def output_drift(before: nn.Module, after: nn.Module, inputs: Iterable[Any]) -> 
     largest, difference, norm = [], 0.0, 0.0
     with _evaluated(before, after):
         for batch in inputs:
-            pairs = zip(_outputs(before, batch), _outputs(after, batch), strict=True)
-            for one, other in pairs:
+            was, now = _outputs(before, batch), _outputs(after, batch)
+            if [x.shape for x in was] != [x.shape for x in now]:
+                raise NullSpaceError(
+                    "the two models return tensors of other shapes: "
+                    f"{[tuple(x.shape) for x in was]} and {[tuple(x.shape) for x in now]}"
+                )
+            for one, other in zip(was, now, strict=True):
                 gap = (one - other).detach()
                 largest += [float(gap.abs().max())] * bool(gap.numel())
                 difference += float(gap.double().square().sum())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teleport.errors import NullSpaceError, require
+from teleport.errors import NullSpaceError, is_between, require
 from teleport.layers.part import DenseMap
 from teleport.layers.support import WeightMatrix
 from teleport.subspace import Basis, Projector, RowSpace, rank_cut
@@ -105,7 +105,14 @@ def edit(
         met = sizes > cut
         inverse = torch.where(met, 1.0 / torch.where(met, sizes, 1.0), 0.0)
         move = (right.mT * inverse) @ (left.mT @ wanted)
-        part.write(weights + own.project(move.mT))
+        edited = weights + own.project(move.mT)
+        if not bool(edited.to(part.weight.parameter.dtype).isfinite().all()):
+            raise NullSpaceError(
+                f"the weights of layer {block.name!r} would leave the range of "
+                f"{part.weight.parameter.dtype}: the keys are too small for these values, or "
+                "hardly in the null space. Give an rcond, as 1e-3, or a model in float32"
+            )
+        part.write(edited)
         residual = values.to(rows) - rows @ part.matrix().double().mT - constant
         done = Edit(
             layer=block.name,
@@ -129,14 +136,21 @@ def _checked(
             "only such layers can be edited"
         )
     if rcond is not None:
-        require("rcond", rcond, 0.0 <= rcond < 1.0, "in [0, 1)")
-    count = len(keys) if keys.dim() == 2 else "n"
+        require("rcond", rcond, rcond == 0.0 or is_between(rcond, 0.0, 1.0), "in [0, 1)")
+    for name, tensor in (("keys", keys), ("values", values)):
+        if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"{name} of layer {block.name!r} must be a tensor of real floating-point numbers, "
+                f"got {found}"
+            )
+    count = len(keys) if keys.dim() == 2 and len(keys) else "n"
     shapes = {"keys": (keys, part.features), "values": (values, part.d_out)}
     for name, (tensor, width) in shapes.items():
-        if tensor.dim() != 2 or tensor.shape != (count, width) or not len(tensor):
+        if tensor.dim() != 2 or tensor.shape != (count, width):
             raise ValueError(
-                f"{name} of layer {block.name!r} must be [{count}, {width}] with a row for every "
-                f"key, got {list(tensor.shape)}"
+                f"{name} of layer {block.name!r} must be [{count}, {width}], a row for every key "
+                f"and one at least, got {list(tensor.shape)}"
             )
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} of layer {block.name!r} must be finite")

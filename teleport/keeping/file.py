@@ -6,6 +6,7 @@ basis, or the name of the layer whose basis it shares. Format 1 had no shared ba
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ _FIELDS = {"rows": ("vectors", "singular_values", "ranks"), "axes": ("kept", "co
 
 
 def write(path: Path, bases: dict[str, Projector], frozen: dict[str, str]) -> None:
-    """Write bases and reasons; a file that was there stays if that fails."""
+    """Write bases and reasons; a file that was there stays if that fails.
+
+    Raises:
+        NullSpaceError: if it cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, list[str]] | str] = {}
     first: dict[int, str] = {}
@@ -42,8 +47,14 @@ def write(path: Path, bases: dict[str, Projector], frozen: dict[str, str]) -> No
     try:
         save_file(tensors, str(unfinished), metadata=about)
         os.replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        raise NullSpaceError(
+            f"the null space cannot be written to {path}: {error}. Give a file in a folder that "
+            "exists, may be written to and has room"
+        ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def read(path: Path) -> tuple[dict[str, Projector], dict[str, str]]:

@@ -1,6 +1,6 @@
 """Projecting what happened to parameters: by hand, in a context, or after an optimizer's steps."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ class Keeper:
     ) -> None:
         is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         require("every", every, is_count, "an integer >= 1")
-        self._every, self._uses = every, 0
+        self._every, self._uses, self._blocks = every, 0, blocks
+        self._settled: set[WeightMatrix] = set()  # nothing trained since the last projection
         ready: dict[int, _Ready] = {}
         self._origins = []
         stay = list(uncovered(parameters, blocks))
@@ -54,16 +55,33 @@ class Keeper:
             (parameter, rows, parameter.detach()[rows].clone()) for parameter, rows in stay
         ]
 
+    def check(self) -> None:
+        """Before anything moves: refuse a layer that cannot be projected any more."""
+        for block in self._blocks:
+            trained = {parameter.requires_grad for parameter in block.parameters}
+            why = block.part.bypassed()
+            if not why and len(trained) > 1:
+                why = "its weight or its bias alone was frozen since, and the two move as one"
+            if why:
+                raise NullSpaceError(
+                    f"layer {block.name!r} cannot be kept: {why}. remove() what attach returned, "
+                    "make the space anew and attach anew"
+                )
+            if True in trained:
+                self._settled.discard(block)
+
     def project(self) -> None:
         """Project the displacement since the keeper was made now."""
         with torch.no_grad(), Autocast().off():
             for block, remover, stored in self._origins:
+                if block in self._settled and not block.parameters[0].requires_grad:
+                    continue  # frozen since: not even by a rounding may it change
                 origin = at_least_single(stored)
                 moved = at_least_single(block.part.matrix()) - origin
                 block.part.write(remover.project(moved).add_(origin))
             for parameter, rows, value in self._rest:
                 parameter[rows] = value
-        self._uses = 0
+        self._uses, self._settled = 0, set(self._blocks)
 
     def used(self, is_kept: bool = False) -> None:
         """Count a use, and project if it is time, unless nothing has changed in this one."""
@@ -72,6 +90,7 @@ class Keeper:
             self.project()
 
     def __enter__(self) -> "Keeper":
+        self.check()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -122,9 +141,10 @@ class Attachment:
     """
 
     def __init__(
-        self, optimizer: Optimizer, blocks: Sequence[WeightMatrix], keeper: Keeper
+        self, optimizer: Optimizer, keeper: Keeper, project_gradients: Callable[[], None]
     ) -> None:
-        self._optimizer, self._blocks, self._keeper = optimizer, blocks, keeper
+        self._optimizer, self._keeper = optimizer, keeper
+        self._project_gradients = project_gradients
         self._parameters = _identities(optimizer)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -150,19 +170,28 @@ class Attachment:
     def __exit__(self, *_: Any) -> None:
         self.remove()
 
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        """Refuse a step that would move what nobody projects."""
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Refuse a step that would move what nobody projects.
+
+        L-BFGS moves many times within a step, and learns the curvature from where it believes to
+        be: it is given projected gradients, so that it does not leave the null space.
+        """
         if _identities(optimizer) != self._parameters:
             raise NullSpaceError(
                 "the optimizer has got other parameters since the null space was attached to it, "
                 "as by add_param_group: remove() what attach returned and attach anew"
             )
-        for block in self._blocks:
-            if why := block.part.bypassed():
-                raise NullSpaceError(
-                    f"layer {block.name!r} cannot be kept: {why}. remove() what attach returned "
-                    "and attach anew"
-                )
+        self._keeper.check()
+        closure = kwargs.get("closure", args[-1])
+        if not isinstance(optimizer, torch.optim.LBFGS) or closure is optimizer:
+            return None
+
+        def projected() -> Any:
+            loss = closure()
+            self._project_gradients()
+            return loss
+
+        return (optimizer, projected), {}
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         self._keeper.used(is_kept=_skipped(optimizer))
@@ -215,6 +244,38 @@ def uncovered(
             rest[rows] = False
         if bool(rest.any()):
             yield parameter, rest
+
+
+def project_gradients(
+    blocks: Sequence[WeightMatrix],
+    bases: Mapping[str, Projector],
+    parameters: Iterable[nn.Parameter],
+) -> None:
+    """Project the ``.grad`` of the blocks in place; those of the other parameters become zero."""
+    with torch.no_grad(), Autocast().off():
+        grads = {p: _grad(p) for block in blocks for p in block.parameters}
+        for block in blocks:
+            matrix = at_least_single(block.part.of(grads))
+            pieces = block.part.split(bases[block.name].project(matrix))
+            for slot, piece in zip(block.part.slots, pieces, strict=True):
+                slot.of(grads[slot.parameter]).copy_(piece)
+        for parameter, rows in uncovered(parameters, blocks):
+            if rows is not EVERYTHING:
+                grads[parameter][rows] = 0.0
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+        for parameter, grad in grads.items():
+            if parameter.grad is None and bool(grad.any()):  # the weight has moved it
+                parameter.grad = grad
+            elif parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = grad.to_sparse(1)
+
+
+def _grad(parameter: nn.Parameter) -> Tensor:
+    """The gradient, dense: what a sparse one leaves out is zero."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
 
 
 def _identities(optimizer: Optimizer) -> list[int]:

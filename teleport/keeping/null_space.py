@@ -9,13 +9,14 @@ while something new is learned (theorem ``thm-keep``): behind every step of an o
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from teleport.errors import NullSpaceError
+from teleport.errors import NullSpaceError, UnsupportedModelError
 from teleport.keeping.adapters import lora_
 from teleport.keeping.choice import LEFT_OUT, Tau, left_out_of, taus_of
 from teleport.keeping.drift import DriftReport, layer_drifts, locked_share, output_drift
@@ -23,12 +24,11 @@ from teleport.keeping.editing import Edit, edit
 from teleport.keeping.file import read, write
 from teleport.keeping.joint import kept_by_both
 from teleport.keeping.keeper import (
-    EVERYTHING,
     Attachment,
     Keeper,
     optimizer_to_attach_to,
     parameters_of,
-    uncovered,
+    project_gradients,
 )
 from teleport.keeping.progress import progress_bar
 from teleport.keeping.survey import Survey
@@ -39,7 +39,8 @@ from teleport.layers.support import (
     cover,
 )
 from teleport.report import text_table
-from teleport.runtime.precision import Autocast, at_least_single
+from teleport.runtime.closures import closures_of
+from teleport.runtime.precision import Autocast
 from teleport.runtime.ranks import ranks_of, silenced
 from teleport.runtime.transaction import Transaction
 from teleport.subspace import Projector
@@ -81,12 +82,14 @@ class NullSpace:
         By the optimizer's own step hooks: after every ``every``-th step the whole displacement of
         its layers since now is projected (``thm-keep``, part 1). A step that a gradient scaler
         skips changes nothing; accumulation, closures, several groups, schedulers and fused steps
-        need nothing else. Neither hooks nor anything about the space is in the optimizer's state
-        or in a copy of it: attach again after loading one, with the model as it is then.
+        need nothing else; L-BFGS gets projected gradients, too. Neither hooks nor anything about
+        the space is in the optimizer's state or in a copy of it: attach again after loading one,
+        with the model as it is then.
 
         A layer with any parameter in the optimizer is projected whole, weight and bias. Parameters
         of the optimizer outside of the covered layers are put back. A layer that is frozen later
-        stays; for one that comes later the space has to be made and attached anew.
+        stays; for one that comes later, or of which a weight or bias alone is frozen later, the
+        space has to be made and attached anew.
 
         Args:
             optimizer: a ``torch.optim.Optimizer``, or a wrapper with one as its ``optimizer``.
@@ -103,7 +106,7 @@ class NullSpace:
             NullSpaceError: if the model is not known or its layers are not those of this space, if
                 the optimizer has parameters of another model or none that may move, or if a space
                 is attached to it already. Later, from a step, before anything is moved: if
-                parameters were added to the optimizer or layers replaced.
+                parameters were added to the optimizer, layers replaced or frozen in part.
         """
         inner = optimizer_to_attach_to(optimizer)
         model = self._made_of() if model is None else model
@@ -118,7 +121,8 @@ class NullSpace:
             )
         whole = [p for block in blocks for p in block.parameters]
         keeper = Keeper(blocks, self.bases, [*parameters, *whole], every)
-        return Attachment(inner, blocks, keeper)
+        project = partial(project_gradients, blocks, self.bases, parameters)
+        return Attachment(inner, keeper, project)
 
     def keep(self, model: nn.Module, every: int = 1) -> Keeper:
         """A context in which whatever changes the parameters is projected afterwards.
@@ -148,34 +152,22 @@ class NullSpace:
             NullSpaceError: if the model's layers are not those of this space.
         """
         blocks = self._match(model).blocks
-        with torch.no_grad(), Autocast().off():
-            grads = {p: _grad(p) for block in blocks for p in block.parameters}
-            for block in blocks:
-                matrix = at_least_single(block.part.of(grads))
-                pieces = block.part.split(self.bases[block.name].project(matrix))
-                for slot, piece in zip(block.part.slots, pieces, strict=True):
-                    slot.of(grads[slot.parameter]).copy_(piece)
-            for parameter, rows in uncovered(model.parameters(), blocks):
-                if rows is not EVERYTHING:
-                    grads[parameter][rows] = 0.0
-                elif parameter.grad is not None:
-                    parameter.grad.zero_()
-            for parameter, grad in grads.items():
-                if parameter.grad is not None and parameter.grad.is_sparse:
-                    parameter.grad = grad.to_sparse(1)
+        project_gradients(blocks, self.bases, model.parameters())
 
     def lora_(self, peft_model: nn.Module) -> dict[str, int]:
         """Put low-rank adapters into the null space, so that any optimizer keeps the old function.
 
         The rows of every active ``lora_A`` are projected, brought to the lengths they had, and
-        frozen. Then ``A x = 0`` for all old inputs: the outputs on the old data, in evaluation
-        mode, are the same whatever ``lora_B`` becomes (at tau = 1; below, to the energy left out,
+        frozen, by a hook of the layer, for PEFT frees them wherever an adapter is chosen. Then
+        ``A x = 0`` for all old inputs: the outputs on the old data, in evaluation mode, are the
+        same whatever ``lora_B`` becomes (at tau = 1; below, to the energy left out,
         ``thm-drift``). A step costs what it did. Adapters whose layers have no direction left get
         zeros, and learn nothing.
 
         Args:
-            peft_model: the model of this space with adapters of PEFT that are new (``lora_B`` is
-                0), on linear and convolutional layers.
+            peft_model: the model of this space with adapters of PEFT on linear and convolutional
+                layers, that are new (``lora_B`` is 0) or in this null space already: call it again
+                for adapters that were loaded to be trained further.
 
         Returns:
             How many input directions each adapter may use, by the name of its layer.
@@ -414,7 +406,7 @@ class NullSpace:
 
 def null_space(
     model: nn.Module,
-    closures: Iterable[Callable[[], Any]],
+    closures: Callable[[], Any] | Iterable[Callable[[], Any]],
     tau: Tau = 1.0,
     *,
     include: Sequence[str] | None = None,
@@ -430,7 +422,8 @@ def null_space(
 
     Args:
         model: the model.
-        closures: each runs the model on some of the data; what it returns does not matter. They
+        closures: each runs the model on some of the data; what it returns does not matter; one
+            alone needs no list. They
             are taken one at a time, so a generator over a data loader needs the memory of one
             batch and of one ``d_in x d_in`` matrix per layer, layers with the same inputs counted
             once. One is run again, and must then take the same data, if a module draws random
@@ -462,6 +455,7 @@ def null_space(
     """
     with torch.inference_mode(False), progress_bar(progress) as track:
         coverage = cover(model, at_least_one=True)
+        _require_values(coverage)
         names = [block.name for block in coverage.blocks]
         taus = taus_of(tau, names, 1.0)
         left_out = left_out_of(coverage, include, exclude)
@@ -470,12 +464,22 @@ def null_space(
         with autocast.off(), ranks.together(), silenced(model):
             with Transaction(model) as kept, ranks.together():
                 file = Unfinished(unfinished, model, survey, ranks)
-                for closure in file.rest(track(closures, "old data")):
+                for closure in file.rest(track(closures_of(closures), "old data")):
                     survey.add(closure, autocast, kept.quiet)
             bases, used = survey.bases(taus, ranks, track)
         file.unlink()
     stay = {block.name: LEFT_OUT for block in coverage.blocks if block in left_out}
     return NullSpace(bases, {**coverage.frozen, **stay, **used}, model)
+
+
+def _require_values(coverage: Coverage) -> None:
+    """Raise UnsupportedModelError for weights on the device meta."""
+    for block in coverage.blocks:
+        if any(parameter.is_meta for parameter in block.parameters):
+            raise UnsupportedModelError(
+                f"the weights of layer {block.name!r} have no values (device meta), as where a "
+                "part of the model is not loaded or waits on a disk: load all of it first"
+            )
 
 
 def _require_own(parameters: Iterable[nn.Parameter], model: nn.Module) -> None:
@@ -518,13 +522,6 @@ def _device(basis: Any) -> torch.device:
     values = (getattr(basis, field.name) for field in fields(basis))
     first = next(v for v in values if isinstance(v, Tensor | Projector))
     return first.device if isinstance(first, Tensor) else _device(first)
-
-
-def _grad(parameter: nn.Parameter) -> Tensor:
-    """The gradient, dense: what a sparse one leaves out is zero."""
-    if parameter.grad is None:
-        return torch.zeros_like(parameter)
-    return parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
 
 
 def _difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:

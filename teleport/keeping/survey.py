@@ -12,7 +12,7 @@ from teleport.keeping.shared_inputs import SharedSpaces
 from teleport.layers.part import LinearMap
 from teleport.layers.support import Coverage, WeightMatrix
 from teleport.recording import USED_OUTSIDE, watch
-from teleport.runtime.closures import without_gradients
+from teleport.runtime.closures import require_closure, without_gradients
 from teleport.runtime.precision import Autocast
 from teleport.runtime.randomness import Quiet, RandomState, drawing_modules, names_of_drawing
 from teleport.runtime.ranks import Ranks
@@ -42,6 +42,7 @@ class Survey:
         mode. What was seen of a first closure is forgotten; of later ones it stays, which only
         keeps more.
         """
+        require_closure(closure)
         state = RandomState(self.model)
         while True:
             is_first = not self.seen
@@ -100,17 +101,21 @@ class Survey:
     def state(self) -> dict[str, Any]:
         """All that was taken in, by the names of blocks, for `restore`."""
         used = {block.name: why for block, why in self.used.items()}
-        return {"used": used, "groups": self.spaces.state()}
+        return {"used": used, "groups": self.spaces.state(), "shapes": self._shapes()}
 
     def restore(self, state: dict[str, Any]) -> bool:
         """Take in what `state` told, if it is of the same blocks."""
         blocks = {block.name: block for block in self.blocks}
-        if blocks.keys() != {name for names, _ in state["groups"] for name in names}:
+        if state.get("shapes") != self._shapes():
             return False
         self.spaces.restore([([blocks[n] for n in names], s) for names, s in state["groups"]])
         self.used = {blocks[name]: why for name, why in state["used"].items()}
         self.seen = True
         return True
+
+    def _shapes(self) -> dict[str, list[int]]:
+        """Of the matrices: a bias that was frozen meanwhile has no column there."""
+        return {block.name: list(block.part.matrix_shape) for block in self.blocks}
 
     def _forget(self) -> None:
         self.spaces = SharedSpaces(self.blocks)

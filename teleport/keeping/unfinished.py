@@ -4,6 +4,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,14 @@ class Unfinished:
         try:
             torch.save({"of": self._of, "done": done, "survey": self._survey.state()}, part)
             os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError
+            raise NullSpaceError(
+                f"the unfinished survey cannot be written to {path}: {error}. Give a file in a "
+                "folder that may be written to and has room"
+            ) from error
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # as where its name was too long
+                part.unlink()
 
     def _read(self, path: Path) -> None:
         try:
@@ -94,19 +101,24 @@ class Unfinished:
             ) from error
         if of != self._of or not self._survey.restore(state):
             raise NullSpaceError(
-                f"{path} is of another model, of other weights or of other layers. Delete it, or "
+                f"{path} is of another model, of other weights, modes or layers. Delete it, or "
                 "give another file"
             )
         self._done = done
 
 
 def _digest(model: nn.Module) -> dict[str, int]:
-    """A number for each parameter and buffer, by name."""
-    return {name: _number(tensor) for name, tensor in model.state_dict().items()}
+    """A number for each parameter and buffer, and one for what each module is, by name."""
+    numbers = {name: _number(tensor) for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        numbers[f"({name})"] = zlib.crc32(f"{type(module).__name__} {module.training}".encode())
+    return numbers
 
 
 def _number(tensor: Any) -> int:
-    if not isinstance(tensor, Tensor):  # what a module adds to its state
+    if not isinstance(tensor, Tensor) or tensor.is_meta:  # or what a module adds to its state
         return 0
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return zlib.crc32(flat.numpy().data)
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().tobytes())

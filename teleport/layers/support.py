@@ -16,6 +16,7 @@ from teleport.layers.part import LinearMap, ParameterSlice
 from teleport.layers.rule import RULES, LayerRule, rule_for
 from teleport.layers.shared_weight import TiedSpace
 from teleport.report import text_table
+from teleport.runtime.precision import PRECISIONS
 from teleport.runtime.wrappers import named_modules
 from teleport.subspace import Projector, Space
 
@@ -250,6 +251,8 @@ def _why_weights_stay(part: LinearMap) -> str:
         return NO_GRADIENT
     if any(weight.is_complex() for weight in weights):
         return "its weight is complex"
+    if weights[0].dtype not in (*PRECISIONS, torch.complex64, torch.complex128):
+        return f"its weight is {weights[0].dtype}, in which nothing is computed"
     if any(weight.is_inference() for weight in weights):
         return "its weight was made in inference mode"
     if any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in weights):
@@ -343,6 +346,8 @@ def selected(
 def require_matches(names: Sequence[str], patterns: Sequence[str]) -> None:
     """Raise ValueError for a pattern that matches none of the names."""
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"a pattern is a text, as {str(pattern)!r}, got {pattern!r}")
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"no layer matches {pattern!r}; the model's layers are {names}")
 

@@ -160,6 +160,8 @@ def _passed_by(part: LinearMap, x: Tensor) -> str:
     """Why a call is not recorded; empty if it is. Tangents in here are the closure's own."""
     if why := part.bypassed():
         return why
+    if x.layout != torch.strided:
+        return "called with a sparse or nested input"
     dual = forward_ad.unpack_dual(x).tangent is not None
     return "called with forward-mode tangents" if dual else ""
 

@@ -1,7 +1,7 @@
 """A user's closure: called, checked, and with gradients only where it needs them."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,28 @@ Closure = Callable[[], Tensor]
 _Result = TypeVar("_Result")
 
 
+def closures_of(given: Any) -> Iterable[Any]:
+    """What a user gave as one closure or as an iterable of them; each is yet to be checked.
+
+    Raises:
+        TypeError: for something else.
+    """
+    if not isinstance(given, Iterable) or isinstance(given, Tensor):
+        return [require_closure(given)]
+    return [given] if callable(given) else given
+
+
+def require_closure(given: Any) -> Callable[[], Any]:
+    """The same, or TypeError if it is no function."""
+    if not callable(given):
+        raise TypeError(
+            "a closure is a function without arguments that runs the model, as lambda: "
+            f"model(inputs), got {type(given).__name__}"
+        )
+    found: Callable[[], Any] = given
+    return found
+
+
 def evaluate(closure: Closure) -> Float[Tensor, ""]:
     """Call the closure and check that it returned one finite number.
 
@@ -22,6 +44,11 @@ def evaluate(closure: Closure) -> Float[Tensor, ""]:
         ClosureError: otherwise, with what it returned.
     """
     loss = closure()
+    if isinstance(loss, Tensor) and loss.is_meta:
+        raise ClosureError(
+            "the closure returned a tensor without values, on the device meta: load the model's "
+            "weights first, as by model.to_empty(device=...) and model.load_state_dict(...)"
+        )
     if not isinstance(loss, Tensor):
         raise ClosureError(f"the closure returned {type(loss).__name__}, not a loss tensor")
     if loss.numel() != 1:
@@ -29,6 +56,8 @@ def evaluate(closure: Closure) -> Float[Tensor, ""]:
             f"the closure returned a tensor of shape {tuple(loss.shape)}; it must return one "
             "number: reduce it with .mean() or .sum()"
         )
+    if loss.is_complex():
+        raise ClosureError(f"the closure returned {loss.dtype}: a loss is real; return loss.real")
     if not bool(loss.isfinite()):
         raise NonFiniteLossError(
             f"the closure returned {loss.item()}: from there no larger gradient can be sought. "

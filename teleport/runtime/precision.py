@@ -123,5 +123,8 @@ def is_half(dtype: torch.dtype) -> bool:
 
 
 def at_least_single(tensor: Tensor) -> Tensor:
-    """Half precision as float32, in which its products are exact; anything else as it is."""
-    return tensor.float() if is_half(tensor.dtype) else tensor
+    """Half precision as float32, in which its products are exact; anything else as it is.
+
+    A layer in eight bits never moves; the gradient of what is not used there is 0 all the same.
+    """
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor

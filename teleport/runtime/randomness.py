@@ -73,6 +73,8 @@ def drawing_modules(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module,
 
     with ExitStack() as stack:
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                continue
             stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         run()

@@ -63,6 +63,7 @@ class Transaction:
             (table, _present(table))
             for module in modules
             for table in (module._parameters, module._buffers)
+            if isinstance(table, dict)  # in TorchScript nothing can be replaced
         ]
         modes = [(module, module.training) for module in modules]
         # Only now is anything changed: a copy that finds no memory must leave no trace.

@@ -9,7 +9,14 @@ from teleport.errors import UnsupportedModelError
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules by name, without the wrappers of DistributedDataParallel and torch.compile."""
+    """The modules by name, without the wrappers of DistributedDataParallel and torch.compile.
+
+    Raises:
+        TypeError: for what is no module, and UnsupportedModelError as `parallel_part` does.
+    """
+    if not isinstance(model, nn.Module):
+        what = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"a model is an object of torch.nn.Module, got {what}")
     parallel = parallel_part(model)
     for name, module in (model if parallel is None else parallel.module).named_modules():
         if type(module).__name__ != "OptimizedModule":  # importing its type takes seconds

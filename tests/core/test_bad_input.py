@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from teleport import ClosureError, Teleporter, TeleportError, UnsupportedModelError
+from teleport import (
+    ClosureError,
+    Teleporter,
+    TeleportError,
+    UnsupportedModelError,
+    null_space,
+    supported,
+)
 from tests.support.fingerprint import fingerprint
 from tests.support.networks import Task, task
 
@@ -69,6 +76,83 @@ def test_a_pattern_that_matches_nothing_is_refused(argument: str) -> None:
     with pytest.raises(ValueError, match="no layer matches 'body") as caught:
         Teleporter(task("plain").model, **{argument: ["0", "body.*"]})
     assert "['0', '2', '4']" in str(caught.value)
+
+
+@pytest.mark.parametrize("model", [nn.Linear, [nn.Linear(2, 2)], None], ids=str)
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    for use in (Teleporter, supported, lambda model: null_space(model, [lambda: None])):
+        with pytest.raises(TypeError, match=r"a model is an object of torch\.nn\.Module, got"):
+            use(model)
+
+
+@pytest.mark.parametrize("given", [torch.ones(2, 8), torch.tensor(1.0), None, [None], 3], ids=str)
+def test_what_is_no_closure_is_refused(given: Any) -> None:
+    model = task("plain").model
+    before = fingerprint(model)
+    uses = (Teleporter(model).step, Teleporter(model).run, lambda given: null_space(model, given))
+    for use in uses:
+        with pytest.raises(TypeError, match=r"a closure is a function without arguments.*, got"):
+            use(given)
+    assert fingerprint(model) == before
+
+
+def test_a_pattern_that_is_no_text_is_refused() -> None:
+    """As the number of a layer in a Sequential."""
+    model = task("plain").model
+    for options in ({"tau": {0: 0.9}}, {"include": [0]}):
+        with pytest.raises(ValueError, match="a pattern is a text, as '0', got 0"):
+            null_space(model, lambda: None, **options)
+    with pytest.raises(ValueError, match=r"exclude must be a list of patterns, got \[0\]"):
+        Teleporter(model, exclude=[0])
+
+
+def test_a_complex_loss_and_one_without_values_are_refused() -> None:
+    problem = task("plain")
+    with pytest.raises(ClosureError, match=r"returned torch\.complex128: a loss is real"):
+        Teleporter(problem.model).step(lambda: problem.closure() + 0j)
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        x = torch.ones(2, 3)
+    with pytest.raises(ClosureError, match="without values, on the device meta"):
+        Teleporter(empty).step(lambda: empty(x).sum())
+    with pytest.raises(UnsupportedModelError, match=r"layer '0' have no values \(device meta\)"):
+        null_space(empty, lambda: empty(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_parts_and_sparse_inputs_stay_by_name() -> None:
+    """They ended in errors of PyTorch's."""
+    torch.manual_seed(0)
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(20, 20), nn.Tanh()))
+    model = nn.Sequential(nn.Linear(6, 20), nn.Linear(20, 20), scripted, nn.Linear(20, 3))
+    x = torch.randn(4, 6).to_sparse()
+    old, state = model(x).detach(), [p.detach().clone() for p in scripted.parameters()]
+    report = Teleporter(model, growth=1.2).step(lambda: model(x).square().sum())
+    status = {layer.name: layer.status for layer in report.layers}
+    assert status["0"] == "frozen: called with a sparse or nested input"
+    assert report.growth == pytest.approx(1.2, rel=0.01)
+    assert all(torch.equal(p, q) for p, q in zip(scripted.parameters(), state, strict=True))
+    assert torch.allclose(model(x), old, atol=1e-5)
+    space = null_space(model, lambda: model(x))
+    assert set(space.bases) == {"1", "3"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    space.attach(optimizer)
+    model(torch.randn(5, 6)).square().sum().backward()
+    optimizer.step()
+    assert torch.allclose(model(x), old, atol=1e-5)
+
+
+def test_weights_in_eight_bits_stay_by_name() -> None:
+    problem = task("plain")
+    problem.model.small = nn.Linear(2, 2).to(torch.float8_e4m3fn)
+    report = Teleporter(problem.model, growth=1.2).step(lambda: eight_bits_apart(problem))
+    assert report.growth == pytest.approx(1.2, rel=0.01)
+    assert "torch.float8_e4m3fn, in which nothing is computed" in str(report)
+    assert "small" not in null_space(problem.model, lambda: eight_bits_apart(problem)).bases
+
+
+def eight_bits_apart(problem: Task) -> Tensor:
+    return nn.functional.cross_entropy(problem.model[:-1](problem.x), problem.y)
 
 
 def test_an_empty_list_of_closures_is_refused() -> None:

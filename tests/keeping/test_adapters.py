@@ -2,6 +2,8 @@
 
 import copy
 import math
+import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +165,43 @@ def test_trained_adapters_are_refused() -> None:
     model = adapted(learner.model, ["0", "3"])
     randomize_b(model)
     refused(learner.space(), model, "is not new: its B is not 0")
+
+
+def to_be_trained_again(model: Any, how: str, folder: Path) -> Any:
+    """What PEFT offers, each of which makes all factors of an adapter trainable."""
+    if how == "choose":
+        model.set_adapter("default")
+    elif how == "disable":
+        with model.disable_adapter():
+            pass
+    elif how == "copy":
+        model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+        model.set_adapter("default")
+    else:
+        model.save_pretrained(folder)
+        base = model.unload()
+        return peft.PeftModel.from_pretrained(base, folder, is_trainable=True).double()
+    return model
+
+
+@pytest.mark.parametrize("how", ["choose", "disable", "copy", "load"])
+def test_adapters_stay_in_the_null_space_when_peft_frees_them(how: str, tmp_path: Path) -> None:
+    learner = Learner.drawn(0)
+    space, model = learner.space(), adapted(learner.model, ["0", "3"])
+    space.lora_(model)
+    model = to_be_trained_again(model, how, tmp_path)
+    assert any(p.requires_grad for n, p in model.named_parameters() if "lora_A" in n)
+    for _ in range(2):  # adapters that have learned, too
+        if how == "load":
+            assert space.lora_(model).keys() == {"0", "3"}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+        before = (model(learner.new) - learner.target).square().mean()
+        for _ in range(3):
+            optimizer.zero_grad()
+            (model(learner.new) - learner.target).square().mean().backward()
+            optimizer.step()
+        assert (model(learner.old) - learner.out()).abs().max() <= KEPT * 1e2
+        assert (model(learner.new) - learner.target).square().mean() < before
 
 
 def test_layers_outside_of_the_space_are_refused() -> None:

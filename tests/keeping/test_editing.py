@@ -1,6 +1,7 @@
 """Closed-form edits against a least-squares solution written out; what they keep and report."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -190,6 +191,33 @@ def test_wrong_keys_and_values_are_refused(keys: Tensor, values: Tensor, match: 
     learner = Learner.drawn(0)
     with pytest.raises(ValueError, match=match):
         learner.space().edit(learner.model, "3", keys.double(), values.double())
+
+
+@pytest.mark.parametrize(
+    ("keys", "found"),
+    [
+        (torch.ones(2, 9, dtype=torch.int64), "torch.int64"),
+        (torch.ones(2, 9) + 0j, "torch.complex"),
+        ([[0.0] * 9], "list"),
+        (torch.ones(2, 9).numpy(), "ndarray"),
+    ],
+)
+def test_what_is_no_tensor_of_real_numbers_is_refused(keys: Any, found: str) -> None:
+    """A complex one lost its imaginary part."""
+    learner = Learner.drawn(0)
+    with pytest.raises(ValueError, match=f"keys of layer '3' must be a tensor of real.*{found}"):
+        learner.space().edit(learner.model, "3", keys, torch.zeros(2, 8))
+
+
+def test_an_edit_that_leaves_the_range_of_half_precision_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4, bias=False)).half()
+    x, key = torch.randn(3, 6).half(), (1e-4 * torch.randn(1, 6)).half()
+    space, before = null_space(model, lambda: model(x)), model[0].weight.detach().clone()
+    with pytest.raises(NullSpaceError, match=r"leave the range of torch\.float16"):
+        space.edit(model, "0", key, torch.full((1, 4), 1e3).half())
+    assert torch.equal(model[0].weight, before)
+    assert space.edit(model, "0", key, model(key).detach() + 1e-3)[0].unmet < 0.1
 
 
 def test_other_layers_are_refused() -> None:

@@ -505,6 +505,23 @@ def test_frozen_parameters_are_put_back_by_keep() -> None:
     assert all(torch.equal(p, b) for p, b in pairs)
 
 
+@few
+@given(st.sampled_from(sorted(KINDS)), seeds)
+def test_a_gradient_that_is_missing_is_made_where_the_projection_has_one(
+    kind: str, seed: int
+) -> None:
+    """Without it the bias would not follow its weight, and the old outputs would move."""
+    task = tasks(kind, seed)
+    space, old = task.null_space(task.old), task.out(task.old)
+    task.loss().backward()
+    for name, parameter in task.model.named_parameters():
+        if name.endswith("bias"):
+            parameter.grad = None
+    space.project_(task.model)
+    sgd(task.model).step()
+    assert change(task.out(task.old), old) <= KEPT
+
+
 def test_projected_gradients_of_frozen_parameters_are_zero() -> None:
     task = tasks("residual", 0)
     task.loss().backward()

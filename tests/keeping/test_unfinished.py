@@ -90,7 +90,8 @@ def test_it_goes_on_to_the_same_bases(
 
 
 @pytest.mark.parametrize(
-    "change", ["weights", "layers", "fewer", "short", "empty", "other", "missing"]
+    "change",
+    ["weights", "layers", "bias", "mode", "kind", "fewer", "short", "empty", "other", "missing"],
 )
 def test_a_file_of_something_else_is_refused_and_stays(
     model: Words, tmp_path: Path, change: str
@@ -98,11 +99,17 @@ def test_a_file_of_something_else_is_refused_and_stays(
     file, called = tmp_path / "survey", []
     interrupted(model, file)
     settings: dict[str, Any] = {}
-    match, count = "of another model, of other weights or of other layers", 5
+    match, count = "of another model, of other weights, modes or layers", 5
     if change == "weights":
         model.one.bias.data[0] += 1
     elif change == "layers":
         settings["include"] = ["one"]
+    elif change == "bias":  # then its matrix has no column for it
+        model.rare.bias.requires_grad_(False)
+    elif change == "mode":
+        model.eval()
+    elif change == "kind":
+        model.rare.__class__ = type("Other", (nn.Linear,), {})
     elif change == "fewer":
         match, count = "has taken in 3 closures, of which 2 were given", 2
     elif change == "short":
@@ -131,6 +138,31 @@ def test_a_missing_folder_is_said_before_anything_is_taken_in(model: Words, tmp_
         null_space(model, closures(model, called), unfinished=tmp_path / "nowhere" / "survey")
     assert called == []
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_said_in_our_words(model: Words, tmp_path: Path) -> None:
+    with pytest.raises(NullSpaceError, match=r"cannot be written to .*longer") as caught:
+        null_space(model, closures(model, []), unfinished=tmp_path / ("longer" * 41))
+    assert isinstance(caught.value.__cause__, RuntimeError | OSError)
+
+
+def test_buffers_of_any_form_are_part_of_the_model(model: Words, tmp_path: Path) -> None:
+    forms = {
+        "empty": torch.empty(0),
+        "sparse": torch.eye(3).to_sparse(),
+        "conjugate": torch.ones(3, dtype=torch.cfloat).conj(),
+        "meta": torch.ones(3, device="meta"),
+        "count": torch.tensor(3),
+    }
+    for name, tensor in forms.items():
+        model.register_buffer(name, tensor)
+    interrupted(model, tmp_path / "survey")
+    goes_on = null_space(model, closures(model, []), unfinished=tmp_path / "survey")
+    assert goes_on.bases.keys() == null_space(model, closures(model, [])).bases.keys()
+    interrupted(model, tmp_path / "survey")
+    model.sparse = 2 * model.sparse
+    with pytest.raises(NullSpaceError, match="of other weights"):
+        null_space(model, closures(model, []), unfinished=tmp_path / "survey")
 
 
 def test_what_fails_before_anything_was_taken_in_leaves_no_file(
