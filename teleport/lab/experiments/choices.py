@@ -17,7 +17,7 @@ OPTIMIZER_NAMES = ("sgd", "momentum", "adagrad", "adam", "adamw")
 
 METHOD_NAMES = (
     *("plain", "projected", "lazy", "replay", "random"),
-    *("gpm", "gpm-lazy", "gpm-growing", "gpm-adam"),
+    *("gpm", "gpm-lazy", "gpm-growing", "gpm-adam", "two-sided"),
 )
 """Ways to learn a task after others; see `teleport.lab.keeping.methods`."""
 
