@@ -256,7 +256,7 @@ class GpmAdam(GpmLazy):
 
 
 class TwoSided(Plain):
-    """The displacement is shrunk where the old losses see it, once every hundred steps.
+    """The displacement is shrunk where the old losses see it, once every two hundred steps.
 
     A null space asks which inputs a layer has had. Here it is asked, too, which of its outputs
     mattered: to second order the loss of old tasks rises by ``tr(G D A Dᵀ) / 2`` with the
@@ -267,8 +267,8 @@ class TwoSided(Plain):
     al. 2018 (arXiv 1805.07810). The model is as for `Gpm`.
     """
 
-    STRENGTH = 3.0
-    EVERY = 100
+    STRENGTH = 10.0
+    EVERY = 200
     sees_all = True
     _sums: Sequence[tuple[Tensor, Tensor]] = ()
     _tasks = 0
