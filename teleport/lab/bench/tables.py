@@ -6,6 +6,7 @@ from pathlib import Path
 
 from teleport.errors import RunError
 from teleport.lab.bench.benchmarks import BENCHMARKS
+from teleport.lab.bench.null_spaces import AT_ONCE
 from teleport.lab.bench.ranks import PURPOSES
 from teleport.lab.bench.timing import Measurement, ScalingCurve, Spread, Timing, power_law
 from teleport.lab.records.runs import read_rows
@@ -22,8 +23,12 @@ BUDGETS = {
     ("MLP", "default teleport, all in"): 6.0,
     ("CNN", "default teleport, all in"): 6.0,
     ("transformer", "default teleport, all in"): 6.0,
+    ("forward pass", "tau 0.99"): 4.0,
+    ("forward pass", "tau 1"): 6.0,
+    ("plain step", "attach(every=10)"): 1.05,
+    ("plain step", "lora_"): 1.0,
 }
-"""Gradients that an operation may cost."""
+"""Gradients that an operation may cost; of ``keeping``, times what it is compared with."""
 
 MEMORY_BUDGET = 1.5
 """Peak of a teleport, the Gram matrices taken off, over that of one gradient."""
@@ -396,6 +401,23 @@ def _ranks(benchmark: Benchmark) -> list[Sheet]:
     return [Sheet(benchmark.title, columns, rows, caption)]
 
 
+def _keeping(benchmark: Benchmark) -> list[Sheet]:
+    rows = []
+    for row in benchmark.rows:
+        budget = (
+            None if benchmark.config["size"]["small"] else null_spaces.BUDGETS[row["operation"]]
+        )
+        cells = (*_ratio_cells(row)[1:], *_budget_cells(timing(row).ratio.median, budget))
+        rows.append((row["network"], *cells))
+    columns = ("against", "what", "times", "quartiles (runs)", "ms", "budget", "")
+    shape = benchmark.rows[0]["shape"] if benchmark.rows else ""
+    caption = (
+        f"{shape}; weights are random. Times: median ratio to the forward pass of the same "
+        f"sentences, or to {AT_ONCE} plain steps. ms: of CPU time with one thread."
+    )
+    return [Sheet(benchmark.title, columns, rows, caption)]
+
+
 def _mib(size: float) -> str:
     return f"{size / 2**20:.3g}"
 
@@ -408,6 +430,7 @@ _SHEETS: dict[str, Callable[[Benchmark], list[Sheet]]] = {
     "layers": _layers,
     "rivals": _rivals,
     "ranks": _ranks,
+    "keeping": _keeping,
 }
 
 

@@ -27,12 +27,12 @@ SEQUENCE_NAMES = ("digits", "mnist-fashion", "permuted-mnist", "gpm-mnist")
 KEEP_NAMES = ("words", "edit", "leak")
 """Of `teleport keep`; see `frontier`, `edits` and `leak` in `teleport.lab.keeping`."""
 
-BENCHMARK_NAMES = ("step", "basis", "scaling", "memory", "layers", "rivals", "ranks")
+BENCHMARK_NAMES = ("step", "basis", "scaling", "memory", "layers", "rivals", "ranks", "keeping")
 """See `teleport.lab.bench.benchmarks`."""
 
-NOT_IN_ALL = ("rivals", "ranks")
-"""Those that come only if asked for: a rival's teleport can take a hundred gradients, and ranks are
-processes of their own, whose counts are the same on every machine."""
+NOT_IN_ALL = ("rivals", "ranks", "keeping")
+"""Those that come only if asked for: a rival's teleport can take a hundred gradients, ranks are
+processes of their own, whose counts are the same on every machine, and keeping needs an extra."""
 
 CHECKPOINT_SECONDS = 60.0
 """Between checkpoints of a run."""
