@@ -404,9 +404,7 @@ def _ranks(benchmark: Benchmark) -> list[Sheet]:
 def _keeping(benchmark: Benchmark) -> list[Sheet]:
     rows = []
     for row in benchmark.rows:
-        budget = (
-            None if benchmark.config["size"]["small"] else null_spaces.BUDGETS[row["operation"]]
-        )
+        budget = benchmark.budget((row["network"], row["operation"]))
         cells = (*_ratio_cells(row)[1:], *_budget_cells(timing(row).ratio.median, budget))
         rows.append((row["network"], *cells))
     columns = ("against", "what", "times", "quartiles (runs)", "ms", "budget", "")
