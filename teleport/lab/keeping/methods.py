@@ -276,7 +276,7 @@ class TwoSided(Plain):
 
     def learned(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         """Add the factors of these images; labels are not used, images not kept."""
-        new = _factors(model, inputs, self.draws)
+        new = two_sides(model, inputs, self.draws)
         old = self._sums or [(torch.zeros_like(a), torch.zeros_like(g)) for a, g in new]
         self._sums = [(a + b, g + h) for (a, g), (b, h) in zip(old, new, strict=True)]
         self._tasks += 1
@@ -324,7 +324,7 @@ LEARNING_METHODS: dict[str, type[Plain]] = {
 }
 
 
-def _factors(
+def two_sides(
     model: nn.Module, inputs: Tensor, draws: torch.Generator
 ) -> list[tuple[Float[Tensor, "d_in d_in"], Float[Tensor, "d_out d_out"]]]:
     """Second moments of each linear layer's inputs, and of the loss's gradients at its outputs."""
