@@ -15,7 +15,7 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help=f"One of {', '.join(BENCHMARK_NAMES)}, or all: all but {' and '.join(NOT_IN_ALL)}."
+            help=f"One of {', '.join(BENCHMARK_NAMES)}, or all: all but {', '.join(NOT_IN_ALL)}."
         ),
     ],
     preset: Annotated[

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 
 from teleport.direction import Direction
 from teleport.errors import RunError
-from teleport.lab.bench import ranks
+from teleport.lab.bench import null_spaces, ranks
 from teleport.lab.bench.rivals import (
     GRADIENT_BUDGET,
     same_batch_table,
@@ -624,6 +624,17 @@ def deep_jobs(setting: Setting) -> list[BenchmarkJob]:
     return [(name, partial(job, make)) for name, make in networks.items()]
 
 
+def keeping_jobs(setting: Setting) -> list[BenchmarkJob]:
+    """The null space as a tool, beside a forward pass and beside plain steps."""
+    return null_spaces.comparisons(
+        setting.preset.small,
+        setting.device,
+        rounds=setting.preset.rounds,
+        seconds=setting.preset.seconds,
+        stopwatch=stopwatch_for(setting.device, setting.threads),
+    )
+
+
 BENCHMARKS: dict[str, Callable[[Setting], list[BenchmarkJob]]] = {
     "step": step_jobs,
     "basis": basis_jobs,
@@ -633,6 +644,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[BenchmarkJob]]] = {
     "rivals": rivals_jobs,
     "ranks": ranks_jobs,
     "deep": deep_jobs,
+    "keeping": keeping_jobs,
 }
 
 

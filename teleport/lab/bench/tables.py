@@ -6,6 +6,7 @@ from pathlib import Path
 
 from teleport.errors import RunError
 from teleport.lab.bench.benchmarks import BENCHMARKS
+from teleport.lab.bench.null_spaces import AT_ONCE
 from teleport.lab.bench.ranks import PURPOSES
 from teleport.lab.bench.timing import Measurement, ScalingCurve, Spread, Timing, power_law
 from teleport.lab.records.runs import read_rows
@@ -22,8 +23,12 @@ BUDGETS = {
     ("MLP", "default teleport, all in"): 6.0,
     ("CNN", "default teleport, all in"): 6.0,
     ("transformer", "default teleport, all in"): 6.0,
+    ("forward pass", "tau 0.99"): 4.0,
+    ("forward pass", "tau 1"): 6.0,
+    ("plain step", "attach(every=10)"): 1.05,
+    ("plain step", "lora_"): 1.0,
 }
-"""Gradients that an operation may cost."""
+"""Gradients that an operation may cost; of ``keeping``, times what it is compared with."""
 
 DEEP_BUDGET = 12.0
 """Gradients that a default teleport of a deep network may cost."""
@@ -434,6 +439,21 @@ def _deep(benchmark: Benchmark) -> list[Sheet]:
     return [Sheet(benchmark.title, columns, rows, caption)]
 
 
+def _keeping(benchmark: Benchmark) -> list[Sheet]:
+    rows = []
+    for row in benchmark.rows:
+        budget = benchmark.budget((row["network"], row["operation"]))
+        cells = (*_ratio_cells(row)[1:], *_budget_cells(timing(row).ratio.median, budget))
+        rows.append((row["network"], *cells))
+    columns = ("against", "what", "times", "quartiles (runs)", "ms", "budget", "")
+    shape = benchmark.rows[0]["shape"] if benchmark.rows else ""
+    caption = (
+        f"{shape}; weights are random. Times: median ratio to the forward pass of the same "
+        f"sentences, or to {AT_ONCE} plain steps. ms: of CPU time with one thread."
+    )
+    return [Sheet(benchmark.title, columns, rows, caption)]
+
+
 def _mib(size: float) -> str:
     return f"{size / 2**20:.3g}"
 
@@ -447,6 +467,7 @@ _SHEETS: dict[str, Callable[[Benchmark], list[Sheet]]] = {
     "rivals": _rivals,
     "ranks": _ranks,
     "deep": _deep,
+    "keeping": _keeping,
 }
 
 

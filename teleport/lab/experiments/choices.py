@@ -17,7 +17,7 @@ OPTIMIZER_NAMES = ("sgd", "momentum", "adagrad", "adam", "adamw")
 
 METHOD_NAMES = (
     *("plain", "projected", "lazy", "replay", "random"),
-    *("gpm", "gpm-lazy", "gpm-growing", "gpm-adam"),
+    *("gpm", "gpm-lazy", "gpm-growing", "gpm-adam", "two-sided"),
 )
 """Ways to learn a task after others; see `teleport.lab.keeping.methods`."""
 
@@ -27,12 +27,15 @@ SEQUENCE_NAMES = ("digits", "mnist-fashion", "permuted-mnist", "gpm-mnist")
 KEEP_NAMES = ("words", "edit", "leak")
 """Of `teleport keep`; see `frontier`, `edits` and `leak` in `teleport.lab.keeping`."""
 
-BENCHMARK_NAMES = ("step", "basis", "scaling", "memory", "layers", "rivals", "ranks", "deep")
+BENCHMARK_NAMES = (
+    "step", "basis", "scaling", "memory", "layers", "rivals", "ranks", "deep", "keeping",
+)  # fmt: skip
 """See `teleport.lab.bench.benchmarks`."""
 
-NOT_IN_ALL = ("rivals", "ranks", "deep")
+NOT_IN_ALL = ("rivals", "ranks", "deep", "keeping")
 """Those that come only if asked for: a rival's teleport can take a hundred gradients, those of a
-deep network take seconds each; ranks are processes, whose counts are the same on every machine."""
+deep network take seconds each; ranks are processes, whose counts are the same on every machine; and
+keeping needs an extra."""
 
 CHECKPOINT_SECONDS = 60.0
 """Between checkpoints of a run."""

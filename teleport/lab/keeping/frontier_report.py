@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -100,12 +101,14 @@ def frontier_table(runs: Sequence[Run]) -> Table:
     return table
 
 
-def _points(run: Run, names: tuple[str, str]) -> tuple[FloatArray, FloatArray]:
+def _points(
+    looks: Sequence[dict[str, Any]], names: tuple[str, str]
+) -> tuple[FloatArray, FloatArray]:
     """From the old weights to those at the end, and the earlier looks; both ``[looks, 2]``."""
-    last = run.evaluations[-1]["step"]
-    ends = [row for row in run.evaluations if row["step"] in (0, last)]
+    last = looks[-1]["step"]
+    ends = [row for row in looks if row["step"] in (0, last)]
     ends.sort(key=lambda row: row.get("alpha", float(row["step"] > 0)))
-    early = [row for row in run.evaluations if row not in ends]
+    early = [row for row in looks if row not in ends]
     path, before = ([[row[name] for name in names] for row in rows] for rows in (ends, early))
     return np.array(path), np.array(before).reshape(-1, 2)
 
@@ -124,9 +127,9 @@ def frontier_figure(runs: Sequence[Run]) -> Figure:
         method = group[0].config["way"]["method"]
         number = methods.index(method)
         names, ours = (sheet.kept[0], sheet.learned[0]), method in USES_SPACE
-        path, early = (
-            np.mean(one, 0) for one in zip(*(_points(run, names) for run in group), strict=True)
-        )
+        common = min(len(run.evaluations) for run in group)
+        found = (_points(run.evaluations[:common], names) for run in group)
+        path, early = (np.mean(one, 0) for one in zip(*found, strict=True))
         mark, color, size = marks[number], f"C{number}", 6 if ours else 4
         axes.plot(
             *path.T, f"{mark}-" if ours else f"{mark}--", color=color, label=arm,

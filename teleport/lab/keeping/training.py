@@ -67,7 +67,10 @@ TUNED: dict[tuple[str, str], float] = {
     ("permuted-mnist", "lazy"): 0.2,
     ("permuted-mnist", "replay"): 0.1,
     ("permuted-mnist", "random"): 0.2,
-    **{("gpm-mnist", name): 0.01 for name in ("plain", "gpm", "gpm-lazy", "gpm-growing")},
+    **{
+        ("gpm-mnist", name): 0.01
+        for name in ("plain", "gpm", "gpm-lazy", "gpm-growing", "two-sided")
+    },
     ("gpm-mnist", "gpm-adam"): 0.0003,
 }
 """Learning rates by sequence and method, by the new tasks' validation loss.
@@ -308,7 +311,8 @@ class _Learning:
     def _keep(self, number: int) -> None:
         task = self.tasks[number]
         inputs, targets = task.training()
-        rows = torch.randperm(len(inputs), generator=self._generator(number, 1))[: self.size.memory]
+        count = len(inputs) if self.method.sees_all else self.size.memory
+        rows = torch.randperm(len(inputs), generator=self._generator(number, 1))[:count]
         images = task.images(inputs[rows])
         self._timed(lambda: self.method.learned(self.model, images, targets[rows]))
 

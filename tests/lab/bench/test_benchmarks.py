@@ -399,7 +399,10 @@ def test_all_leaves_out_what_takes_minutes_more(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "step, basis, scaling, memory, layers, rivals, ranks, deep, all"),
+        (
+            ["speed"],
+            "step, basis, scaling, memory, layers, rivals, ranks, deep, keeping, all",
+        ),
         (["step", "--preset", "huge"], "tiny, cpu, paper"),
         (["step", "--threads", "0"], "threads must be >= 1, got 0"),
         (["step", "--device", "no-such-device"], "not available"),

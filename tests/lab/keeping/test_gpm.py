@@ -12,7 +12,15 @@ from torch.nn.functional import cross_entropy
 
 from teleport.data import load
 from teleport.lab.experiments.models import mlp
-from teleport.lab.keeping.methods import LEARNING_METHODS, Gpm, GpmGrowing, GpmLazy, Plain, Replay
+from teleport.lab.keeping.methods import (
+    LEARNING_METHODS,
+    Gpm,
+    GpmGrowing,
+    GpmLazy,
+    Plain,
+    Replay,
+    TwoSided,
+)
 from teleport.lab.keeping.tasks import SEQUENCES
 from teleport.lab.keeping.training import SequenceRun, default_strategies, run_strategies
 from teleport.lab.records.runs import read_runs
@@ -100,6 +108,65 @@ def test_the_thresholds_are_those_of_the_protocol_and_grow_where_they_shall() ->
         seen.append(growing._taus(layers)["0"])
         growing.learned(network(0), *data(task, 3))
     assert seen == pytest.approx([0.95 + 0.005 * task for task in range(9)])
+
+
+@given(SEEDS, st.floats(0.01, 100))
+@examples(5)
+def test_the_two_sided_step_minimises_distance_plus_the_rise_of_old_losses(
+    seed: int, strength: float
+) -> None:
+    """Per layer ``|W - V|^2 / 2 + s tr(G D A D') / 2`` is stationary, after any number of tasks."""
+    model, method = network(seed), TwoSided(1.0, torch.Generator().manual_seed(seed))
+    method.STRENGTH = strength
+    for task in range(2):
+        method.learned(model, *data(seed + task))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    method.begins(model, optimizer)
+    origins = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.data += torch.randn(p.shape, generator=method.draws, dtype=p.dtype)
+    moved = [p.detach().clone() for p in model.parameters()]
+    method.after_step(model)
+    assert all(torch.equal(p, v) for p, v in zip(model.parameters(), moved, strict=True))
+    method.ended()
+    rows = zip(model.parameters(), origins, moved, method._sums, strict=True)
+    for p, origin, v, (seen, felt) in rows:
+        slope = p - v + 0.5 * strength / 2 * felt @ (p - origin) @ seen
+        assert slope.norm() < 1e-10 * (1 + strength) * v.norm()
+        assert (p - origin).norm() < (v - origin).norm()
+
+
+def test_the_two_sides_of_a_last_layer_with_one_input_are_its_loss_s_curvature() -> None:
+    """There the product of both is the Hessian itself, but for the draw of the labels."""
+    model = nn.Sequential(nn.Linear(2, 3, bias=False)).double()
+    x = torch.tensor([[1.0, -2.0]], dtype=torch.float64).expand(20000, 2)
+    method = TwoSided(1.0, torch.Generator().manual_seed(0))
+    method.learned(model, x, torch.zeros(20000, dtype=torch.long))
+    ((seen, felt),) = method._sums
+
+    def loss(weight: Tensor) -> Tensor:
+        return cross_entropy(x[:1] @ weight.mT, torch.tensor([0]))
+
+    found = torch.autograd.functional.hessian(loss, model[0].weight.detach())
+    product = torch.einsum("ik,jl->ijkl", felt, seen)
+    assert torch.allclose(product, found, rtol=0, atol=0.05)
+    assert found.abs().max() > 0.3
+
+
+def test_two_sides_keep_the_old_loss_better_than_plain_steps() -> None:
+    rises = {}
+    for kind in (Plain, TwoSided):
+        model, method = network(3), kind(1.0, torch.Generator().manual_seed(0))
+        old, labels = data(0, 60)
+        learn(Plain(1.0, torch.Generator()), model, old, labels, 300, 0.3)
+        method.learned(model, old, labels)
+        before = cross_entropy(model(old), labels)
+        new, targets = data(1, 60)
+        start = cross_entropy(model(new), targets)
+        learn(method, model, new, targets, 150, 0.3)
+        assert cross_entropy(model(new), targets) < start
+        rises[kind] = cross_entropy(model(old), labels) - before
+    assert rises[TwoSided] < 0.75 * rises[Plain]
 
 
 def test_what_is_kept_is_counted() -> None:
