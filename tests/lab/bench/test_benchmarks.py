@@ -370,7 +370,8 @@ def test_deep_networks_are_measured_in_time_and_bytes(
     rows = read_benchmarks(out)["deep"].rows
     assert [row["network"] for row in rows] == ["GPT-2-like", "GPT-2-like", "ResNet-18"]
     assert all(min(row["tangent"] - row["gradient"], *row["seconds"]) > 0 for row in rows)
-    assert "2 blocks, d = 16" in " ".join(capsys.readouterr().out.split())
+    assert [row["shape"].split(",")[0] for row in rows] == ["1 blocks", "2 blocks", "width 2"]
+    assert "a teleport, MiB" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("seconds", "verdict"), [(11.0, "met"), (13.0, "missed")])
