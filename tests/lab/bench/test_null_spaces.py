@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from teleport.errors import RunError
 from teleport.lab.bench import null_spaces
 from teleport.lab.bench.benchmarks import PRESETS, Setting, run_benchmarks
 from teleport.lab.bench.tables import BUDGETS, read_benchmarks, sheets
-from tests.lab.bench.test_benchmarks import CPU
+
+CPU = torch.device("cpu")
 
 
 def test_every_row_of_the_issue_has_a_budget_and_a_ratio(

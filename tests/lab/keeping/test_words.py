@@ -182,6 +182,15 @@ def test_the_command_leaves_a_table_and_records(
     assert cli.main(["keep", "nothing"]) != 0
 
 
+def test_the_figure_shows_the_looks_that_all_seeds_of_a_way_have() -> None:
+    """Records of before have fewer ways back: a mean over seeds is of those in all of them."""
+    runs = [r for r in read_runs(RESULTS / "keeping" / "words") if r.arm.startswith("attach")]
+    looks = [len(run.evaluations) for run in runs]
+    assert min(looks) < max(looks)
+    (path, early, *_) = frontier_figure(runs).axes[0].lines
+    assert len(path.get_xdata()) + len(early.get_xdata()) == min(looks)
+
+
 def test_the_readme_says_what_the_records_say() -> None:
     groups = by_arm(read_runs(RESULTS / "keeping" / "words"))
 
