@@ -18,8 +18,8 @@ def triangle(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*groups
     count, d_in = rows.shape[-2:]
     if count > max(64, 2 * d_in):
         rows = torch.cat([triangle(half) for half in rows.tensor_split(2, dim=-2)], dim=-2)
-    triangle: Tensor = torch.linalg.qr(rows, mode="r").R
-    return triangle
+    factor: Tensor = torch.linalg.qr(rows, mode="r").R
+    return factor
 
 
 def gram_of(
