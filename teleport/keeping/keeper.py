@@ -96,7 +96,7 @@ class Keeper:
             warnings.warn(
                 f"a null space with every={self._every} was used {self._uses} times and let go "
                 "before it projected: nothing was kept. Make a keeper once, before the loop, use "
-                "that in each step, and end with its project(), or remove() of what attach returned",
+                "it in each step, and end with its project(), or remove() of what attach returned",
                 stacklevel=2,
             )
 
