@@ -163,7 +163,7 @@ def _passed_by(part: LinearMap, x: Tensor) -> str:
     if not isinstance(x, Tensor):
         raise TypeError(
             f"a layer was called with a {type(x).__name__}, not with a tensor. Batches are "
-            "tensors, tuples of arguments or mappings: unpack those of a DataLoader, which are lists"
+            "tensors, tuples of arguments or mappings: unpack the lists of a DataLoader"
         )
     if x.layout != torch.strided:
         return "called with a sparse or nested input"

@@ -150,7 +150,7 @@ def test_outputs_without_numbers_and_other_models_are_refused() -> None:
     wide = nn.Sequential(nn.Linear(3, 1)), nn.Sequential(nn.Linear(3, 2))  # they would broadcast
     with pytest.raises(NullSpaceError, match=r"other shapes: \[\(1, 1\)\] and \[\(1, 2\)\]"):
         space.drift(*wide, [torch.randn(1, 3)])
-    with pytest.raises(TypeError, match=r"called with a list.*unpack those of a DataLoader"):
+    with pytest.raises(TypeError, match=r"called with a list.*unpack the lists of a DataLoader"):
         own.report(argmax, argmax, [[torch.randn(1, 3)]])
     with pytest.raises(NullSpaceError, match="no tensor of real numbers"):
         own.report(argmax, argmax, [torch.randn(1, 3)])
