@@ -205,6 +205,7 @@ class Teleporter:
 
                 return transaction.repeatable(call)
 
+            held_out = None if held_out is None else require_closure(held_out)
             held = HeldOut(None if held_out is None else repeatable(held_out), ranks)
             closures = [repeatable(part) for part in parts]
 

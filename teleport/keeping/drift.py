@@ -223,6 +223,20 @@ def _bound(basis: Projector, move: Tensor) -> float:
     return float(torch.linalg.matrix_norm(move, ord=2)) * basis.residual
 
 
+@contextmanager
+def trainable_as(model: nn.Module, other: nn.Module) -> Iterator[None]:
+    """The parameters of the other model require gradients where those of the model do."""
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = [(name, p, p.requires_grad) for name, p in other.named_parameters()]
+    try:
+        for name, parameter, flag in before:
+            parameter.requires_grad_(flags.get(name, flag))
+        yield
+    finally:
+        for _, parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
 def locked_share(bases: Mapping[str, Projector], coverage: Coverage, model: nn.Module) -> float:
     """Share of a model's weights that cannot move within the null space."""
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -1,5 +1,6 @@
 """Projecting what happened to parameters: by hand, in a context, or after an optimizer's steps."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class Keeper:
         is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         require("every", every, is_count, "an integer >= 1")
         self._every, self._uses, self._blocks = every, 0, blocks
+        self._projected = False
         self._settled: set[WeightMatrix] = set()  # nothing trained since the last projection
         ready: dict[int, _Ready] = {}
         self._origins = []
@@ -81,13 +83,22 @@ class Keeper:
                 block.part.write(remover.project(moved).add_(origin))
             for parameter, rows, value in self._rest:
                 parameter[rows] = value
-        self._uses, self._settled = 0, set(self._blocks)
+        self._uses, self._settled, self._projected = 0, set(self._blocks), True
 
     def used(self, is_kept: bool = False) -> None:
         """Count a use, and project if it is time, unless nothing has changed in this one."""
         self._uses += 1
         if self._uses >= self._every and not is_kept:
             self.project()
+
+    def __del__(self) -> None:
+        if getattr(self, "_uses", 0) and not self._projected:
+            warnings.warn(
+                f"a null space with every={self._every} was used {self._uses} times and let go "
+                "before it projected: nothing was kept. Make a keeper once, before the loop, use "
+                "it in each step, and end with its project(), or remove() of what attach returned",
+                stacklevel=2,
+            )
 
     def __enter__(self) -> "Keeper":
         self.check()

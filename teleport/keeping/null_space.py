@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from teleport.errors import NullSpaceError, UnsupportedModelError
 from teleport.keeping.adapters import lora_
 from teleport.keeping.choice import LEFT_OUT, Tau, left_out_of, taus_of
-from teleport.keeping.drift import DriftReport, layer_drifts, locked_share, output_drift
+from teleport.keeping.drift import (
+    DriftReport,
+    layer_drifts,
+    locked_share,
+    output_drift,
+    trainable_as,
+)
 from teleport.keeping.editing import Edit, edit
 from teleport.keeping.file import read, write
 from teleport.keeping.joint import kept_by_both
@@ -343,7 +349,8 @@ class NullSpace:
             NullSpaceError: if the layers of a model are not those of this space, or what it returns
                 cannot be compared.
         """
-        was, now = self._match(before), self._match(after)
+        with trainable_as(before, after):  # PEFT leaves a merged model frozen
+            was, now = self._match(before), self._match(after)
         batches = list(old_inputs)
         return DriftReport(
             layer_drifts(self.bases, was, now, before, batches),

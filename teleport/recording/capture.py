@@ -160,6 +160,11 @@ def _passed_by(part: LinearMap, x: Tensor) -> str:
     """Why a call is not recorded; empty if it is. Tangents in here are the closure's own."""
     if why := part.bypassed():
         return why
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"a layer was called with a {type(x).__name__}, not with a tensor. Batches are "
+            "tensors, tuples of arguments or mappings: unpack the lists of a DataLoader"
+        )
     if x.layout != torch.strided:
         return "called with a sparse or nested input"
     dual = forward_ad.unpack_dual(x).tangent is not None

@@ -82,6 +82,16 @@ def test_a_report_prints_and_becomes_json() -> None:
     assert held["old"]["largest"] == report.old.largest
 
 
+def test_a_model_that_was_frozen_since_is_measured_like_one_that_was_not() -> None:
+    """As PEFT leaves it after the adapters are merged; it was a KeyError."""
+    learner = Learner.drawn(0, samples=4)
+    space, before = trained(learner, 0.9)
+    told = space.report(before, learner.model, [learner.old])
+    learner.model.requires_grad_(False)
+    assert space.report(before, learner.model, [learner.old]) == told
+    assert not any(p.requires_grad for p in learner.model.parameters())
+
+
 def test_models_are_as_before_a_report() -> None:
     learner = Learner.drawn(0)
     space, before = trained(learner, 1.0)
@@ -140,5 +150,7 @@ def test_outputs_without_numbers_and_other_models_are_refused() -> None:
     wide = nn.Sequential(nn.Linear(3, 1)), nn.Sequential(nn.Linear(3, 2))  # they would broadcast
     with pytest.raises(NullSpaceError, match=r"other shapes: \[\(1, 1\)\] and \[\(1, 2\)\]"):
         space.drift(*wide, [torch.randn(1, 3)])
+    with pytest.raises(TypeError, match=r"called with a list.*unpack the lists of a DataLoader"):
+        own.report(argmax, argmax, [[torch.randn(1, 3)]])
     with pytest.raises(NullSpaceError, match="no tensor of real numbers"):
         own.report(argmax, argmax, [torch.randn(1, 3)])

@@ -1,6 +1,7 @@
 """The null space as a tool: what it holds, what it keeps while something is learned, its file."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -485,6 +486,23 @@ def test_a_keeper_that_never_projects_is_refused(every: int) -> None:
     task = tasks("mlp", 0)
     with pytest.raises(ValueError, match="every"):
         task.null_space(task.old).keep(task.model, every=every)
+
+
+def test_a_keeper_that_is_made_anew_in_every_step_warns_that_nothing_is_kept() -> None:
+    task = tasks("mlp", 0)
+    space = task.null_space(task.old)
+    with (
+        pytest.warns(UserWarning, match=r"every=10 was used 1 times .* nothing was kept"),
+        space.keep(task.model, every=10),
+    ):
+        pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        keeper = space.keep(task.model, every=2)
+        for _ in range(3):
+            with keeper:
+                pass
+        del keeper
 
 
 def test_closures_that_never_call_the_model_are_refused() -> None:

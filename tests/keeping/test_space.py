@@ -307,7 +307,7 @@ def test_a_failed_save_leaves_the_file_that_was_there(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(file, "save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(NullSpaceError, match=r"cannot be written to .*no space left"):
         space.save(tmp_path / "space")
     assert (tmp_path / "space").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["space"]
