@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleporter, TeleportReport, recording
 from teleport.ascent import UNSEEN
+from teleport.direction import _survivor
 from teleport.lab.experiments.models import mlp
 from teleport.landscape import BESIDE, Landscape, _multiplications, between
 from teleport.layers.support import WeightMatrix, cover
@@ -248,6 +249,42 @@ def test_the_last_step_is_looked_at_only_in_double_precision(
         assert abs(report.growth / 1.5 - 1) <= 1e-6
         looks[dtype] = len(done)
     assert looks[torch.float32] < looks[torch.float64]
+
+
+def wide(dtype: torch.dtype) -> Landscape:
+    torch.manual_seed(0)
+    model, x, y = mlp(30, 5, (40, 40, 40)), torch.randn(9, 30), torch.arange(9) % 5
+    return frozen(model.to(dtype), partial(entropy_of, model, x.to(dtype), y))
+
+
+def test_a_basis_is_kept_in_the_precision_it_projects_in() -> None:
+    """With the same result to the bit."""
+    landscape = wide(torch.float32)
+    for block, basis in landscape.bases(landscape.blocks, 1.0).items():
+        whole, matrix = landscape._basis(block, 1.0), block.part.matrix()
+        assert isinstance(basis, Basis)
+        assert isinstance(whole, Basis)
+        assert (basis.vectors.dtype, whole.vectors.dtype) == (torch.float32, torch.float64)
+        assert torch.equal(basis.project(matrix), whole.project(matrix))
+    double = wide(torch.float64)
+    (basis, *_) = double.bases(double.blocks, 1.0).values()
+    assert isinstance(basis, Basis)
+    assert basis.vectors.dtype == torch.float64
+
+
+def test_a_layer_s_cotangents_go_when_its_direction_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    landscape, alive = wide(torch.float32), []
+
+    def watched(tape: Tape, *rest: Any) -> Tensor:
+        alive.append(sum(call.delta is not None for call in tape.calls))
+        return _survivor(tape, *rest)
+
+    monkeypatch.setattr("teleport.direction._survivor", watched)
+    moving = [block for block in landscape.blocks if block not in landscape.fixed]
+    landscape.tangent_direction(landscape.bases(moving, 1.0))
+    assert alive == [4, 3, 2]  # the first layer, which cannot move, keeps its own
 
 
 def entropy_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
