@@ -308,9 +308,14 @@ class Landscape:
         return self._spaces[block].count if self.tape is None else self.tape.row_count(block)
 
     def _rounded_basis(self, block: WeightMatrix, tau: float) -> Projector:
-        """In the precision that matrices of the block are projected in: the same result."""
+        """In the precision that matrices of the block are projected in: the same result.
+
+        Ranks send each other what they have found.
+        """
         basis, dtype = self._basis(block, tau), block.part.weight.parameter.dtype
-        if not isinstance(basis, Basis) or basis.vectors.dtype.itemsize <= dtype.itemsize:
+        if self.ranks.size > 1 or not isinstance(basis, Basis):
+            return basis
+        if basis.vectors.dtype.itemsize <= dtype.itemsize:
             return basis
         return replace(basis, vectors=basis.vectors.to(torch.float32))
 
