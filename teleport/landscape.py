@@ -156,6 +156,7 @@ class Landscape:
         self._kept = kept or {}
         self._start: dict[WeightMatrix, Pieces] = {}  # of what was written to
         self.position = Position(self.start_of)
+        self._written: Mapping[WeightMatrix, Pieces] | None = self.position
         self._move_norms: dict[WeightMatrix, float] = {}  # at the position
         self._seen: Position | None = self.position  # where the gradient was taken last
         self._ahead: tuple[Direction, float, Position] | None = None
@@ -392,6 +393,12 @@ class Landscape:
         """A block's weights at the start."""
         return self._start.get(block) or block.part.pieces()
 
+    def pieces(self, block: WeightMatrix) -> Pieces:
+        """A block's weights at the position, which are not formed anew if they are in the model."""
+        if self._written is self.position:
+            return block.part.pieces()
+        return self.position.get(block, self.start_of(block))
+
     def _kept_of(self, block: WeightMatrix) -> Pieces | None:
         held = all(slot.parameter in self._kept for slot in block.part.slots)
         return block.part.pieces_of(self._kept) if held else None
@@ -420,8 +427,10 @@ class Landscape:
         for block in position.keys() - self._start.keys():
             kept = self._kept_of(block)
             self._start[block] = kept or tuple(piece.clone() for piece in block.part.pieces())
+        self._written = None
         for block, start in self._start.items():
             block.part.put(position.get(block, start))
+        self._written = position
 
     # ---- the start
 
