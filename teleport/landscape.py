@@ -199,14 +199,14 @@ class Landscape:
         """Go there, where the squared norm is ``reached`` if that is known without a look.
 
         Beside the last of several looks, no further one is made before somebody needs a direction:
-        until then shares are those of `between`, and `tapes` gives the cotangents of that look.
+        until then shares are those of `shares_between`, and `tapes` gives the cotangents of that look.
         """
         ahead, self._ahead = self._ahead, None
         known = ahead is not None and ahead[0] is along and ahead[1] == step
         there = ahead[2] if ahead and known else self.position.ahead(along, step)
         looks, self._looks, self._estimate = self._looks, [], None
         if reached is not None and ahead and ahead[0] is along and not known:
-            self._estimate = between(looks, step, reached)
+            self._estimate = shares_between(looks, step, reached)
         self.position = there.joined()
         if self._seen is there:
             self._seen = self.position
@@ -518,7 +518,9 @@ BESIDE = 0.01
 """How far from a look, as a share of the step, what was seen there serves for a neighbour."""
 
 
-def between(looks: Sequence[tuple[float, Shares]], step: float, reached: float) -> Shares | None:
+def shares_between(
+    looks: Sequence[tuple[float, Shares]], step: float, reached: float
+) -> Shares | None:
     """Shares at a step beside the last look, by parabolas through the last three.
 
     Each is a polynomial in the step (``thm-polynomial``); so is their sum, which is known better:

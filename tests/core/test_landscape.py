@@ -21,7 +21,7 @@ from teleport import Teleporter, TeleportReport, recording
 from teleport.ascent import UNSEEN
 from teleport.direction import _survivor
 from teleport.lab.experiments.models import mlp
-from teleport.landscape import BESIDE, Landscape, _multiplications, between
+from teleport.landscape import BESIDE, Landscape, _multiplications, shares_between
 from teleport.layers.support import WeightMatrix, cover
 from teleport.runtime.threads import WORTH_THREADS, in_parallel, using_threads, worth_threads
 from teleport.subspace import Basis
@@ -195,19 +195,19 @@ def test_shares_between_looks_are_exact_where_they_are_parabolas(
 
     step = 1.0 + beside * BESIDE / 2
     looks = [(where, shares(where)) for where in (9.0, 0.0, first, 1.0)]  # the last three count
-    found = between(looks, step, sum(shares(step).values()))
+    found = shares_between(looks, step, sum(shares(step).values()))
     assert found is not None
     assert all(abs(found[n] / share - 1) <= 1e-9 for n, share in shares(step).items())
 
 
 def test_no_look_is_left_out_where_the_others_say_too_little() -> None:
     looks: list[tuple[float, Any]] = [(0.0, {1: 1.0}), (0.5, {1: 1.5}), (1.0, {1: 2.0})]
-    assert between(looks, 1.001, 2.001) is not None
-    assert between(looks[1:], 1.001, 2.001) is None  # two of them
-    assert between([looks[0], looks[2], looks[2]], 1.001, 2.001) is None
-    assert between(looks, 1.02, 2.02) is None  # far from the last
-    assert between(looks, 1.001, 2.1) is None  # another sum
-    assert between([*looks[:2], (1.0, {1: math.inf})], 1.001, 2.001) is None
+    assert shares_between(looks, 1.001, 2.001) is not None
+    assert shares_between(looks[1:], 1.001, 2.001) is None  # two of them
+    assert shares_between([looks[0], looks[2], looks[2]], 1.001, 2.001) is None
+    assert shares_between(looks, 1.02, 2.02) is None  # far from the last
+    assert shares_between(looks, 1.001, 2.1) is None  # another sum
+    assert shares_between([*looks[:2], (1.0, {1: math.inf})], 1.001, 2.001) is None
 
 
 @pytest.mark.parametrize("name", GRAPHS)
