@@ -199,7 +199,7 @@ class Landscape:
         """Go there, where the squared norm is ``reached`` if that is known without a look.
 
         Beside the last of several looks, no further one is made before somebody needs a direction:
-        until then shares are those of `shares_between`, and `tapes` gives the cotangents of that look.
+        until then shares are those of `shares_between`, and cotangents those of that look.
         """
         ahead, self._ahead = self._ahead, None
         known = ahead is not None and ahead[0] is along and ahead[1] == step
