@@ -40,12 +40,11 @@ from torch import Tensor, nn
 
 from teleport.layers.support import WeightMatrix
 from teleport.objective import EUCLIDEAN, Metric
-from teleport.recording import push_tangents
+from teleport.recording import Tape, push_tangents
 from teleport.runtime.closures import Closure
 from teleport.runtime.precision import at_least_single, rounding_unit, scaled
 from teleport.runtime.ranks import Ranks
 from teleport.subspace import Projector
-from teleport.tape import Tape
 
 Direction = dict[WeightMatrix, Float[Tensor, "*groups d_out d_in"]]
 

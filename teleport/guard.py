@@ -16,13 +16,13 @@ from teleport.landscape import Landscape
 from teleport.layers.part import Pieces
 from teleport.layers.support import WeightMatrix
 from teleport.objective import mean_loss
+from teleport.recording import Call
 from teleport.report import LayerReport, TeleportReport
 from teleport.runtime.clock import now
 from teleport.runtime.closures import Closure
 from teleport.runtime.precision import at_least_single, sum_rounding
 from teleport.runtime.ranks import ALONE, Ranks
 from teleport.subspace import Projector
-from teleport.tape import Call
 
 DEFAULT_MAX_DRIFT = 0.01
 """Relative loss change allowed where the level set is left by design, and at most elsewhere."""

@@ -30,7 +30,7 @@ from teleport.objective import (
     squared_norm,
     trainable,
 )
-from teleport.recording import USED_OUTSIDE, record
+from teleport.recording import USED_OUTSIDE, Tape, record
 from teleport.runtime.closures import Closure
 from teleport.runtime.precision import (
     PRECISIONS,
@@ -43,7 +43,6 @@ from teleport.runtime.precision import (
 from teleport.runtime.ranks import ALONE, Ranks
 from teleport.runtime.threads import in_parallel, worth_threads
 from teleport.subspace import Basis, Projector, RowSpace, Space
-from teleport.tape import Tape
 
 
 class Position(Mapping[WeightMatrix, Pieces]):

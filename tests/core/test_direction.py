@@ -12,9 +12,8 @@ from teleport.direction import direction, project_ascent
 from teleport.layers.support import WeightMatrix, cover
 from teleport.line_search import step_to_norm
 from teleport.objective import ascent_double_backward, trainable
-from teleport.recording import record
+from teleport.recording import Tape, record
 from teleport.subspace import Basis, RowSpace
-from teleport.tape import Tape
 from tests.support.networks import GRAPHS, Task, task, without_dropout
 from tests.support.strategies import (
     NEVER_DEAD,

@@ -23,9 +23,9 @@ from teleport.direction import _survivor
 from teleport.lab.experiments.models import mlp
 from teleport.landscape import BESIDE, Landscape, _multiplications, shares_between
 from teleport.layers.support import WeightMatrix, cover
+from teleport.recording import Tape
 from teleport.runtime.threads import WORTH_THREADS, in_parallel, using_threads, worth_threads
 from teleport.subspace import Basis
-from teleport.tape import Tape
 from teleport.teleporter import METHODS
 from tests.support.examples import examples
 from tests.support.networks import GRAPHS, Task, task, without_dropout

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from teleport.layers.support import WeightMatrix, cover
-from teleport.recording import push_tangents, record
-from teleport.tape import Tape
+from teleport.recording import Tape, push_tangents, record
 from tests.support.fingerprint import fingerprint
 from tests.support.networks import GRAPHS, Task, task, without_dropout
 from tests.support.strategies import (

@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from teleport.bars import TableCell, html_table
 from teleport.errors import RunError
 from teleport.lab.analysis.outcomes import FolderOutcome, folder_outcomes, matrix_rows
 from teleport.lab.records.runs import FloatArray, Run, by_arm
-from teleport.report import LayerReport, layers_html
+from teleport.report import LayerReport, TableCell, html_table, layers_html
 
 PANELS = {
     "train_loss": "train loss",

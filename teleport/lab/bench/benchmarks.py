@@ -51,13 +51,13 @@ from teleport.lab.records.writer import RecordWriter, environment
 from teleport.landscape import Landscape
 from teleport.layers.support import WeightMatrix, cover
 from teleport.objective import trainable
+from teleport.recording import Tape
 from teleport.report import TeleportReport
 from teleport.rivals import SymmetryTeleporter
 from teleport.runtime.cores import check_threads
 from teleport.runtime.threads import using_threads
 from teleport.runtime.transaction import _unfused
 from teleport.subspace import Projector
-from teleport.tape import Tape
 from teleport.teleporter import Teleporter
 
 BenchmarkJob = tuple[str, Callable[[], list[Measurement]]]

@@ -1,8 +1,8 @@
 """What was recorded of a closure: its layer calls, and what the loss makes of each.
 
 A `Tape` holds the graph of one run of the closure in which covered layers are replaced by relays
-(see `teleport.recording`). The graph between two relays holds no weight of a covered layer, so it
-serves any weights: `Tape.backward` propagates cotangents through those in `Tape.moved`.
+(see `capture`). The graph between two relays holds no weight of a covered layer, so it serves any
+weights: `Tape.backward` propagates cotangents through those in `Tape.moved`.
 
 That is exact wherever the layer outputs do not change with the weights, which is what a move in the
 joint null space guarantees (theorem ``thm-invariance``): the forward pass is frozen, only the
@@ -257,7 +257,7 @@ class Tape:
             return False
         return self.row_count(block) < block.part.matrix_shape[-1]
 
-    # ---- tangents: one forward-mode pass, see `teleport.recording.push_tangents`
+    # ---- tangents: one forward-mode pass, see `replay`
 
     def drive(self, block: WeightMatrix, metric: Metric, scale: float) -> Iterator[Tensor]:
         """(M⁻¹ G) x, scaled, for every call: the tangents due to the block's own weights."""

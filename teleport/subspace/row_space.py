@@ -1,129 +1,22 @@
-"""Row spaces of layer inputs: numerical rank, basis for an energy threshold, projector.
+"""Rows of any layer: `RowSpace` collects them, `Basis` spans what is kept of them."""
 
-A layer leaves its outputs on a batch unchanged exactly when its weight change kills every input row
-of that batch (theorem ``thm-invariance``). The rows span a space; `RowSpace` collects them,
-`Basis` is an orthonormal basis of what is kept of that space, and `Basis.project` removes it.
-"""
-
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from teleport.errors import NonFiniteInputError, is_between
-from teleport.runtime.precision import PRECISIONS, coarsest, sum_rounding
+from teleport.errors import NonFiniteInputError
+from teleport.runtime.precision import PRECISIONS, coarsest
 from teleport.runtime.ranks import Ranks
-
-BLOCK = 512
-"""Columns at a time of a Gram matrix of many: few enough to leave out what symmetry tells."""
+from teleport.subspace.gram import gram_of, singular_from_gram, singular_from_rows, triangle
+from teleport.subspace.projector import Projector, Space
+from teleport.subspace.rank import kept_rank, mark_first, rank_cut, relative_cut, require_tau
 
 WAITING = 256
 """Rows that wait for one addition to a Gram matrix: enough to make its traffic in memory small."""
-
-
-class Projector(ABC):
-    """P of one weight matrix: removes what acts on the kept part of the layer's inputs."""
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Of the inputs: the precision to which their space is known."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """``[*groups, d_in]`` of the matrices it applies to, without their ``d_out``."""
-
-    @property
-    @abstractmethod
-    def rank(self) -> int:
-        """How many input directions are kept, in all groups together."""
-
-    @property
-    @abstractmethod
-    def null_dim(self) -> int:
-        """How many input directions stay free to move in, in all groups together."""
-
-    @property
-    @abstractmethod
-    def residual(self) -> float:
-        """Root of the energy left out: the norm of the rows' part outside the kept space."""
-
-    @property
-    @abstractmethod
-    def cut_off(self) -> float:
-        """Largest singular value that the rank rule left out: ``‖ΔW Rᵀ‖_F ≤ ‖ΔW‖_F cut_off``.
-
-        At most the cut itself, whatever is left out: more than that no rank rule allows
-        (``thm-rank``).
-        """
-
-    @abstractmethod
-    def project(
-        self, matrix: Float[Tensor, "*groups rows d_in"]
-    ) -> Float[Tensor, "*groups rows d_in"]:
-        """The matrix with its action on the kept space removed (paper equation 11)."""
-
-    @abstractmethod
-    def merge(self, other: "Projector") -> "Projector":
-        """Keeps what either keeps."""
-
-    @abstractmethod
-    def at(self, tau: float) -> "Projector":
-        """Keeps another share of the energy of the same inputs, from what is known of them.
-
-        Raises:
-            ValueError: if ``tau`` is outside (0, 1], or takes directions that were not kept.
-        """
-
-    def numbers(self) -> "Projector":
-        """The same without the memory of what only projections need: it cannot project any more."""
-        return self
-
-    def of_first(self, ranks: Ranks) -> "Projector":
-        """The first rank's, so that what it projects is bit for bit the same on all."""
-        return self if ranks.size == 1 else self._of_first(ranks)
-
-    @abstractmethod
-    def _of_first(self, ranks: Ranks) -> "Projector":
-        """`of_first` of several ranks."""
-
-
-class Space(ABC):
-    """Collects the inputs of one layer, in any number of pieces."""
-
-    @property
-    @abstractmethod
-    def count(self) -> int:
-        """Rows so far."""
-
-    @abstractmethod
-    def basis(self, tau: float = 1.0) -> Projector:
-        """The projector that keeps a share ``tau``, in (0, 1], of the energy of the inputs.
-
-        Raises:
-            ValueError: if ``tau`` is out of range, or nothing was collected.
-        """
-
-    @abstractmethod
-    def absorb(self, other: Any) -> None:
-        """Take in what another space of this kind has collected."""
-
-    def joined(self, ranks: Ranks, shape: Sequence[int]) -> "Space":
-        """The space of the inputs on all ranks, of a matrix ``[*groups, d_out, d_in]``.
-
-        The same to the bit as that of one process which absorbs the spaces of the ranks in turn.
-        """
-        return self if ranks.size == 1 else self._joined(ranks, shape)
-
-    @abstractmethod
-    def _joined(self, ranks: Ranks, shape: Sequence[int]) -> "Space":
-        """`joined` of several ranks."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +115,7 @@ class Basis(Projector):
 
     def _left_out(self) -> Float[Tensor, "*groups values"]:
         """The singular values with zeros for those of the directions that are kept."""
-        return self.singular_values * ~_first(self.ranks, self.singular_values)
+        return self.singular_values * ~mark_first(self.ranks, self.singular_values)
 
     def project(
         self, matrix: Float[Tensor, "*groups rows d_in"]
@@ -263,7 +156,7 @@ class RowSpace(Space):
         """Take in more rows; they are copied or reduced, since a model may overwrite its inputs."""
         dtype = coarsest([self._dtype, rows.dtype])
         if self._reduced is not None and self._exact() and dtype != self._dtype:
-            self._reduced = _gram(self._reduced)
+            self._reduced = gram_of(self._reduced)
         self._dtype = dtype
         self.count += rows.shape[-2]
         self._pending.append(rows.detach().clone())
@@ -282,9 +175,9 @@ class RowSpace(Space):
         if dtype == torch.float64 or not (reduced or total > factor.shape[-1]):
             self._take(factor, other.count, dtype)
             return
-        grams = [_gram(rows.double()) for rows in self._pending]
+        grams = [gram_of(rows.double()) for rows in self._pending]
         if self._reduced is not None:
-            grams.insert(0, _gram(self._reduced) if self._exact() else self._reduced)
+            grams.insert(0, gram_of(self._reduced) if self._exact() else self._reduced)
         self.count, self._dtype, self._pending = total, dtype, []
         self._reduced = reduce(torch.add, [*grams, other.gram()])
 
@@ -327,7 +220,7 @@ class RowSpace(Space):
         gram = self.gram()
         d_in = gram.shape[-1]
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        cut = _relative_cut(d_in, self._dtype) ** 2 * energy
+        cut = relative_cut(d_in, self._dtype) ** 2 * energy
         rounding = d_in * torch.finfo(torch.float64).eps * diagonal.sum(-1, keepdim=True)
         asked = live is not None and not bool(diagonal.all())
         alive = live() if live and asked else torch.ones_like(diagonal, dtype=torch.bool)
@@ -340,7 +233,7 @@ class RowSpace(Space):
         first = torch.argsort(~alive, stable=True)
         ranks = alive.sum(-1)
         every = torch.eye(d_in, dtype=torch.float16, device=gram.device)[first].mT
-        values = energy**0.5 * _first(ranks, first).to(gram.dtype)
+        values = energy**0.5 * mark_first(ranks, first).to(gram.dtype)
         return _cut(every, values, ranks, self._dtype)
 
     def basis_if_independent(self) -> Basis | None:
@@ -356,7 +249,7 @@ class RowSpace(Space):
             return None
         gram = rows @ rows.mT
         total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        smallest = max(1e-6, _relative_cut(rows.shape[-1], self._dtype) ** 2)
+        smallest = max(1e-6, relative_cut(rows.shape[-1], self._dtype) ** 2)
         shifted = gram - (smallest * total)[..., None, None] * torch.eye(gram.shape[-1]).to(gram)
         if bool(torch.linalg.cholesky_ex(shifted).info.any()):
             return None
@@ -403,7 +296,7 @@ class RowSpace(Space):
         """Inner products of all pairs of columns of the rows, float64."""
         factor = self.factor()
         is_gram = self._reduced is not None and not self._exact()
-        return factor.clone() if is_gram else _gram(factor)
+        return factor.clone() if is_gram else gram_of(factor)
 
     @classmethod
     def of_gram(
@@ -451,11 +344,11 @@ class RowSpace(Space):
         rows = self._waiting()
         self._pending = []
         if self._exact():
-            factor = _triangle(rows)
+            factor = triangle(rows)
             both = factor if self._reduced is None else torch.cat([self._reduced, factor], dim=-2)
             self._reduced = torch.linalg.qr(both, mode="r").R
         else:
-            self._reduced = _gram(rows, self._reduced)
+            self._reduced = gram_of(rows, self._reduced)
 
     def _decompose(self) -> tuple[Tensor, Tensor]:
         """Singular values, largest first, and right singular vectors as columns."""
@@ -466,127 +359,11 @@ class RowSpace(Space):
             _, values, transposed = torch.linalg.svd(rows, full_matrices=False)
             return values, transposed.mT
         if self._reduced is not None:
-            return _singular_from_gram(rows)
-        return _singular_from_rows(rows)
-
-
-def numerical_rank(
-    singular_values: Float[Tensor, "*groups values"], d_in: int, dtype: torch.dtype
-) -> Int[Tensor, "*groups"]:
-    """How many singular values exceed the cut, strictly: a zero matrix has rank 0 (``thm-rank``).
-
-    Group by group; see `rank_cut` for the arguments.
-    """
-    cut = rank_cut(singular_values, d_in, dtype)
-    return (singular_values > cut[..., None]).sum(dim=-1)
-
-
-def require_tau(tau: float) -> None:
-    """Raise ValueError for a share of energy that is none."""
-    if not (tau == 1.0 or is_between(tau, 0.0, 1.0)):
-        raise ValueError(f"tau must be in (0, 1], got {tau!r}; 1 keeps the whole input space")
-
-
-def kept_rank(
-    singular_values: Float[Tensor, "*groups values"], d_in: int, dtype: torch.dtype, tau: float
-) -> Int[Tensor, "*groups"]:
-    """How many directions to keep: `energy_rank` at ``tau``, never more than `numerical_rank`."""
-    require_tau(tau)
-    ranks = numerical_rank(singular_values, d_in, dtype)
-    return ranks if tau == 1.0 else torch.minimum(ranks, energy_rank(singular_values, tau))
+            return singular_from_gram(rows)
+        return singular_from_rows(rows)
 
 
 def _cut(vectors: Tensor, values: Tensor, ranks: Tensor, dtype: torch.dtype) -> "Basis":
     """The basis of the first ``ranks`` of these vectors."""
     kept = vectors[..., : int(ranks.max())]
-    return Basis(kept * _first(ranks, kept[..., 0, :])[..., None, :], values, ranks, dtype)
-
-
-def rank_cut(
-    singular_values: Float[Tensor, "*groups values"], d_in: int, dtype: torch.dtype
-) -> Float[Tensor, "*groups"]:
-    """Up to which singular value a direction is free: ``c = √d_in · eps · ‖R‖_F`` (``thm-rank``).
-
-    A move ``ΔW`` along free directions changes the layer's outputs by at most ``‖ΔW‖_F c``. The
-    layer rounds them by ``λ ‖W‖_F c`` anyway: an output is a sum of ``d_in`` products. So c does
-    not depend on how many rows there are.
-
-    Args:
-        singular_values: all of them, of the rows R of each group.
-        d_in: length of a row, the 1 for the bias included.
-        dtype: of the rows, in which the layer computes. Half precision is summed in float32, whose
-            eps counts. Below 4 · eps · ‖R‖_F float64 resolves nothing, so nothing less is a cut.
-    """
-    norms: Tensor = singular_values.norm(dim=-1)
-    return _relative_cut(d_in, dtype) * norms
-
-
-def _relative_cut(d_in: int, dtype: torch.dtype) -> float:
-    """The cut as a share of the rows' norm."""
-    return max(sum_rounding(dtype, d_in), 4 * torch.finfo(torch.float64).eps)
-
-
-def energy_rank(
-    singular_values: Float[Tensor, "*groups values"], tau: float
-) -> Int[Tensor, "*groups"]:
-    """Smallest k whose first k squared singular values reach ``tau`` of their sum (equation 3).
-
-    For ``tau`` = 1 use `numerical_rank`: a cumulated sum in floating point need not reach its own
-    total (``thm-rank``).
-    """
-    energy = singular_values.square().cumsum(dim=-1)
-    total = energy[..., -1:]
-    return ((energy < tau * total).sum(dim=-1) + 1) * (total[..., 0] > 0)
-
-
-def _first(counts: Tensor, like: Tensor) -> Tensor:
-    """Marks the first ``counts`` entries along the last axis of ``like``, group by group."""
-    return torch.arange(like.shape[-1], device=like.device) < counts[..., None]
-
-
-def _triangle(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*groups fewer d_in"]:
-    """R of a QR factorization, by halves: its rounding does not grow with the number of rows."""
-    count, d_in = rows.shape[-2:]
-    if count > max(64, 2 * d_in):
-        rows = torch.cat([_triangle(half) for half in rows.tensor_split(2, dim=-2)], dim=-2)
-    triangle: Tensor = torch.linalg.qr(rows, mode="r").R
-    return triangle
-
-
-def _gram(
-    rows: Float[Tensor, "*groups rows d_in"], onto: Tensor | None = None
-) -> Float[Tensor, "*groups d_in d_in"]:
-    """``rowsᵀ rows``, added to another Gram matrix in place.
-
-    Of many columns one triangle, block by block, for it is symmetric.
-    """
-    d_in = rows.shape[-1]
-    if d_in < 2 * BLOCK:
-        return rows.mT @ rows if onto is None else onto.add_(rows.mT @ rows)
-    gram = rows.new_empty(*rows.shape[:-2], d_in, d_in) if onto is None else onto
-    for start in range(0, d_in, BLOCK):
-        block, rest = slice(start, start + BLOCK), slice(start, None)
-        part = rows[..., block].mT @ rows[..., rest]
-        if onto is not None:
-            part += onto[..., block, rest]
-        gram[..., block, rest], gram[..., rest, block] = part, part.mT
-    return gram
-
-
-def _singular_from_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
-    if not bool(gram.diagonal(dim1=-2, dim2=-1).isfinite().all()):
-        raise NonFiniteInputError
-    values, vectors = torch.linalg.eigh(gram)
-    return values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
-
-
-def _singular_from_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Fewer rows than columns: decompose the smaller Gram, then carry its vectors over.
-
-    The columns of ``rowsᵀ U`` have inner products of 1e-16 σ₁², so normalised they are orthonormal
-    to 1e-8 even where σ is as small as the rank cut of float32 allows.
-    """
-    values, left = _singular_from_gram(rows @ rows.mT)
-    # Beyond this the Gram holds only rounding; the rank rule cuts those vectors off.
-    resolved = values > 1e-7 * values[..., :1]
-    return values, rows.mT @ (left / torch.where(resolved, values, torch.inf)[..., None, :])
+    return Basis(kept * mark_first(ranks, kept[..., 0, :])[..., None, :], values, ranks, dtype)

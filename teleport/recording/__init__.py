@@ -1,0 +1,11 @@
+"""A closure as a graph cut at its layers: recorded once, run again for other weights and tangents.
+
+`record` runs a closure and gives a `Tape`; the tape's backward pass serves any weights, and
+`push_tangents` is its one forward-mode pass.
+"""
+
+from teleport.recording.capture import USED_OUTSIDE, record, watch
+from teleport.recording.replay import load_tangents, push_tangents
+from teleport.recording.tape import Call, Tape
+
+__all__ = ["USED_OUTSIDE", "Call", "Tape", "load_tangents", "push_tangents", "record", "watch"]
