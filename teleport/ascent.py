@@ -163,9 +163,10 @@ class Ascent(GuardedMove):
         loss is the same. Everywhere else the gradient is taken anew.
         """
         if self.landscape.tape is not None and self._same() and self.landscape.is_near():
-            shares, allowed = self.landscape.shares(), self._rounding()
+            shares = self.landscape.shares()
+            self.landscape.write()  # first, so that rounding finds the weights there
+            allowed = self._rounding()
             self.landscape.forget()
-            self.landscape.write()
             loss = mean_loss(self.closures)
             if abs(loss - before.loss) <= allowed:
                 return self._outcome(loss, shares)

@@ -177,13 +177,13 @@ def _call_rounding(landscape: Landscape, call: Call) -> float:
     if call.delta is None:
         return 0.0
     part, block, dtype = call.part, call.block, call.z.dtype
-    start = landscape.start_of(block)
-    here = landscape.position.get(block, start)
+    start, here = landscape.start_of(block), landscape.pieces(block)
 
     def norms(pieces: Pieces) -> Tensor:
         return part.out_norms(tuple(map(at_least_single, pieces[: len(part.slots)])))
 
-    weights = norms(start) * math.sqrt(2) if here is start else norms(start).hypot(norms(here))
+    still = block not in landscape.position
+    weights = norms(start) * math.sqrt(2) if still else norms(start).hypot(norms(here))
     errors = part.weighted_norms(at_least_single(call.delta), weights)
     errors *= part.row_norms(at_least_single(call.x.detach()))
     unit = max(sum_rounding(dtype, part.matrix_shape[-1]), torch.finfo(dtype).eps)

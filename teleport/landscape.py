@@ -155,6 +155,7 @@ class Landscape:
         self._kept = kept or {}
         self._start: dict[WeightMatrix, Pieces] = {}  # of what was written to
         self.position = Position(self.start_of)
+        self._written: Mapping[WeightMatrix, Pieces] | None = self.position
         self._move_norms: dict[WeightMatrix, float] = {}  # at the position
         self._seen: Position | None = self.position  # where the gradient was taken last
         self._ahead: tuple[Direction, float, Position] | None = None
@@ -197,14 +198,14 @@ class Landscape:
         """Go there, where the squared norm is ``reached`` if that is known without a look.
 
         Beside the last of several looks, no further one is made before somebody needs a direction:
-        until then shares are those of `between`, and `tapes` gives the cotangents of that look.
+        until then shares are those of `shares_between`, and cotangents those of that look.
         """
         ahead, self._ahead = self._ahead, None
         known = ahead is not None and ahead[0] is along and ahead[1] == step
         there = ahead[2] if ahead and known else self.position.ahead(along, step)
         looks, self._looks, self._estimate = self._looks, [], None
         if reached is not None and ahead and ahead[0] is along and not known:
-            self._estimate = between(looks, step, reached)
+            self._estimate = shares_between(looks, step, reached)
         self.position = there.joined()
         if self._seen is there:
             self._seen = self.position
@@ -307,9 +308,14 @@ class Landscape:
         return self._spaces[block].count if self.tape is None else self.tape.row_count(block)
 
     def _rounded_basis(self, block: WeightMatrix, tau: float) -> Projector:
-        """In the precision that matrices of the block are projected in: the same result."""
+        """In the precision that matrices of the block are projected in: the same result.
+
+        Ranks send each other what they have found.
+        """
         basis, dtype = self._basis(block, tau), block.part.weight.parameter.dtype
-        if not isinstance(basis, Basis) or basis.vectors.dtype.itemsize <= dtype.itemsize:
+        if self.ranks.size > 1 or not isinstance(basis, Basis):
+            return basis
+        if basis.vectors.dtype.itemsize <= dtype.itemsize:
             return basis
         return replace(basis, vectors=basis.vectors.to(torch.float32))
 
@@ -386,6 +392,12 @@ class Landscape:
         """A block's weights at the start."""
         return self._start.get(block) or block.part.pieces()
 
+    def pieces(self, block: WeightMatrix) -> Pieces:
+        """A block's weights at the position, which are not formed anew if they are in the model."""
+        if self._written is self.position:
+            return block.part.pieces()
+        return self.position.get(block, self.start_of(block))
+
     def _kept_of(self, block: WeightMatrix) -> Pieces | None:
         held = all(slot.parameter in self._kept for slot in block.part.slots)
         return block.part.pieces_of(self._kept) if held else None
@@ -414,8 +426,10 @@ class Landscape:
         for block in position.keys() - self._start.keys():
             kept = self._kept_of(block)
             self._start[block] = kept or tuple(piece.clone() for piece in block.part.pieces())
+        self._written = None
         for block, start in self._start.items():
             block.part.put(position.get(block, start))
+        self._written = position
 
     # ---- the start
 
@@ -503,7 +517,9 @@ BESIDE = 0.01
 """How far from a look, as a share of the step, what was seen there serves for a neighbour."""
 
 
-def between(looks: Sequence[tuple[float, Shares]], step: float, reached: float) -> Shares | None:
+def shares_between(
+    looks: Sequence[tuple[float, Shares]], step: float, reached: float
+) -> Shares | None:
     """Shares at a step beside the last look, by parabolas through the last three.
 
     Each is a polynomial in the step (``thm-polynomial``); so is their sum, which is known better:

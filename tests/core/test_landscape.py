@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleporter, TeleportReport
 from teleport.ascent import UNSEEN
+from teleport.direction import _survivor
 from teleport.lab.experiments.models import mlp
-from teleport.landscape import BESIDE, Landscape, _multiplications, between
+from teleport.landscape import BESIDE, Landscape, _multiplications, shares_between
 from teleport.layers.support import WeightMatrix, cover
 from teleport.recording import Tape
 from teleport.runtime.closures import Closure
@@ -195,19 +196,19 @@ def test_shares_between_looks_are_exact_where_they_are_parabolas(
 
     step = 1.0 + beside * BESIDE / 2
     looks = [(where, shares(where)) for where in (9.0, 0.0, first, 1.0)]  # the last three count
-    found = between(looks, step, sum(shares(step).values()))
+    found = shares_between(looks, step, sum(shares(step).values()))
     assert found is not None
     assert all(abs(found[n] / share - 1) <= 1e-9 for n, share in shares(step).items())
 
 
 def test_no_look_is_left_out_where_the_others_say_too_little() -> None:
     looks: list[tuple[float, Any]] = [(0.0, {1: 1.0}), (0.5, {1: 1.5}), (1.0, {1: 2.0})]
-    assert between(looks, 1.001, 2.001) is not None
-    assert between(looks[1:], 1.001, 2.001) is None  # two of them
-    assert between([looks[0], looks[2], looks[2]], 1.001, 2.001) is None
-    assert between(looks, 1.02, 2.02) is None  # far from the last
-    assert between(looks, 1.001, 2.1) is None  # another sum
-    assert between([*looks[:2], (1.0, {1: math.inf})], 1.001, 2.001) is None
+    assert shares_between(looks, 1.001, 2.001) is not None
+    assert shares_between(looks[1:], 1.001, 2.001) is None  # two of them
+    assert shares_between([looks[0], looks[2], looks[2]], 1.001, 2.001) is None
+    assert shares_between(looks, 1.02, 2.02) is None  # far from the last
+    assert shares_between(looks, 1.001, 2.1) is None  # another sum
+    assert shares_between([*looks[:2], (1.0, {1: math.inf})], 1.001, 2.001) is None
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -251,6 +252,42 @@ def test_the_last_step_is_looked_at_only_in_double_precision(
     assert looks[torch.float32] < looks[torch.float64]
 
 
+def wide(dtype: torch.dtype) -> Landscape:
+    torch.manual_seed(0)
+    model, x, y = mlp(30, 5, (40, 40, 40)), torch.randn(9, 30), torch.arange(9) % 5
+    return frozen(model.to(dtype), partial(entropy_of, model, x.to(dtype), y))
+
+
+def test_a_basis_is_kept_in_the_precision_it_projects_in() -> None:
+    """With the same result to the bit."""
+    landscape = wide(torch.float32)
+    for block, basis in landscape.bases(landscape.blocks, 1.0).items():
+        whole, matrix = landscape._basis(block, 1.0), block.part.matrix()
+        assert isinstance(basis, Basis)
+        assert isinstance(whole, Basis)
+        assert (basis.vectors.dtype, whole.vectors.dtype) == (torch.float32, torch.float64)
+        assert torch.equal(basis.project(matrix), whole.project(matrix))
+    double = wide(torch.float64)
+    (basis, *_) = double.bases(double.blocks, 1.0).values()
+    assert isinstance(basis, Basis)
+    assert basis.vectors.dtype == torch.float64
+
+
+def test_a_layer_s_cotangents_go_when_its_direction_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    landscape, alive = wide(torch.float32), []
+
+    def watched(tape: Tape, *rest: Any) -> Tensor:
+        alive.append(sum(call.delta is not None for call in tape.calls))
+        return _survivor(tape, *rest)
+
+    monkeypatch.setattr("teleport.direction._survivor", watched)
+    moving = [block for block in landscape.blocks if block not in landscape.fixed]
+    landscape.tangent_direction(landscape.bases(moving, 1.0))
+    assert alive == [4, 3, 2]  # the first layer, which cannot move, keeps its own
+
+
 def entropy_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(model(x), y)
 
@@ -262,9 +299,14 @@ def test_writing_the_start_undoes_writing_the_position(name: str) -> None:
     before = parameters(problem)
     along = landscape.tangent_direction(landscape.bases(landscape.blocks, 1.0))
     landscape.advance(along, 1.0)
+    formed = [p.clone() for b in landscape.blocks for p in landscape.pieces(b)]
     landscape.write()
     assert not torch.equal(parameters(problem), before)
-    landscape.write_start()
+    for _ in range(2):  # read from the model, and formed anew
+        assert all(
+            map(torch.equal, formed, (p for b in landscape.blocks for p in landscape.pieces(b)))
+        )
+        landscape.write_start()
     assert torch.equal(parameters(problem), before)
 
 

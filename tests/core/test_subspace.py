@@ -335,6 +335,18 @@ def test_inputs_that_are_always_zero_leave_the_basis_of_the_others(
     assert (short.project(matrix) - long.project(matrix)).abs().max() <= 1e-12
 
 
+def test_the_numbers_of_a_basis_need_no_vectors() -> None:
+    space = RowSpace()
+    space.add(torch.randn(2, 5, 9))
+    basis = space.basis(0.9)
+    bare = basis.numbers()
+    assert (bare.rank, bare.null_dim, bare.shape) == (basis.rank, basis.null_dim, basis.shape)
+    assert (bare.residual, bare.cut_off) == (basis.residual, basis.cut_off)
+    assert bare.vectors.is_meta
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        float(bare.project(torch.ones(2, 1, 9, dtype=torch.float64)).sum())
+
+
 def test_inputs_that_are_zero_are_not_asked_for_where_there_are_none() -> None:
     space = RowSpace()
     space.add(torch.randn(50, 6))
