@@ -32,8 +32,7 @@ MISSED = 0.01
 
 UNSEEN = 3e-4
 """How far, as a share and ten times over, the squared norm may be from the wanted one where nobody
-looks: half the digits of float32. In double precision, and at a cap, the search goes to rounding.
-"""
+looks: half the digits of float32. In double precision and at a cap the search goes to rounding."""
 
 NO_ROOM = (
     "nothing can move: no layer has a null space on this batch. Use a smaller batch, tau < 1 or "

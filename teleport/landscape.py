@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from functools import reduce
 from typing import Any
 
 import torch
@@ -30,11 +29,10 @@ from teleport.objective import (
     squared_norm,
     trainable,
 )
-from teleport.recording import USED_OUTSIDE, Tape, record
+from teleport.recording import USED_OUTSIDE, Tape, multiplications, record, recorded_basis
 from teleport.runtime.closures import Closure
 from teleport.runtime.precision import (
     PRECISIONS,
-    at_least_single,
     coarsest,
     is_half,
     scaled,
@@ -42,7 +40,7 @@ from teleport.runtime.precision import (
 )
 from teleport.runtime.ranks import ALONE, Ranks
 from teleport.runtime.threads import in_parallel, worth_threads
-from teleport.subspace import Basis, Projector, RowSpace, Space
+from teleport.subspace import Basis, Projector, Space
 
 
 class Position(Mapping[WeightMatrix, Pieces]):
@@ -299,7 +297,7 @@ class Landscape:
             sharing.setdefault(block if tape is None else tape.rows_key(block), []).append(block)
         first = [same[0] for same in sharing.values()]
         if parallel is None:
-            parallel = worth_threads(_multiplications(b, self._row_count(b)) for b in first)
+            parallel = worth_threads(multiplications(b, self._row_count(b)) for b in first)
         found = in_parallel(lambda block: self._rounded_basis(block, tau), first, parallel)
         groups = zip(sharing.values(), found, strict=True)
         return {block: own.of_first(self.ranks) for same, own in groups for block in same}
@@ -308,10 +306,7 @@ class Landscape:
         return self._spaces[block].count if self.tape is None else self.tape.row_count(block)
 
     def _rounded_basis(self, block: WeightMatrix, tau: float) -> Projector:
-        """In the precision that matrices of the block are projected in: the same result.
-
-        Ranks send each other what they have found.
-        """
+        """In the precision it projects in, which gives the same; ranks send all that they found."""
         basis, dtype = self._basis(block, tau), block.part.weight.parameter.dtype
         if self.ranks.size > 1 or not isinstance(basis, Basis):
             return basis
@@ -322,12 +317,7 @@ class Landscape:
     def _basis(self, block: WeightMatrix, tau: float) -> Projector:
         if self.tape is None:
             return block.basis(self._spaces[block], tau)
-        with block.named_in_errors():
-            space = block.space()
-            if tau == 1.0 and isinstance(space, RowSpace):
-                return _basis_of_rows(self.tape, block, space)
-            self.tape.collect(block, space)
-            return block.basis(space, tau)
+        return recorded_basis(self.tape, block, tau)
 
     def tangent_direction(self, bases: Mapping[WeightMatrix, Projector]) -> Direction:
         """π(H M⁻¹ g) of the given blocks at the position (``thm-survivor``)."""
@@ -541,40 +531,3 @@ def shares_between(
     if not (math.isfinite(total) and abs(total - reached) <= BESIDE * reached):
         return None
     return {name: share * (reached / total) for name, share in found.items()}
-
-
-def _basis_of_rows(tape: Tape, block: WeightMatrix, space: RowSpace) -> Projector:
-    """The basis at τ = 1; no more rows are read once they span everything."""
-    calls, d_in = tape.calls_of(block), block.part.matrix_shape[-1]
-    count = tape.row_count(block)
-    if count < d_in:
-        tape.collect(block, space)
-        return space.basis_if_independent() or space.basis()
-    norms = (call.part.row_norms(at_least_single(call.x.detach())) for call in calls)
-    energy = sum(map(squared_norm, norms))
-
-    def live() -> Tensor:
-        return reduce(torch.logical_or, [call.part.live(call.x.detach()) for call in calls])
-
-    enough = d_in + max(32, d_in // 4)
-    for call in calls:
-        for some in call.part.chunks(call.x.detach(), rows=max(512, enough)):
-            space.add(call.part.rows(some))
-            if space.count >= min(enough, count):
-                if (full := space.basis_if_full(energy, live)) is not None:
-                    return full
-                enough = 4 * space.count
-    return space.basis()
-
-
-def _multiplications(block: WeightMatrix, rows: int) -> float:
-    """What a basis takes at least: the smaller Gram matrix, or as much again to decompose it.
-
-    None on a device that is not the CPU, whose own threads are not ours to start, and none to speak
-    of where inputs are tokens that are only counted.
-    """
-    on_cpu = block.part.weight.parameter.device.type == "cpu"
-    if not on_cpu or not block.part.gram_pays:
-        return 0.0
-    *groups, _, d_in = block.part.matrix_shape
-    return float(math.prod(groups) * min(rows, d_in) ** 2 * d_in)

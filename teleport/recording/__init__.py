@@ -4,8 +4,19 @@
 `push_tangents` is its one forward-mode pass.
 """
 
+from teleport.recording.bases import multiplications, recorded_basis
 from teleport.recording.capture import USED_OUTSIDE, record, watch
 from teleport.recording.replay import load_tangents, push_tangents
 from teleport.recording.tape import Call, Tape
 
-__all__ = ["USED_OUTSIDE", "Call", "Tape", "load_tangents", "push_tangents", "record", "watch"]
+__all__ = [
+    "USED_OUTSIDE",
+    "Call",
+    "Tape",
+    "load_tangents",
+    "multiplications",
+    "push_tangents",
+    "record",
+    "recorded_basis",
+    "watch",
+]

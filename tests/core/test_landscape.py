@@ -21,9 +21,9 @@ from teleport import Teleporter, TeleportReport
 from teleport.ascent import UNSEEN
 from teleport.direction import _survivor
 from teleport.lab.experiments.models import mlp
-from teleport.landscape import BESIDE, Landscape, _multiplications, shares_between
+from teleport.landscape import BESIDE, Landscape, shares_between
 from teleport.layers.support import WeightMatrix, cover
-from teleport.recording import Tape
+from teleport.recording import Tape, multiplications
 from teleport.runtime.closures import Closure
 from teleport.runtime.threads import WORTH_THREADS, in_parallel, using_threads, worth_threads
 from teleport.subspace import Basis
@@ -437,7 +437,7 @@ def test_work_that_is_not_a_product_on_the_cpu_needs_no_threads(
     landscape.bases(landscape.blocks, 1.0)
     assert costs == [0.0, 5.0**3]
     (elsewhere,) = cover(nn.Sequential(nn.Linear(4, 3, device="meta"))).blocks
-    assert _multiplications(elsewhere, 6) == 0.0
+    assert multiplications(elsewhere, 6) == 0.0
 
 
 class Living:
