@@ -4,10 +4,9 @@
 `push_tangents` is its one forward-mode pass.
 """
 
-from teleport.recording.bases import multiplications, recorded_basis
 from teleport.recording.capture import USED_OUTSIDE, record, watch
 from teleport.recording.replay import load_tangents, push_tangents
-from teleport.recording.tape import Call, Tape
+from teleport.recording.tape import Call, Tape, multiplications, recorded_basis
 
 __all__ = [
     "USED_OUTSIDE",

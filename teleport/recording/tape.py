@@ -9,9 +9,11 @@ joint null space guarantees (theorem ``thm-invariance``): the forward pass is fr
 backward pass is repeated.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,9 +22,9 @@ from torch import Tensor, nn
 
 from teleport.layers.part import LinearMap, Pieces
 from teleport.layers.support import CoveredModule, WeightMatrix
-from teleport.objective import EUCLIDEAN, Metric, Shares
+from teleport.objective import EUCLIDEAN, Metric, Shares, squared_norm
 from teleport.runtime.precision import at_least_single, coarsest, is_half, scaled
-from teleport.subspace import Space
+from teleport.subspace import Projector, RowSpace, Space
 
 
 @dataclass(eq=False)
@@ -301,3 +303,50 @@ class Tape:
 def _below(tensors: list[Tensor]) -> Tensor:
     """One below the other; a single one is not copied."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-2)
+
+
+def recorded_basis(tape: Tape, block: WeightMatrix, tau: float) -> Projector:
+    """The basis of the inputs that a block had, for a share ``tau`` of their energy."""
+    with block.named_in_errors():
+        space = block.space()
+        if tau == 1.0 and isinstance(space, RowSpace):
+            return _basis_of_rows(tape, block, space)
+        tape.collect(block, space)
+        return block.basis(space, tau)
+
+
+def _basis_of_rows(tape: Tape, block: WeightMatrix, space: RowSpace) -> Projector:
+    """The basis at τ = 1; no more rows are read once they span everything."""
+    calls, d_in = tape.calls_of(block), block.part.matrix_shape[-1]
+    count = tape.row_count(block)
+    if count < d_in:
+        tape.collect(block, space)
+        return space.basis_if_independent() or space.basis()
+    norms = (call.part.row_norms(at_least_single(call.x.detach())) for call in calls)
+    energy = sum(map(squared_norm, norms))
+
+    def live() -> Tensor:
+        return reduce(torch.logical_or, [call.part.live(call.x.detach()) for call in calls])
+
+    enough = d_in + max(32, d_in // 4)
+    for call in calls:
+        for some in call.part.chunks(call.x.detach(), rows=max(512, enough)):
+            space.add(call.part.rows(some))
+            if space.count >= min(enough, count):
+                if (full := space.basis_if_full(energy, live)) is not None:
+                    return full
+                enough = 4 * space.count
+    return space.basis()
+
+
+def multiplications(block: WeightMatrix, rows: int) -> float:
+    """What a basis takes at least: the smaller Gram matrix, or as much again to decompose it.
+
+    None on a device that is not the CPU, whose own threads are not ours to start, and none to speak
+    of where inputs are tokens that are only counted.
+    """
+    on_cpu = block.part.weight.parameter.device.type == "cpu"
+    if not on_cpu or not block.part.gram_pays:
+        return 0.0
+    *groups, _, d_in = block.part.matrix_shape
+    return float(math.prod(groups) * min(rows, d_in) ** 2 * d_in)

@@ -11,9 +11,11 @@ from torch import Tensor
 from teleport.errors import NonFiniteInputError
 from teleport.runtime.precision import PRECISIONS, coarsest
 from teleport.runtime.ranks import Ranks
-from teleport.subspace.gram import gram_of, singular_from_gram, singular_from_rows, triangle
 from teleport.subspace.projector import Projector, Space
 from teleport.subspace.rank import kept_rank, mark_first, rank_cut, relative_cut, require_tau
+
+BLOCK = 512
+"""Columns at a time of a Gram matrix of many: few enough to leave out what symmetry tells."""
 
 WAITING = 256
 """Rows that wait for one addition to a Gram matrix: enough to make its traffic in memory small."""
@@ -156,7 +158,7 @@ class RowSpace(Space):
         """Take in more rows; they are copied or reduced, since a model may overwrite its inputs."""
         dtype = coarsest([self._dtype, rows.dtype])
         if self._reduced is not None and self._exact() and dtype != self._dtype:
-            self._reduced = gram_of(self._reduced)
+            self._reduced = _gram(self._reduced)
         self._dtype = dtype
         self.count += rows.shape[-2]
         self._pending.append(rows.detach().clone())
@@ -175,9 +177,9 @@ class RowSpace(Space):
         if dtype == torch.float64 or not (reduced or total > factor.shape[-1]):
             self._take(factor, other.count, dtype)
             return
-        grams = [gram_of(rows.double()) for rows in self._pending]
+        grams = [_gram(rows.double()) for rows in self._pending]
         if self._reduced is not None:
-            grams.insert(0, gram_of(self._reduced) if self._exact() else self._reduced)
+            grams.insert(0, _gram(self._reduced) if self._exact() else self._reduced)
         self.count, self._dtype, self._pending = total, dtype, []
         self._reduced = reduce(torch.add, [*grams, other.gram()])
 
@@ -296,7 +298,7 @@ class RowSpace(Space):
         """Inner products of all pairs of columns of the rows, float64."""
         factor = self.factor()
         is_gram = self._reduced is not None and not self._exact()
-        return factor.clone() if is_gram else gram_of(factor)
+        return factor.clone() if is_gram else _gram(factor)
 
     @classmethod
     def of_gram(
@@ -344,11 +346,11 @@ class RowSpace(Space):
         rows = self._waiting()
         self._pending = []
         if self._exact():
-            factor = triangle(rows)
+            factor = _triangle(rows)
             both = factor if self._reduced is None else torch.cat([self._reduced, factor], dim=-2)
             self._reduced = torch.linalg.qr(both, mode="r").R
         else:
-            self._reduced = gram_of(rows, self._reduced)
+            self._reduced = _gram(rows, self._reduced)
 
     def _decompose(self) -> tuple[Tensor, Tensor]:
         """Singular values, largest first, and right singular vectors as columns."""
@@ -359,11 +361,59 @@ class RowSpace(Space):
             _, values, transposed = torch.linalg.svd(rows, full_matrices=False)
             return values, transposed.mT
         if self._reduced is not None:
-            return singular_from_gram(rows)
-        return singular_from_rows(rows)
+            return _singular_from_gram(rows)
+        return _singular_from_rows(rows)
 
 
 def _cut(vectors: Tensor, values: Tensor, ranks: Tensor, dtype: torch.dtype) -> "Basis":
     """The basis of the first ``ranks`` of these vectors."""
     kept = vectors[..., : int(ranks.max())]
     return Basis(kept * mark_first(ranks, kept[..., 0, :])[..., None, :], values, ranks, dtype)
+
+
+def _triangle(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*groups fewer d_in"]:
+    """R of a QR factorization, by halves: its rounding does not grow with the number of rows."""
+    count, d_in = rows.shape[-2:]
+    if count > max(64, 2 * d_in):
+        rows = torch.cat([_triangle(half) for half in rows.tensor_split(2, dim=-2)], dim=-2)
+    factor: Tensor = torch.linalg.qr(rows, mode="r").R
+    return factor
+
+
+def _gram(
+    rows: Float[Tensor, "*groups rows d_in"], onto: Tensor | None = None
+) -> Float[Tensor, "*groups d_in d_in"]:
+    """``rowsᵀ rows``, added to another Gram matrix in place.
+
+    Of many columns one triangle, block by block, for it is symmetric.
+    """
+    d_in = rows.shape[-1]
+    if d_in < 2 * BLOCK:
+        return rows.mT @ rows if onto is None else onto.add_(rows.mT @ rows)
+    gram = rows.new_empty(*rows.shape[:-2], d_in, d_in) if onto is None else onto
+    for start in range(0, d_in, BLOCK):
+        block, rest = slice(start, start + BLOCK), slice(start, None)
+        part = rows[..., block].mT @ rows[..., rest]
+        if onto is not None:
+            part += onto[..., block, rest]
+        gram[..., block, rest], gram[..., rest, block] = part, part.mT
+    return gram
+
+
+def _singular_from_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
+    if not bool(gram.diagonal(dim1=-2, dim2=-1).isfinite().all()):
+        raise NonFiniteInputError
+    values, vectors = torch.linalg.eigh(gram)
+    return values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
+
+
+def _singular_from_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Fewer rows than columns: decompose the smaller Gram, then carry its vectors over.
+
+    The columns of ``rowsᵀ U`` have inner products of 1e-16 σ₁², so normalised they are orthonormal
+    to 1e-8 even where σ is as small as the rank cut of float32 allows.
+    """
+    values, left = _singular_from_gram(rows @ rows.mT)
+    # Beyond this the Gram holds only rounding; the rank rule cuts those vectors off.
+    resolved = values > 1e-7 * values[..., :1]
+    return values, rows.mT @ (left / torch.where(resolved, values, torch.inf)[..., None, :])

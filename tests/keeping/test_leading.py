@@ -12,7 +12,7 @@ from teleport import null_space
 from teleport.errors import NonFiniteInputError
 from teleport.keeping import leading as leading_module
 from teleport.keeping.leading import ENOUGH, leading_basis
-from teleport.subspace import Basis, RowSpace, gram
+from teleport.subspace import Basis, RowSpace, row_space
 from tests.support.examples import examples
 from tests.support.strategies import seeds
 
@@ -103,7 +103,7 @@ def test_a_null_space_takes_it() -> None:
 
 
 def test_a_gram_matrix_by_blocks_is_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gram, "BLOCK", 3)
+    monkeypatch.setattr(row_space, "BLOCK", 3)
     for d in (5, 6, 7, 11):
         rows = rows_of(d, d, 0.5, 2)
         wanted = rows.double().mT @ rows.double()
