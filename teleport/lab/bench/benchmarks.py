@@ -156,8 +156,8 @@ def with_room(bases: dict[WeightMatrix, Projector]) -> dict[WeightMatrix, Projec
 
 
 def deltas(landscape: Landscape) -> None:
-    """One backward pass on the frozen activations."""
-    kept_tape(landscape).backward()
+    """One backward pass on the frozen activations, wherever the last look was."""
+    landscape._look_at(landscape.position)
 
 
 def tangent_step(landscape: Landscape, bases: dict[WeightMatrix, Projector]) -> Direction:
