@@ -75,6 +75,12 @@ class _Adapter:
 
     def projected(self, bases: Mapping[str, Projector]) -> tuple[Tensor, int]:
         """Rows of the null space of the lengths of those of ``a``, and its dimension."""
+        if parts := [name for name in bases if name.startswith(f"{self.name}.")]:
+            raise NullSpaceError(
+                f"layer {self.name!r} has one adapter for {', '.join(parts)}, each of which has a "
+                "null space of its own: attention in one module cannot have such an adapter. Use "
+                "attach(), or adapters on linear layers"
+            )
         if self.name not in bases:
             raise NullSpaceError(
                 f"layer {self.name!r} has an adapter and no part in this null space. {_HOW}, with "

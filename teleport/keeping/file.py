@@ -2,10 +2,13 @@
 
 The metadata hold ``layers``, in their order: for each name the kind and dtype of every side of its
 basis, or the name of the layer whose basis it shares. Format 1 had no shared bases, and no number.
+A checksum tells a damaged file, whose bases would keep something else; older files have none.
 """
 
 import json
 import os
+import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,7 @@ def write(path: Path, bases: dict[str, Projector], frozen: dict[str, str]) -> No
         "layers": json.dumps(layers),
         "frozen": json.dumps(frozen),
     }
+    about["checksum"] = _checksum(tensors, about)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         save_file(tensors, str(unfinished), metadata=about)
@@ -61,7 +65,7 @@ def read(path: Path) -> tuple[dict[str, Projector], dict[str, str]]:
     """Read what `write` wrote, in this format or the one before.
 
     Raises:
-        NullSpaceError: if the file holds something else, or is of a later format.
+        NullSpaceError: if the file holds something else, is damaged, or is of a later format.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -71,11 +75,17 @@ def read(path: Path) -> tuple[dict[str, Projector], dict[str, str]]:
                     f"{path} is of format {about['format']}; this version of teleport reads up to "
                     f"format {FORMAT}: update it"
                 )
-            bases: dict[str, Projector] = {}
-            for name, sides in json.loads(about["layers"]).items():
-                shared = isinstance(sides, str)
-                bases[name] = bases[sides] if shared else _basis(file, name, sides)
-            return bases, json.loads(about.get("frozen", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about.get("checksum", "") not in {"", _checksum(tensors, about)}:
+            raise NullSpaceError(
+                f"{path} is damaged: what it holds is not what was written. Copy it anew, or make "
+                "the space anew"
+            )
+        bases: dict[str, Projector] = {}
+        for name, sides in json.loads(about["layers"]).items():
+            shared = isinstance(sides, str)
+            bases[name] = bases[sides] if shared else _basis(tensors, name, sides)
+        return bases, json.loads(about.get("frozen", "{}"))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise NullSpaceError(f"{path} holds no saved null space: {error}") from error
 
@@ -91,9 +101,9 @@ def _add(tensors: dict[str, Tensor], name: str, basis: Projector) -> dict[str, l
     return sides
 
 
-def _basis(file: Any, name: str, sides: dict[str, list[str]]) -> Projector:
+def _basis(tensors: Mapping[str, Tensor], name: str, sides: dict[str, list[str]]) -> Projector:
     def simple(side: str, kind: str, dtype: str) -> Projector:
-        fields = {f: file.get_tensor(f"{name}/{side}/{f}") for f in _FIELDS[kind]}
+        fields = {f: tensors[f"{name}/{side}/{f}"] for f in _FIELDS[kind]}
         known = getattr(torch, dtype.removeprefix("torch."))
         basis: Projector = _KINDS[kind](**fields, dtype=known)
         return basis
@@ -107,3 +117,13 @@ def _sides(basis: Projector) -> dict[str, Projector]:
     if isinstance(basis, TiedBasis):
         return {"own": basis.own, "other": basis.other}
     return {"own": basis}
+
+
+def _checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    """Of all that a file says, its own checksum left out."""
+    texts = {key: text for key, text in about.items() if key != "checksum"}
+    crc = zlib.crc32(json.dumps(texts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        content = tensors[name].reshape(-1).view(torch.uint8).cpu().numpy().data
+        crc = zlib.crc32(content, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"

@@ -241,10 +241,13 @@ class NullSpace:
                 Projection Memory). Make ``other`` at tau = 1 then. As in `null_space`.
 
         Raises:
+            TypeError: if ``other`` is no null space.
             ValueError: if a tau is outside (0, 1] or a pattern matches no layer.
             NullSpaceError: if the two are of different layers, or for a tau below 1 of an embedding
                 or of a tied layer.
         """
+        if not isinstance(other, NullSpace):
+            raise TypeError(f"merge() takes another NullSpace, got {type(other).__name__}")
         frozen = {**other.frozen, **self.frozen}
         ours, theirs = (
             {name: shape for name, shape in space._shapes().items() if name not in frozen}

@@ -84,10 +84,12 @@ def watch(
         The blocks whose weights were also used in another way than by these products, and how:
         `see` has not been shown all that their weights act on.
     """
+    passed_by: dict[WeightMatrix, str] = {}
     uses = WeightUses([block for site in sites for block in site.blocks])
 
     def product(block: WeightMatrix, part: LinearMap, x: Tensor) -> Tensor:
-        if _passed_by(part, x):
+        if why := _passed_by(part, x):
+            passed_by[block] = f"frozen: {why}"
             return part.compute(x)
         uses.look_at(x)  # another layer's weight, as in ``project(embedding.weight)``
         with uses.expected():
@@ -98,7 +100,7 @@ def watch(
 
     with replaced(sites, product), uses:
         closure()
-    return dict.fromkeys(uses.found, USED_OUTSIDE)
+    return {block: passed_by.get(block, USED_OUTSIDE) for block in uses.found}
 
 
 def replaced(sites: Sequence[CoveredModule], product: CoveredProduct) -> Any:

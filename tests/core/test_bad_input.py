@@ -135,6 +135,7 @@ def test_scripted_parts_and_sparse_inputs_stay_by_name() -> None:
     assert torch.allclose(model(x), old, atol=1e-5)
     space = null_space(model, lambda: model(x))
     assert set(space.bases) == {"1", "3"}
+    assert space.frozen["0"] == "called with a sparse or nested input"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     space.attach(optimizer)
     model(torch.randn(5, 6)).square().sum().backward()

@@ -222,3 +222,21 @@ def test_a_space_of_another_model_is_refused() -> None:
     learner = Learner.drawn(0)
     other = nn.Sequential(nn.Linear(5, 4)).double()
     refused(learner.space(), adapted(other, ["0"]), "has 5 inputs")
+
+
+class _Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.attention(x, x, x)[0]
+        return out
+
+
+def test_attention_in_one_module_is_refused_by_its_parts() -> None:
+    """It was told to include a layer that the space has, in four parts."""
+    model, x = _Attending().double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    space = null_space(model, lambda: model(x))
+    with pytest.raises(NullSpaceError, match=r"one adapter for attention\.q, attention\.k"):
+        space.lora_(adapted(model, ["attention"]))

@@ -472,6 +472,8 @@ def test_spaces_of_different_layers_do_not_merge() -> None:
     one, other = tasks("mlp", 0), tasks("conv", 0)
     with pytest.raises(NullSpaceError, match="different layers"):
         one.null_space(one.old).merge(other.null_space(other.old))
+    with pytest.raises(TypeError, match=r"merge.. takes another NullSpace, got dict"):
+        one.null_space(one.old).merge({})
 
 
 @pytest.mark.parametrize("tau", [0.0, -1.0, 1.5, float("nan")])

@@ -295,6 +295,16 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, share: float) -> None:
         NullSpace.load(tmp_path / "space")
 
 
+@pytest.mark.parametrize("place", [-1, -400, 0.5, 0.99])
+def test_a_file_with_another_bit_is_refused(tmp_path: Path, place: float) -> None:
+    Learner.drawn(0).space().save(tmp_path / "space")
+    content = bytearray((tmp_path / "space").read_bytes())
+    content[place if isinstance(place, int) else int(place * len(content))] ^= 1
+    (tmp_path / "space").write_bytes(content)
+    with pytest.raises(NullSpaceError, match=r"damaged|holds no saved null space"):
+        NullSpace.load(tmp_path / "space")
+
+
 def test_a_failed_save_leaves_the_file_that_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
