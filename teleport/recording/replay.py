@@ -54,7 +54,13 @@ def push_tangents(
     """
     wanted = set(tape.blocks) if wanted is None else wanted
 
+    begun = False
+
     def run() -> None:
+        nonlocal begun
+        if begun:  # without gradients, which the closure needs: it has used up cotangents
+            tape.remember()
+        begun = True
         replay = _Replay(tape, drive, wanted, done)
         others = {p: velocity[p] for p in tape.others}
         with (

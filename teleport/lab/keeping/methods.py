@@ -271,6 +271,8 @@ class TwoSided(Plain):
     EVERY = 200
     sees_all = True
     _sums: Sequence[tuple[Tensor, Tensor]] = ()
+    _layers: Sequence[tuple[Tensor, ...]] = ()
+    _rate = 0.0
     _tasks = 0
     _since = 0
 

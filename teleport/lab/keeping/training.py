@@ -375,6 +375,7 @@ def _try_out(strategies: Sequence[Strategy]) -> None:
         cross_entropy(model(inputs), targets).backward()
         method.before_step(model)
         method.after_step(model)
+        method.ended()
     torch.set_rng_state(state)
 
 
