@@ -53,7 +53,7 @@ class TeleportReport:
         loss_before, loss_after: loss on the teleport batch; NaN, as the norms, where
             ``growth="auto"`` had no room for a look.
         grad_norm_before, grad_norm_after: norm of its gradient over all trainable parameters.
-            Which norm, `norm` says.
+            Which norm, `norm` says. In single precision the second is right to 3e-4.
         held_out_before, held_out_after: loss of the ``held_out`` closure; None without one.
         tolerance: how far the loss was allowed to move.
         steps: directions taken.
