@@ -257,7 +257,7 @@ class Ascent(GuardedMove):
             try:
                 return self.landscape.tangent_direction(room)
             except NotImplementedError as error:  # no forward-mode derivative of some operation
-                self.fallback = str(error).split(". ")[0]
+                self.fallback = "double backward: " + str(error).split(". ")[0]
         return self.landscape.double_backward_direction(room)
 
     def _step_size(self, along: Direction, slope: float, target: float) -> float | None:
@@ -328,7 +328,8 @@ class Ascent(GuardedMove):
         return why
 
     def _notes(self) -> str:
-        note = f" (directions by double backward: {self.fallback})" if self.fallback else ""
+        how = self.landscape.by_differences or self.fallback
+        note = f" (directions by {how})" if how else ""
         return note + UNFROZEN * self.unfrozen
 
     def _layers(self, before: Standing, end: Standing, failed: bool) -> Iterable[LayerReport]:

@@ -22,14 +22,13 @@ from teleport.objective import (
     Gradient,
     Metric,
     Shares,
-    ascent_double_backward,
-    gradient,
     mean_gradient,
     shares_of,
     squared_norm,
     trainable,
 )
 from teleport.recording import USED_OUTSIDE, Tape, multiplications, record, recorded_basis
+from teleport.recording.differences import coarser, hessian_times
 from teleport.runtime.closures import Closure
 from teleport.runtime.precision import (
     PRECISIONS,
@@ -120,6 +119,7 @@ class Landscape:
         precision: the coarsest that products were computed in; coarser under autocast.
         fixed: blocks whose inputs depend on no parameter (``thm-fixed``).
         left_out: blocks that cannot be recorded, and why.
+        by_differences: why the direction is no derivative of the gradient, if it is none.
         tape: the one that is kept; None if activations are not frozen.
     """
 
@@ -142,6 +142,7 @@ class Landscape:
         self._model, self._sites, self._closures = model, sites, closures
         self._frozen, self._movable = frozen, movable
         self._gradient: Gradient = {}
+        self.by_differences = ""
         self.left_out: dict[WeightMatrix, str] = {}
         while found := self._survey():
             self.left_out |= found
@@ -337,8 +338,9 @@ class Landscape:
         """π(∇T) by definition: the reference for `tangent_direction`."""
         ascent = self._ascent()
         full = {block: block.part.of(ascent) for block in bases}
-        half = dict.fromkeys(bases, self.precision) if is_half(self.precision) else None
-        along = project_ascent(full, bases, half)
+        rough = coarser(self.precision) if self.by_differences else self.precision
+        dtypes = dict.fromkeys(bases, rough) if self.by_differences or is_half(rough) else None
+        along = project_ascent(full, bases, dtypes)
         self.ranks.of_first_(list(along.values()))
         return along
 
@@ -346,16 +348,14 @@ class Landscape:
         """H M⁻¹ g by double backward, with the position in the model."""
         scale, parameters = self._velocity_scale(), trainable(self._model)
         self.write()
-        if self.tape is None:
-            grads: Sequence[Tensor] = [self._grad(p) for p in parameters]
-        else:
-            grads = gradient(self._closures[0], parameters)[1]
-        pairs = zip(parameters, grads, strict=True)
-        velocity = [self.metric.velocity(p, g, scale) for p, g in pairs]
+        if self.tape is not None:
+            self._gradient = self.measure_plainly()[1]
+        velocity = [self.metric.velocity(p, self._grad(p), scale) for p in parameters]
         total = [torch.zeros_like(v) for v in velocity]
         with self.ranks.together():
             for closure in self._closures:
-                shares = ascent_double_backward(closure, parameters, velocity)
+                shares, how = hessian_times(closure, parameters, velocity, self.precision)
+                self.by_differences = how or self.by_differences
                 for place, share in zip(total, shares, strict=True):
                     place.add_(share * (1.0 / len(self._closures)))
         self.ranks.mean_(total)
