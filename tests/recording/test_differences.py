@@ -1,5 +1,6 @@
 """The Hessian's action by differences of gradients, against PyTorch's own derivatives."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ class Tanh(nn.Module):
 def network(function: Any, widths: Sequence[int], dtype: torch.dtype, seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
     model = nn.Sequential()
-    for d_in, d_out in zip(widths, widths[1:], strict=False):
+    for d_in, d_out in itertools.pairwise(widths):
         model.extend([nn.Linear(d_in, d_out, dtype=dtype), Tanh(function)])
     return model[:-1]
 
