@@ -236,7 +236,7 @@ def matrix_sentences() -> list[tuple[str, str]]:
     apart = (*NEITHER, "mnist-sample", "narrow-mlp", "smnist/")  # by both rules, or not in question
     older = [name for name in teleports.by_the_usual_cut(default) if not name.startswith(apart)]
     cut = " and ".join(dict.fromkeys(f"`{name.split('/')[0]}`" for name in older))
-    old = f"are the teleports of {cut}, and" if cut else "are only the teleports of the paper's"
+    old = f"are the teleports of {cut}, and" if cut else "are all by the present rank rule"
     paper = [b.experiment for b in matrix() if b.folder.name in ("sgd-paper", "adam-paper")]
     tried, both = len(set(paper)), sum(paper.count(name) == 2 for name in set(paper))
     cells = f"Of the {len(gain)} cells of the table above that have this arm, with three seeds each"
@@ -269,7 +269,12 @@ def other_sentences() -> list[tuple[str, str]]:
         lower += pair
         texts.append(" and ".join(log_loss(one).lstrip("-") for one in pair))
     ends = {}
-    for runs in by_arm(read_runs(RESULTS / "keeping" / "gpm-mnist")).values():
+    ten = [
+        run
+        for name in ("mnist", "variants")
+        for run in read_runs(RESULTS / "keeping" / f"gpm-{name}")
+    ]
+    for runs in by_arm(ten).values():
         matrices = [accuracy_matrix(run) for run in runs]
         for measure in (average_accuracy, backward_transfer):
             values = [measure(matrix) for matrix in matrices]
@@ -287,6 +292,9 @@ def other_sentences() -> list[tuple[str, str]]:
         (TABLES, f"(`two-sided`, chapter 12) with {both[0]} and {both[1]}"),
         (TABLES, f"took {seconds['gpm']} times plain's seconds a step, both sides"),
         (TABLES, f"both sides {seconds['two-sided']}, "),
+        (TABLES, "as good (ACC {}, BWT {})".format(*ends["gpm-lazy"])),
+        (TABLES, "end lower ({}, {}), and so".format(*ends["gpm-growing"])),
+        (TABLES, "does Adam ({}, {})".format(*ends["gpm-adam"])),
     ]
 
 

@@ -214,10 +214,12 @@ def test_if_one_rank_has_no_forward_mode_none_uses_it(ranks: Ranks) -> None:
                   lambda t: t, lambda model: model)  # fmt: skip
     first, second = of(ranks, "fallback")
     assert torch.equal(first["parameters"], second["parameters"])
-    for rank in (first, second):
-        assert "directions by double backward" in rank["report"]["reason"]
+    # The second has a function of its own: a difference of gradients keeps ten digits.
+    ways = ("directions by double backward", "directions by differences of gradients")
+    for rank, way in zip((first, second), ways, strict=True):
+        assert way in rank["report"]["reason"]
         apart = (rank["parameters"] - wanted["parameters"]).norm()
-        assert apart <= 1e-10 * wanted["parameters"].norm()
+        assert apart <= 1e-9 * wanted["parameters"].norm()
 
 
 @pytest.mark.parametrize("place", PLACES)
