@@ -200,8 +200,13 @@ def test_right_answers_pass_in_time(name):
     assert verdict.counterexample == verdict.hint == ""
 
 
+# One wrong answer to every check in the quick tier, and where all are tried the others.
+FIRST, *OTHERS = WRONG
+WRONG_FILES = [FIRST, *(pytest.param(path, marks=pytest.mark.slow) for path in OTHERS)]
+
+
 @pytest.mark.parametrize("name", check.CHECKS)
-@pytest.mark.parametrize("path", WRONG, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", WRONG_FILES, ids=lambda path: path.stem)
 def test_a_wrong_answer_gets_its_theorem_its_hint_and_code_that_shows_it(path, name):
     fn = functions_of(path)[name]
     theorem, _, words = fn.__doc__.partition(" ")

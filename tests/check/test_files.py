@@ -619,7 +619,10 @@ ANSWERS = {
 }
 
 
-@pytest.mark.parametrize("future", ["", "from __future__ import annotations\n"])
+FUTURE = pytest.param("from __future__ import annotations\n", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("future", ["", FUTURE])
 @pytest.mark.parametrize("kind", ["py", "ipynb"])
 @pytest.mark.parametrize("how", ANSWERS)
 def test_an_answer_may_be_made_of_anything(how, kind, future, tmp_path, graded):

@@ -1,4 +1,8 @@
-"""Any number of ranks, replicated or sharded, teleports to the bit as one process does."""
+"""Any number of ranks, replicated or sharded, teleports to the bit as one process does.
+
+Four processes that each load torch and meet every scenario are for the slow tier; the quick one has
+the two of `test_ranks.py`.
+"""
 
 from typing import Any
 
@@ -57,6 +61,7 @@ def test_ranks_are_one_process_with_their_closures_in_a_list(
         assert found["report"] == wanted["report"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_four_ranks_are_one_process_on_the_joined_batch(ranks: Ranks, name: str) -> None:
     """To rounding only: products of other shapes round otherwise."""
@@ -67,6 +72,7 @@ def test_four_ranks_are_one_process_on_the_joined_batch(ranks: Ranks, name: str)
     assert apart <= rtol * wanted["parameters"].norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_model_of_fsdp2_teleports_as_one_process(ranks: Ranks, name: str) -> None:
     """To the last bit; and it goes on to be one of FSDP2, which trains."""
@@ -79,6 +85,7 @@ def test_a_model_of_fsdp2_teleports_as_one_process(ranks: Ranks, name: str) -> N
         assert (found["trained"] - trained).norm() <= rtol * trained.norm()
 
 
+@pytest.mark.slow
 def test_shards_stay_as_they_were_where_a_teleport_fails(ranks: Ranks) -> None:
     first, second = of(ranks, "trouble", 2)
     assert second["error"] == ("TroubleError", "no more data")
@@ -103,6 +110,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_gathered_is_refused_by_name(ranks: Ranks, case: str) -> None:
     for rank in of(ranks, "refused", 2):
@@ -111,6 +119,7 @@ def test_what_cannot_be_gathered_is_refused_by_name(ranks: Ranks, case: str) -> 
         assert REFUSED[case] in text
 
 
+@pytest.mark.slow
 def test_a_mesh_of_two_dimensions_is_refused_by_name(ranks: Ranks) -> None:
     for kind, text in of(ranks, "two dimensions"):
         assert kind == "UnsupportedModelError"
