@@ -24,7 +24,7 @@ from teleport.layers.part import LinearMap, Pieces
 from teleport.layers.support import CoveredModule, WeightMatrix
 from teleport.objective import EUCLIDEAN, Metric, Shares, squared_norm
 from teleport.runtime.precision import at_least_single, coarsest, is_half, scaled
-from teleport.subspace import Projector, RowSpace, Space
+from teleport.subspace import Projector, RowSpace, Space, gram_matrix
 
 
 @dataclass(eq=False)
@@ -162,10 +162,9 @@ class Tape:
         return block if None in keys or block.other is not None else keys
 
     def row_gram(self, block: WeightMatrix) -> Float[Tensor, "*groups rows rows"]:
-        """Inner products of all pairs of input rows."""
+        """Inner products of all pairs of input rows, float64: a basis is made of them, too."""
         if block not in self._grams:
-            rows = self._single(self.rows(block))
-            self._grams[block] = rows @ rows.mT
+            self._grams[block] = gram_matrix(self.rows(block).double().mT)
         return self._grams[block]
 
     def _single(self, rows: Tensor) -> Tensor:
@@ -268,8 +267,8 @@ class Tape:
             velocity = metric.block_velocity(block, self._gradients.pop(block), scale)
             yield from self.drive_of(block, block.part.split(velocity))
             return
-        gram, calls = self.row_gram(block), self.calls_of(block)
-        products = gram @ scaled(self.deltas(block).to(gram.dtype), scale)
+        deltas, calls = scaled(self._single(self.deltas(block)), scale), self.calls_of(block)
+        products = self.row_gram(block).to(deltas.dtype) @ deltas
         counts = [call.part.row_count(call.z) for call in calls]
         for call, rows in zip(calls, products.split(counts, dim=-2), strict=True):
             yield call.part.from_out_rows(rows, call.z)
@@ -321,7 +320,7 @@ def _basis_of_rows(tape: Tape, block: WeightMatrix, space: RowSpace) -> Projecto
     count = tape.row_count(block)
     if count < d_in:
         tape.collect(block, space)
-        return space.basis_if_independent() or space.basis()
+        return space.basis_if_independent(tape._grams.get(block)) or space.basis()
     norms = (call.part.row_norms(at_least_single(call.x.detach())) for call in calls)
     energy = sum(map(squared_norm, norms))
 

@@ -7,7 +7,7 @@ of that batch (theorem ``thm-invariance``). The rows span a space; `RowSpace` co
 
 from teleport.subspace.projector import Projector, Space
 from teleport.subspace.rank import energy_rank, kept_rank, numerical_rank, rank_cut, require_tau
-from teleport.subspace.row_space import Basis, RowSpace
+from teleport.subspace.row_space import Basis, RowSpace, gram_matrix
 
 __all__ = [
     "Basis",
@@ -15,6 +15,7 @@ __all__ = [
     "RowSpace",
     "Space",
     "energy_rank",
+    "gram_matrix",
     "kept_rank",
     "numerical_rank",
     "rank_cut",

@@ -14,8 +14,8 @@ from teleport.runtime.ranks import Ranks
 from teleport.subspace.projector import Projector, Space
 from teleport.subspace.rank import kept_rank, mark_first, rank_cut, relative_cut, require_tau
 
-BLOCK = 512
-"""Columns at a time of a Gram matrix of many: few enough to leave out what symmetry tells."""
+BLOCK = 128
+"""Columns at a time of a Gram matrix: few enough to leave out most of what symmetry tells."""
 
 WAITING = 256
 """Rows that wait for one addition to a Gram matrix: enough to make its traffic in memory small."""
@@ -158,7 +158,7 @@ class RowSpace(Space):
         """Take in more rows; they are copied or reduced, since a model may overwrite its inputs."""
         dtype = coarsest([self._dtype, rows.dtype])
         if self._reduced is not None and self._exact() and dtype != self._dtype:
-            self._reduced = _gram(self._reduced)
+            self._reduced = gram_matrix(self._reduced)
         self._dtype = dtype
         self.count += rows.shape[-2]
         self._pending.append(rows.detach().clone())
@@ -177,9 +177,9 @@ class RowSpace(Space):
         if dtype == torch.float64 or not (reduced or total > factor.shape[-1]):
             self._take(factor, other.count, dtype)
             return
-        grams = [_gram(rows.double()) for rows in self._pending]
+        grams = [gram_matrix(rows.double()) for rows in self._pending]
         if self._reduced is not None:
-            grams.insert(0, _gram(self._reduced) if self._exact() else self._reduced)
+            grams.insert(0, gram_matrix(self._reduced) if self._exact() else self._reduced)
         self.count, self._dtype, self._pending = total, dtype, []
         self._reduced = reduce(torch.add, [*grams, other.gram()])
 
@@ -238,8 +238,12 @@ class RowSpace(Space):
         values = energy**0.5 * mark_first(ranks, first).to(gram.dtype)
         return _cut(every, values, ranks, self._dtype)
 
-    def basis_if_independent(self) -> Basis | None:
+    def basis_if_independent(
+        self, gram: Float[Tensor, "*groups rows rows"] | None = None
+    ) -> Basis | None:
         """The basis of fewer rows than columns, if they are linearly independent beyond doubt.
+
+        ``gram`` has the inner products of all pairs of rows, float64, where somebody knows them.
 
         With the Cholesky factor ``R Rᵀ = L Lᵀ`` the columns of ``Rᵀ L⁻ᵀ`` are orthonormal, to the
         square of the condition number of R times the rounding of float64. That is asked to be
@@ -249,7 +253,7 @@ class RowSpace(Space):
         rows = self.factor()
         if self._reduced is not None or self._exact():
             return None
-        gram = rows @ rows.mT
+        gram = gram_matrix(rows.mT) if gram is None else gram
         total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         smallest = max(1e-6, relative_cut(rows.shape[-1], self._dtype) ** 2)
         shifted = gram - (smallest * total)[..., None, None] * torch.eye(gram.shape[-1]).to(gram)
@@ -298,7 +302,7 @@ class RowSpace(Space):
         """Inner products of all pairs of columns of the rows, float64."""
         factor = self.factor()
         is_gram = self._reduced is not None and not self._exact()
-        return factor.clone() if is_gram else _gram(factor)
+        return factor.clone() if is_gram else gram_matrix(factor)
 
     @classmethod
     def of_gram(
@@ -350,7 +354,7 @@ class RowSpace(Space):
             both = factor if self._reduced is None else torch.cat([self._reduced, factor], dim=-2)
             self._reduced = torch.linalg.qr(both, mode="r").R
         else:
-            self._reduced = _gram(rows, self._reduced)
+            self._reduced = gram_matrix(rows, self._reduced)
 
     def _decompose(self) -> tuple[Tensor, Tensor]:
         """Singular values, largest first, and right singular vectors as columns."""
@@ -380,15 +384,15 @@ def _triangle(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*group
     return factor
 
 
-def _gram(
+def gram_matrix(
     rows: Float[Tensor, "*groups rows d_in"], onto: Tensor | None = None
 ) -> Float[Tensor, "*groups d_in d_in"]:
     """``rowsᵀ rows``, added to another Gram matrix in place.
 
-    Of many columns one triangle, block by block, for it is symmetric.
+    One triangle, block by block, for it is symmetric.
     """
     d_in = rows.shape[-1]
-    if d_in < 2 * BLOCK:
+    if d_in <= BLOCK:
         return rows.mT @ rows if onto is None else onto.add_(rows.mT @ rows)
     gram = rows.new_empty(*rows.shape[:-2], d_in, d_in) if onto is None else onto
     for start in range(0, d_in, BLOCK):
@@ -413,7 +417,7 @@ def _singular_from_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     The columns of ``rowsᵀ U`` have inner products of 1e-16 σ₁², so normalised they are orthonormal
     to 1e-8 even where σ is as small as the rank cut of float32 allows.
     """
-    values, left = _singular_from_gram(rows @ rows.mT)
+    values, left = _singular_from_gram(gram_matrix(rows.mT))
     # Beyond this the Gram holds only rounding; the rank rule cuts those vectors off.
     resolved = values > 1e-7 * values[..., :1]
     return values, rows.mT @ (left / torch.where(resolved, values, torch.inf)[..., None, :])

@@ -371,7 +371,10 @@ def test_independent_rows_have_the_basis_of_the_decomposition(rows: torch.Tensor
     """Where the short way answers, it is the same projector: orthonormal, of the same rank."""
     space = RowSpace()
     space.add(rows)
-    short, long = space.basis_if_independent(), space.basis()
+    gram = rows.double() @ rows.double().T
+    short, long = space.basis_if_independent(gram), space.basis()
+    assert (short is None) == (space.basis_if_independent() is None)
+    assert space.basis_if_independent(0.0 * gram) is None  # it is the one that is given
     if short is None:
         return
     assert short.rank == long.rank == len(rows)
