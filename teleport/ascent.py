@@ -243,7 +243,7 @@ class Ascent(GuardedMove):
                 return FIXED if not self.step_sizes else "a stationary point was reached"
             share = number / settings.steps if settings.lr is None else 1.0
             target = start * (limit / start) ** share
-            step = self._step_size(along, slope, target)
+            step = self._step_size(along, squares, slope, target)
             if step is None:
                 return f"no step along the ascent direction reaches the wanted {self.norm_name}"
             landscape.advance(along, step, target * target if self._estimates() else None)
@@ -260,10 +260,13 @@ class Ascent(GuardedMove):
                 self.fallback = "double backward: " + str(error).split(". ")[0]
         return self.landscape.double_backward_direction(room)
 
-    def _step_size(self, along: Direction, slope: float, target: float) -> float | None:
+    def _step_size(
+        self, along: Direction, squares: Mapping[WeightMatrix, float], slope: float, target: float
+    ) -> float | None:
         """The fixed step, or where the norm reaches ``target`` if that comes first."""
         landscape, lr = self.landscape, self.settings.lr
         start = landscape.norm_squared()
+        most = max(along, key=squares.__getitem__)
         wanted = target * target  # infinite for the largest limits, where ** would raise
         if lr is not None and landscape.norm_squared_at(along, lr) <= wanted:
             return lr
@@ -275,6 +278,7 @@ class Ascent(GuardedMove):
             rtol=8 * torch.finfo(landscape.precision).eps,
             degree=landscape.degree(along),
             unseen=UNSEEN if self._estimates() else 0.0,
+            mixed=1.0 - squares[most] / slope if landscape.degree([most]) == 2 else 1.0,
         )
 
     def _estimates(self) -> bool:

@@ -27,16 +27,18 @@ from teleport.objective import (
     squared_norm,
     trainable,
 )
-from teleport.recording import USED_OUTSIDE, Tape, multiplications, record, recorded_basis
+from teleport.recording import (
+    USED_OUTSIDE,
+    Formed,
+    Looks,
+    Tape,
+    multiplications,
+    record,
+    recorded_basis,
+)  # fmt: skip
 from teleport.recording.differences import coarser, hessian_times
 from teleport.runtime.closures import Closure
-from teleport.runtime.precision import (
-    PRECISIONS,
-    coarsest,
-    is_half,
-    scaled,
-    unit_scale,
-)
+from teleport.runtime.precision import PRECISIONS, coarsest, is_half, scaled, unit_scale
 from teleport.runtime.ranks import ALONE, Ranks
 from teleport.runtime.threads import in_parallel, worth_threads
 from teleport.subspace import Basis, Projector, Space
@@ -158,7 +160,8 @@ class Landscape:
         self._move_norms: dict[WeightMatrix, float] = {}  # at the position
         self._seen: Position | None = self.position  # where the gradient was taken last
         self._ahead: tuple[Direction, float, Position] | None = None
-        self._looks: list[tuple[float, Shares]] = []  # along the direction ahead
+        self._looks = Looks()  # along the direction ahead
+        self._first: Formed = {}  # the gradient at the position, as far as it was formed
         self._estimate: Shares | None = None  # at the position, if it was looked at only nearby
 
     # ---- the norm, here and elsewhere
@@ -185,26 +188,28 @@ class Landscape:
             return math.inf
         if self.tape is not None and (self._ahead is None or self._ahead[0] is not along):
             here = self._seen is self.position and self._estimate is None
-            self._looks = [(0.0, self.tape.shares(self.metric))] if here else []
+            self._looks = Looks([(0.0, self.tape.shares(self.metric))] if here else [])
         self._ahead = self._seen = self._estimate = None  # before the next: memory is that of one
         self._ahead = along, step, self.position.ahead(along, step)
         self._look_at(self._ahead[2])
         if self.tape is not None:
-            self._looks.append((step, self.tape.shares(self.metric)))
+            self._looks.seen.append((step, self.tape.shares(self.metric)))
+            if len(self._looks.seen) == 2:
+                self._looks.chord = self.tape.distances(self._first, along, self.metric)
         return self._norm_squared_seen(self.metric)
 
     def advance(self, along: Direction, step: float, reached: float | None = None) -> None:
         """Go there, where the squared norm is ``reached`` if that is known without a look.
 
-        Beside the last of several looks, no further one is made before somebody needs a direction:
-        until then shares are those of `shares_between`, and cotangents those of that look.
+        Where `Looks.between` tells the shares, no further one is made before somebody needs a
+        direction: until then shares are those, and cotangents those of the last look.
         """
         ahead, self._ahead = self._ahead, None
         known = ahead is not None and ahead[0] is along and ahead[1] == step
         there = ahead[2] if ahead and known else self.position.ahead(along, step)
-        looks, self._looks, self._estimate = self._looks, [], None
+        looks, self._looks, self._estimate, self._first = self._looks, Looks(), None, {}
         if reached is not None and ahead and ahead[0] is along and not known:
-            self._estimate = shares_between(looks, step, reached)
+            self._estimate = looks.between(step, reached)
         self.position = there.joined()
         if self._seen is there:
             self._seen = self.position
@@ -212,8 +217,8 @@ class Landscape:
                 self.tape.moved = self.position
         self._move_norms = {}
 
-    def degree(self, along: Direction) -> int | None:
-        """Degree of the squared norm along a direction, at most (``thm-polynomial``), if known."""
+    def degree(self, along: Collection[WeightMatrix]) -> int | None:
+        """Degree of the squared norm as blocks move, at most (``thm-polynomial``), if known."""
         if self.tape is None:
             return None  # a layer that drifts, as at τ < 1, makes it no polynomial at all
         return 2 * sum(len(self.tape.calls_of(block)) for block in along)
@@ -324,6 +329,7 @@ class Landscape:
         """π(H M⁻¹ g) of the given blocks at the position (``thm-survivor``)."""
         scale = self._velocity_scale()
         if self.tape is not None:
+            self._first = {} if self.precision == torch.float64 else self.tape.formed()
             along = direction(self.tape, self._model, self._closures[0], bases, self.metric, scale)
             self.forget()
             return along
@@ -501,33 +507,3 @@ class Landscape:
         """The mean of the ranks' gradients, for parameters that any of them may have reached."""
         if self.ranks.size > 1:
             self.ranks.mean_([self._grad(p) for p in trainable(self._model)])
-
-
-BESIDE = 0.01
-"""How far from a look, as a share of the step, what was seen there serves for a neighbour."""
-
-
-def shares_between(
-    looks: Sequence[tuple[float, Shares]], step: float, reached: float
-) -> Shares | None:
-    """Shares at a step beside the last look, by parabolas through the last three.
-
-    Each is a polynomial in the step (``thm-polynomial``); so is their sum, which is known better:
-    ``reached``. None where looks are too few or too far away.
-    """
-    steps = [where for where, _ in looks[-3:]]
-    if len(set(steps)) < 3 or abs(steps[-1] - step) > BESIDE * step:
-        return None
-    weights = [
-        math.prod((step - other) / (own - other) for other in steps if other != own)
-        for own in steps
-    ]
-    parts = [shares for _, shares in looks[-3:]]
-    found = {
-        name: sum(w * shares[name] for w, shares in zip(weights, parts, strict=True))
-        for name in parts[-1]
-    }
-    total = sum(found.values())
-    if not (math.isfinite(total) and abs(total - reached) <= BESIDE * reached):
-        return None
-    return {name: share * (reached / total) for name, share in found.items()}

@@ -30,6 +30,7 @@ def step_to_norm(
     *,
     exact_slope: bool = True,
     unseen: float = 0.0,
+    mixed: float = 1.0,
 ) -> float | None:
     """The step at which the squared gradient norm along a ray reaches ``target``.
 
@@ -48,6 +49,8 @@ def step_to_norm(
         exact_slope: whether ``slope`` is the derivative, and no guess of its size.
         unseen: a step at which the squared norm is this near ``target``, as a share and by a
             careful estimate, is not looked at; at least ``rtol``.
+        mixed: what the slope owes, as a share, to others than one block along which alone the
+            squared norm is a parabola.
 
     Returns:
         The step, or None if none reaches the target within a hundred doublings or halvings. Where
@@ -72,7 +75,8 @@ def step_to_norm(
         elif excess(high) >= 0.0:
             if not exact_slope:
                 return _bracketed(excess, low, high)
-            return _root(excess, seen, slope / target, max(rtol, unseen), degree, low, high)
+            near = max(rtol, unseen)
+            return _root(excess, seen, slope / target, near, mixed, degree, low, high)
         elif high >= farthest:
             return None
         else:
@@ -93,6 +97,7 @@ def _root(
     seen: dict[float, float],
     slope: float,
     unseen: float,
+    mixed: float,
     degree: int | None,
     low: float,
     high: float,
@@ -114,7 +119,7 @@ def _root(
         known = degree is not None and len(finite) >= degree
         if known and max(abs(e) for _, e in finite) < 10.0:
             return step
-        if _expected_miss(finite, slope, step) <= unseen:
+        if _expected_miss(finite, slope, step, mixed) <= unseen:
             return step
         value = excess(step)
         if value == 0.0:
@@ -161,14 +166,23 @@ def _polynomial(
     return polynomial
 
 
-def _expected_miss(points: list[tuple[float, float]], slope: float, step: float) -> float:
+def _expected_miss(
+    points: list[tuple[float, float]], slope: float, step: float, mixed: float
+) -> float:
     """About how far from zero the value at a root of the polynomial is, ten times over.
 
     The last point changed the polynomial there by as much as its predecessor missed; it misses
     less by how near that point is (the next term of Newton's form).
+
+    One look gives a parabola. What there is beside, by ``thm-polynomial``, is of third order and
+    owed to two blocks or more. It grows out of the share of the slope that is owed to all but the
+    largest, as the norm does out of the slope, unless that rises steeply on the way.
     """
+    last = points[-1][0]
+    near = abs(last - step) / step
     if len(points) < 3:
-        return math.inf
-    change = abs(float(_polynomial(points[:-1], slope, points[-1][0])(step / points[-1][0])))
+        start = points[0][1]
+        return 10.0 * near * mixed * -start / (1.0 + start) if near <= 1.0 else math.inf
+    change = abs(float(_polynomial(points[:-1], slope, last)(step / last)))
     rounding = sys.float_info.epsilon * max(abs(value) for _, value in points)
-    return 10.0 * (change * abs(points[-1][0] - step) / step + rounding)
+    return 10.0 * (change * near + rounding)

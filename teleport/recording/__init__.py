@@ -5,12 +5,15 @@
 """
 
 from teleport.recording.capture import USED_OUTSIDE, record, watch
+from teleport.recording.looks import Looks
 from teleport.recording.replay import load_tangents, push_tangents
-from teleport.recording.tape import Call, Tape, multiplications, recorded_basis
+from teleport.recording.tape import Call, Formed, Tape, multiplications, recorded_basis
 
 __all__ = [
     "USED_OUTSIDE",
     "Call",
+    "Formed",
+    "Looks",
     "Tape",
     "load_tangents",
     "multiplications",

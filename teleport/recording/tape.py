@@ -10,7 +10,7 @@ backward pass is repeated.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import reduce
@@ -25,6 +25,9 @@ from teleport.layers.support import CoveredModule, WeightMatrix
 from teleport.objective import EUCLIDEAN, Metric, Shares, squared_norm
 from teleport.runtime.precision import at_least_single, coarsest, is_half, scaled
 from teleport.subspace import Projector, RowSpace, Space, gram_matrix
+
+Formed = dict[WeightMatrix | nn.Parameter, Tensor]
+"""What is formed of a gradient: of blocks, each as its matrix, and of other parameters."""
 
 
 @dataclass(eq=False)
@@ -251,6 +254,37 @@ class Tape:
             return metric.block_squared_norm(block, self.weight_gradient(block))
         deltas = self._single(self.deltas(block))
         return float(((deltas @ deltas.mT) * self.row_gram(block)).double().sum())
+
+    def formed(self) -> Formed:
+        """The gradient as far as it is formed: of ``others``, and of blocks that need it."""
+        formed: Formed = dict(zip(self.others, self.other_gradients, strict=True))
+        return formed | self._gradients
+
+    def distances(
+        self, first: Formed, moving: Container[WeightMatrix], metric: Metric = EUCLIDEAN
+    ) -> Shares | None:
+        """What each part has of ``‖h - g‖²``, between an earlier gradient and the present one.
+
+        None if one was not formed that may have changed: of a block after which some block of
+        ``moving`` was called.
+
+        Args:
+            first: the earlier one, from `formed`.
+            moving: the blocks that have moved since.
+            metric: of the norm.
+        """
+        last = max(n for n, call in enumerate(self.calls) if call.block in moving)
+        others = zip(self.others, self.other_gradients, strict=True)
+        found: Shares = {p: metric.squared_norm(p, g - first[p]) for p, g in others if p in first}
+        for block, calls in self._calls.items():
+            if block in first:
+                between = self.weight_gradient(block) - first[block]
+                found[block] = metric.block_squared_norm(block, between)
+            elif self.calls.index(calls[0]) >= last:
+                found[block] = 0.0  # nothing behind it has moved
+            else:
+                return None
+        return found
 
     def _prefers_gram(self, block: WeightMatrix, metric: Metric) -> bool:
         """Whether no gradient need be formed; a preconditioner takes it entry by entry."""

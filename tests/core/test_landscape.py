@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from teleport import Teleporter, TeleportReport
 from teleport.ascent import UNSEEN
 from teleport.direction import _survivor
-from teleport.lab.experiments.models import mlp
-from teleport.landscape import BESIDE, Landscape, shares_between
+from teleport.lab.experiments.models import cnn, mlp
+from teleport.landscape import Landscape
 from teleport.layers.support import WeightMatrix, cover
 from teleport.recording import Tape, multiplications
 from teleport.runtime.closures import Closure
@@ -183,34 +183,6 @@ def test_both_landscapes_have_the_same_norm_ahead(name: str, seed: int, length: 
     assert all(abs(a / b - 1) <= 1e-9 for a, b in zip(*norms, strict=True))
 
 
-parabolas = st.lists(st.tuples(*[st.floats(0.1, 10.0)] * 3), min_size=1, max_size=4)
-
-
-@pytest.mark.verifies("thm-polynomial")
-@given(parabolas, st.floats(0.05, 0.8), st.floats(-0.99, 0.99))
-def test_shares_between_looks_are_exact_where_they_are_parabolas(
-    parts: list[tuple[float, float, float]], first: float, beside: float
-) -> None:
-    def shares(step: float) -> dict[Any, float]:
-        return {n: a + b * step + c * step**2 for n, (a, b, c) in enumerate(parts)}
-
-    step = 1.0 + beside * BESIDE / 2
-    looks = [(where, shares(where)) for where in (9.0, 0.0, first, 1.0)]  # the last three count
-    found = shares_between(looks, step, sum(shares(step).values()))
-    assert found is not None
-    assert all(abs(found[n] / share - 1) <= 1e-9 for n, share in shares(step).items())
-
-
-def test_no_look_is_left_out_where_the_others_say_too_little() -> None:
-    looks: list[tuple[float, Any]] = [(0.0, {1: 1.0}), (0.5, {1: 1.5}), (1.0, {1: 2.0})]
-    assert shares_between(looks, 1.001, 2.001) is not None
-    assert shares_between(looks[1:], 1.001, 2.001) is None  # two of them
-    assert shares_between([looks[0], looks[2], looks[2]], 1.001, 2.001) is None
-    assert shares_between(looks, 1.02, 2.02) is None  # far from the last
-    assert shares_between(looks, 1.001, 2.1) is None  # another sum
-    assert shares_between([*looks[:2], (1.0, {1: math.inf})], 1.001, 2.001) is None
-
-
 @pytest.mark.parametrize("name", GRAPHS)
 @few
 @given(seed=seeds, growth=st.floats(1.05, 3.0))
@@ -221,15 +193,42 @@ def test_norms_that_were_not_looked_at_are_those_of_a_look(
     problem = task(name, seed, torch.float32)
     without_dropout(problem.model)
     report = Teleporter(problem.model, growth=growth).step(problem.closure)
-    if report.rolled_back or not report.steps:
-        return
-    there = frozen(problem.model, problem.closure)
+    if not report.rolled_back and report.steps:
+        assert_norms_are_those_of_a_look(report, growth, problem.model, problem.closure)
+
+
+def assert_norms_are_those_of_a_look(
+    report: TeleportReport, growth: float, model: nn.Module, closure: Closure
+) -> None:
+    there = frozen(model, closure)
     norm = math.sqrt(there.norm_squared())
     assert abs(norm / report.grad_norm_before / growth - 1) <= UNSEEN
     assert abs(norm / report.grad_norm_after - 1) <= UNSEEN
     shares = {b.name: share for b, share in there.shares().items() if isinstance(b, WeightMatrix)}
     said = {layer.name: layer.grad_norm_after or 0.0 for layer in report.layers}
     assert all(abs(said[n] ** 2 - share) <= UNSEEN * norm**2 for n, share in shares.items())
+
+
+@few
+@given(seed=seeds, growth=st.floats(1.05, 1.6))
+def test_one_look_is_enough_where_one_layer_alone_moves(seed: int, growth: float) -> None:
+    """Convolutions have full rank: behind the head gradients are a line in the step."""
+    with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
+        torch.manual_seed(seed)
+        model, x, y = cnn((1, 6, 8), 8, 3), torch.randn(20, 1, 8, 8), torch.arange(20) % 3
+        done: list[Tape] = []
+
+        def differentiate(tape: Tape, suspects: Any) -> Any:
+            done.append(tape)
+            return plainly(tape, suspects)
+
+        plainly = Tape.differentiate
+        patch.setattr(Tape, "differentiate", differentiate)
+        closure = partial(entropy_of, model, x, y)
+        report = Teleporter(model, growth=growth).step(closure)
+        assert [layer.name for layer in report.layers if layer.move_norm] == ["7"]
+        assert len(done) == 2  # the start, and one look
+        assert_norms_are_those_of_a_look(report, growth, model, closure)
 
 
 def test_the_last_step_is_looked_at_only_in_double_precision(
