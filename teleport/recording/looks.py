@@ -12,9 +12,9 @@ from teleport.objective import Shares
 BESIDE = 0.01
 """How far from a look, as a share of the step, what was seen there serves for a neighbour."""
 
-STRAIGHT = 3e-5
-"""How far, as a share, the squared norm on the chord may be from the one that the slope asks for: a
-tenth of what the search calls near enough. It is zero where gradients lie on a line."""
+AGREEING = 3e-5
+"""How far the sum of the shares found may be, as a share of it, from the squared norm that the
+search expects, which knows the slope, too: a tenth of what it calls near enough."""
 
 
 @dataclass
@@ -34,15 +34,12 @@ class Looks:
         """Shares at a step where the squared norm is ``reached``; None if that is not known.
 
         Of one block that moves alone, gradients are a straight line in the step (``thm-polynomial``
-        with one factor). So are they nearly where it does almost all: the sum on the chord, which
-        knows no slope, then is the one of the search, which does.
-
-        Otherwise, beside the last of three looks or more, by parabolas through those three.
+        with one factor); so are they nearly where it does almost all. Otherwise, beside the last of
+        three looks or more, by parabolas through those three.
         """
         found = self._on_chord(step) if len(self.seen) == 2 else self._parabolas(step)
-        off = STRAIGHT if len(self.seen) == 2 else BESIDE
         total = sum(found.values()) if found else math.nan
-        if found is None or not abs(total - reached) <= off * reached:  # NaN and infinity are not
+        if found is None or not abs(total - reached) <= AGREEING * reached:  # or it is no number
             return None
         return {name: share * (reached / total) for name, share in found.items()}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -186,6 +186,7 @@ def test_both_landscapes_have_the_same_norm_ahead(name: str, seed: int, length: 
 @pytest.mark.parametrize("name", GRAPHS)
 @few
 @given(seed=seeds, growth=st.floats(1.05, 3.0))
+@example(seed=65536, growth=2.75)  # of the zoo: parabolas beside a look were off by 3.05e-4
 def test_norms_that_were_not_looked_at_are_those_of_a_look(
     name: str, seed: int, growth: float
 ) -> None:

@@ -13,7 +13,7 @@ from teleport.layers.support import cover
 from teleport.line_search import _expected_miss
 from teleport.objective import squared_norm
 from teleport.recording import Looks, record
-from teleport.recording.looks import BESIDE, STRAIGHT
+from teleport.recording.looks import AGREEING, BESIDE
 from tests.support.examples import examples
 from tests.support.networks import GRAPHS, task, without_dropout
 from tests.support.strategies import seeds
@@ -44,7 +44,8 @@ def test_no_look_is_left_out_where_the_others_say_too_little() -> None:
     assert Looks(looks[1:]).between(1.001, 2.001) is None  # two of them
     assert Looks([looks[0], looks[2], looks[2]]).between(1.001, 2.001) is None
     assert Looks(looks).between(1.02, 2.02) is None  # far from the last
-    assert Looks(looks).between(1.001, 2.1) is None  # another sum
+    assert Looks(looks).between(1.001, 2.001 * (1 + AGREEING / 2)) is not None
+    assert Looks(looks).between(1.001, 2.001 * (1 + 2 * AGREEING)) is None  # another sum
     assert Looks([*looks[:2], (1.0, {1: math.inf})]).between(1.001, 2.001) is None
     assert Looks().between(1.0, 1.0) is None
 
@@ -65,8 +66,8 @@ def test_shares_on_a_chord_are_the_squares_of_the_gradients_there(
     assert found is not None
     assert found == pytest.approx(there, rel=1e-9)
     total = sum(there.values())
-    assert looks.between(u * end, total * (1 + STRAIGHT / 2)) is not None
-    assert looks.between(u * end, total * (1 + 2 * STRAIGHT)) is None  # the gradients are no line
+    assert looks.between(u * end, total * (1 + AGREEING / 2)) is not None
+    assert looks.between(u * end, total * (1 + 2 * AGREEING)) is None  # the gradients are no line
     assert looks.between(1.01 * end, total) is None  # beyond the look
     assert Looks([(0.1, squares(g)), looks.seen[1]], looks.chord).between(u * end, total) is None
     assert Looks(looks.seen).between(u * end, total) is None
