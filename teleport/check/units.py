@@ -53,7 +53,10 @@ def parsed(code: str | bytes) -> ast.Module:
         SyntaxError: whatever is wrong with it, nesting that is too deep for Python included.
     """
     try:
-        return ast.parse(code)
+        tree = ast.parse(code)
+        # Python 3.10 reads what it then cannot compile, as a sum of ten thousand terms.
+        compile(tree, "<answer>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        return tree
     except ValueError as error:  # null bytes, halves of surrogate pairs
         raise SyntaxError(str(error)) from error
     except (RecursionError, MemoryError) as error:
