@@ -215,7 +215,7 @@ def test_keep_every_few_steps_keeps_the_old_outputs_once_projected(
     kind: str, seed: int, every: int
 ) -> None:
     task = tasks(kind, seed)
-    old, before = task.out(task.old), task.score()
+    old, new = task.out(task.old), task.out(task.new)
     optimizer = adam(task.model)
     keeper = task.null_space(task.old).keep(task.model, every=every)
     for step in range(1, STEPS + 1):
@@ -226,7 +226,8 @@ def test_keep_every_few_steps_keeps_the_old_outputs_once_projected(
         assert (change(task.out(task.old), old) <= KEPT) == (step % every == 0)
     keeper.project()
     assert change(task.out(task.old), old) <= KEPT
-    assert task.score() < before
+    # A projected step of Adam need not lead down: what is new moves, which way it is not promised.
+    assert change(task.out(task.new), new) > SEEN
 
 
 @pytest.mark.verifies("thm-keep")
