@@ -106,6 +106,8 @@ class _Adapter:
 def _locked(name: str, basis: Projector, width: int) -> tuple[Float[Tensor, "inputs kept"], int]:
     """Orthonormal directions of the old inputs, their 1 left out, and how many others there are."""
     if isinstance(basis, Basis) and basis.shape in ((width,), (width + 1,)):
+        if not basis.null_dim:
+            return torch.eye(width, device=basis.device), 0
         # The inputs' span is that of the rows with their 1, the 1 dropped: all its singular values
         # are 1 but at most one, which is 0 if the 1 alone was in the span.
         left, sizes, _ = torch.linalg.svd(basis.vectors[:width], full_matrices=False)

@@ -119,7 +119,7 @@ class _Ready:
     def __init__(self, basis: Projector) -> None:
         self._basis = basis
         self._vectors: dict[torch.dtype, Tensor] = {}
-        self._takes = isinstance(basis, Basis) and basis.vectors.ndim == 2
+        self._takes = isinstance(basis, Basis) and len(basis.shape) == 1
         self._free = self._takes and 2 * basis.rank > basis.shape[-1]
 
     def project(self, matrix: Tensor) -> Tensor:
@@ -138,11 +138,7 @@ class _Ready:
 
     def _directions(self) -> Tensor:
         assert isinstance(self._basis, Basis)
-        locked = self._basis.vectors
-        if not self._free:
-            return locked
-        free: Tensor = torch.linalg.qr(locked, mode="complete").Q[:, self._basis.rank :]
-        return free.contiguous()
+        return self._basis.free_directions() if self._free else self._basis.vectors
 
 
 class Attachment:

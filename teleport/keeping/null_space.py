@@ -8,7 +8,7 @@ while something new is learned (theorem ``thm-keep``): behind every step of an o
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -299,7 +299,7 @@ class NullSpace:
         moved: dict[int, Projector] = {}
         for basis in self.bases.values():
             if id(basis) not in moved:
-                moved[id(basis)] = _on(basis, torch.device(device))
+                moved[id(basis)] = basis.to(torch.device(device))
         bases = {name: moved[id(basis)] for name, basis in self.bases.items()}
         return NullSpace(bases, self.frozen, self._alive())
 
@@ -405,7 +405,7 @@ class NullSpace:
                 f"{'; '.join([_difference(wanted, found), *reasons])}. Make the space anew"
             )
         for block in blocks:
-            here, there = _device(self.bases[block.name]), block.parameters[0].device
+            here, there = self.bases[block.name].device, block.parameters[0].device
             if here != there:
                 raise NullSpaceError(
                     f"the null space is on {here}, the weights of {block.name!r} are on {there}: "
@@ -513,25 +513,6 @@ def _at(name: str, basis: Projector, tau: float) -> Projector:
             f"layer {name!r}: {error}. Make the space at the largest tau that may be wanted, and "
             "take others from it by grow()"
         ) from None
-
-
-def _on(basis: Any, device: torch.device) -> Projector:
-    """A basis whose tensors are all on a device."""
-    changed: dict[str, Any] = {}
-    for field in fields(basis):
-        value = getattr(basis, field.name)
-        if isinstance(value, Tensor):
-            changed[field.name] = value.to(device)
-        elif isinstance(value, Projector):
-            changed[field.name] = _on(value, device)
-    found: Projector = replace(basis, **changed)
-    return found
-
-
-def _device(basis: Any) -> torch.device:
-    values = (getattr(basis, field.name) for field in fields(basis))
-    first = next(v for v in values if isinstance(v, Tensor | Projector))
-    return first.device if isinstance(first, Tensor) else _device(first)
 
 
 def _difference(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str:

@@ -16,7 +16,7 @@ from teleport.runtime.closures import require_closure, without_gradients
 from teleport.runtime.precision import Autocast
 from teleport.runtime.randomness import Quiet, RandomState, drawing_modules, names_of_drawing
 from teleport.runtime.ranks import Ranks
-from teleport.subspace import Projector, RowSpace, Space
+from teleport.subspace import Projector, RowSpace, Space, full_basis
 
 
 class Survey:
@@ -143,9 +143,10 @@ class Survey:
 
 
 def _basis(block: WeightMatrix, space: Space, tau: float) -> Projector:
-    """`WeightMatrix.basis`, of the leading directions alone where they are enough."""
+    """`WeightMatrix.basis`, by less work where that is enough."""
     if isinstance(space, RowSpace) and space.count:
         with block.named_in_errors():
-            if (leading := leading_basis(space, tau)) is not None:
-                return leading
+            found = full_basis(space) if tau == 1.0 else leading_basis(space, tau)
+            if found is not None:
+                return found
     return block.basis(space, tau)

@@ -31,6 +31,10 @@ class AxisBasis(Projector):
     dtype: torch.dtype = torch.float64
 
     @property
+    def device(self) -> torch.device:
+        return self.kept.device
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return (len(self.kept),)
 
@@ -52,6 +56,9 @@ class AxisBasis(Projector):
 
     def project(self, matrix: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_in"]:
         return matrix.masked_fill(self.kept, 0.0)
+
+    def to(self, device: torch.device) -> "AxisBasis":
+        return AxisBasis(self.kept.to(device), self.counts.to(device))
 
     def merge(self, other: Projector) -> "AxisBasis":
         if not isinstance(other, AxisBasis):

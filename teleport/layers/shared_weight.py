@@ -36,6 +36,10 @@ class TiedBasis(Projector):
         return self.own.dtype
 
     @property
+    def device(self) -> torch.device:
+        return self.own.device
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.own.shape
 
@@ -58,6 +62,9 @@ class TiedBasis(Projector):
 
     def project(self, matrix: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         return self.other.project(self.own.project(matrix).mT).mT
+
+    def to(self, device: torch.device) -> "TiedBasis":
+        return TiedBasis(self.own.to(device), self.other.to(device))
 
     def merge(self, other: Projector) -> "TiedBasis":
         if not isinstance(other, TiedBasis):

@@ -5,16 +5,19 @@ of that batch (theorem ``thm-invariance``). The rows span a space; `RowSpace` co
 `Basis` is an orthonormal basis of what is kept of that space, and `Basis.project` removes it.
 """
 
+from teleport.subspace.full_basis import FullBasis, full_basis
 from teleport.subspace.projector import Projector, Space
 from teleport.subspace.rank import energy_rank, kept_rank, numerical_rank, rank_cut, require_tau
 from teleport.subspace.row_space import Basis, RowSpace, gram_matrix
 
 __all__ = [
     "Basis",
+    "FullBasis",
     "Projector",
     "RowSpace",
     "Space",
     "energy_rank",
+    "full_basis",
     "gram_matrix",
     "kept_rank",
     "numerical_rank",

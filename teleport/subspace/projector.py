@@ -21,6 +21,11 @@ class Projector(ABC):
 
     @property
     @abstractmethod
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    @property
+    @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """``[*groups, d_in]`` of the matrices it applies to, without their ``d_out``."""
 
@@ -53,6 +58,10 @@ class Projector(ABC):
         self, matrix: Float[Tensor, "*groups rows d_in"]
     ) -> Float[Tensor, "*groups rows d_in"]:
         """The matrix with its action on the kept space removed (paper equation 11)."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> "Projector":
+        """The same on a device."""
 
     @abstractmethod
     def merge(self, other: "Projector") -> "Projector":

@@ -48,8 +48,12 @@ class Basis(Projector):
         return int(self.ranks.sum())
 
     @property
+    def device(self) -> torch.device:
+        return self.ranks.device
+
+    @property
     def null_dim(self) -> int:
-        return self.ranks.numel() * self.vectors.shape[-2] - self.rank
+        return self.ranks.numel() * self.shape[-1] - self.rank
 
     @property
     def residual(self) -> float:
@@ -62,6 +66,15 @@ class Basis(Projector):
 
     def numbers(self) -> "Basis":
         return replace(self, vectors=self.vectors.to("meta"))
+
+    def to(self, device: torch.device) -> "Basis":
+        vectors, values = self.vectors.to(device), self.singular_values.to(device)
+        return Basis(vectors, values, self.ranks.to(device), self.dtype)
+
+    def free_directions(self) -> Float[Tensor, "d_in free"]:
+        """Orthonormal directions that are not kept, of a basis without groups."""
+        free: Tensor = torch.linalg.qr(self.vectors, mode="complete").Q[:, self.rank :]
+        return free.contiguous()
 
     def weighted_rows(self) -> Float[Tensor, "*groups width d_in"]:
         """Rows with the same span and energies as the inputs kept, to merge spaces by."""
@@ -148,9 +161,11 @@ class RowSpace(Space):
 
     count: int = 0
 
+    _is_half = False
+
     def __init__(self) -> None:
         self._pending: list[Tensor] = []
-        self._reduced: Tensor | None = None
+        self._reduced: Tensor | None = None  # of a Gram matrix the upper triangle if it `_is_half`
         self._dtype = torch.float64
 
     @torch.inference_mode(False)  # so that a Gram matrix can be added to outside of it, too
@@ -161,9 +176,11 @@ class RowSpace(Space):
             self._reduced = gram_matrix(self._reduced)
         self._dtype = dtype
         self.count += rows.shape[-2]
-        self._pending.append(rows.detach().clone())
+        self._pending.append(rows.detach())
         if self._is_crowded():
             self._reduce()
+        else:
+            self._pending[-1] = rows.detach().clone()
 
     @torch.inference_mode(False)
     def absorb(self, other: "RowSpace") -> None:
@@ -337,13 +354,16 @@ class RowSpace(Space):
         size = sum(rows.shape[-2] * rows.element_size() for rows in self._pending)
         return size > self._pending[0].shape[-1] * torch.float64.itemsize
 
+    @torch.inference_mode(False)
     def _settle(self) -> None:
         """Nothing waits that is to be reduced: rows that a Gram matrix or a factor has joined."""
-        if not self._pending:
-            return
-        count = sum(rows.shape[-2] for rows in self._pending)
-        if self._reduced is not None or count > self._pending[0].shape[-1]:
-            self._reduce()
+        if self._pending:
+            count = sum(rows.shape[-2] for rows in self._pending)
+            if self._reduced is not None or count > self._pending[0].shape[-1]:
+                self._reduce()
+        if self._is_half and self._reduced is not None:
+            _mirror(self._reduced)
+            self._is_half = False
 
     @torch.inference_mode(False)
     def _reduce(self) -> None:
@@ -354,7 +374,11 @@ class RowSpace(Space):
             both = factor if self._reduced is None else torch.cat([self._reduced, factor], dim=-2)
             self._reduced = torch.linalg.qr(both, mode="r").R
         else:
-            self._reduced = gram_matrix(rows, self._reduced)
+            if self._reduced is None:
+                d_in = rows.shape[-1]
+                self._reduced = rows.new_zeros(*rows.shape[:-2], d_in, d_in)
+            _add_products(self._reduced, rows)
+            self._is_half = True
 
     def _decompose(self) -> tuple[Tensor, Tensor]:
         """Singular values, largest first, and right singular vectors as columns."""
@@ -384,24 +408,34 @@ def _triangle(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*group
     return factor
 
 
-def gram_matrix(
-    rows: Float[Tensor, "*groups rows d_in"], onto: Tensor | None = None
-) -> Float[Tensor, "*groups d_in d_in"]:
-    """``rowsᵀ rows``, added to another Gram matrix in place.
-
-    One triangle, block by block, for it is symmetric.
-    """
+def gram_matrix(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*groups d_in d_in"]:
+    """``rowsᵀ rows``: one triangle, block by block, for it is symmetric."""
     d_in = rows.shape[-1]
     if d_in <= BLOCK:
-        return rows.mT @ rows if onto is None else onto.add_(rows.mT @ rows)
-    gram = rows.new_empty(*rows.shape[:-2], d_in, d_in) if onto is None else onto
+        return rows.mT @ rows
+    gram = rows.new_empty(*rows.shape[:-2], d_in, d_in)
     for start in range(0, d_in, BLOCK):
         block, rest = slice(start, start + BLOCK), slice(start, None)
         part = rows[..., block].mT @ rows[..., rest]
-        if onto is not None:
-            part += onto[..., block, rest]
         gram[..., block, rest], gram[..., rest, block] = part, part.mT
     return gram
+
+
+def _add_products(
+    gram: Float[Tensor, "*groups d_in d_in"], rows: Float[Tensor, "*groups rows d_in"]
+) -> None:
+    """Add ``rowsᵀ rows`` in place, in the upper triangle alone, block by block."""
+    for start in range(0, rows.shape[-1], BLOCK):
+        block, rest = slice(start, start + BLOCK), slice(start, None)
+        gram[..., block, rest] += rows[..., block].mT @ rows[..., rest]
+
+
+def _mirror(gram: Float[Tensor, "*groups d_in d_in"]) -> None:
+    """Make a matrix whose upper triangle alone is known symmetric."""
+    d_in = gram.shape[-1]
+    for start in range(0, d_in, BLOCK):
+        block, rest = slice(start, start + BLOCK), slice(start + BLOCK, None)
+        gram[..., rest, block] = gram[..., block, rest].mT
 
 
 def _singular_from_gram(gram: Tensor) -> tuple[Tensor, Tensor]:

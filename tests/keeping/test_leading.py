@@ -107,5 +107,9 @@ def test_a_gram_matrix_by_blocks_is_the_product(monkeypatch: pytest.MonkeyPatch)
     for d in (5, 6, 7, 11):
         rows = rows_of(d, d, 0.5, 2)
         wanted = rows.double().mT @ rows.double()
-        found = space_of(rows).gram()
-        assert (found - wanted).abs().max() <= 1e-14 * wanted.abs().max()
+        space = space_of(rows)
+        for times in (1, 2, 3):  # one triangle is made symmetric to be read, and added to again
+            found = space.gram()
+            assert (found - times * wanted).abs().max() <= 1e-14 * times * wanted.abs().max()
+            assert torch.equal(found, found.mT)
+            space.add(rows)

@@ -4,7 +4,6 @@ Each is a class with the same few hooks in a training step, and one line in `LEA
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -372,4 +371,4 @@ def random_basis(basis: Basis, draws: torch.Generator) -> Basis:
     noise = torch.randn(shape, dtype=basis.vectors.dtype, generator=draws)
     kept = torch.arange(shape[-1]) < basis.ranks[..., None]
     orthonormal = torch.linalg.qr(noise).Q * kept[..., None, :]
-    return replace(basis, vectors=orthonormal)
+    return Basis(orthonormal, basis.singular_values, basis.ranks, basis.dtype)
