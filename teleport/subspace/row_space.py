@@ -427,7 +427,7 @@ def _add_products(
     """Add ``rowsᵀ rows`` in place, in the upper triangle alone, block by block."""
     for start in range(0, rows.shape[-1], BLOCK):
         block, rest = slice(start, start + BLOCK), slice(start, None)
-        gram[..., block, rest] += rows[..., block].mT @ rows[..., rest]
+        gram[..., block, rest].add_(rows[..., block].mT @ rows[..., rest])
 
 
 def _mirror(gram: Float[Tensor, "*groups d_in d_in"]) -> None:
