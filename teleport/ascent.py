@@ -158,15 +158,15 @@ class Ascent(GuardedMove):
         """Where it ended: the model runs again with the new parameters.
 
         A move no longer than the weights changes what a layer gives by no more than the layer
-        rounds (``thm-rank``): the gradient is that of the tape, and a forward pass shows that the
-        loss is the same. Everywhere else the gradient is taken anew.
+        rounds (``thm-rank``): the gradient is that of the tape, unless it is near zero, and a
+        forward pass shows that the loss is the same. Everywhere else it is taken anew.
         """
         if self.landscape.tape is not None and self._same() and self.landscape.is_near():
             shares = self.landscape.shares()
             self.landscape.write()  # first, so that rounding finds the weights there
-            allowed = self._rounding()
+            allowed, cancelled = self._rounding(), self.landscape.tape.cancels()
             self.landscape.forget()
-            loss = mean_loss(self.closures)
+            loss = math.nan if cancelled else mean_loss(self.closures)
             if abs(loss - before.loss) <= allowed:
                 return self._outcome(loss, shares)
         self.landscape.write()
@@ -257,7 +257,7 @@ class Ascent(GuardedMove):
             try:
                 return self.landscape.tangent_direction(room)
             except NotImplementedError as error:  # no forward-mode derivative of some operation
-                self.fallback = "double backward: " + str(error).split(". ")[0]
+                self.fallback = "double backward: " + str(error).partition("\n")[0].split(". ")[0]
         return self.landscape.double_backward_direction(room)
 
     def _step_size(

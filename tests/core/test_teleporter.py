@@ -29,6 +29,7 @@ from tests.support.strategies import (
     cases,
     gradient_norm,
     network,
+    opposed,
     rank_is_clear,
     with_bias,
 )
@@ -145,6 +146,16 @@ def test_the_report_tells_the_truth(case: Case, growth: float, method: str) -> N
     assert math.isclose(report.grad_norm_after, norm(problem), rel_tol=1e-10)
     moved = sum(float((a - b).square().sum()) for a, b in zip(problem.model.parameters(), start[2]))  # noqa: B905
     assert math.isclose(sum(x.move_norm**2 for x in report.layers), moved, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("left", [1e-2, 1e-3, 1e-4])
+def test_near_a_minimum_the_norms_are_those_of_the_model(left: float) -> None:
+    problem = opposed(left)
+    start = norm(problem)
+    report = Teleporter(problem.model, growth=1.5).step(problem.closure)
+    assert report.steps == 1
+    assert report.grad_norm_before == pytest.approx(start, rel=3e-4)
+    assert report.grad_norm_after == pytest.approx(norm(problem), rel=3e-4)
 
 
 @given(roomy)

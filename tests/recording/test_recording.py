@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from teleport.layers.support import WeightMatrix, cover
 from teleport.recording import Tape, push_tangents, record
+from teleport.recording.tape import LEFT
 from tests.support.fingerprint import fingerprint
 from tests.support.networks import GRAPHS, Task, task, without_dropout
 from tests.support.strategies import (
@@ -23,6 +24,7 @@ from tests.support.strategies import (
     join_like,
     layer_rows,
     matrix_gradients,
+    opposed,
 )
 
 TOLERANCE = 1e-12
@@ -75,6 +77,29 @@ def test_gradient_of_any_graph_is_on_the_tape(name: str) -> None:
         assert close(tape.weight_gradient(block), block.part.of(wanted))
     for parameter, own in zip(tape.others, tape.other_gradients, strict=True):
         assert close(own, wanted[parameter])
+
+
+@given(st.floats(-6.0, 0.0), st.floats(-25.0, 15.0))
+def test_a_norm_by_gram_matrices_is_right_where_rows_cancel_or_leave_the_range(
+    left: float, scale: float
+) -> None:
+    tape = tape_of(opposed(10.0**left, 10.0**scale))
+    tape.backward()
+    for block in tape.blocks[1:]:  # the first has more rows than columns
+        share = tape.shares()[block]
+        gradient = tape.deltas(block).double().mT @ tape.rows(block).double()
+        assert share == pytest.approx(float(gradient.square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("left", [1.0, 1e-1, 1e-2, 1e-3])
+def test_it_is_seen_where_little_is_left_of_a_gradient(left: float) -> None:
+    tape = tape_of(opposed(left, 1.0, torch.float64))
+    tape.backward()
+    block = tape.blocks[-1]
+    rows = tape.deltas(block).norm(dim=1) * tape.rows(block).norm(dim=1)
+    share = float(tape.weight_gradient(block).norm() / rows.norm())
+    assert tape.cancels() == (share < LEFT)
+    assert tape.cancels() == (left < 0.05)
 
 
 @given(cases())

@@ -75,6 +75,21 @@ class Problem:
         return list(self.x.flatten(0, -2))
 
 
+def opposed(left: float, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Problem:
+    """Every input twice, with targets on both sides of the output.
+
+    Their gradients cancel but for a share ``left``, as near the minimum of a loss that is not 0.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh())
+        model.append(nn.Linear(48, 3)).to(dtype)
+        x, off = torch.randn(6, 8).to(dtype), torch.randn(6, 3).to(dtype)
+        z = model(x)
+    y = torch.cat([z + off, z - off * (1.0 - left)])
+    return Problem(model, torch.cat([x, x]), y, lambda z: (z - y).square().sum() * scale)
+
+
 @dataclass(frozen=True)
 class Case:
     """A multi-layer perceptron with a batch and a loss, described.
