@@ -42,6 +42,7 @@ NO_ROOM = (
 _NO_LAYER = (
     "nothing can move: no layer can be recorded in this closure; the report's layers say why"
 )
+_EXCLUDED = "nothing can move: include and exclude leave no layer that this closure calls"
 FIXED = (
     "nothing can move: in every layer with a null space the inputs do not change with the "
     "parameters, or only within their own span"
@@ -165,7 +166,7 @@ class Ascent(GuardedMove):
             shares = self.landscape.shares()
             self.landscape.write()  # first, so that rounding finds the weights there
             allowed, cancelled = self._rounding(), self.landscape.tape.cancels()
-            self.landscape.forget()
+            self.landscape.tape.forget()
             loss = math.nan if cancelled else mean_loss(self.closures)
             if abs(loss - before.loss) <= allowed:
                 return self._outcome(loss, shares)
@@ -218,6 +219,8 @@ class Ascent(GuardedMove):
         room = {block: basis for block, basis in self.bases.items() if basis.null_dim > 0}
         if not landscape.blocks:
             return _NO_LAYER
+        if not any(block.name in settings.movable for block in landscape.blocks):
+            return _EXCLUDED
         if not room:  # layers that are fixed points have no basis: nobody looked for their room
             return NO_ROOM if self.bases else FIXED
         if settings.tau == 1.0:  # their direction is zero, but for rounding (``thm-fixed``)

@@ -20,7 +20,7 @@ from teleport.layers.part import LinearMap
 from teleport.layers.support import CoveredModule, CoveredProduct, WeightMatrix
 from teleport.layers.weight_uses import WeightUses
 from teleport.recording.tape import Call, Tape
-from teleport.runtime.closures import Closure, evaluate
+from teleport.runtime.closures import Closure, evaluate, refuse_freed
 from teleport.runtime.interception import backward_forbidden, in_checkpoint, replaced_forwards
 from teleport.runtime.precision import as_computed, uncached_casts
 
@@ -192,7 +192,11 @@ def _depends_on(loss: Tensor, model: nn.Module, calls: list[Call]) -> bool:
     if calls or not loss.requires_grad:
         return loss.requires_grad
     trainable = [p for p in model.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(loss, trainable, retain_graph=True, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(loss, trainable, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        refuse_freed(error)
+        raise
     return any(g is not None for g in grads)
 
 

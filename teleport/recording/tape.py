@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from teleport.layers.part import LinearMap, Pieces
 from teleport.layers.support import CoveredModule, WeightMatrix
 from teleport.objective import EUCLIDEAN, Metric, Shares, squared_norm
+from teleport.runtime.closures import refuse_freed
 from teleport.runtime.precision import at_least_single, coarsest, is_half, scaled
 from teleport.subspace import Projector, RowSpace, Space, gram_matrix
 
@@ -36,8 +37,7 @@ near a minimum the products of a batch's cotangents are many times as large as w
 
 LEFT = 0.02
 """Length of a gradient, as a share of those of its rows in quadrature, down to which it is that of
-the tape. Near a minimum it is less, and another rounding of the activations is another gradient: at
-2e-4 the norm of a small model's may be wrong by 2e-2 in single precision, here by 1e-5."""
+the tape. Nearer to a minimum another rounding of the activations is another gradient."""
 
 
 @dataclass(eq=False)
@@ -199,7 +199,11 @@ class Tape:
         self.forget()
         self._shares, self._formed, self._forgotten = {}, {}, False
         asked = [self.anchor, *self.others, *suspects]
-        _, *grads = torch.autograd.grad(self.loss, asked, retain_graph=True, allow_unused=True)
+        try:
+            _, *grads = torch.autograd.grad(self.loss, asked, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            refuse_freed(error)
+            raise
         self.other_gradients = [
             torch.zeros_like(p) if g is None else g
             for p, g in zip(self.others, grads, strict=False)
@@ -275,17 +279,17 @@ class Tape:
     def cancels(self) -> bool:
         """Whether little is left of the gradients of single rows in their sum, at the last call.
 
-        There the rounding of the forward pass changes the gradient: see `LEFT`.
+        There the rounding of the forward pass changes the gradient: see `LEFT`. All rows are taken
+        to be as long as they are on the average.
         """
         self.remember()
         block = self.calls[-1].block
         squares = 0.0
         for call in self.calls_of(block):
-            if call.delta is not None:
-                delta, x = at_least_single(call.delta), at_least_single(call.x.detach())
-                ones = delta.new_ones(block.part.matrix_shape[:-1])
-                norms = call.part.weighted_norms(delta, ones) * call.part.row_norms(x)
-                squares += squared_norm(norms)
+            if call.delta is not None and call.x.is_floating_point():
+                delta, x = self._single(call.delta), self._single(call.x.detach())
+                row = float(x.norm()) ** 2 / x.numel() * call.part.matrix_shape[-1]
+                squares += float(delta.norm()) ** 2 * row
         known = self._shares.get(EUCLIDEAN)
         share = known[block] if known else self._norm_squared(block, EUCLIDEAN)
         return LEFT * LEFT * squares > share

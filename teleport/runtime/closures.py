@@ -66,6 +66,19 @@ def evaluate(closure: Closure) -> Float[Tensor, ""]:
     return loss.reshape(())
 
 
+def refuse_freed(error: RuntimeError) -> None:
+    """Say what is wrong where a loss is differentiated of which a part was computed before.
+
+    Raises:
+        ClosureError: if ``backward`` has freed that part; nothing but the text tells it.
+    """
+    if "backward through the graph a second time" in str(error):
+        raise ClosureError(
+            "a part of the loss was computed before the closure was called, and backward() has "
+            "freed its graph. The closure must run the whole model itself, at every call"
+        ) from error
+
+
 def without_gradients(run: Callable[[], _Result]) -> _Result:
     """Run without gradients; with them if the forward pass itself needs them.
 

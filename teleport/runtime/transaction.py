@@ -8,6 +8,7 @@ only if the move was kept.
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -79,7 +80,6 @@ class Transaction:
             self._stack.callback(_restore_grad, parameter, grad)
             self._stack.callback(_restore_flag, parameter, parameter.requires_grad)
         self._stack.enter_context(_unfused())
-        self._eager = compiler_loaded()
         self.quiet = Quiet(self.model, (m for m in modules if isinstance(m, _WITH_DROPOUT)))
         self.quiet.enforce()
         return self
@@ -112,7 +112,7 @@ class Transaction:
             nonlocal heard
             self.rewind_random()
             self.quiet.enforce()
-            self._stay_eager()
+            _unfused.stay_eager()
             if heard:
                 return closure()
             results: list[_Result] = []
@@ -124,12 +124,6 @@ class Transaction:
             return results.pop()
 
         return call
-
-    def _stay_eager(self) -> None:
-        """A closure may have been the first in this process to compile something."""
-        if not self._eager and compiler_loaded():
-            self._eager = True
-            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
 
     def until_quiet(self, work: Callable[[], _Result]) -> tuple[_Result, str]:
         """Do work with repeatable closures, from the start for as long as modules draw in it.
@@ -273,19 +267,54 @@ def compiler_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
-@contextmanager
-def _unfused() -> Iterator[None]:
+class _Unfused:
     """Every layer runs as it is written in Python.
 
     Compiled graphs and the fast path of evaluated transformer layers would run past the replaced
     forwards, and fused attention has neither a forward-mode nor a second derivative.
+
+    PyTorch has one such setting for all threads. So it is made by the first who needs it and undone
+    by the last: in threads that teleport at the same time, each would take the other's for the
+    user's.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), ExitStack() as stack:
-            if compiler_loaded():
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._eager = Lock(), set[object](), False
+        self._stack = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        user = object()
+        try:
+            with self._lock:
+                self._users.add(user)
+                if len(self._users) == 1:
+                    self._begin()
             yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        finally:
+            with self._lock:
+                self._users.discard(user)
+                if not self._users:
+                    self._eager = False
+                    self._stack.close()
+
+    def stay_eager(self) -> None:
+        """A closure may have been the first in this process to compile something."""
+        if not self._eager and compiler_loaded():
+            with self._lock:
+                self._stop_compiled()
+
+    def _begin(self) -> None:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        self._stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+        torch.backends.mha.set_fastpath_enabled(False)
+        self._stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        self._stop_compiled()
+
+    def _stop_compiled(self) -> None:
+        if not self._eager and compiler_loaded():
+            self._eager = True
+            self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+_unfused = _Unfused()

@@ -200,6 +200,20 @@ def on_an_empty_batch(problem: Task) -> Callable[[], Tensor]:
     return lambda: problem.model(problem.x[:0]).sum()
 
 
+def of_a_freed_loss(problem: Task) -> Callable[[], Tensor]:
+    """As in a training loop that has called ``backward`` and the optimizer already."""
+    loss = problem.closure()
+    torch.autograd.grad(loss, list(problem.model.parameters()))
+    return lambda: loss
+
+
+def of_a_freed_part(problem: Task) -> Callable[[], Tensor]:
+    first, *others = problem.model.children()
+    hidden = first(problem.x)
+    torch.autograd.grad(hidden.square().sum(), list(first.parameters()))
+    return lambda: nn.Sequential(*others)(hidden).square().sum()
+
+
 BAD_CLOSURES: dict[str, tuple[Closures, str]] = {
     "vector": (lambda p: lambda: p.model(p.x).sum(1), r"shape \(6,\)"),
     "float": (lambda p: lambda: float(p.closure()), "returned float"),
@@ -210,6 +224,8 @@ BAD_CLOSURES: dict[str, tuple[Closures, str]] = {
     "no_grad": (without_gradients, "does not depend on this model"),
     "detached": (lambda p: lambda: p.closure().detach(), "does not depend on this model"),
     "another model": (of_another_model, "does not depend on this model"),
+    "freed loss": (of_a_freed_loss, r"backward\(\) has freed"),
+    "freed part": (of_a_freed_part, r"backward\(\) has freed"),
     "empty batch": (on_an_empty_batch, "empty batch"),
 }
 

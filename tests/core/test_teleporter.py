@@ -478,6 +478,14 @@ def test_include_and_exclude_choose_the_layers() -> None:
     assert [status(report)[n] for n in "024"] == ["excluded", "moved", "excluded"]
 
 
+@pytest.mark.parametrize("chosen", [{"include": []}, {"exclude": ["*"]}])
+def test_where_every_layer_is_excluded_the_reason_says_so(chosen: Any) -> None:
+    problem = WIDE.build()
+    report = Teleporter(problem.model, **chosen).step(problem.closure)
+    assert report.steps == 0
+    assert "include and exclude leave no layer" in report.reason
+
+
 @pytest.mark.verifies("thm-invariance")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("method", METHODS)

@@ -5,6 +5,7 @@ import random
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import count
 from typing import Any
 
@@ -520,3 +521,22 @@ def test_the_copy_of_the_model_goes_when_the_transaction_is_left() -> None:
         assert len(copies) == 2
         assert all(copy() is not None for copy in copies)
     assert not any(copy() is not None for copy in copies)
+
+
+def _settings_of_all_threads() -> tuple[object, ...]:
+    attention = torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    return *attention, torch._dynamo.eval_frame._stance.stance
+
+
+def test_overlapping_transactions_leave_the_settings_of_all_threads() -> None:
+    """As in two threads: the second begins within the first and ends after it."""
+    import_module("torch._dynamo")
+    before = _settings_of_all_threads()
+    first, second = Transaction(nn.Linear(2, 2)), Transaction(nn.Linear(2, 2))
+    first.__enter__()
+    second.__enter__()
+    assert _settings_of_all_threads() == (False, False, "force_eager")
+    first.__exit__(None, None, None)
+    assert _settings_of_all_threads() == (False, False, "force_eager")
+    second.__exit__(None, None, None)
+    assert before == _settings_of_all_threads()
