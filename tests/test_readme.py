@@ -97,7 +97,9 @@ def cost_lines() -> list[str]:
             ]
             cells.append("{:.2f} ({:.2f})".format(*medians))
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+    both = read_benchmarks(RESULTS / "bench" / "two-threads")["step"].rows
+    whole = [timing(row).ratio.median for row in both if row["operation"] == COSTS[-1][1]]
+    return [*lines, f"| the same on two threads | {' | '.join(f'{cost:.2f}' for cost in whole)} |"]
 
 
 def sequence_lines(name: str) -> list[str]:
