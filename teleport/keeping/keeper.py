@@ -29,6 +29,8 @@ class Keeper:
         bases: by the name of a block.
         parameters: whatever of these no block covers is put back.
         every: uses as a context between projections, >= 1.
+        model: whose parameters they are, and have to stay.
+        alone: whether it may have no others.
     """
 
     def __init__(
@@ -37,7 +39,11 @@ class Keeper:
         bases: Mapping[str, Projector],
         parameters: Iterable[nn.Parameter],
         every: int,
+        model: nn.Module,
+        alone: bool,
     ) -> None:
+        parameters = list(parameters)
+        self._model, self._alone, self._known = model, alone, set(parameters)
         is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         require("every", every, is_count, "an integer >= 1")
         self._every, self._uses, self._blocks = every, 0, blocks
@@ -71,6 +77,14 @@ class Keeper:
                 )
             if True in trained:
                 self._settled.discard(block)
+        found = set(self._model.parameters())
+        if found != self._known if self._alone else not self._known <= found:
+            raise NullSpaceError(
+                "the model has not the parameters any more that it had when its null space was "
+                "taken into use, as after a layer was replaced or adapters were put in: what is "
+                "new would move as it likes. remove() what attach returned and attach anew, or "
+                "make what keep returned anew"
+            )
 
     def project(self) -> None:
         """Project the displacement since the keeper was made now."""

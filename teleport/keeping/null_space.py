@@ -126,7 +126,7 @@ class NullSpace:
                 f"would train nothing. May move: {', '.join(self.bases) or 'none'}"
             )
         whole = [p for block in blocks for p in block.parameters]
-        keeper = Keeper(blocks, self.bases, [*parameters, *whole], every)
+        keeper = Keeper(blocks, self.bases, [*parameters, *whole], every, model, alone=False)
         project = partial(project_gradients, blocks, self.bases, parameters)
         return Attachment(inner, keeper, project)
 
@@ -144,9 +144,11 @@ class NullSpace:
 
         Raises:
             ValueError: if ``every`` < 1.
-            NullSpaceError: if the model's layers are not those of this space.
+            NullSpaceError: if the model's layers are not those of this space; at a use also if it
+                got or lost parameters since.
         """
-        return Keeper(self._match(model).blocks, self.bases, model.parameters(), every)
+        blocks = self._match(model).blocks
+        return Keeper(blocks, self.bases, model.parameters(), every, model, alone=True)
 
     def project_(self, model: nn.Module) -> None:
         """Project the ``.grad`` of every covered layer in place; other gradients become zero.
@@ -155,7 +157,8 @@ class NullSpace:
         at tau = 1 (``thm-keep``). For optimizers that rescale gradients use `attach` or `keep`.
 
         Raises:
-            NullSpaceError: if the model's layers are not those of this space.
+            NullSpaceError: if the model's layers are not those of this space; at a use also if it
+                got or lost parameters since.
         """
         blocks = self._match(model).blocks
         project_gradients(blocks, self.bases, model.parameters())

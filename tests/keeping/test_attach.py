@@ -130,6 +130,28 @@ def test_lbfgs_learns_within_the_null_space(seed: int, every: int, search: str |
         optimizer.step()
 
 
+def test_a_layer_that_is_replaced_or_added_later_is_refused() -> None:
+    learner = Learner.drawn(0)
+    space, optimizer = learner.space(), OPTIMIZERS["SGD"](learner)
+    keeper, handle = space.keep(learner.model), space.attach(optimizer)
+    model = learner.model
+    model[3].added = nn.Linear(2, 2)
+    with pytest.raises(NullSpaceError, match=r"not the parameters any more.*anew"), keeper:
+        pass
+    train(learner, optimizer, 1)  # of the optimizer it has none
+    del model[3].added
+    with keeper:
+        pass
+    model[3] = copy.deepcopy(model[3])
+    with pytest.raises(NullSpaceError, match="a layer was replaced"), keeper:
+        pass
+    before = learner.state()
+    with pytest.raises(NullSpaceError, match="a layer was replaced"):
+        train(learner, optimizer, 1)
+    assert all(torch.equal(value, before[name]) for name, value in learner.state().items())
+    handle.remove()
+
+
 @few
 @given(seeds, st.sampled_from(["weight", "bias"]), st.integers(1, 3))
 def test_a_part_of_a_layer_that_is_frozen_later_does_not_move(
