@@ -451,7 +451,8 @@ def null_space(
         progress: draw a bar on the terminal, if the standard error is one.
         unfinished: a file for what is taken in, written at most once a minute, a Gram matrix for
             each basis, and deleted in the end. If this was interrupted, call it again with the same
-            file, model, closures and layers: it goes on where the file ends, to the same bases.
+            file, model, closures and layers: it goes on where the file ends, to the same bases; a
+            file made at a ``tau`` of at most 0.999 serves no larger one.
             Each rank has a file of its own, with its number behind the name.
 
     Returns:
@@ -472,14 +473,14 @@ def null_space(
         names = [block.name for block in coverage.blocks]
         taus = taus_of(tau, names, 1.0)
         left_out = left_out_of(coverage, include, exclude)
-        survey = Survey(model, coverage, left_out)
+        survey = Survey(model, coverage, left_out, taus)
         autocast, ranks = Autocast(), ranks_of(model)
         with autocast.off(), ranks.together(), silenced(model):
             with Transaction(model) as kept, ranks.together():
                 file = Unfinished(unfinished, model, survey, ranks)
                 for closure in file.rest(track(closures_of(closures), "old data")):
                     survey.add(closure, autocast, kept.quiet)
-            bases, used = survey.bases(taus, ranks, track)
+            bases, used = survey.bases(ranks, track)
         file.unlink()
     stay = {block.name: LEFT_OUT for block in coverage.blocks if block in left_out}
     return NullSpace(bases, {**coverage.frozen, **stay, **used}, model)

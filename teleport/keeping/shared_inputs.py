@@ -15,7 +15,7 @@ from torch import Tensor
 from teleport.layers.part import LinearMap
 from teleport.layers.support import WeightMatrix
 from teleport.runtime.ranks import Ranks
-from teleport.subspace import Space
+from teleport.subspace import RowSpace, Space
 
 
 class SharedSpaces:
@@ -23,13 +23,14 @@ class SharedSpaces:
 
     Args:
         blocks: whose inputs to collect.
+        exact: those for which products in float32 are not enough.
     """
 
-    def __init__(self, blocks: Iterable[WeightMatrix]) -> None:
+    def __init__(self, blocks: Iterable[WeightMatrix], exact: Collection[WeightMatrix]) -> None:
         by_kind: dict[Any, list[WeightMatrix]] = {}
         for block in blocks:
-            by_kind.setdefault(_kind(block), []).append(block)
-        groups = [_Group(members, members[0].space()) for members in by_kind.values()]
+            by_kind.setdefault((_kind(block), block in exact), []).append(block)
+        groups = [_Group(m, _empty(m[0], m[0] not in exact)) for m in by_kind.values()]
         self._group = {block: group for group in groups for block in group.members}
 
     def see(self, block: WeightMatrix, part: LinearMap, x: Tensor) -> None:
@@ -124,6 +125,13 @@ class _Group:
         part, _, x = self._waiting
         next(iter(self.done)).collect(space, part, x)
         self.done, self._waiting, self._key = {}, None, None
+
+
+def _empty(block: WeightMatrix, single: bool) -> Space:
+    space = block.space()
+    if isinstance(space, RowSpace):
+        space.single = single
+    return space
 
 
 def _kind(block: WeightMatrix) -> Any:

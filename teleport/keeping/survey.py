@@ -1,12 +1,12 @@
 """One pass over the old data: the inputs of a model's layers, and the bases of their spans."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from teleport.errors import ClosureError
-from teleport.keeping.leading import leading_basis
+from teleport.keeping.leading import ENOUGH, leading_basis, single_serves
 from teleport.keeping.progress import Track
 from teleport.keeping.shared_inputs import SharedSpaces
 from teleport.layers.part import LinearMap
@@ -18,6 +18,8 @@ from teleport.runtime.randomness import Quiet, RandomState, drawing_modules, nam
 from teleport.runtime.ranks import Ranks
 from teleport.subspace import Projector, RowSpace, Space, full_basis
 
+OF_ANOTHER_MODEL = "of another model, of other weights, modes or layers"
+
 
 class Survey:
     """The inputs of a model's layers, and what shows meanwhile: who uses weights, who draws.
@@ -26,10 +28,17 @@ class Survey:
         model: the model.
         coverage: of it.
         left_out: blocks of the coverage that stay as they are.
+        taus: thresholds by the names of the others.
     """
 
-    def __init__(self, model: nn.Module, coverage: Coverage, left_out: set[WeightMatrix]) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        coverage: Coverage,
+        left_out: set[WeightMatrix],
+        taus: Mapping[str, float],
+    ) -> None:
+        self.model, self.taus = model, taus
         self.sites = [site.without(left_out) for site in coverage.sites]
         self.blocks = [block for block in coverage.blocks if block not in left_out]
         self.used: dict[WeightMatrix, str] = {}
@@ -60,15 +69,12 @@ class Survey:
                 "that run only its other layers"
             )
 
-    def bases(
-        self, taus: Mapping[str, float], ranks: Ranks, track: Track
-    ) -> tuple[dict[str, Projector], dict[str, str]]:
+    def bases(self, ranks: Ranks, track: Track) -> tuple[dict[str, Projector], dict[str, str]]:
         """The bases of all that was taken in, on all ranks, and why other layers are frozen.
 
         Layers with the same inputs and the same threshold have one basis in common.
 
         Args:
-            taus: threshold by the name of a block.
             ranks: who takes part.
             track: goes through what is to be decomposed.
         """
@@ -92,7 +98,7 @@ class Survey:
             members, space = spaces.pop(0)
             by_tau: dict[float, Projector] = {}
             for block in members:
-                tau = taus[block.name]
+                tau = self.taus[block.name]
                 if tau not in by_tau:
                     by_tau[tau] = _basis(block, space, tau).of_first(ranks)
                 found[block.name] = by_tau[tau]
@@ -103,22 +109,30 @@ class Survey:
         used = {block.name: why for block, why in self.used.items()}
         return {"used": used, "groups": self.spaces.state(), "shapes": self._shapes()}
 
-    def restore(self, state: dict[str, Any]) -> bool:
-        """Take in what `state` told, if it is of the same blocks."""
+    def restore(self, state: dict[str, Any]) -> str:
+        """Take in what `state` told; or why not, if it is of other blocks or less exact."""
         blocks = {block.name: block for block in self.blocks}
         if state.get("shapes") != self._shapes():
-            return False
-        self.spaces.restore([([blocks[n] for n in names], s) for names, s in state["groups"]])
+            return OF_ANOTHER_MODEL
+        groups = [([blocks[n] for n in names], space) for names, space in state["groups"]]
+        if any(getattr(space, "single", False) and self._exact(group) for group, space in groups):
+            return f"of layers whose tau was at most {ENOUGH:g}, too rough for the one given"
+        self.spaces.restore(groups)
         self.used = {blocks[name]: why for name, why in state["used"].items()}
         self.seen = True
-        return True
+        return ""
 
     def _shapes(self) -> dict[str, list[int]]:
         """Of the matrices: a bias that was frozen meanwhile has no column there."""
         return {block.name: list(block.part.matrix_shape) for block in self.blocks}
 
+    def _exact(self, blocks: Iterable[WeightMatrix]) -> list[WeightMatrix]:
+        """Those for whose thresholds float32 does not tell products well enough."""
+        widths = {block: block.part.matrix_shape[-1] for block in blocks}
+        return [b for b, d_in in widths.items() if not single_serves(self.taus[b.name], d_in)]
+
     def _forget(self) -> None:
-        self.spaces = SharedSpaces(self.blocks)
+        self.spaces = SharedSpaces(self.blocks, self._exact(self.blocks))
         self.seen = False
 
     def _watch(self, closure: Callable[[], Any], autocast: Autocast) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport.errors import NullSpaceError
-from teleport.keeping.survey import Survey
+from teleport.keeping.survey import OF_ANOTHER_MODEL, Survey
 from teleport.layers.one_hot import AxisSpace
 from teleport.layers.shared_weight import TiedSpace
 from teleport.runtime.ranks import Ranks
@@ -99,11 +99,8 @@ class Unfinished:
                 f"{path} holds no unfinished survey: it is cut short, or of something else. Delete "
                 "it, or give another file"
             ) from error
-        if of != self._of or not self._survey.restore(state):
-            raise NullSpaceError(
-                f"{path} is of another model, of other weights, modes or layers. Delete it, or "
-                "give another file"
-            )
+        if why := OF_ANOTHER_MODEL if of != self._of else self._survey.restore(state):
+            raise NullSpaceError(f"{path} is {why}. Delete it, or give another file")
         self._done = done
 
 

@@ -121,7 +121,7 @@ class LinearMap(ABC):
     def collect(self, space: Any, x: Tensor) -> None:
         """Add the rows of an input to what `space` returned."""
         for some in self.chunks(x):
-            space.add(self.rows(some))
+            space.add(self.rows(some), keep=self.has_bias_column)  # which has made a copy
 
     def chunks(self, x: Tensor, rows: int = CHUNK) -> Sequence[Tensor]:
         """The input cut into pieces with about so many rows each, where it can be."""

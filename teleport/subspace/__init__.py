@@ -7,7 +7,14 @@ of that batch (theorem ``thm-invariance``). The rows span a space; `RowSpace` co
 
 from teleport.subspace.full_basis import FullBasis, full_basis
 from teleport.subspace.projector import Projector, Space
-from teleport.subspace.rank import energy_rank, kept_rank, numerical_rank, rank_cut, require_tau
+from teleport.subspace.rank import (
+    energy_rank,
+    kept_rank,
+    numerical_rank,
+    rank_cut,
+    relative_cut,
+    require_tau,
+)
 from teleport.subspace.row_space import Basis, RowSpace, gram_matrix
 
 __all__ = [
@@ -22,5 +29,6 @@ __all__ = [
     "kept_rank",
     "numerical_rank",
     "rank_cut",
+    "relative_cut",
     "require_tau",
 ]

@@ -1,5 +1,6 @@
 """A null space whose making was interrupted goes on where its file ends."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport import ClosureError, NullSpace, NullSpaceError, null_space
-from teleport.keeping import unfinished
+from teleport.keeping import leading, unfinished
 from teleport.layers.shared_weight import TiedBasis
 from teleport.subspace import Projector
 
@@ -171,3 +172,18 @@ def test_what_fails_before_anything_was_taken_in_leaves_no_file(
     with pytest.raises(ClosureError):
         null_space(model, [], unfinished=tmp_path / "survey")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_rough_products_serves_no_larger_share(
+    model: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leading, "WIDE", 1)
+    file, rough, exact = tmp_path / "survey", tmp_path / "rough", tmp_path / "exact"
+    interrupted(model, rough, tau=0.9)
+    shutil.copy(rough, file)
+    with pytest.raises(NullSpaceError, match=r"survey is of layers whose tau was at most 0\.999"):
+        null_space(model, closures(model, []), 1.0, unfinished=file)
+    assert file.read_bytes() == rough.read_bytes()
+    null_space(model, closures(model, []), 0.8, unfinished=file)
+    interrupted(model, exact, tau=1.0)  # while the exact ones serve any
+    null_space(model, closures(model, []), 0.9, unfinished=exact)
