@@ -1,12 +1,14 @@
 """Projecting what happened to parameters: by hand, in a context, or after an optimizer's steps."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from teleport.errors import NullSpaceError, require
 from teleport.layers.one_hot import AxisBasis
@@ -15,6 +17,9 @@ from teleport.runtime.precision import Autocast, at_least_single
 from teleport.subspace import Basis, Projector
 
 EVERYTHING: Any = ...
+
+_LAST: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Who has projected a parameter last, as a weak reference to a `Keeper`."""
 
 
 class Keeper:
@@ -65,6 +70,8 @@ class Keeper:
 
     def check(self) -> None:
         """Before anything moves: refuse a layer that cannot be projected any more."""
+        for block, remover, _ in self._origins:
+            self._require_no_other(block, remover)
         for block in self._blocks:
             trained = {parameter.requires_grad for parameter in block.parameters}
             why = block.part.bypassed()
@@ -95,9 +102,28 @@ class Keeper:
                 origin = at_least_single(stored)
                 moved = at_least_single(block.part.matrix()) - origin
                 block.part.write(remover.project(moved).add_(origin))
+                _LAST[block.parameters[0]] = weakref.ref(self)
             for parameter, rows, value in self._rest:
                 parameter[rows] = value
         self._uses, self._settled, self._projected = 0, set(self._blocks), True
+
+    def _require_no_other(self, block: WeightMatrix, remover: "_Ready") -> None:
+        """Raise NullSpaceError if another null space is at work on a layer in turn with this one.
+
+        Each would project what the other has left, so that neither function were kept.
+        """
+        parameter = block.parameters[0]
+        last = _LAST.get(parameter)
+        other = None if last is None else last()
+        if other in (None, self) or not self._projected:
+            return
+        bases = [r.basis for b, r, _ in other._origins if b.parameters[0] is parameter]
+        if not any(basis is remover.basis for basis in bases):
+            raise NullSpaceError(
+                f"layer {block.name!r} was projected by another null space since this one was: "
+                "each would undo the other's work. Use one space for both, as from "
+                "`NullSpace.merge`, or remove() the other and attach this one anew"
+            )
 
     def used(self, is_kept: bool = False) -> None:
         """Count a use, and project if it is time, unless nothing has changed in this one."""
@@ -131,7 +157,7 @@ class _Ready:
     """
 
     def __init__(self, basis: Projector) -> None:
-        self._basis = basis
+        self.basis = basis
         self._vectors: dict[torch.dtype, Tensor] = {}
         self._takes = isinstance(basis, Basis) and len(basis.shape) == 1
         self._free = self._takes and 2 * basis.rank > basis.shape[-1]
@@ -139,7 +165,7 @@ class _Ready:
     def project(self, matrix: Tensor) -> Tensor:
         """The matrix with its action on the kept space removed, as a new tensor."""
         if not self._takes:
-            return self._basis.project(matrix)
+            return self.basis.project(matrix)
         vectors = self._vectors.get(matrix.dtype)
         if vectors is None:
             vectors = self._vectors[matrix.dtype] = self._directions().to(matrix.dtype)
@@ -151,8 +177,8 @@ class _Ready:
         return torch.addmm(once, once @ vectors, vectors.mT, alpha=-1)
 
     def _directions(self) -> Tensor:
-        assert isinstance(self._basis, Basis)
-        return self._basis.free_directions() if self._free else self._basis.vectors
+        assert isinstance(self.basis, Basis)
+        return self.basis.free_directions() if self._free else self.basis.vectors
 
 
 class Attachment:

@@ -424,6 +424,25 @@ def test_a_second_space_on_one_optimizer_is_refused() -> None:
     learner.space().attach(optimizer)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+def test_two_spaces_do_not_take_turns_on_a_layer(every: int) -> None:
+    """One after the other they may; the first again, after the second, would undo its work."""
+    learner = Learner.drawn(0)
+    one, two = (OPTIMIZERS["SGD"](learner) for _ in range(2))
+    handles = [learner.space().attach(optimizer, every) for optimizer in (one, two)]
+    train(learner, one, every)
+    train(learner, two, every)
+    before = learner.state()
+    with pytest.raises(NullSpaceError, match="projected by another null space since"):
+        train(learner, one, 1)
+    assert all(torch.equal(v, learner.state()[n]) for n, v in before.items())
+    train(learner, two, every)
+    for handle in handles:
+        handle.remove()
+    learner.space().attach(one)
+    train(learner, one, 2)
+
+
 @pytest.mark.parametrize("every", [0, -1, True])
 def test_every_is_a_count(every: object) -> None:
     learner = Learner.drawn(0)
