@@ -60,7 +60,7 @@ def changes(now: Mapping[str, Benchmark], before: Mapping[str, Benchmark]) -> li
 
 def sheet(found: list[Change]) -> Sheet:
     """The changes as a table."""
-    rows: list[tuple[str, ...]] = [
+    rows = [
         (*c.what, f"{c.before:.2f}", f"{c.now:.2f}", f"{c.factor:.2f}", _verdict(c)) for c in found
     ]
     columns = ("benchmark", "network", "operation", "before", "now", "factor", "")

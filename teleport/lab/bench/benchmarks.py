@@ -45,7 +45,7 @@ from teleport.lab.bench.timing import (
     stopwatch_for,
 )
 from teleport.lab.experiments.choices import NOT_IN_ALL
-from teleport.lab.experiments.models import Transformer, cnn, mlp
+from teleport.lab.experiments.models import ACTIVATIONS, Transformer, cnn, mlp
 from teleport.lab.experiments.residual import ResNet18
 from teleport.lab.records.writer import RecordWriter, environment
 from teleport.landscape import Landscape
@@ -136,18 +136,9 @@ def sequential_bases(
     return {block: landscape.bases([block], 1.0)[block] for block in blocks}
 
 
-def parallel_bases(
-    landscape: Landscape, blocks: Sequence[WeightMatrix]
-) -> dict[WeightMatrix, Projector]:
+def parallel_bases(landscape: Landscape) -> dict[WeightMatrix, Projector]:
     """Bases at the same time, a thread to each, whether that pays or not."""
-    return landscape.bases(blocks, 1.0, parallel=True)
-
-
-def bases_as_made(
-    landscape: Landscape, blocks: Sequence[WeightMatrix]
-) -> dict[WeightMatrix, Projector]:
-    """Bases as a teleport makes them: shared where inputs are, at the same time if that pays."""
-    return landscape.bases(blocks, 1.0)
+    return landscape.bases(candidates(landscape), 1.0, parallel=True)
 
 
 def with_room(bases: dict[WeightMatrix, Projector]) -> dict[WeightMatrix, Projector]:
@@ -386,8 +377,7 @@ def _mlp_at(point: ScalingPoint, device: torch.device) -> Workload:
 def step_jobs(setting: Setting) -> list[BenchmarkJob]:
     """The phases of a teleport and all of it, per network."""
 
-    def job(number: int) -> list[Measurement]:
-        case = _seeded(networks, setting.preset.small, setting.device)[number]
+    def job(case: Workload) -> list[Measurement]:
         with _unfused():
             landscape = recorded(case)
             bases = with_room(sequential_bases(landscape, candidates(landscape)))
@@ -414,7 +404,7 @@ def step_jobs(setting: Setting) -> list[BenchmarkJob]:
                 row.update(floor=floor, floor_with_projection=projected)
         return rows
 
-    return [(name, partial(job, i)) for i, name in enumerate(_names(setting))]
+    return _for_each_network(setting, job)
 
 
 def floors(tape: Tape, bases: dict[WeightMatrix, Projector]) -> tuple[float, float]:
@@ -448,28 +438,27 @@ def floors(tape: Tape, bases: dict[WeightMatrix, Projector]) -> tuple[float, flo
 def basis_jobs(setting: Setting) -> list[BenchmarkJob]:
     """The bases of one teleport batch: all of a network, and each."""
 
-    def job(number: int) -> list[Measurement]:
-        case = _seeded(networks, setting.preset.small, setting.device)[number]
+    def job(case: Workload) -> list[Measurement]:
         with _unfused():
             landscape = recorded(case)
             made = sequential_bases(landscape, candidates(landscape))
 
-        def some(numbers: list[int], landscape: Landscape) -> object:
-            blocks = candidates(landscape)
-            return bases_as_made(landscape, [blocks[i] for i in numbers])
+        def some(chosen: slice, landscape: Landscape) -> object:
+            """As a teleport makes them: shared where inputs are, at once if that pays."""
+            return landscape.bases(candidates(landscape)[chosen], 1.0)
 
         # Every run gets a fresh landscape: rows and Gram matrices are kept once they are formed.
         fresh = partial(recorded, case)
-        tasks = {"all bases": TimedTask(partial(some, list(range(len(made)))), fresh, _unfused)}
+        tasks = {"all bases": TimedTask(partial(some, slice(None)), fresh, _unfused)}
         notes = {}
         for i, (block, basis) in enumerate(made.items()):
-            tasks[block.name] = TimedTask(partial(some, [i]), fresh, _unfused)
+            tasks[block.name] = TimedTask(partial(some, slice(i, i + 1)), fresh, _unfused)
             rows = kept_tape(landscape).row_count(block)
             notes[block.name] = {"rows": rows, "rank": basis.rank, "null_dim": basis.null_dim}
-        rows_ = _timed(setting, case, tasks)
-        return [{**row, **notes.get(row["operation"], {})} for row in rows_]
+        timed = _timed(setting, case, tasks)
+        return [{**row, **notes.get(row["operation"], {})} for row in timed]
 
-    return [(name, partial(job, i)) for i, name in enumerate(_names(setting))]
+    return _for_each_network(setting, job)
 
 
 def scaling_jobs(setting: Setting) -> list[BenchmarkJob]:
@@ -481,8 +470,8 @@ def scaling_jobs(setting: Setting) -> list[BenchmarkJob]:
         tasks = {
             "paper (double backward)": _teleport_task(case, point.t, "double_backward"),
             "tangent": _teleport_task(case, point.t, "tangent"),
+            "symmetry teleportation": _symmetry_task(case, point.t),
         }
-        tasks["symmetry teleportation"] = _symmetry_task(case, point.t)
         tasks = {name: task for name, task in tasks.items() if (letter, name) not in too_slow}
         rows = _timed(setting, case, tasks)
         for row in rows:
@@ -501,8 +490,7 @@ def scaling_jobs(setting: Setting) -> list[BenchmarkJob]:
 def memory_jobs(setting: Setting) -> list[BenchmarkJob]:
     """Peak bytes of a default teleport and of one gradient, beyond the model and its batch."""
 
-    def job(number: int) -> list[Measurement]:
-        case = _seeded(networks, setting.preset.small, setting.device)[number]
+    def job(case: Workload) -> list[Measurement]:
         with _unfused():
             grams = gram_bytes(recorded(case))
         held = [*case.model.parameters(), *case.model.buffers()]
@@ -515,11 +503,10 @@ def memory_jobs(setting: Setting) -> list[BenchmarkJob]:
         }
         for method in ("tangent", "double_backward"):
             task = _teleport_task(case, None, method)
-            prepared = task.prepare()
-            row[method] = peak_bytes(partial(task.run, prepared), setting.device)
+            row[method] = peak_bytes(partial(task.run, task.prepare()), setting.device)
         return [row]
 
-    return [(name, partial(job, i)) for i, name in enumerate(_names(setting))]
+    return _for_each_network(setting, job)
 
 
 def layers_jobs(setting: Setting) -> list[BenchmarkJob]:
@@ -533,7 +520,7 @@ def layers_jobs(setting: Setting) -> list[BenchmarkJob]:
         every = partial(using_threads, os.cpu_count() or 1)
         tasks = {
             "sequential": TimedTask(lambda w: sequential_bases(w, candidates(w)), fresh, every),
-            "parallel": TimedTask(lambda w: parallel_bases(w, candidates(w)), fresh, every),
+            "parallel": TimedTask(parallel_bases, fresh, every),
         }
         # By the wall clock, as it is: CPU time adds up what runs at the same time.
         rows = _timed(setting, case, tasks, stopwatch_for(setting.device, threads=None))
@@ -548,12 +535,8 @@ def rivals_jobs(setting: Setting) -> list[BenchmarkJob]:
     And seconds against symmetry teleportation. All at the sizes of the scaling benchmark's base.
     """
     base, preset = setting.preset.base, setting.preset
-    spent: dict[str, Any] = {
-        "repeats": preset.rounds,
-        "seconds": preset.rival_seconds,
-        "threads": setting.threads,
-        "device": setting.device,
-    }
+    where: dict[str, Any] = {"threads": setting.threads, "device": setting.device}
+    spent = {**where, "repeats": preset.rounds, "seconds": preset.rival_seconds}
 
     def same_batch() -> list[Measurement]:
         table = same_batch_table(hidden=(base.d, base.d), samples=base.n, **spent)
@@ -561,7 +544,6 @@ def rivals_jobs(setting: Setting) -> list[BenchmarkJob]:
 
     def same_budget() -> list[Measurement]:
         """Every round on its own: how many steps fit depends on the machine."""
-        where: dict[str, Any] = {"threads": setting.threads, "device": setting.device}
         rows: list[Measurement] = []
         started = time.perf_counter()
         for number in range(preset.rounds):
@@ -572,17 +554,16 @@ def rivals_jobs(setting: Setting) -> list[BenchmarkJob]:
             rows += [{**note, **asdict(row)} for row in table]
         return rows
 
-    def speed(activation: type[nn.Module]) -> list[Measurement]:
+    def speed(activation: str) -> list[Measurement]:
         found = symmetry_timings(
             base.d, base.n, base.l, base.t, batches=base.b, activation=activation, **spent
         )
-        note = {"part": "speed", "activation": activation.__name__}
+        note = {"part": "speed", "activation": ACTIVATIONS[activation].__name__}
         return [{**note, **_rival_row({"way": w}, timing)} for w, timing in found.items()]
 
     jobs: list[BenchmarkJob] = [("same batch", same_batch), ("same budget", same_budget)]
-    for kind in (nn.LeakyReLU, nn.Tanh):
-        jobs.append((f"speed, {kind.__name__}", partial(speed, kind)))
-    return jobs
+    kinds = ("leaky_relu", "tanh")
+    return jobs + [(f"speed, {ACTIVATIONS[k].__name__}", partial(speed, k)) for k in kinds]
 
 
 def _rival_row(row: Measurement, timing: Timing) -> Measurement:
@@ -756,26 +737,22 @@ def _timed(
 
 
 def _teleport_task(case: Workload, steps: int | None, method: str) -> TimedTask:
-    """A teleport of a copy of the model on every batch of the case."""
-
-    def prepare() -> tuple[Workload, Teleporter]:
-        own = case.copy()
-        return own, teleporter(own.model, steps, method)
-
-    def teleports(prepared: tuple[Workload, Teleporter]) -> None:
-        own, mover = prepared
-        for closure in own.closures():
-            _as_asked(mover.step(closure), steps or 1)
-
-    return TimedTask(teleports, prepare)
+    """Teleports as of `teleporter`."""
+    return _task_of(case, steps or 1, lambda model: teleporter(model, steps, method))
 
 
 def _symmetry_task(case: Workload, steps: int) -> TimedTask:
     """With the pseudo-inverse of its authors: deep layers' inputs are singular in float32."""
+    rival = partial(SymmetryTeleporter, steps=steps, lr=1e-6, pseudo_inverse="svd")
+    return _task_of(case, steps, rival)
+
+
+def _task_of(case: Workload, steps: int, made: Callable[[nn.Module], Any]) -> TimedTask:
+    """A teleport of a copy of the model on every batch of the case."""
 
     def prepare() -> tuple[Workload, Any]:
         own = case.copy()
-        return own, SymmetryTeleporter(own.model, steps, lr=1e-6, pseudo_inverse="svd")
+        return own, made(own.model)
 
     def teleports(prepared: tuple[Workload, Any]) -> None:
         own, mover = prepared
@@ -794,8 +771,12 @@ def _as_asked(report: TeleportReport, steps: int) -> None:
         )
 
 
-def _names(setting: Setting) -> list[str]:
-    return [case.name for case in _seeded(networks, setting.preset.small, setting.device)]
+def _for_each_network(
+    setting: Setting, job: Callable[[Workload], list[Measurement]]
+) -> list[BenchmarkJob]:
+    """A job for each of `networks`, made afresh when it begins."""
+    make = partial(_seeded, networks, setting.preset.small, setting.device)
+    return [(case.name, partial(lambda i: job(make()[i]), i)) for i, case in enumerate(make())]
 
 
 def _seeded(make: Callable[..., Any], *arguments: Any) -> Any:

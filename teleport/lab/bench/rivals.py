@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +28,10 @@ from teleport.lab.bench.timing import (
     interleaved,
     stopwatch_for,
 )
+from teleport.lab.experiments.models import mlp
 from teleport.objective import grad_norm, gradient, trainable
 from teleport.report import TeleportReport
-from teleport.rivals import (
-    Rehearsal,
-    SymmetryTeleporter,
-    rehearse,
-)
+from teleport.rivals import Rehearsal, SymmetryTeleporter, rehearse
 from teleport.rivals.rival import Rival
 from teleport.rivals.ways import OURS, RESCALINGS, STEPS, Way, ways
 from teleport.runtime.threads import using_threads
@@ -134,7 +130,7 @@ def _work(
     LeakyReLU is the activation that all rivals can act through.
     """
     images = load(SAMPLE_NAME)
-    model = _perceptron([images.width, *hidden, images.classes], nn.LeakyReLU)
+    model = mlp(images.width, images.classes, hidden, activation="leaky_relu")
     _train_a_little(model, images.train_inputs, images.train_targets, warmup_steps)
     chosen = torch.randperm(len(images.train_inputs))[: samples + HELD_OUT]
     batch, others = (
@@ -276,7 +272,7 @@ def symmetry_timings(
     steps: int = 8,
     *,
     batches: int = 1,
-    activation: type[nn.Module] = nn.Tanh,
+    activation: str = "tanh",
     repeats: int = 7,
     seconds: float = math.inf,
     threads: int = 1,
@@ -284,10 +280,9 @@ def symmetry_timings(
 ) -> dict[str, Timing]:
     """Seconds of symmetry and of null-space teleportation, by program in turn.
 
-    The reference is one gradient.
-    All programs take ``steps`` small steps of fixed size on each batch of a perceptron with
-    ``layers`` linear layers of width ``d`` (10 outputs) and normal inputs, checks and reports
-    included.
+    The reference is one gradient. All programs take ``steps`` small steps of fixed size on each
+    batch of a perceptron with ``layers`` linear layers of width ``d`` (10 outputs), an activation
+    named as of `mlp` and normal inputs, checks and reports included.
 
     Raises:
         ValueError: if a size is not positive, or ``n`` > ``d``, where symmetry is not exact.
@@ -298,7 +293,7 @@ def symmetry_timings(
             f"steps={steps}, batches={batches}, repeats={repeats}"
         )
     with _beginning(threads):
-        model = _perceptron([*[d] * layers, 10], activation).to(device)
+        model = mlp(d, 10, [d] * (layers - 1), activation=activation).to(device)
         parts = [
             (torch.randn(n, d).to(device), torch.randint(10, (n,)).to(device))
             for _ in range(batches)
@@ -359,13 +354,6 @@ def _move(prepared: Prepared) -> None:
         report = mover.step(closure)
         if report.rolled_back or not report.steps:
             raise RunError(f"a timed teleport did not move: {report.reason}")
-
-
-def _perceptron(widths: Sequence[int], activation: type[nn.Module]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for d_in, d_out in pairwise(widths):
-        layers += [nn.Linear(d_in, d_out), activation()]
-    return nn.Sequential(*layers[:-1])
 
 
 def _train_a_little(model: nn.Module, inputs: Tensor, targets: Tensor, steps: int) -> None:

@@ -76,9 +76,11 @@ class Benchmark:
         ended = "" if self.status == "finished" else f", {self.status}"
         return f"{self.name}: preset {self.config['preset']}, {where}{busy}{ended}"
 
-    def budget(self, key: tuple[str, str]) -> float | None:
-        """The budget of an operation; the small networks have none."""
-        return None if self.config["size"]["small"] else BUDGETS.get(key)
+    def verdict(self, value: float, budget: float | None) -> tuple[str, str]:
+        """What may be spent, and whether it was kept to; the small networks have no budgets."""
+        if budget is None or self.config["size"]["small"]:
+            return "", ""
+        return f"<= {budget:g}", "met" if value <= budget else "missed"
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Sheet:
 
     title: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     caption: str = ""
 
 
@@ -129,12 +131,15 @@ def timing(row: Measurement) -> Timing:
 
 def curves(benchmark: Benchmark) -> dict[str, tuple[str, dict[str, ScalingCurve]]]:
     """Per letter the paper's claim and one curve per method, from a ``scaling`` record."""
-    methods = list(dict.fromkeys(row["method"] for row in benchmark.rows))
     panels = {}
     for letter, claim in CLAIMS.items():
-        found = {method: _curve(benchmark, letter, method) for method in methods}
+        found = {method: _curve(benchmark, letter, method) for method in _methods(benchmark)}
         panels[letter] = (claim, {m: curve for m, curve in found.items() if curve.sizes})
     return panels
+
+
+def _methods(benchmark: Benchmark) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in benchmark.rows))
 
 
 def _curve(benchmark: Benchmark, letter: str, method: str) -> ScalingCurve:
@@ -152,62 +157,36 @@ def _curve(benchmark: Benchmark, letter: str, method: str) -> ScalingCurve:
 
 
 def _step(benchmark: Benchmark) -> list[Sheet]:
-    rows = []
-    for network, group in _by_network(benchmark.rows):
-        rows.append(_gradient_line(network, group))
-        for row in group:
-            budget = benchmark.budget((row["network"], row["operation"]))
-            floor = (
-                f"{row['floor']:.2f} ({row['floor_with_projection']:.2f})" if "floor" in row else ""
-            )
-            rows.append(
-                (*_ratio_cells(row), *_budget_cells(timing(row).ratio.median, budget), floor)
-            )
-    columns = ("network", "what", "gradients", "quartiles (runs)", "ms", "budget", "", "floor")
+    def floor(row: Measurement) -> list[str]:
+        text = "{floor:.2f} ({floor_with_projection:.2f})" if "floor" in row else ""
+        return [text.format(**row)]
+
+    columns = ("network", "what", *_COSTS, "floor")
     caption = (
         "Gradients: median ratio to one forward and backward pass run just before. ms: of CPU time "
         "with one thread. Floor: multiplications counted, in brackets with the projection."
     )
-    return [Sheet(benchmark.title, columns, rows, caption)]
+    return [Sheet(benchmark.title, columns, _by_network(benchmark, columns, floor), caption)]
 
 
 def _basis(benchmark: Benchmark) -> list[Sheet]:
-    rows = []
-    for network, group in _by_network(benchmark.rows):
-        rows.append((*_gradient_line(network, group), "", ""))
-        for row in group:
-            budget = benchmark.budget((row["network"], row["operation"]))
-            cells = [str(row.get(key, "")) for key in ("rows", "rank", "null_dim")]
-            rows.append(
-                (*_ratio_cells(row), *_budget_cells(timing(row).ratio.median, budget), *cells)
-            )
-    columns = (
-        "network",
-        "bases of",
-        "gradients",
-        "quartiles (runs)",
-        "ms",
-        "budget",
-        "",
-        "rows",
-        "rank",
-    )
-    return [Sheet(benchmark.title, (*columns, "free"), rows)]
+    def sizes(row: Measurement) -> list[str]:
+        return [str(row.get(key, "")) for key in ("rows", "rank", "null_dim")]
+
+    columns = ("network", "bases of", *_COSTS, "rows", "rank", "free")
+    return [Sheet(benchmark.title, columns, _by_network(benchmark, columns, sizes))]
 
 
 def _scaling(benchmark: Benchmark) -> list[Sheet]:
-    panels = curves(benchmark)
-    methods = tuple(dict.fromkeys(row["method"] for row in benchmark.rows))
+    panels, methods = curves(benchmark), _methods(benchmark)
     fitted = []
     for letter, (claim, found) in panels.items():
         exponents = [found[m].exponent if m in found else None for m in methods]
         fitted.append((letter, claim, *("-" if e is None else str(e) for e in exponents)))
-    base = benchmark.config["size"]["base"]
-    at = ", ".join(f"{letter} = {value}" for letter, value in base.items())
     caption = (
-        f"Exponents of the median seconds with standard errors; each letter varied from {at}. The "
-        "first layer never moves and the last is small: more layers cost the same each, but the "
-        "sum is not proportional to l."
+        "Exponents of the median seconds with standard errors; each letter varied from "
+        f"{_base_text(benchmark)}. The first layer never moves and the last is small: more layers "
+        f"cost the same each, but the sum is not proportional to l.{_speed_ups(benchmark)}"
     )
     measured = [
         (f"{letter} = {size:g}", *(_seconds_at(found.get(m), size) for m in methods))
@@ -215,11 +194,13 @@ def _scaling(benchmark: Benchmark) -> list[Sheet]:
         for size in sorted({s for curve in found.values() for s in curve.sizes})
     ]
     return [
-        Sheet(
-            benchmark.title, ("", "the paper", *methods), fitted, caption + _speed_ups(benchmark)
-        ),
+        Sheet(benchmark.title, ("", "the paper", *methods), fitted, caption),
         Sheet("seconds of a teleport (median, quartiles)", ("", *methods), measured),
     ]
+
+
+def _base_text(benchmark: Benchmark) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in benchmark.config["size"]["base"].items())
 
 
 def _speed_ups(benchmark: Benchmark) -> str:
@@ -227,49 +208,25 @@ def _speed_ups(benchmark: Benchmark) -> str:
     base = benchmark.config["size"]["base"]
     there = [r for r in benchmark.rows if all(r[k] == base[k] for k in base)]
     seconds = {row["method"]: row["seconds"] for row in there}
-    if "tangent" not in seconds:
-        return ""
+    ours = seconds.pop("tangent", None)
     text = ""
-    for method, slow in seconds.items():
-        if method == "tangent":
-            continue
-        pairs = zip(slow, seconds["tangent"], strict=True)
-        ratio = Spread.of([s / fast for s, fast in pairs])
-        text += f" There {method} takes {ratio.median:.3g} x the tangent path's time"
+    for method, slow in seconds.items() if ours else ():
+        text += f" There {method} takes {_ratio(slow, ours).median:.3g} x the tangent path's time"
         text += f" (budget: >= {SYMMETRY_BUDGET:g})." if method.startswith("symmetry") else "."
     return text
 
 
 def _memory(benchmark: Benchmark) -> list[Sheet]:
+    parts = ("model", "gradient", "grams", "tangent", "double_backward")
     rows = []
     for row in benchmark.rows:
-        ratios = [(row[m] - row["grams"]) / row["gradient"] for m in ("tangent", "double_backward")]
-        budget = None if benchmark.config["size"]["small"] else MEMORY_BUDGET
-        sizes = [
-            f"{row[k] / 2**20:.2f}"
-            for k in ("model", "gradient", "grams", "tangent", "double_backward")
-        ]
-        rows.append(
-            (
-                f"{row['network']} {row['shape']}",
-                *sizes,
-                f"{ratios[0]:.2f}",
-                f"{ratios[1]:.2f}",
-                *_budget_cells(ratios[0], budget),
-            )
-        )
-    columns = (
-        "network",
-        "model",
-        "one gradient",
-        "Grams",
-        "teleport",
-        "by double backward",
-        "gradients",
-        "by double backward",
-        "budget",
-        "",
-    )
+        sizes = [f"{row[part] / 2**20:.2f}" for part in parts]
+        ours, other = ((row[m] - row["grams"]) / row["gradient"] for m in parts[3:])
+        budget = benchmark.verdict(ours, MEMORY_BUDGET)
+        name = f"{row['network']} {row['shape']}"
+        rows.append((name, *sizes, f"{ours:.2f}", f"{other:.2f}", *budget))
+    sizes = ["model", "one gradient", "Grams", "teleport", "by double backward"]
+    columns = ("network", *sizes, "gradients", "by double backward", "budget", "")
     caption = (
         "MiB at the peak, beyond the model and its batch. Gradients: (teleport - Grams) / one "
         "gradient."
@@ -281,15 +238,17 @@ def _layers(benchmark: Benchmark) -> list[Sheet]:
     rows = []
     for depth in dict.fromkeys(row["layers"] for row in benchmark.rows):
         ways = {row["operation"]: row for row in benchmark.rows if row["layers"] == depth}
-        cells = [_seconds_cell(Spread.of(ways["sequential"]["seconds"]))]
-        cells.append(f"{timing(ways['sequential']).ratio.median:.2f}")
-        if "parallel" in ways:
-            both = zip(ways["parallel"]["seconds"], ways["sequential"]["seconds"], strict=True)
-            ratio = Spread.of([p / s for p, s in both])
-            cells.append(_seconds_cell(Spread.of(ways["parallel"]["seconds"])))
-            cells.append(f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})")
-        else:
-            cells += ["-", "-"]
+        alone, at_once = ways["sequential"], ways.get("parallel")
+        cells = [
+            _spread_text(Spread.of(alone["seconds"])),
+            f"{timing(alone).ratio.median:.2f}",
+            "-",
+            "-",
+        ]
+        if at_once:
+            ratio = _ratio(at_once["seconds"], alone["seconds"])
+            both = f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})"
+            cells[2:] = [_spread_text(Spread.of(at_once["seconds"])), both]
         rows.append((str(depth), *cells))
     columns = ("l", "sequential, s", "gradients", "parallel, s", "parallel / sequential")
     caption = "By the wall clock, so that a busy machine shows."
@@ -298,15 +257,8 @@ def _layers(benchmark: Benchmark) -> list[Sheet]:
 
 def _rivals(benchmark: Benchmark) -> list[Sheet]:
     base = benchmark.config["size"]["base"]
-    rows: list[tuple[str, ...]] = [
-        (
-            row["way"],
-            f"{row['growth']:.3f}",
-            f"{row['drift']:.1e}",
-            f"{row['held_out_drift']:.1e}",
-            f"{row['move']:.2f}",
-            *_gradient_cells(row),
-        )
+    rows = [
+        (row["way"], *_moved_cells(row), f"{row['move']:.2f}", *_gradient_cells(row))
         for row in benchmark.rows
         if row["part"] == "same batch"
     ]
@@ -328,26 +280,15 @@ def _rivals(benchmark: Benchmark) -> list[Sheet]:
 def _same_budget(benchmark: Benchmark) -> Iterator[Sheet]:
     """Medians over the rounds; older records have no such part."""
     found = [row for row in benchmark.rows if row["part"] == "same budget"]
-    rows: list[tuple[str, ...]] = []
+    names = ("steps", "growth", "drift", "held_out_drift", "seconds")
+    rows = []
     for way in dict.fromkeys(row["way"] for row in found):
         rounds = [row for row in found if row["way"] == way]
-
-        def median(key: str, rounds: list[Measurement] = rounds) -> float:
-            return Spread.of([float(row[key]) for row in rounds]).median
-
-        cost = Spread.of([row["seconds"] / row["gradient_seconds"] for row in rounds])
-        rows.append(
-            (
-                way,
-                f"{median('steps'):g}",
-                f"{median('growth'):.3f}",
-                f"{median('drift'):.1e}",
-                f"{median('held_out_drift'):.1e}",
-                f"{1e3 * median('seconds'):.0f}",
-                f"{cost.median:.1f}",
-                f"{cost.low:.1f} - {cost.high:.1f} ({len(rounds)})",
-            )
-        )
+        middle = {name: Spread.of([float(row[name]) for row in rounds]).median for name in names}
+        cost = _ratio(*([row[name] for row in rounds] for name in ("seconds", "gradient_seconds")))
+        quartiles = f"{cost.low:.1f} - {cost.high:.1f} ({len(rounds)})"
+        spent = f"{1e3 * middle['seconds']:.0f}", f"{cost.median:.1f}", quartiles
+        rows.append((way, f"{middle['steps']:g}", *_moved_cells(middle), *spent))
     if rows:
         columns = ("way", "steps", "growth", "drift", "held out", "ms", "gradients")
         caption = (
@@ -362,29 +303,19 @@ def _same_budget(benchmark: Benchmark) -> Iterator[Sheet]:
 
 def _speeds(benchmark: Benchmark) -> Iterator[Sheet]:
     found = [row for row in benchmark.rows if row["part"] == "speed"]
-    rows: list[tuple[str, ...]] = []
-    for activation in dict.fromkeys(row["activation"] for row in found):
-        group = [row for row in found if row["activation"] == activation]
-        ours = next(row for row in group if row["way"] == OURS)
-        for row in group:
-            pairs = zip(row["seconds"], ours["seconds"], strict=True)
-            ratio = Spread.of([theirs / own for theirs, own in pairs])
-            rival = row["way"].startswith("symmetry") and not benchmark.config["size"]["small"]
-            verdict = "met" if ratio.median >= SYMMETRY_BUDGET else "missed"
-            rows.append(
-                (
-                    activation,
-                    row["way"],
-                    *_gradient_cells(row),
-                    f"{ratio.median:.2f}",
-                    *((f">= {SYMMETRY_BUDGET:g}", verdict) if rival else ("", "")),
-                )
-            )
+    ours = {row["activation"]: row for row in found if row["way"] == OURS}
+    rows = []
+    for row in found:
+        times = _ratio(row["seconds"], ours[row["activation"]]["seconds"]).median
+        verdict = ("", "")
+        if row["way"].startswith("symmetry") and not benchmark.config["size"]["small"]:
+            verdict = f">= {SYMMETRY_BUDGET:g}", "met" if times >= SYMMETRY_BUDGET else "missed"
+        rows.append(
+            (row["activation"], row["way"], *_gradient_cells(row), f"{times:.2f}", *verdict)
+        )
     if rows:
-        base = benchmark.config["size"]["base"]
-        at = ", ".join(f"{letter} = {value}" for letter, value in base.items())
         columns = ("activation", "way", "gradients", "quartiles (runs)", "x null space")
-        title = f"a teleport of fixed steps at {at}"
+        title = f"a teleport of fixed steps at {_base_text(benchmark)}"
         yield Sheet(title, (*columns, "budget", ""), rows, "Median ratios of the seconds.")
 
 
@@ -405,57 +336,32 @@ def _ranks(benchmark: Benchmark) -> list[Sheet]:
 
 
 def _deep(benchmark: Benchmark) -> list[Sheet]:
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for row in benchmark.rows:
-        budget = None if benchmark.config["size"]["small"] else DEEP_BUDGET
-        rows.append(
-            (
-                f"{row['network']} {row['shape']}",
-                *_gradient_cells(row),
-                *_budget_cells(timing(row).ratio.median, budget),
-                f"{Spread.of(row['gradient_seconds']).median:.3g}",
-                f"{Spread.of(row['seconds']).median:.3g}",
-                f"{row['gradient'] / 2**20:.4g}",
-                f"{row['tangent'] / 2**20:.4g}",
-                f"{row['tangent'] / row['gradient']:.2f}",
-            )
-        )
-    columns = (
-        "network",
-        "gradients",
-        "quartiles (runs)",
-        "budget",
-        "",
-        "a gradient, s",
-        "a teleport, s",
-        "a gradient, MiB",
-        "a teleport, MiB",
-        "memory",
-    )
+        costs = *_gradient_cells(row), *benchmark.verdict(timing(row).ratio.median, DEEP_BUDGET)
+        seconds = (Spread.of(row[key]).median for key in ("gradient_seconds", "seconds"))
+        peaks = (f"{row[key] / 2**20:.4g}" for key in ("gradient", "tangent"))
+        memory = f"{row['tangent'] / row['gradient']:.2f}"
+        name = f"{row['network']} {row['shape']}"
+        rows.append((name, *costs, *(f"{s:.3g}" for s in seconds), *peaks, memory))
+    columns = ("network", "gradients", "quartiles (runs)", "budget", "")
+    sizes = [f"{what}, {unit}" for unit in ("s", "MiB") for what in ("a gradient", "a teleport")]
     caption = (
         "A default teleport, all in: median ratio to one forward and backward pass run just "
         "before, seconds, and MiB at the peak beyond the model and its batch."
     )
-    return [Sheet(benchmark.title, columns, rows, caption)]
+    return [Sheet(benchmark.title, (*columns, *sizes, "memory"), rows, caption)]
 
 
 def _keeping(benchmark: Benchmark) -> list[Sheet]:
-    rows = []
-    for row in benchmark.rows:
-        budget = benchmark.budget((row["network"], row["operation"]))
-        cells = (*_ratio_cells(row)[1:], *_budget_cells(timing(row).ratio.median, budget))
-        rows.append((row["network"], *cells))
-    columns = ("against", "what", "times", "quartiles (runs)", "ms", "budget", "")
+    rows = [(row["network"], *_cost_cells(benchmark, row)) for row in benchmark.rows]
+    columns = ("against", "what", "times", *_COSTS[1:])
     shape = benchmark.rows[0]["shape"] if benchmark.rows else ""
     caption = (
         f"{shape}; weights are random. Times: median ratio to the forward pass of the same "
         f"sentences, or to {AT_ONCE} plain steps. ms: of CPU time with one thread."
     )
     return [Sheet(benchmark.title, columns, rows, caption)]
-
-
-def _mib(size: float) -> str:
-    return f"{size / 2**20:.3g}"
 
 
 _SHEETS: dict[str, Callable[[Benchmark], list[Sheet]]] = {
@@ -470,21 +376,39 @@ _SHEETS: dict[str, Callable[[Benchmark], list[Sheet]]] = {
     "keeping": _keeping,
 }
 
-
-def _by_network(rows: Sequence[Measurement]) -> Iterator[tuple[str, list[Measurement]]]:
-    for name in dict.fromkeys(row["network"] for row in rows):
-        group = [row for row in rows if row["network"] == name]
-        yield f"{name} {group[0]['shape']}", group
+_COSTS = ("gradients", "quartiles (runs)", "ms", "budget", "")
 
 
-def _gradient_line(network: str, group: Sequence[Measurement]) -> tuple[str, ...]:
-    seconds = Spread.of([s for row in group for s in row["gradient_seconds"]])
-    return (network, "one gradient", "1", "", f"{1e3 * seconds.median:.1f}", "", "", "")
+def _cost_cells(benchmark: Benchmark, row: Measurement) -> tuple[str, ...]:
+    """An operation and its `_COSTS`."""
+    budget = BUDGETS.get((row["network"], row["operation"]))
+    verdict = benchmark.verdict(timing(row).ratio.median, budget)
+    ms = f"{1e3 * Spread.of(row['seconds']).median:.1f}"
+    return row["operation"], *_gradient_cells(row), ms, *verdict
 
 
-def _ratio_cells(row: Measurement) -> tuple[str, ...]:
-    seconds = Spread.of(row["seconds"])
-    return ("", row["operation"], *_gradient_cells(row), f"{1e3 * seconds.median:.1f}")
+def _by_network(
+    benchmark: Benchmark, columns: Sequence[str], more: Callable[[Measurement], list[str]]
+) -> list[tuple[str, ...]]:
+    """A line for the gradient of every network, and one for each operation, with what is more."""
+    rows: list[tuple[str, ...]] = []
+    for name in dict.fromkeys(row["network"] for row in benchmark.rows):
+        group = [row for row in benchmark.rows if row["network"] == name]
+        seconds = Spread.of([s for row in group for s in row["gradient_seconds"]])
+        line = (
+            f"{name} {group[0]['shape']}",
+            "one gradient",
+            "1",
+            "",
+            f"{1e3 * seconds.median:.1f}",
+        )
+        rows.append((*line, *[""] * (len(columns) - len(line))))
+        rows += [("", *_cost_cells(benchmark, row), *more(row)) for row in group]
+    return rows
+
+
+def _moved_cells(row: Measurement) -> tuple[str, ...]:
+    return f"{row['growth']:.3f}", f"{row['drift']:.1e}", f"{row['held_out_drift']:.1e}"
 
 
 def _gradient_cells(row: Measurement) -> tuple[str, str]:
@@ -492,17 +416,20 @@ def _gradient_cells(row: Measurement) -> tuple[str, str]:
     return f"{ratio.median:.2f}", f"{ratio.low:.2f} - {ratio.high:.2f} ({len(row['seconds'])})"
 
 
-def _budget_cells(value: float, budget: float | None) -> tuple[str, str]:
-    if budget is None:
-        return "", ""
-    return f"<= {budget:g}", "met" if value <= budget else "missed"
+def _ratio(seconds: Sequence[float], others: Sequence[float]) -> Spread:
+    """Of repeats that were made side by side."""
+    return Timing(tuple(seconds), tuple(others)).ratio
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.3g}"
 
 
 def _seconds_at(curve: ScalingCurve | None, size: float) -> str:
     if curve is None or size not in curve.sizes:
         return "not run: too slow before"
-    return _seconds_cell(curve.seconds[curve.sizes.index(size)])
+    return _spread_text(curve.seconds[curve.sizes.index(size)])
 
 
-def _seconds_cell(seconds: Spread) -> str:
+def _spread_text(seconds: Spread) -> str:
     return f"{seconds.median:.4g} ({seconds.low:.4g} - {seconds.high:.4g})"

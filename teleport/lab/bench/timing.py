@@ -26,10 +26,6 @@ Stopwatch = Callable[[Callable[[], object]], float]
 """Runs something and returns how many seconds it took."""
 
 
-def _nothing() -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class TimedTask:
     """Something to be timed.
@@ -41,7 +37,7 @@ class TimedTask:
     """
 
     run: Callable[[Any], object]
-    prepare: Callable[[], Any] = _nothing
+    prepare: Callable[[], Any] = lambda: None
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def seconds(self, stopwatch: Stopwatch) -> float:
@@ -114,7 +110,8 @@ def interleaved(
                 break
             reference.seconds(stopwatch)  # after a collection, memory and caches are cold
             for name, task in tasks.items():
-                pair = task_after(reference, task, stopwatch)
+                before = reference.seconds(stopwatch)
+                pair = task.seconds(stopwatch), before
                 if number > 0:
                     kept[name].append(pair)
             gc.collect()
@@ -122,12 +119,6 @@ def interleaved(
         name: Timing(tuple(s for s, _ in pairs), tuple(r for _, r in pairs))
         for name, pairs in kept.items()
     }
-
-
-def task_after(reference: TimedTask, task: TimedTask, stopwatch: Stopwatch) -> tuple[float, float]:
-    """Seconds of the task and of the reference, which runs first."""
-    before = reference.seconds(stopwatch)
-    return task.seconds(stopwatch), before
 
 
 def stopwatch_for(device: torch.device, threads: int | None) -> Stopwatch:

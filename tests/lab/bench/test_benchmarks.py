@@ -333,7 +333,7 @@ def test_sizes_of_the_rivals_are_those_of_the_base(monkeypatch: pytest.MonkeyPat
     sizes = (24, 6, 3, 2, 1)
     same = ((24, 24), 6, 3, TINY.rival_seconds)
     again = [same[:3]] * 2
-    assert asked == [same, *again, (*sizes, nn.LeakyReLU), (*sizes, nn.Tanh)]
+    assert asked == [same, *again, (*sizes, "leaky_relu"), (*sizes, "tanh")]
     assert benchmarks.PRESETS["cpu"].base == benchmarks.ScalingPoint(t=8, d=512, n=128, l=3, b=1)
 
 

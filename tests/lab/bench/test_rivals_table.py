@@ -83,7 +83,7 @@ def test_a_budget_out_of_range_is_refused(gradients: float) -> None:
 
 
 def test_every_program_is_timed_so_often() -> None:
-    timings = symmetry_timings(d=24, n=8, layers=3, steps=2, repeats=3, activation=nn.LeakyReLU)
+    timings = symmetry_timings(d=24, n=8, layers=3, steps=2, repeats=3, activation="leaky_relu")
     assert list(timings) == list(speed_ways(2))
     for timing in timings.values():
         assert len(timing.seconds) == len(timing.reference) == 3
