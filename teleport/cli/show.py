@@ -48,10 +48,8 @@ from teleport.lab.paper.savings import read_savings
 from teleport.lab.paper.threshold import Trajectories, read_trajectories
 from teleport.lab.records.compare import ArmSummary, Comparison, summarise
 from teleport.lab.records.folders import slug
-from teleport.lab.records.runs import FloatArray, Run, Split, by_arm, read_runs
+from teleport.lab.records.runs import SPLITS, FloatArray, Run, by_arm, read_runs
 from teleport.lab.records.sameness import check_alike
-
-SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 def show(folder: Path) -> None:

@@ -9,7 +9,7 @@ part for no reason at all is the yardstick.
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from teleport.lab.experiments.arms import Arm, RunSettings, tuning
 from teleport.lab.experiments.training import Training, check_fits, look, separate_draws
 from teleport.lab.records.folders import slug
 from teleport.lab.records.record_folder import RecordFolder, read_records
-from teleport.lab.records.runs import FloatArray, Split, read_rows
+from teleport.lab.records.runs import SPLITS, FloatArray, Split, read_rows
 from teleport.lab.records.writer import RecordWriter, environment
 
 GROWTHS = (1.5,)
@@ -300,19 +300,21 @@ Record = tuple[Path, list[dict[str, Any]]]
 def _of_seeds(records: list[Record]) -> Lines:
     by_seed = [_points(*record) for record in records]
     others = by_seed[0]
-    shares = [point.share for point in next(iter(others.values()))]
+    shares = [point["share"] for point in next(iter(others.values()))]
     for (path, _), lines in zip(records, by_seed, strict=True):
-        found = {to: [point.share for point in line] for to, line in lines.items()}
+        found = {to: [point["share"] for point in line] for to, line in lines.items()}
         if found != dict.fromkeys(others, shares):
             raise RunError(
                 f"{path} has lines to {', '.join(found)} with {list(map(len, found.values()))} "
                 f"points, and others than {records[0][0]}; make its record again"
             )
-    losses: dict[tuple[str, Split], FloatArray] = {}
-    for to in others:
-        lines_to = [lines[to] for lines in by_seed]
-        losses[to, "train"] = np.array([[p.train_loss for p in line] for line in lines_to])
-        losses[to, "test"] = np.array([[p.test_loss for p in line] for line in lines_to])
+    losses = {
+        (to, split): np.array(
+            [[point[f"{split}_loss"] for point in lines[to]] for lines in by_seed]
+        )
+        for to in others
+        for split in SPLITS
+    }
     growths: dict[str, list[float]] = {}
     for row in (row for _, rows in records for row in rows if row["type"] == "teleport"):
         grown = row["grad_norm_after"] / row["grad_norm_before"]
@@ -321,14 +323,13 @@ def _of_seeds(records: list[Record]) -> Lines:
     return Lines(records[0][1][0], np.array(shares), losses, reached)
 
 
-def _points(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[LinePoint]]:
+def _points(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The points of every line of one record, which go from one end to the other evenly."""
-    names = [field.name for field in fields(LinePoint)]
-    lines: dict[str, list[LinePoint]] = {}
+    lines: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if row["type"] == "point"):
-        lines.setdefault(row["to"], []).append(LinePoint(*(row[name] for name in names)))
+        lines.setdefault(row["to"], []).append(row)
     even = np.linspace(0.0, 1.0, rows[0]["points"]).tolist()
-    if not lines or any([point.share for point in line] != even for line in lines.values()):
+    if not lines or any([point["share"] for point in line] != even for line in lines.values()):
         raise RunError(
             f"{path} does not have {len(even)} evenly placed points on every line; make its record "
             "again"

@@ -1,7 +1,6 @@
 """What the records of many comparisons say together: tables, and counts of what is resolved."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -33,19 +32,22 @@ def gained(block: FolderOutcome) -> list[ArmSummary]:
 
 
 def _teleporting(block: FolderOutcome, gained: bool) -> list[ArmSummary]:
-    runs = by_arm(block.runs)
+    training = {arm: runs[0].config["training"] for arm, runs in by_arm(block.runs).items()}
 
-    def training(arm: ArmSummary) -> Mapping[str, Any]:
-        settings: Mapping[str, Any] = runs[arm.arm][0].config["training"]
-        return settings
+    def wanted(arm: ArmSummary) -> bool:
+        own = training[arm.arm]
+        moves = own["teleport"] and not own.get("rival") and arm.to_own is not None
+        start = own.get("init", "default"), own.get("head_gain", 1.0)
+        return moves and (start != ("default", 1.0)) is gained
 
-    def starts(arm: ArmSummary) -> bool:
-        start = training(arm)
-        return (start.get("init", "default"), start.get("head_gain", 1.0)) != ("default", 1.0)
+    return sorted(filter(wanted, block.summaries), key=lambda arm: float(training[arm.arm]["lr"]))
 
-    arms = [arm for arm in block.summaries if training(arm)["teleport"] and starts(arm) is gained]
-    own = [arm for arm in arms if not training(arm).get("rival") and arm.to_own is not None]
-    return sorted(own, key=lambda arm: float(training(arm)["lr"]))
+
+def arms_of(found: Sequence[FolderOutcome]) -> Iterator[Place]:
+    """Every arm with a teleport, that from another initial gain included."""
+    for block in found:
+        for arm in (*teleporting(block), *gained(block)):
+            yield block, arm
 
 
 def low_and_tuned(found: Sequence[FolderOutcome]) -> dict[str, list[Place]]:
@@ -69,13 +71,12 @@ def controls(block: FolderOutcome, arm: ArmSummary) -> dict[str, tuple[Compariso
 
     Only those that were run.
     """
-    groups = by_arm(block.runs)
-    names = [n.removeprefix(f"{arm.baseline} + ") for n in groups if n.startswith(arm.baseline)]
-    rivals = [n for n in names if f"{arm.baseline} + {n}" in groups and n != "teleport"]
+    groups, front = by_arm(block.runs), f"{arm.baseline} + "
+    rivals = [n for n in groups if n.startswith(front) and n != f"{front}teleport"]
     return {
-        name: (
-            compare(groups[f"{arm.baseline} + {name}"], groups[arm.baseline]),
-            compare(groups[arm.arm], groups[f"{arm.baseline} + {name}"]),
+        name.removeprefix(front): (
+            compare(groups[name], groups[arm.baseline]),
+            compare(groups[arm.arm], groups[name]),
         )
         for name in rivals
     }
@@ -142,8 +143,7 @@ def outcome_rows(found: Sequence[FolderOutcome]) -> list[list[str]]:
     """A row for every arm with a teleport, the head first: losses, ratios, log losses."""
     head = ["experiment", "optimizer", "schedule", "rate", "seeds", "train loss", "test loss"]
     head += ["steps", "seconds", "log loss, same rate", "log loss, best baseline"]
-    places = ((block, arm) for block in found for arm in (*teleporting(block), *gained(block)))
-    return [head, *(_outcome(block, arm) for block, arm in places)]
+    return [head, *(_outcome(block, arm) for block, arm in arms_of(found))]
 
 
 def _outcome(block: FolderOutcome, arm: ArmSummary) -> list[str]:
@@ -166,12 +166,11 @@ def control_rows(
     """
     head = ["experiment", "optimizer", "schedule", "rate", "seeds", "teleport", *names]
     rows = [[*head, *(f"teleport against {name}" for name in names)]]
-    for block in found:
-        for arm in (*teleporting(block), *gained(block)):
-            tried = controls(block, arm)
-            if set(names) <= set(tried):
-                place = [block.experiment, block.optimizer, schedule_name(block), arm.baseline]
-                pairs = [tried[name] for name in names]
-                own, against = ([gap(pair[side]) for pair in pairs] for side in (0, 1))
-                rows.append([*place, str(arm.runs), gap(arm.to_own), *own, *against])
+    for block, arm in arms_of(found):
+        tried = controls(block, arm)
+        if set(names) <= set(tried):
+            place = [block.experiment, block.optimizer, schedule_name(block), arm.baseline]
+            pairs = [tried[name] for name in names]
+            own, against = ([gap(pair[side]) for pair in pairs] for side in (0, 1))
+            rows.append([*place, str(arm.runs), gap(arm.to_own), *own, *against])
     return rows

@@ -55,17 +55,17 @@ class FolderOutcome:
         teleports = f"; {how(options['teleport'])}" if "teleport" in options else ""
         return f"{self.experiment}, {self.optimizer}: {', '.join(parts)}{teleports}"
 
+    @property
+    def last_looks(self) -> set[tuple[int, int | None]]:
+        """The steps of finished runs at their last evaluation, and those of the whole training."""
+        ended = [run for run in self.runs if run.status == "finished" and run.evaluations]
+        return {(int(run.column("step")[-1]), run.steps) for run in ended}
+
     def _looked_before_the_end(self) -> str:
         """Of runs of a version that did not evaluate after the last step, where they did last."""
-        ends = {
-            (int(run.column("step")[-1]), run.steps)
-            for run in self.runs
-            if run.status == "finished" and run.evaluations
-        }
-        if len(ends) != 1:
-            return ""
-        ((last, all_steps),) = ends
-        return "" if last == all_steps else f", the last time after {last} of {all_steps} steps"
+        at, *others = self.last_looks or {(0, 0)}
+        early = not others and at[0] != at[1]
+        return ", the last time after {} of {} steps".format(*at) if early else ""
 
 
 def how(options: dict[str, Any]) -> str:
@@ -82,11 +82,8 @@ def how(options: dict[str, Any]) -> str:
         parts.append(f"{steps or PAPER_STEPS} steps of {lr:g}")
     elif steps is not None:
         parts.append(f"{steps} steps")
-    bounds = {
-        "growth": growth,
-        "cap": cap,
-        "tau": None if options["tau"] == 1.0 else options["tau"],
-    }
+    tau = None if options["tau"] == 1.0 else options["tau"]
+    bounds = {"growth": growth, "cap": cap, "tau": tau}
     parts += [f"{name} {value:g}" for name, value in bounds.items() if value is not None]
     return f"teleport {times}, {', '.join(parts)}"
 

@@ -193,8 +193,8 @@ def _curve(runs: Sequence[Run], column: str, steps: Sequence[int]) -> _Curve:
     return _Curve(seeds, mean, any(run.status == "diverged" for run in runs))
 
 
-def _text(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "-"
+def _text(value: float | None) -> str:
+    return f"{value:.4g}" if value is not None and math.isfinite(value) else "-"
 
 
 def _figure(
@@ -323,14 +323,10 @@ def _teleports(runs: Sequence[Run]) -> Iterator[tuple[int, str]]:
     first: dict[int, str] = {}
     for run in runs:
         for row in run.teleports:
-            before, after = (_text(_number(row[f"grad_norm_{w}"])) for w in ("before", "after"))
+            before, after = (_text(row[f"grad_norm_{when}"]) for when in ("before", "after"))
             said = f"teleport after step {row['step']}, seed {run.seed}: gradient norm "
             first.setdefault(int(row["step"]), f"{said}{before} → {after}")
     yield from first.items()
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _layers(groups: dict[str, list[Run]]) -> Iterator[str]:

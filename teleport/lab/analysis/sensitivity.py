@@ -320,21 +320,21 @@ def read_outcomes(folder: Path) -> list[Outcomes]:
         RunError: as `read_records`, or if not all points are there.
     """
     found = read_records(folder, "sensitivity", "points of a design")
-    rows = [_checked(*record) for record in found]
-    wanted = rows[0][0]["points"]
-    if len(rows) != wanted:
+    points = [(config, _checked(path, config, rows)) for path, config, rows in found]
+    wanted = points[0][0]["points"]
+    if len(points) != wanted:
         raise RunError(
-            f"{folder} holds {len(rows)} of {wanted} points of a design; "
+            f"{folder} holds {len(points)} of {wanted} points of a design; "
             "`teleport sensitivity` with --resume makes the others"
         )
-    return [_outcomes(design, rows) for design in SIZE_FACTORS]
+    return [_outcomes(design, points) for design in SIZE_FACTORS]
 
 
 def _checked(
-    path: Path, config: dict[str, Any], others: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The rows of one point: its configuration, then one outcome for every design."""
-    found = {row.get("design"): row for row in others if row["type"] == "outcome"}
+    path: Path, config: dict[str, Any], rows: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The outcome of one point for every design."""
+    found = {row["design"]: row for row in rows if row["type"] == "outcome"}
     if config["order"] != config["seed"]:  # else a point could be there twice
         raise RunError(f"{path} is not the point of its seed; make its record again")
     if set(found) != set(SIZE_FACTORS) or len(config["place"]) != len(NAMES):
@@ -342,16 +342,18 @@ def _checked(
             f"{path} does not have an outcome for {' and '.join(SIZE_FACTORS)} at a place of "
             f"{len(NAMES)} factors; make its record again"
         )
-    return [config, *(found[design] for design in SIZE_FACTORS)]
+    return found
 
 
-def _outcomes(design: str, points: list[list[dict[str, Any]]]) -> Outcomes:
-    rows = [next(row for row in rest if row["design"] == design) for _, *rest in points]
+def _outcomes(
+    design: str, points: list[tuple[dict[str, Any], dict[str, dict[str, Any]]]]
+) -> Outcomes:
+    rows = [found[design] for _, found in points]
     losses = [np.nan if row["log_loss"] is None else row["log_loss"] for row in rows]
     return Outcomes(
         points[0][0],
         design,
-        np.array([config["place"] for config, *_ in points]),
+        np.array([config["place"] for config, _ in points]),
         np.array(losses, dtype=np.float64),
         np.array([row["growth"] for row in rows]),
         sum(row["rolled_back"] for row in rows),

@@ -1,20 +1,13 @@
 """What the teleports of many records did, and what they cost: tables, their heads first."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from teleport.lab.analysis.counts import Place, gained, gap, schedule_name, teleporting
+from teleport.lab.analysis.counts import arms_of, gained, gap, schedule_name
 from teleport.lab.analysis.outcomes import FolderOutcome, ratio_text
 from teleport.lab.records.compare import ArmSummary
 from teleport.lab.records.runs import Run, by_arm
-
-
-def arms_of(found: Sequence[FolderOutcome]) -> Iterator[Place]:
-    """Every arm with a teleport, that from another initial gain included."""
-    for block in found:
-        for arm in (*teleporting(block), *gained(block)):
-            yield block, arm
 
 
 def worse_than_the_start(run: Run) -> bool:
@@ -41,12 +34,8 @@ def last_looks(found: Sequence[FolderOutcome]) -> list[str]:
     """A line for every folder whose last evaluation came before the end of the training."""
     lines = []
     for block in found:
-        ends = {
-            (int(run.column("step")[-1]), run.steps)
-            for run in block.runs
-            if run.status == "finished" and run.evaluations
-        }
-        lines += [f"{block.folder}: after {at} of {end} steps" for at, end in ends if at != end]
+        early = [(at, end) for at, end in block.last_looks if at != end]
+        lines += [f"{block.folder}: after {at} of {end} steps" for at, end in early]
     return lines
 
 

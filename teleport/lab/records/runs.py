@@ -24,6 +24,7 @@ from teleport.lab.records.study import is_packed, packed_config, packed_rows, re
 FloatArray = npt.NDArray[np.float64]
 
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 @dataclass(frozen=True)
