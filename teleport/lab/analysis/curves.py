@@ -1,7 +1,7 @@
 """Figures from records: numbers in, `Axes` out; no file is read or written here."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,13 +15,19 @@ from teleport.lab.analysis.counts import low_and_tuned, schedule_name
 from teleport.lab.analysis.outcomes import FolderOutcome
 from teleport.lab.analysis.sensitivity import Effects
 from teleport.lab.records.compare import ArmSummary
-from teleport.lab.records.runs import FloatArray, Run, by_arm, log
+from teleport.lab.records.runs import SPLITS, FloatArray, Run, by_arm, log
 
 SHADES = ("#0b3c5d", "#c8553d", "#5b8e7d", "#8d6a9f", "#c49a1a", "#4a4a4a")
 
 POINT_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 LINE_STYLES = ("-", "--", ":", "-.")
+
+
+def style_of(number: int) -> dict[str, Any]:
+    """Colour and marker of a curve, counted from 0."""
+    shade, marker = SHADES[number % len(SHADES)], POINT_MARKERS[number % len(POINT_MARKERS)]
+    return {"color": shade, "marker": marker}
 
 
 def loss_figure(runs: Sequence[Run], title: str = "") -> Figure:
@@ -90,10 +96,7 @@ def loss_differences(
         places.append(x[inside])
         values.append(log(run.column("train_loss")[inside]) - level)
     count = min(map(len, values), default=0)
-    return (
-        np.mean([x[:count] for x in places], axis=0),
-        np.array([v[:count] for v in values]),
-    )
+    return np.mean([x[:count] for x in places], axis=0), np.array([v[:count] for v in values])
 
 
 def differences_figure(
@@ -191,22 +194,20 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
         with np.errstate(invalid="ignore"):  # no spread around a loss of exactly 0
             middle, spread = logs.mean(0), logs.std(0)
         teleports = bool(runs[0].config["training"]["teleport"])
-        colour = SHADES[number % len(SHADES)]
-        every = max(1, count // 10)
+        every, style = max(1, count // 10), style_of(number)
         axes.plot(
             x,
             np.exp(middle),
             label=f"{arm} (diverged)" if any(run.status == "diverged" for run in runs) else arm,
-            color=colour,
+            **style,
             linestyle="-" if teleports else "--",
-            marker=POINT_MARKERS[number % len(POINT_MARKERS)],
             markersize=4,
             markevery=(number * every // len(groups), every),
             zorder=2.0 if teleports else 2.1,
         )
         if len(runs) > 1:
             band = np.exp(middle - spread), np.exp(middle + spread)
-            axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(x, *band, color=style["color"], alpha=0.15, linewidth=0)
         shown.append(np.stack([middle - spread, middle + spread]))
     _frame(axes, shown)
     axes.set_xlabel("training step" if against == "step" else "seconds (teleporting included)")
@@ -312,7 +313,7 @@ def connectivity_figure(found: Sequence[Lines]) -> Figure:
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, lines in zip(panels, found, strict=True):
         for number, to in enumerate(lines.others):
-            for split in ("train", "test"):
+            for split in SPLITS:
                 label = to if split == "train" else ""
                 above = excess(lines.losses[to, split])
                 draw_band(axes, lines.shares, above, label, number, dashed=split == "test")
@@ -356,19 +357,11 @@ def draw_band(
     The ``number`` of the curve gives its colour and marker; without a label it is not in the
     legend.
     """
-    middle, spread = values.mean(0), values.std(0)
-    colour = SHADES[number % len(SHADES)]
-    axes.plot(
-        x,
-        middle,
-        label=label or None,
-        color=colour,
-        linestyle="--" if dashed else "-",
-        marker=POINT_MARKERS[number % len(POINT_MARKERS)],
-        markersize=3,
-        markevery=max(1, len(x) // 10),
-    )
-    axes.fill_between(x, middle - spread, middle + spread, color=colour, alpha=0.15, linewidth=0)
+    middle, spread, style = values.mean(0), values.std(0), style_of(number)
+    style |= {"linestyle": "--" if dashed else "-", "markersize": 3}
+    (curve,) = axes.plot(x, middle, label=label or None, markevery=max(1, len(x) // 10), **style)
+    band = middle - spread, middle + spread
+    axes.fill_between(x, *band, color=curve.get_color(), alpha=0.15, linewidth=0)
 
 
 def draw_trade_off(
@@ -381,24 +374,13 @@ def draw_trade_off(
     """
     for number, (method, points) in enumerate(series.items()):
         new, old = (np.array([point[i] for point in points]) for i in (1, 2))
-        colour = SHADES[number % len(SHADES)]
-        axes.errorbar(
-            new.mean(1),
-            old.mean(1),
-            old.std(1),
-            new.std(1),
-            label=method,
-            color=colour,
-            marker=POINT_MARKERS[number % len(POINT_MARKERS)],
-            linewidth=1,
-            markersize=5,
-        )
-        for (note, *_), x, y in zip(points, new.mean(1), old.mean(1), strict=True):
-            # One method's notes above, the next one's below: their points may lie close together.
-            place = (4, 4 if number % 2 else -11)
-            axes.annotate(
-                note, (x, y), xytext=place, textcoords="offset points", fontsize=8, color=colour
-            )
+        places, style = (new.mean(1), old.mean(1)), style_of(number)
+        spreads = old.std(1), new.std(1)
+        axes.errorbar(*places, *spreads, label=method, linewidth=1, markersize=5, **style)
+        # One method's notes above, the next one's below: their points may lie close together.
+        beside: dict[str, Any] = {"xytext": (4, 4 if number % 2 else -11), "color": style["color"]}
+        for (note, *_), x, y in zip(points, *places, strict=True):
+            axes.annotate(note, (x, y), textcoords="offset points", fontsize=8, **beside)
     axes.set_xlabel("final accuracy on the new task")
     axes.set_ylabel("final accuracy on the old task")
     axes.grid(alpha=0.25)

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from teleport.lab.analysis.curves import POINT_MARKERS, SHADES
+from teleport.lab.analysis.curves import style_of
 from teleport.lab.bench.timing import ScalingCurve
 
 
@@ -38,10 +38,9 @@ def draw_scaling(axes: Axes, size: str, claim: str, curves: Mapping[str, Scaling
             middle,
             yerr=(below, above),
             label=method + fit,
-            color=SHADES[number % len(SHADES)],
-            marker=POINT_MARKERS[number % len(POINT_MARKERS)],
             markersize=4,
             capsize=2,
+            **style_of(number),
         )
     ticks = sorted({s for curve in curves.values() for s in curve.sizes})
     axes.set_xscale("log")

@@ -39,13 +39,7 @@ MEMORY_BUDGET = 1.5
 SYMMETRY_BUDGET = 50.0
 """How many times faster than symmetry teleportation the tangent path is to be."""
 
-CLAIMS = {
-    "t": "linear",
-    "d": "near constant",
-    "n": "near constant",
-    "l": "linear",
-    "b": "linear",
-}
+CLAIMS = {"t": "linear", "d": "near constant", "n": "near constant", "l": "linear", "b": "linear"}
 """What the paper says of its method's runtime (section 4.4 and figure 5)."""
 
 

@@ -98,25 +98,14 @@ class Plan:
             options, experiment = teleport_settings(name, self.schedule), find_experiment(name)
             for optimizer in self.optimizers:
                 settings = RunSettings(
-                    name,
-                    self.preset,
-                    optimizer,
-                    self.epochs,
-                    device=self.device,
-                    teleport=options,
+                    name, self.preset, optimizer, self.epochs, device=self.device, teleport=options
                 )
                 settings.size()
                 ending = "" if self.schedule == "default" else f"-{self.schedule}"
                 folder = out / slug(name) / f"{slug(optimizer)}{ending}"
+                shared = folder, experiment, checkpoint_seconds, command, threads
                 jobs += [
-                    Job(
-                        Cell(settings, arm, seed, order),
-                        folder,
-                        experiment,
-                        checkpoint_seconds,
-                        command,
-                        threads,
-                    )
+                    Job(Cell(settings, arm, seed, order), *shared)
                     for seed in range(self.seeds)
                     for order, arm in enumerate(arms(name, optimizer))
                 ]

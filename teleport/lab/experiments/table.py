@@ -252,10 +252,7 @@ def _preset(where: str, value: Any, sizes: dict[str, Kind]) -> Preset:
 
 
 def _values(
-    where: str,
-    given: Any,
-    checks: Mapping[str, Kind],
-    optional: AbstractSet[str] = frozenset(),
+    where: str, given: Any, checks: Mapping[str, Kind], optional: AbstractSet[str] = frozenset()
 ) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise RunError(f"{where}: expected a table, got {given!r}")

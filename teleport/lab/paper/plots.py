@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from teleport.lab.analysis.curves import LINE_STYLES, POINT_MARKERS, SHADES, layer_names
+from teleport.lab.analysis.curves import LINE_STYLES, SHADES, layer_names, style_of
 from teleport.lab.paper.input_energy import Measured, Spectrum
 from teleport.lab.paper.products import Product
 from teleport.lab.paper.threshold import Trajectories
@@ -43,12 +43,11 @@ def draw_spectra(axes: Axes, layers: Sequence[Spectrum]) -> None:
             count / spectrum.d_in,
             spectrum.captured,
             label=f"{layer_names([s.layer for s in same])} ({spectrum.d_in})",
-            color=SHADES[number % len(SHADES)],
             linestyle=LINE_STYLES[number // len(SHADES) % len(LINE_STYLES)],
-            marker=POINT_MARKERS[number % len(POINT_MARKERS)],
             markersize=3,
             markevery=0.1,
             linewidth=1.2,
+            **style_of(number),
         )
     axes.set_xscale("log")
     axes.set_ylim(0.0, 1.03)
@@ -73,21 +72,13 @@ def threshold_figure(found: Trajectories) -> Figure:
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (tau, points) in enumerate(found.by_tau.items()):
-        for axes, values in (
-            (left, [point.grad_norm for point in points]),
-            (right, [point.loss for point in points]),
-        ):
-            axes.plot(
-                [point.number for point in points],
-                values,
-                label=f"τ = {tau:g}",
-                color=SHADES[number % len(SHADES)],
-                linestyle=LINE_STYLES[number % len(LINE_STYLES)],
-                marker=POINT_MARKERS[number % len(POINT_MARKERS)],
-                markersize=4,
-            )
-            axes.set_xlabel("teleport step")
-            axes.grid(alpha=0.25, which="both")
+        steps, style = [point.number for point in points], style_of(number)
+        style |= {"linestyle": LINE_STYLES[number % len(LINE_STYLES)], "markersize": 4}
+        left.plot(steps, [point.grad_norm for point in points], label=f"τ = {tau:g}", **style)
+        right.plot(steps, [point.loss for point in points], **style)
+    for axes in (left, right):
+        axes.set_xlabel("teleport step")
+        axes.grid(alpha=0.25, which="both")
     left.set_yscale("log")
     left.set_ylabel("gradient norm")
     left.legend(fontsize=9)
