@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from teleport.errors import NonFiniteLossError
@@ -16,6 +17,7 @@ from teleport.keeping.keeper import Attachment
 from teleport.lab.experiments.entry import one_of
 from teleport.lab.records.folders import slug
 from teleport.lab.records.record_folder import RecordFolder
+from teleport.lab.records.runs import Run
 from teleport.lab.records.study import Row
 from teleport.lab.records.writer import RecordWriter, environment
 from teleport.runtime.clock import now
@@ -149,6 +151,21 @@ def _record(rows: Iterator[Row], writer: RecordWriter) -> None:
         status = "diverged"
     finally:
         writer.write("end", status=status)
+
+
+def table_of(rows: Sequence[Sequence[str]], title: str, caption: str) -> Table:
+    """Rows of text for the terminal, their head first."""
+    head, *others = rows
+    table = Table(*head, title=title, caption=caption)
+    for row in others:
+        table.add_row(*row)
+    return table
+
+
+def unfinished(runs: Sequence[Run]) -> list[str]:
+    """A line for every run that did not get to its end."""
+    broken = [run for run in runs if run.status != "finished"]
+    return [f"{run.arm} (seed {run.seed}): {run.status}" for run in broken]
 
 
 def with_own_network(model: Model) -> Model:

@@ -202,13 +202,8 @@ def run_words(
         DataError: if the old sentences cannot be had.
     """
     size: WordSize = one_of("preset", preset, WORD_SIZES)
-    shared = {
-        "figure": "words",
-        "title": WORDS_TITLE,
-        "preset": preset,
-        "choosing": choosing,
-        "size": asdict(size),
-    }
+    shared = {"figure": "words", "title": WORDS_TITLE, "preset": preset, "choosing": choosing}
+    shared["size"] = asdict(size)
     return run_ways(
         shared,
         ways,

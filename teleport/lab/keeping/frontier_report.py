@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from teleport.lab.keeping.comparison import USES_SPACE
+from teleport.lab.keeping.comparison import USES_SPACE, table_of, unfinished
 from teleport.lab.records.runs import FloatArray, Run, by_arm
 
 
@@ -86,19 +86,9 @@ def _sheet(runs: Sequence[Run]) -> _Sheet:
 
 def frontier_table(runs: Sequence[Run]) -> Table:
     """The same for the terminal."""
-    head, *rows = frontier_rows(runs)
-    seeds = len({run.seed for run in runs})
-    broken = [
-        f"{run.arm} (seed {run.seed}): {run.status}" for run in runs if run.status != "finished"
-    ]
-    table = Table(
-        *head,
-        title=f"{runs[0].config['title']}, {seeds} seeds",
-        caption="\n".join([_sheet(runs).caption, *broken]),
-    )
-    for row in rows:
-        table.add_row(*row)
-    return table
+    title = f"{runs[0].config['title']}, {len({run.seed for run in runs})} seeds"
+    caption = "\n".join([_sheet(runs).caption, *unfinished(runs)])
+    return table_of(frontier_rows(runs), title, caption)
 
 
 def _points(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from teleport.keeping.null_space import NullSpace, null_space
 from teleport.lab.experiments.entry import one_of
 from teleport.lab.experiments.optimizers import find_optimizer
+from teleport.lab.keeping.comparison import table_of
 from teleport.lab.records.record_folder import RecordFolder
 from teleport.lab.records.runs import read_rows
 from teleport.lab.records.study import record_paths
@@ -243,19 +244,14 @@ def leak_rows(folder: Path) -> list[list[str]]:
 
 def leak_table(folder: Path) -> Table:
     """The same for the terminal."""
-    head, *rows = leak_rows(folder)
-    seeds = len(record_paths(folder))
-    table = Table(
-        *head,
-        title=f"{LEAK_TITLE}, {seeds} seeds",
-        caption="Norm of the update's part inside the kept space, as a share of its norm; in "
-        "brackets the change of the outputs on old data, as a share of theirs. The space of attach "
-        f"and project_ is that of old inputs at tau {TAU:g}, that of OSF the larger half of each "
-        "weight's singular directions.",
+    caption = (
+        "Norm of the update's part inside the kept space, as a share of its norm; in brackets the "
+        "change of the outputs on old data, as a share of theirs. The space of attach and project_ "
+        f"is that of old inputs at tau {TAU:g}, that of OSF the larger half of each weight's "
+        "singular directions."
     )
-    for row in rows:
-        table.add_row(*row)
-    return table
+    title = f"{LEAK_TITLE}, {len(record_paths(folder))} seeds"
+    return table_of(leak_rows(folder), title, caption)
 
 
 def _cell(rows: list[dict[str, Any]]) -> str:

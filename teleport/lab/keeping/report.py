@@ -9,6 +9,7 @@ from rich.table import Table
 
 from teleport.errors import RunError
 from teleport.lab.analysis.curves import draw_accuracy_matrix, draw_band, draw_trade_off
+from teleport.lab.keeping.comparison import table_of, unfinished
 from teleport.lab.keeping.measures import accuracy_matrix, course, summarise_forgetting
 from teleport.lab.keeping.tasks import SEQUENCES, TaskSequence
 from teleport.lab.records.runs import FloatArray, Run, by_arm
@@ -69,13 +70,9 @@ def _sequence(runs: Sequence[Run]) -> TaskSequence:
 def forgetting_tables(runs: Sequence[Run]) -> list[Table]:
     """One table, a line for every arm."""
     sequence = _sequence(runs)
-    head, *rows = forgetting_rows(runs)
     seeds = len({run.seed for run in runs})
     title = f"{sequence.title}: {seeds} seeds, {runs[0].config['split']} images"
-    table = Table(*head, title=title, caption=_caption(sequence, runs))
-    for row in rows:
-        table.add_row(*row)
-    return [table]
+    return [table_of(forgetting_rows(runs), title, _caption(sequence, runs))]
 
 
 def _caption(sequence: TaskSequence, runs: Sequence[Run]) -> str:
@@ -85,23 +82,14 @@ def _caption(sequence: TaskSequence, runs: Sequence[Run]) -> str:
         "Old: mean over all earlier tasks. ACC: mean accuracy at the end. BWT: mean change of the "
         "earlier tasks' accuracy since each was learned. '-': one of the seeds did not get there."
     )
-    broken = [f"{run.arm} (seed {run.seed}): {run.status}" for run in runs if _broken(run)]
     published = [GPM_PUBLISHED] if sequence.name == "permuted-mnist" else []
-    return "\n".join([text, *broken, *published])
-
-
-def _broken(run: Run) -> bool:
-    return run.status != "finished"
+    return "\n".join([text, *unfinished(runs), *published])
 
 
 def forgetting_figure(runs: Sequence[Run]) -> Figure:
     """Curves and a trade-off for two tasks, matrices of accuracy for more."""
-    groups = {
-        arm: [run for run in group if not _broken(run)] for arm, group in by_arm(runs).items()
-    }
-    groups = {arm: group for arm, group in groups.items() if group}
     draw = _two_tasks if runs[0].config["tasks"] == 2 else _matrices
-    figure = draw(groups)
+    figure = draw(by_arm(run for run in runs if run.status == "finished"))
     figure.suptitle(_sequence(runs).title)
     return figure
 
@@ -122,9 +110,7 @@ def _two_tasks(groups: dict[str, list[Run]]) -> Figure:
     return figure
 
 
-def _by_method(
-    groups: dict[str, list[Run]],
-) -> dict[str, list[tuple[str, FloatArray, FloatArray]]]:
+def _by_method(groups: dict[str, list[Run]]) -> dict[str, list[tuple[str, FloatArray, FloatArray]]]:
     """Final new and old accuracy of every arm, noted with its tau."""
     series: dict[str, list[tuple[str, FloatArray, FloatArray]]] = {}
     for group in groups.values():

@@ -51,27 +51,14 @@ class Strategy:
         return f"{order:02d}-{slug(self.name)}-seed{seed}.jsonl"
 
 
-TUNED: dict[tuple[str, str], float] = {
-    ("digits", "plain"): 0.2,
-    ("digits", "projected"): 0.4,
-    ("digits", "lazy"): 0.2,
-    ("digits", "replay"): 0.4,
-    ("digits", "random"): 0.4,
-    ("mnist-fashion", "plain"): 0.2,
-    ("mnist-fashion", "projected"): 0.4,
-    ("mnist-fashion", "lazy"): 0.2,
-    ("mnist-fashion", "replay"): 0.2,
-    ("mnist-fashion", "random"): 0.2,
-    ("permuted-mnist", "plain"): 0.1,
-    ("permuted-mnist", "projected"): 0.2,
-    ("permuted-mnist", "lazy"): 0.2,
-    ("permuted-mnist", "replay"): 0.1,
-    ("permuted-mnist", "random"): 0.2,
-    **{
-        ("gpm-mnist", name): 0.01
-        for name in ("plain", "gpm", "gpm-lazy", "gpm-growing", "two-sided")
+TUNED = {
+    "digits": {"plain": 0.2, "projected": 0.4, "lazy": 0.2, "replay": 0.4, "random": 0.4},
+    "mnist-fashion": {"plain": 0.2, "projected": 0.4, "lazy": 0.2, "replay": 0.2, "random": 0.2},
+    "permuted-mnist": {"plain": 0.1, "projected": 0.2, "lazy": 0.2, "replay": 0.1, "random": 0.2},
+    "gpm-mnist": {
+        **dict.fromkeys(("plain", "gpm", "gpm-lazy", "gpm-growing", "two-sided"), 0.01),
+        "gpm-adam": 0.0003,
     },
-    ("gpm-mnist", "gpm-adam"): 0.0003,
 }
 """Learning rates by sequence and method, by the new tasks' validation loss.
 
@@ -101,7 +88,7 @@ def default_strategies(
     for method in known.methods if methods is None else methods:
         kind: type[Plain] = one_of("method", method, LEARNING_METHODS)
         for tau in (taus or (known.tau,)) if kind.uses_tau else (None,):
-            rates = lrs or [TUNED.get((sequence, method), DEFAULT_LR)]
+            rates = lrs or [TUNED[sequence].get(method, DEFAULT_LR)]
             strategies += [Strategy(method, lr, tau) for lr in rates]
     for strategy in strategies:
         _check(strategy)
@@ -185,10 +172,21 @@ def run_strategies(
     _try_out(strategies)
     if not (strategies and seeds):
         return []
-    shared, names = _beside(course, strategies, seeds, sets)
+    shared = {
+        **asdict(course),
+        "tasks": len(course.tasks(sets, seeds[0])),
+        "size": asdict(course.size()),
+        "data": [{"name": d.name, "checksum": d.checksum, "source": d.source} for d in sets],
+    }
+    names = {
+        (strategy.name, seed): strategy.record(order, seed)
+        for order, strategy in enumerate(strategies)
+        for seed in seeds
+    }
     with folder.held("continual", shared, names=names):
-        paths = [_run_seed(course, strategies, seed, folder, sets) for seed in seeds]
-    return [path for of_seed in paths for path in of_seed]
+        for seed in seeds:
+            _run_seed(course, strategies, seed, folder, sets, shared)
+    return [folder.path / names[s.name, seed] for seed in seeds for s in strategies]
 
 
 def _run_seed(
@@ -197,14 +195,15 @@ def _run_seed(
     seed: int,
     out: RecordFolder,
     sets: Sequence[Dataset],
-) -> list[Path]:
-    tasks, paths = course.tasks(sets, seed), []
+    shared: dict[str, Any],
+) -> None:
+    tasks = course.tasks(sets, seed)
     first: _Learning | None = None
     for order, strategy in enumerate(strategies):
-        paths.append(out.path / strategy.record(order, seed))
         told = partial(out.progress, f"{strategy.name} (seed {seed})")
-        config = _config(course, strategy, seed, order, sets)
-        path = out.missing(paths[-1].stem, config)
+        own = {"arm": strategy.name, "order": order, "seed": seed, "strategy": asdict(strategy)}
+        config = {**shared, **own}
+        path = out.missing(Path(strategy.record(order, seed)).stem, config)
         if path is None:
             told(course.steps(sets))
             continue
@@ -212,24 +211,6 @@ def _run_seed(
         with RecordWriter(path) as writer:
             writer.write("config", command=out.command, **config, **environment())
             first.continued(strategy, writer).run(told)
-    return paths
-
-
-def _beside(
-    course: SequenceRun,
-    strategies: Sequence[Strategy],
-    seeds: Sequence[int],
-    sets: Sequence[Dataset],
-) -> tuple[dict[str, Any], dict[tuple[str, int], str]]:
-    """What all records say, and their names."""
-    config = _config(course, strategies[0], seeds[0], 0, sets)
-    shared = {key: config[key] for key in (*asdict(course), "tasks", "size", "data")}
-    names = {
-        (strategy.name, seed): strategy.record(order, seed)
-        for order, strategy in enumerate(strategies)
-        for seed in seeds
-    }
-    return shared, names
 
 
 class _Learning:
@@ -377,18 +358,3 @@ def _try_out(strategies: Sequence[Strategy]) -> None:
         method.after_step(model)
         method.ended()
     torch.set_rng_state(state)
-
-
-def _config(
-    course: SequenceRun, strategy: Strategy, seed: int, order: int, sets: Sequence[Dataset]
-) -> dict[str, Any]:
-    return {
-        **asdict(course),
-        "arm": strategy.name,
-        "order": order,
-        "seed": seed,
-        "tasks": len(course.tasks(sets, seed)),
-        "strategy": asdict(strategy),
-        "size": asdict(course.size()),
-        "data": [{"name": d.name, "checksum": d.checksum, "source": d.source} for d in sets],
-    }

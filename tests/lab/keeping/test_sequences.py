@@ -373,7 +373,7 @@ def test_every_method_has_a_strategy_and_every_tau() -> None:
     assert len({s.name for s in found}) == len(found)
     for name in ("digits", "mnist-fashion", "permuted-mnist"):
         tuned = default_strategies(name)
-        assert {(s.method, s.lr) for s in tuned} == {(m, TUNED[name, m]) for m in DIGIT_METHODS}
+        assert {(s.method, s.lr) for s in tuned} == {(m, TUNED[name][m]) for m in DIGIT_METHODS}
         assert {s.tau for s in tuned} == {None, SEQUENCES[name].tau}
     assert all(not kind.uses_tau for kind in (Plain, LEARNING_METHODS["replay"]))
 
