@@ -25,7 +25,7 @@ from teleport.cli.output import console, count_of, say
 from teleport.cli.progress import step_progress
 from teleport.errors import RunError
 from teleport.lab.experiments.choices import CHECKPOINT_SECONDS, INITS, OPTIMIZER_NAMES
-from teleport.lab.experiments.schedule import SCHEDULES
+from teleport.lab.experiments.entry import SCHEDULES
 
 if TYPE_CHECKING:
     from teleport.lab.experiments.arms import Arm

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from teleport.lab.experiments.choices import INITS
-from teleport.lab.experiments.entry import one_of
-from teleport.lab.experiments.schedule import SCHEDULES
+from teleport.lab.experiments.entry import SCHEDULES, one_of
 from teleport.runtime.cores import check_threads
 
 # What was typed, for the records.

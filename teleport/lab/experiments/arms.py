@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from teleport.lab.experiments.entry import Experiment, Preset, Tuning, one_of
+from teleport.lab.experiments.entry import SCHEDULES, Experiment, Preset, Tuning, one_of
 from teleport.lab.experiments.interventions import MOVES, ON_THE_OPTIMIZER, OTHER_OBJECTIVES
 from teleport.lab.experiments.optimizers import find_optimizer
-from teleport.lab.experiments.schedule import SCHEDULES
 from teleport.lab.experiments.table import find_experiment
 from teleport.rivals.ways import RESCALINGS
 from teleport.schedule import Schedule

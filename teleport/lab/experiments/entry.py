@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from teleport.lab.experiments.choices import ACTIVATION_NAMES, INITS, READOUTS
 from teleport.lab.records.schema import WIDTH, Kind
+from teleport.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -24,6 +25,13 @@ NATURALS = Kind(
 NAME = Kind("a text", lambda v: isinstance(v, str) and bool(v))
 INITIALISATION = Kind(f"one of {', '.join(INITS)}", lambda v: v in INITS)
 READOUT = Kind(f"one of {', '.join(READOUTS)}", lambda v: v in READOUTS)
+
+
+SCHEDULES = {
+    "default": Schedule(epochs=1, batches=1, warmup_steps=50),
+    "paper": Schedule(epochs=5, batches=32, warmup_steps=0),
+}
+"""``default``: once, early (``paper`` is section 4.1 of the paper: first 5 epochs, 32 batches)."""
 
 
 def one_of(what: str, name: str, known: Mapping[str, Any]) -> Any:
@@ -131,9 +139,8 @@ class Experiment:
         Raises:
             ValueError: as `check_activation`.
         """
-        from teleport.lab.experiments.networks import (
-            MAKERS,  # late: the table is read without PyTorch
-        )
+        # Late, for the table is read without PyTorch.
+        from teleport.lab.experiments.networks import MAKERS
 
         self.check_activation(activation)
         sizes = {**self.network, **preset.network}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,6 @@ class Training:
         self.epoch_start = self.order.get_state()
         self.step = 0
         self.train_seconds = self.teleport_seconds = 0.0
-        self._plain: bool | None = None  # whether the optimizer's state is; found out when asked
 
     def state(self) -> dict[str, Any] | None:
         """Everything the rest of the run depends on, as tensors and plain values.
@@ -174,7 +174,7 @@ class Training:
         run goes on from its last state before that. None, too, with an optimizer whose state is
         more than tensors and plain values: such a run starts over.
         """
-        if self.subject.take_step is not self._own_step or not self._restorable():
+        if self.subject.take_step is not self._own_step or not self._restorable:
             return None
         gpu = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         # After an epoch's last step the next order is drawn from where the generator is now.
@@ -192,10 +192,9 @@ class Training:
             "record_bytes": self.writer.sync(),
         }
 
+    @cached_property
     def _restorable(self) -> bool:
-        if self._plain is None:
-            self._plain = is_plain(self.optimizer.state_dict())
-        return self._plain
+        return is_plain(self.optimizer.state_dict())
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
         """Go back to a state of such a run, from a checkpoint.

@@ -47,12 +47,8 @@ def rate_of(recipe: Experiment) -> tuple[str, float]:
     return UNTUNED
 
 
-def check_moment(experiment: str, preset: str, n: int | None = None) -> None:
-    """Refuse, before anything is written, what `moment` would refuse; errors as there."""
-    _checked(experiment, preset, n)
-
-
-def _checked(experiment: str, preset: str, n: int | None) -> tuple[RunSettings, Dataset]:
+def check_moment(experiment: str, preset: str, n: int | None = None) -> tuple[RunSettings, Dataset]:
+    """What `moment` trains, refused before anything is written; errors as there."""
     options = teleport_settings(experiment)
     if n is not None:
         options = replace(options, batch_size=n)
@@ -83,7 +79,7 @@ def moment(
     """
     if steps < 0:
         raise ValueError(f"steps must be an integer >= 0, got {steps}")
-    settings, dataset = _checked(experiment, preset, n)
+    settings, dataset = check_moment(experiment, preset, n)
     recipe = settings.recipe()
     optimizer, lr = rate_of(recipe)
     epochs = max(1, math.ceil(steps / (train_size(settings.size(), dataset) // settings.batch())))

@@ -53,25 +53,14 @@ def _is_matrix(value: Any) -> bool:
 
 def _are_ranks(value: Any) -> bool:
     try:
-        return (
-            isinstance(value, dict)
-            and len(value) > 0
-            and all(math.isfinite(float(tau)) and _is_count(rank) for tau, rank in value.items())
-        )
+        ranks = isinstance(value, dict) and _are(list(value.values()), _is_count)
+        return ranks and all(math.isfinite(float(tau)) for tau in value)
     except ValueError:
         return False
 
 
 def _is_layer(value: Any) -> bool:
-    numbers = ("d_in", "rank", "null_dim")
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("name"), str)
-        and isinstance(value.get("status"), str)
-        and _is_number(value.get("move_norm"))
-        and _is_count(value.get("groups"))
-        and all(key in value and (value[key] is None or _is_count(value[key])) for key in numbers)
-    )
+    return isinstance(value, dict) and not _fault(value, _LAYER)
 
 
 def or_null(kind: Kind) -> Kind:
@@ -101,6 +90,13 @@ STATUS = Kind(
     lambda value: value in ("finished", "diverged", "interrupted"),
 )
 
+_LAYER: Fields = {
+    "name": TEXT,
+    "status": TEXT,
+    "move_norm": NUMBER,
+    "groups": COUNT,
+    **dict.fromkeys(("d_in", "rank", "null_dim"), or_null(COUNT)),
+}
 _END: Fields = {"status": STATUS, "reason?": TEXT, "step?": COUNT}
 _MOMENT: Fields = {"order": COUNT, "seed": COUNT, "title": TEXT}
 _BASE: Fields = dict.fromkeys("tdnlb", WIDTH)
