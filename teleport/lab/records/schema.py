@@ -90,51 +90,48 @@ STATUS = Kind(
     lambda value: value in ("finished", "diverged", "interrupted"),
 )
 
+
+def _all(kind: Kind, *names: str) -> Fields:
+    return dict.fromkeys(names, kind)
+
+
 _LAYER: Fields = {
-    "name": TEXT,
-    "status": TEXT,
+    **_all(TEXT, "name", "status"),
     "move_norm": NUMBER,
     "groups": COUNT,
-    **dict.fromkeys(("d_in", "rank", "null_dim"), or_null(COUNT)),
+    **_all(or_null(COUNT), "d_in", "rank", "null_dim"),
 }
 _END: Fields = {"status": STATUS, "reason?": TEXT, "step?": COUNT}
-_MOMENT: Fields = {"order": COUNT, "seed": COUNT, "title": TEXT}
-_BASE: Fields = dict.fromkeys("tdnlb", WIDTH)
-_TIMED: Fields = {"network": TEXT, "shape": TEXT, "seconds": TIMES, "gradient_seconds": TIMES}
-_MOVED: Fields = dict.fromkeys(("growth", "drift", "held_out_drift"), NUMBER)
+_MOMENT: Fields = {**_all(COUNT, "order", "seed"), "title": TEXT}
+_BASE: Fields = _all(WIDTH, *"tdnlb")
+_TIMES: Fields = _all(TIMES, "seconds", "gradient_seconds")
+_TIMED: Fields = {**_all(TEXT, "network", "shape"), **_TIMES}
+_MOVED: Fields = _all(NUMBER, "growth", "drift", "held_out_drift")
 _WAY: Fields = {
     **_MOMENT,
-    "arm": TEXT,
-    "preset": TEXT,
+    **_all(TEXT, "arm", "preset"),
     "way": {"method": TEXT, "lr": NUMBER, "value": NUMBER_OR_NULL},
 }
-_SPENT: Fields = {"step": COUNT, "train_seconds": NUMBER, "space_seconds": NUMBER}
-_FACTORS = ("growth", "step", "open", "lr")
+_SPENT: Fields = {"step": COUNT, **_all(NUMBER, "train_seconds", "space_seconds")}
 
-ROWS: dict[str, dict[str, Fields]] = {
+_OWN: dict[str, dict[str, Fields]] = {
     "run": {
         "config": {
-            "experiment": TEXT,
-            "arm": TEXT,
-            "baseline": TEXT,
-            "order": COUNT,
-            "seed": COUNT,
+            **_all(TEXT, "experiment", "arm", "baseline"),
+            **_all(COUNT, "order", "seed"),
             "training": {"lr": NUMBER, "teleport": FLAG, "rival?": TEXT},
             "settings": {
-                "optimizer": TEXT,
-                "preset": TEXT,
-                "activation?": TEXT,
+                **_all(TEXT, "optimizer", "preset", "activation?"),
                 "teleport?": {
-                    "schedule": dict.fromkeys(("epochs", "batches", "warmup_steps"), COUNT),
+                    "schedule": _all(COUNT, "epochs", "batches", "warmup_steps"),
                     "batch_size": COUNT,
-                    "tau": NUMBER,
                     "steps": or_null(COUNT),
-                    **dict.fromkeys(("lr", "growth", "cap"), NUMBER_OR_NULL),
+                    "tau": NUMBER,
+                    **_all(NUMBER_OR_NULL, "lr", "growth", "cap"),
                 },
             },
             "size?": {
-                "epochs": COUNT,
-                "evaluate_size": COUNT,
+                **_all(COUNT, "epochs", "evaluate_size"),
                 "train_size?": or_null(COUNT),
                 "network?": or_null(OBJECT),
             },
@@ -143,114 +140,89 @@ ROWS: dict[str, dict[str, Fields]] = {
         },
         "evaluation": {
             "step": COUNT,
-            "train_seconds": NUMBER,
-            "teleport_seconds": NUMBER,
-            "train_loss": LOSS_OR_NULL,
-            "test_loss": LOSS_OR_NULL,
-            "test_accuracy": NUMBER_OR_NULL,
-            "grad_norm?": NUMBER_OR_NULL,
+            **_all(NUMBER, "train_seconds", "teleport_seconds"),
+            **_all(LOSS_OR_NULL, "train_loss", "test_loss"),
+            **_all(NUMBER_OR_NULL, "test_accuracy", "grad_norm?"),
         },
         "teleport": {
             f"{what}_{when}": NUMBER_OR_NULL
             for what in ("loss", "grad_norm", "held_out")
             for when in ("before", "after")
         },
-        "end": _END,
     },
     "continual": {
         "config": {
-            "sequence": TEXT,
-            "split": TEXT,
-            "arm": TEXT,
-            "order": COUNT,
-            "seed": COUNT,
+            **_all(TEXT, "sequence", "split", "arm"),
+            **_all(COUNT, "order", "seed"),
             "tasks": TASKS,
             "strategy": {"method": TEXT, "tau": NUMBER_OR_NULL},
         },
         "evaluation": {
-            "task": COUNT,
-            "task_step": COUNT,
-            "train_seconds": NUMBER,
-            "space_seconds": NUMBER,
-            "losses": NUMBERS,
-            "accuracies": NUMBERS,
+            **_all(COUNT, "task", "task_step"),
+            **_all(NUMBER, "train_seconds", "space_seconds"),
+            **_all(NUMBERS, "losses", "accuracies"),
         },
-        "end": _END,
     },
     "spectrum": {
         "config": {**_MOMENT, "optimizer": TEXT, "lr": NUMBER, "teleport_batch": COUNT},
         "spectrum": {"step": COUNT, "layer": TEXT, "d_in": WIDTH, "ranks": RANKS, "shares": SHARES},
-        "end": _END,
     },
     "tau": {
         "config": {**_MOMENT, "trained": COUNT, "teleport_lr": NUMBER},
         "point": {
             "number": COUNT,
-            **dict.fromkeys(("tau", "loss", "grad_norm"), NUMBER),
+            **_all(NUMBER, "tau", "loss", "grad_norm"),
             "held_out": NUMBER_OR_NULL,
         },
-        "end": _END,
     },
     "moves": {
         "config": {
             **_MOMENT,
-            "trained": COUNT,
+            **_all(COUNT, "trained", "teleport_batch"),
             "growth": NUMBER,
             "evaluating": FLAG,
-            "teleport_batch": COUNT,
         },
         "move": {
-            "tau": NUMBER,
             "steps": COUNT,
-            "searched": FLAG,
-            "rolled_back": FLAG,
-            "reason": TEXT,
-            "undone": TEXT,
-            "tolerance": NUMBER,
-            **dict.fromkeys(("seconds", "gradient_seconds"), POSITIVE),
-            **dict.fromkeys(("loss_before", "grad_norm_before"), NUMBER),
-            **dict.fromkeys(("loss_after", "grad_norm_after"), NUMBER_OR_NULL),
-            **dict.fromkeys(("held_out_before", "held_out_after"), NUMBER_OR_NULL),
+            **_all(FLAG, "searched", "rolled_back"),
+            **_all(TEXT, "reason", "undone"),
+            **_all(POSITIVE, "seconds", "gradient_seconds"),
+            **_all(NUMBER, "tau", "tolerance", "loss_before", "grad_norm_before"),
+            **_all(NUMBER_OR_NULL, "loss_after", "grad_norm_after"),
+            **_all(NUMBER_OR_NULL, "held_out_before", "held_out_after"),
             "layers": LAYERS,
         },
-        "end": _END,
     },
     "saving": {
-        "config": {**_MOMENT, "experiment": TEXT, "optimizer": TEXT},
+        "config": {**_MOMENT, **_all(TEXT, "experiment", "optimizer")},
         "saving": {
             "arm": TEXT,
             "steps": COUNT,
-            **dict.fromkeys(("stride", "stride_after", "growth"), NUMBER),
+            **_all(NUMBER, "stride", "stride_after", "growth"),
             "cost": POSITIVE,
         },
-        "end": _END,
     },
     "words": {
         "config": {**_WAY, "choosing": FLAG},
         "evaluation": {
             **_SPENT,
-            "alpha?": NUMBER,
-            **dict.fromkeys(("learned", "recall", "cosine", "least_cosine"), NUMBER),
+            **_all(NUMBER, "alpha?", "learned", "recall", "cosine", "least_cosine"),
         },
-        "end": _END,
     },
     "edit": {
         "config": _WAY,
         "evaluation": {
             **_SPENT,
-            **dict.fromkeys(("efficacy", "paraphrases", "neighbours", "loss"), NUMBER),
+            **_all(NUMBER, "efficacy", "paraphrases", "neighbours", "loss"),
         },
-        "end": _END,
     },
     "leak": {
         "config": {**_MOMENT, "preset": TEXT},
         "share": {
-            "way": TEXT,
-            "optimizer": TEXT,
+            **_all(TEXT, "way", "optimizer"),
             "steps": COUNT,
-            **dict.fromkeys(("moved", "inside", "drift"), NUMBER),
+            **_all(NUMBER, "moved", "inside", "drift"),
         },
-        "end": _END,
     },
     "product": {
         "config": {**_MOMENT, "trained": COUNT},
@@ -258,31 +230,27 @@ ROWS: dict[str, dict[str, Fields]] = {
             "layer": TEXT,
             "count": COUNT,
             "bias": FLAG,
-            **dict.fromkeys(("rows", "weight", "outputs", "deltas", "gradient"), MATRIX),
+            **_all(MATRIX, "rows", "weight", "outputs", "deltas", "gradient"),
         },
-        "end": _END,
     },
     "connectivity": {
         "config": {
             **_MOMENT,
-            "experiment": TEXT,
+            **_all(TEXT, "experiment", "optimizer"),
             "points": POINTS,
             "trained": COUNT,
-            "optimizer": TEXT,
             "lr": NUMBER,
         },
         "teleport": {"to": TEXT, "grad_norm_before": POSITIVE, "grad_norm_after": NUMBER},
-        "point": {"to": TEXT, **dict.fromkeys(("share", "train_loss", "test_loss"), NUMBER)},
-        "end": _END,
+        "point": {"to": TEXT, **_all(NUMBER, "share", "train_loss", "test_loss")},
     },
     "sensitivity": {
         "config": {
             **_MOMENT,
-            "experiment": TEXT,
-            "optimizer": TEXT,
+            **_all(TEXT, "experiment", "optimizer"),
             "points": WIDTH,
             "place": NUMBERS,
-            "values": {"n": WIDTH, "after": COUNT, **dict.fromkeys(_FACTORS, NUMBER)},
+            "values": {"n": WIDTH, "after": COUNT, **_all(NUMBER, "growth", "step", "open", "lr")},
         },
         "outcome": {
             "design": TEXT,
@@ -291,39 +259,41 @@ ROWS: dict[str, dict[str, Fields]] = {
             "rolled_back": FLAG,
             "status": STATUS,
         },
-        "end": _END,
     },
     "bench": {
         "config": {
-            "benchmark": TEXT,
-            "preset": TEXT,
-            "device": TEXT,
+            **_all(TEXT, "benchmark", "preset", "device"),
             "hardware": {"threads": COUNT, "gpu": or_null(TEXT)},
             "load": or_null(NUMBERS),
             "size": {"small": FLAG, "base": _BASE},
         },
-        "step": {**_TIMED, "operation": TEXT, "floor?": NUMBER, "floor_with_projection?": NUMBER},
+        "step": {
+            **_TIMED,
+            "operation": TEXT,
+            **_all(NUMBER, "floor?", "floor_with_projection?"),
+        },
         "basis": {**_TIMED, "operation": TEXT},
         "scaling": {**_TIMED, "method": TEXT, **_BASE},
         "layers": {**_TIMED, "operation": TEXT, "layers": COUNT},
-        "deep": {**_TIMED, "operation": TEXT, "gradient": WIDTH, "tangent": WIDTH},
+        "deep": {**_TIMED, "operation": TEXT, **_all(WIDTH, "gradient", "tangent")},
         "memory": {
-            "network": TEXT,
-            "shape": TEXT,
-            **dict.fromkeys(("model", "gradient", "tangent", "double_backward"), WIDTH),
+            **_all(TEXT, "network", "shape"),
+            **_all(WIDTH, "model", "gradient", "tangent", "double_backward"),
             "grams": COUNT,
         },
-        "rivals": {"part": TEXT, "way": TEXT},
-        "same batch": {**_MOVED, "move": NUMBER, "seconds": TIMES, "gradient_seconds": TIMES},
+        "rivals": _all(TEXT, "part", "way"),
+        "same batch": {**_MOVED, "move": NUMBER, **_TIMES},
         "same budget": {
             **_MOVED,
             "steps": COUNT,
-            **dict.fromkeys(("seconds", "gradient_seconds", "gradients"), POSITIVE),
+            **_all(POSITIVE, "seconds", "gradient_seconds", "gradients"),
         },
-        "speed": {"activation": TEXT, "seconds": TIMES, "gradient_seconds": TIMES},
+        "speed": {"activation": TEXT, **_TIMES},
         "end": {"status": TEXT},
     },
 }
+
+ROWS = {command: {"end": _END, **rows} for command, rows in _OWN.items()}
 """By command and type of row; measurements of benchmarks by what they are of."""
 
 _MARKS = {"run": ("training", "settings"), "continual": ("sequence",), "bench": ("benchmark",)}
