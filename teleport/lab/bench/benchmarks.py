@@ -45,6 +45,7 @@ from teleport.lab.bench.timing import (
     stopwatch_for,
 )
 from teleport.lab.experiments.choices import NOT_IN_ALL
+from teleport.lab.experiments.entry import one_of
 from teleport.lab.experiments.models import ACTIVATIONS, Transformer, cnn, mlp
 from teleport.lab.experiments.residual import ResNet18
 from teleport.lab.records.writer import RecordWriter, environment
@@ -68,9 +69,7 @@ class Workload:
     """A network with a batch.
 
     Attributes:
-        name: of the network.
         shape: what its widths and its batch are, for the reader.
-        model: the network.
         batches: inputs and classes; most benchmarks use the first.
     """
 
@@ -225,13 +224,7 @@ class BenchmarkSize:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, where.
-
-    Attributes:
-        preset: how much.
-        device: where.
-        threads: of PyTorch's operations on a CPU.
-    """
+    """How much is measured, and where; the threads are of PyTorch's operations on a CPU."""
 
     preset: BenchmarkSize
     device: torch.device
@@ -635,12 +628,9 @@ def chosen(what: str, preset: str) -> tuple[list[str], BenchmarkSize]:
     Raises:
         ValueError: for an unknown one, with those there are.
     """
-    if what != "all" and what not in BENCHMARKS:
-        raise ValueError(f"unknown benchmark {what!r}; there are: {', '.join(BENCHMARKS)}, all")
-    if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; there are: {', '.join(PRESETS)}")
+    one_of("benchmark", what, dict.fromkeys((*BENCHMARKS, "all")))
     every = [name for name in BENCHMARKS if name not in NOT_IN_ALL]
-    return (every if what == "all" else [what]), PRESETS[preset]
+    return (every if what == "all" else [what]), one_of("preset", preset, PRESETS)
 
 
 def run_benchmarks(
@@ -653,17 +643,11 @@ def run_benchmarks(
     command: str = "",
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> None:
-    """Run benchmarks; each leaves the record ``<name>.jsonl`` in the folder.
+    """Run some of `BENCHMARKS`; each leaves the record ``<name>.jsonl`` in the folder.
 
-    Args:
-        names: of `BENCHMARKS`.
-        preset: of `PRESETS`.
-        device: where.
-        folder: exists, and holds none of these records yet.
-        threads: of PyTorch's operations.
-        command: for the record.
-        progress: told the name of a job, how many ended since the last call, and how many
-            there are: when a job begins and when it has ended.
+    The folder exists, and holds none of these records yet. ``progress`` is told the name of a job,
+    how many ended since the last call, and how many there are: when a job begins and when it has
+    ended.
 
     Raises:
         ValueError: if ``threads`` is less than 1.

@@ -89,15 +89,10 @@ def same_batch_table(
 ) -> list[WayRow]:
     """Let every rival and control move the same perceptron on the same batch of embedded images.
 
-    Args:
-        hidden: widths; at least ``samples``, for symmetry teleportation to be exact.
-        samples: size of the batch, the paper's n.
-        growth: wanted factor on the gradient norm, where a way can be asked for one.
-        warmup_steps: training steps (SGD, learning rate 0.1, batch 32) before.
-        repeats: of the timing at most; each from the same weights.
-        seconds: after which no further repeat is begun.
-        threads: of torch.
-        device: where.
+    The widths ``hidden`` are at least ``samples``, the paper's n, for symmetry teleportation to be
+    exact. Where a way can be asked for a growth of the gradient norm, it is. Training steps (SGD,
+    learning rate 0.1, batch 32) come before. Of the timing there are ``repeats`` at most, each from
+    the same weights, and none is begun after so many ``seconds``.
 
     Returns:
         One row per way, in the order of `ways`.

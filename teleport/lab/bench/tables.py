@@ -48,9 +48,7 @@ class Benchmark:
     """One benchmark as read from its record.
 
     Attributes:
-        name: of the benchmark.
         config: first line of the record.
-        rows: its measurements.
         status: ``finished``, ``interrupted``, or ``unfinished`` without an end line.
     """
 

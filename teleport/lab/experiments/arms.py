@@ -99,7 +99,7 @@ def teleport_settings(
         ValueError: for an unknown experiment or schedule, or a value out of range.
     """
     values = find_experiment(experiment).teleport
-    chosen: Schedule = one_of("schedule", schedule, SCHEDULES)
+    chosen = one_of("schedule", schedule, SCHEDULES)
     if schedule == "paper":
         chosen = replace(chosen, warmup_steps=values.warmup_steps)
         if lr is None and growth is None:
@@ -245,7 +245,7 @@ class RunSettings:
         Raises:
             ValueError: for an unknown experiment, preset or optimizer, or a count < 1.
         """
-        preset: Preset = one_of("preset", self.preset, self.recipe().presets)
+        preset = one_of("preset", self.preset, self.recipe().presets)
         find_optimizer(self.optimizer)
         self.recipe().check_activation(self.activation)
         for what in ("epochs", "batch_size"):

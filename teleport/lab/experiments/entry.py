@@ -5,7 +5,7 @@ Nothing here loads PyTorch before a network is built.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from teleport.lab.experiments.choices import ACTIVATION_NAMES, INITS, READOUTS
 from teleport.lab.records.schema import WIDTH, Kind
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 else:  # names for whoever checks types while the program runs
     Module, Dataset = "torch.nn.Module", "teleport.data.Dataset"
 
+Entry = TypeVar("Entry")
+
 NATURALS = Kind(
     "a list of integers >= 1",
     lambda v: isinstance(v, list) and bool(v) and all(map(WIDTH.holds, v)),
@@ -26,7 +28,6 @@ NAME = Kind("a text", lambda v: isinstance(v, str) and bool(v))
 INITIALISATION = Kind(f"one of {', '.join(INITS)}", lambda v: v in INITS)
 READOUT = Kind(f"one of {', '.join(READOUTS)}", lambda v: v in READOUTS)
 
-
 SCHEDULES = {
     "default": Schedule(epochs=1, batches=1, warmup_steps=50),
     "paper": Schedule(epochs=5, batches=32, warmup_steps=0),
@@ -34,7 +35,7 @@ SCHEDULES = {
 """``default``: once, early (``paper`` is section 4.1 of the paper: first 5 epochs, 32 batches)."""
 
 
-def one_of(what: str, name: str, known: Mapping[str, Any]) -> Any:
+def one_of(what: str, name: str, known: Mapping[str, Entry]) -> Entry:
     """The entry of this name.
 
     Raises:

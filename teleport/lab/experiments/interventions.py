@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from teleport.errors import NonFiniteLossError
+from teleport.lab.experiments.entry import one_of
 from teleport.objective import grad_norm, trainable
 from teleport.report import TeleportReport
 from teleport.rivals import (
@@ -94,8 +95,7 @@ def intervene(
     Raises:
         ValueError: for an unknown name.
     """
-    if name not in INTERVENTIONS:
-        raise ValueError(f"unknown intervention {name!r}; there are: {', '.join(INTERVENTIONS)}")
+    one_of("intervention", name, dict.fromkeys(INTERVENTIONS))
     wanted = DEFAULT_GROWTH if growth is None else growth
     teleporter = Teleporter(subject.model, growth=wanted)
     rehearsal = rehearse(teleporter, closure)

@@ -110,8 +110,7 @@ def find_experiment(name: str) -> Experiment:
         return _GIVEN[name]
     path, colon, own = name.rpartition(".toml:")
     known = _read_once(Path(f"{path}.toml").resolve()) if colon else EXPERIMENTS
-    experiment: Experiment = one_of("experiment", own if colon else name, known)
-    return experiment
+    return one_of("experiment", own if colon else name, known)
 
 
 _GIVEN: dict[str, Experiment] = {}

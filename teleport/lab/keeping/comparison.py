@@ -107,16 +107,11 @@ def run_ways(
     rows: Callable[[Start, Recipe, int, Callable[[int], None]], Iterator[Row]],
     steps: int,
 ) -> list[Path]:
-    """One record file for every way and seed.
+    """One record file for every way and seed; the first row of each says what is ``shared``.
 
-    Args:
-        shared: what the first row of each says.
-        ways: the ways.
-        seeds: the seeds.
-        out: for the records; told about every step.
-        begin: makes what all ways of a seed share; called only if one has to run.
-        rows: the evaluations of one way, which tells its last argument of every step.
-        steps: of one way, for the progress of those that are there already.
+    ``begin`` makes what all ways of a seed share, and is called only if one has to run. ``rows``
+    are the evaluations of one way, which tells its last argument of every step. The ``steps`` are
+    those of one way, for the progress of those that are there already.
 
     Raises:
         RunError: as `RecordFolder`.

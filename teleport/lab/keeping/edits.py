@@ -211,7 +211,7 @@ def run_edits(
         RunError: as `RecordFolder`, or if a package is missing.
         DataError: if the old sentences cannot be had.
     """
-    size: FactSize = one_of("preset", preset, FACT_SIZES)
+    size = one_of("preset", preset, FACT_SIZES)
     shared = {"figure": "edit", "title": EDITS_TITLE, "preset": preset, "size": asdict(size)}
 
     def rows(start: _Start, way: Recipe, seed: int, told: Callable[[int], None]) -> Iterator[Row]:

@@ -201,7 +201,7 @@ def run_words(
         RunError: as `RecordFolder`, or if a package is missing.
         DataError: if the old sentences cannot be had.
     """
-    size: WordSize = one_of("preset", preset, WORD_SIZES)
+    size = one_of("preset", preset, WORD_SIZES)
     shared = {"figure": "words", "title": WORDS_TITLE, "preset": preset, "choosing": choosing}
     shared["size"] = asdict(size)
     return run_ways(

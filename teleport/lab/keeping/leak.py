@@ -214,7 +214,7 @@ def run_leak(preset: str, seeds: Sequence[int], out: RecordFolder) -> None:
         ValueError: for an unknown preset.
         RunError: as `RecordFolder`, or if PEFT or pytorch-optimizer is missing.
     """
-    size: LeakSize = one_of("preset", preset, LEAK_SIZES)
+    size = one_of("preset", preset, LEAK_SIZES)
     shared = {"figure": "leak", "title": LEAK_TITLE, "preset": preset, "size": asdict(size)}
     with out.held("leak", shared):
         for seed in seeds:

@@ -83,10 +83,10 @@ def default_strategies(
     Raises:
         ValueError: for an unknown name, a tau outside (0, 1], or a learning rate not > 0.
     """
-    known: TaskSequence = one_of("sequence", sequence, SEQUENCES)
+    known = one_of("sequence", sequence, SEQUENCES)
     strategies = []
     for method in known.methods if methods is None else methods:
-        kind: type[Plain] = one_of("method", method, LEARNING_METHODS)
+        kind = one_of("method", method, LEARNING_METHODS)
         for tau in (taus or (known.tau,)) if kind.uses_tau else (None,):
             rates = lrs or [TUNED[sequence].get(method, DEFAULT_LR)]
             strategies += [Strategy(method, lr, tau) for lr in rates]
@@ -122,8 +122,7 @@ class SequenceRun:
             ValueError: for an unknown sequence, preset or split.
         """
         one_of("split", self.split, {"test": 0, "validation": 0})
-        size: Size = one_of("preset", self.preset, self._known().presets)
-        return size
+        return one_of("preset", self.preset, self._known().presets)
 
     def sets(self) -> list[Dataset]:
         """The data sets."""
@@ -142,8 +141,7 @@ class SequenceRun:
         return self.size().steps * (len(self.tasks(sets, 0)) - 1)
 
     def _known(self) -> TaskSequence:
-        known: TaskSequence = one_of("sequence", self.sequence, SEQUENCES)
-        return known
+        return one_of("sequence", self.sequence, SEQUENCES)
 
 
 def run_strategies(
@@ -152,14 +150,10 @@ def run_strategies(
     seeds: Sequence[int],
     out: Path | RecordFolder,
 ) -> list[Path]:
-    """Learn the sequence with every strategy and every seed; one record file each.
+    """Learn the sequence with every strategy and every seed; one record file each, in ``out``.
 
-    Args:
-        course: what all runs share.
-        strategies: the ways to learn.
-        seeds: each gives an initialisation, an order of the data and, where the tasks have one, an
-            order of the pixels.
-        out: an existing folder for the records.
+    A seed gives an initialisation, an order of the data and, where the tasks have one, an order of
+    the pixels.
 
     Returns:
         The records' paths, in the order of the runs.

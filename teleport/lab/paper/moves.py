@@ -81,12 +81,11 @@ def write_moves(
                 path = out.missing(f"{order:02d}-{slug(name)}-seed{seed}", own)
                 if path is None:
                     continue
-                with out.writing(path) as writer:
-                    out.progress(f"{name}, seed {seed}: training")
-                    at = moment(name, preset, trained, seed, n)
-                    at.model.train(not evaluating)
-                    shared = {"command": out.command, "order": order, "figure": "moves"}
-                    writer.write("config", **shared, **(asked | at.config))
+                out.progress(f"{name}, seed {seed}: training")
+                at = moment(name, preset, trained, seed, n)
+                at.model.train(not evaluating)
+                shared = {"order": order, "figure": "moves", **asked, **at.config}
+                with out.writing(path, **shared) as writer:
                     for tau in MOVE_TAUS:
                         out.progress(f"{name}, seed {seed}: tau {tau:g}")
                         base = _gradient_seconds(at.model, at.closure)

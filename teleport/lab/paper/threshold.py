@@ -103,11 +103,9 @@ def write_trajectories(
         path = out.missing(f"00-{slug(name)}", {"experiment": name})
         if path is None:
             return
-        with out.writing(path) as writer:
-            out.progress(f"{name}: training")
-            at = moment(name, preset, trained, seed)
-            shared = {"command": out.command, "order": 0, "figure": "tau"}
-            writer.write("config", **shared, **(asked | at.config))
+        out.progress(f"{name}: training")
+        at = moment(name, preset, trained, seed)
+        with out.writing(path, order=0, figure="tau", **(asked | at.config)) as writer:
             for tau in taus:
                 out.progress(f"{name}: tau {tau:g}")
                 points, reason = trajectory(
