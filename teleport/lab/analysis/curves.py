@@ -189,7 +189,8 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
         if not runs:
             continue
         count = min(len(run.evaluations) for run in runs)
-        x = np.mean([_axis(run, against)[:count] for run in runs], axis=0)
+        places = [run.seconds if against == "seconds" else run.column(against) for run in runs]
+        x = np.mean([place[:count] for place in places], axis=0)
         logs = log(np.array([run.column(column)[:count] for run in runs]))
         with np.errstate(invalid="ignore"):  # no spread around a loss of exactly 0
             middle, spread = logs.mean(0), logs.std(0)
@@ -343,10 +344,6 @@ def effects_figure(found: Sequence[Effects], title: str = "") -> Figure:
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
-
-
-def _axis(run: Run, against: str) -> FloatArray:
-    return run.seconds if against == "seconds" else run.column(against)
 
 
 def draw_band(

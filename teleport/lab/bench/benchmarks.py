@@ -286,30 +286,18 @@ PRESETS = {
 def networks(small: bool, device: torch.device) -> list[Workload]:
     """The three networks of the speed budgets, or the same kinds with a few units."""
     if small:
-        return [
+        cases = [
             _case("MLP", mlp(20, 4, (32, 32)), "20-32-32-4, n = 8", (8, 20), 4, device),
             _case("CNN", cnn((3, 4, 8), 8, 4), "3-4-8, 8 x 8, n = 4", (4, 3, 8, 8), 4, device),
-            _case(
-                "transformer",
-                Transformer(3, 4, length=4, width=16, blocks=1),
-                "1 block, d = 16, T = 4, n = 2",
-                (2, 4, 3),
-                4,
-                device,
-            ),
         ]
-    return [
+        reader, shape = Transformer(3, 4, 4, 16, blocks=1), "1 block, d = 16, T = 4, n = 2"
+        return [*cases, _case("transformer", reader, shape, (2, 4, 3), 4, device)]
+    cases = [
         _case("MLP", mlp(784, 10), "784-1024-1024-10, n = 200", (200, 784), 10, device),
         _case("CNN", cnn(), "3-16-32-64, 32 x 32, n = 128", (128, 3, 32, 32), 10, device),
-        _case(
-            "transformer",
-            Transformer(28, 10, length=64),
-            "2 blocks, d = 128, T = 64, n = 32",
-            (32, 64, 28),
-            10,
-            device,
-        ),
     ]
+    reader, shape = Transformer(28, 10, 64), "2 blocks, d = 128, T = 64, n = 32"
+    return [*cases, _case("transformer", reader, shape, (32, 64, 28), 10, device)]
 
 
 def _case(
@@ -375,19 +363,16 @@ def step_jobs(setting: Setting) -> list[BenchmarkJob]:
             landscape = recorded(case)
             bases = with_room(sequential_bases(landscape, candidates(landscape)))
             along = tangent_step(landscape, bases)
+        part, backward = partial(TimedTask, within=_unfused), partial(deltas, landscape)
         own = {
-            "tangent step": TimedTask(lambda _: tangent_step(landscape, bases), within=_unfused),
-            "of it: deltas": TimedTask(lambda _: deltas(landscape), within=_unfused),
-            "of it: tangents, projection": TimedTask(
-                lambda _: landscape.tangent_direction(bases), lambda: deltas(landscape), _unfused
+            "tangent step": part(lambda _: tangent_step(landscape, bases)),
+            "of it: deltas": part(lambda _: backward()),
+            "of it: tangents, projection": part(
+                lambda _: landscape.tangent_direction(bases), backward
             ),
-            "double backward direction": TimedTask(
-                lambda _: landscape.double_backward_direction(bases), within=_unfused
-            ),
-            "one look of the line search": TimedTask(
-                lambda _: landscape.norm_squared_at(along, 1e-3), within=_unfused
-            ),
-            "first recording": TimedTask(lambda _: recorded(case), within=_unfused),
+            "double backward direction": part(lambda _: landscape.double_backward_direction(bases)),
+            "one look of the line search": part(lambda _: landscape.norm_squared_at(along, 1e-3)),
+            "first recording": part(lambda _: recorded(case)),
             "default teleport, all in": _teleport_task(case, None, "tangent"),
         }
         floor, projected = floors(kept_tape(landscape), bases)

@@ -52,10 +52,9 @@ class Traffic:
 
 def cases(small: bool) -> list[Traffic]:
     """Fewer rows than inputs of a layer, at τ = 1; and more, so that Gram matrices travel."""
-    if small:
-        return [Traffic((20, 32, 32, 4), 8, 1.0), Traffic((20, 32, 32, 4), 64, 0.9)]
     paper = (784, 1024, 1024, 10)
-    return [Traffic(paper, 200, 1.0), Traffic(paper, 2048, 0.9)]
+    widths, few, many = ((20, 32, 32, 4), 8, 64) if small else (paper, 200, 2048)
+    return [Traffic(widths, few, 1.0), Traffic(widths, many, 0.9)]
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,7 @@ def tuning(experiment: str, optimizer: str) -> Tuning:
 def lent_tuning(experiment: str, optimizer: str) -> str:
     """What to tell the user if its learning rates were tuned for another one; else nothing."""
     on = tuning(experiment, optimizer).on
-    name = find_experiment(experiment).name
-    if on == name:
+    if on == find_experiment(experiment).name:
         return ""
     return (
         f"{experiment} was not tuned with {optimizer}; its learning rates are those tuned for {on}"

@@ -70,11 +70,9 @@ class _Start:
         self.examination = FactExamination(self.model, self.task)
         self.first = self.examination.of(self.model)  # what every way begins with
         first, last = size.trained
-        self.trained = [
-            name
-            for name, module in self.model.network.named_modules()
-            if module in [self.model.output_matrix(n) for n in range(first, last + 1)]
-        ]
+        matrices = {self.model.output_matrix(n) for n in range(first, last + 1)}
+        modules = self.model.network.named_modules()
+        self.trained = [name for name, module in modules if module in matrices]
         self.edited = self.trained[size.layer - first]
         self.search_seconds = self.moment_seconds = self.space_seconds = 0.0
 
@@ -175,14 +173,11 @@ def _trained(
         model.network = with_adapters(model.network, start.trained)
         if method == "lora null":
             space.lora_(model.network)
-        trained = [p for p in model.network.parameters() if p.requires_grad]
     else:
-        trained = [
-            p for name in start.trained for p in model.network.get_submodule(name).parameters()
-        ]
-        chosen = set(trained)
-        for parameter in model.network.parameters():
-            parameter.requires_grad_(parameter in chosen)
+        model.network.requires_grad_(requires_grad=False)
+        for name in start.trained:
+            model.network.get_submodule(name).requires_grad_()
+    trained = [p for p in model.network.parameters() if p.requires_grad]
     decay = (way.value or 0.0) if method == "lora" else 0.0
     optimizer = AdamW(trained, lr=way.lr, weight_decay=decay)
     if method == "attach":

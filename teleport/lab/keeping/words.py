@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -170,14 +171,8 @@ def old_sentences(model: str) -> list[str]:
             ["saw", "bought", "sold", "liked", "lost"],
         )
         things = ["shares", "bonds", "houses", "cars", "books", "ships"]
-        return [
-            f"{s} {v} {a} and {b}"
-            for s in subjects
-            for v in verbs
-            for a in things
-            for b in things
-            if a < b
-        ]
+        told = product(subjects, verbs, things, things)
+        return [f"{who} {did} {a} and {b}" for who, did, a, b in told if a < b]
     data = load("ptb")
     text = " ".join(data.names[i] for i in data.train_inputs.flatten().tolist())
     lines = (line.strip() for line in text.split("<eos>"))
