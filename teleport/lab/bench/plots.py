@@ -29,14 +29,12 @@ def scaling_figure(
 def draw_scaling(axes: Axes, size: str, claim: str, curves: Mapping[str, ScalingCurve]) -> None:
     """One panel: medians with quartiles; the legend tells the fitted exponents."""
     for number, (method, curve) in enumerate(curves.items()):
-        middle = np.array([s.median for s in curve.seconds])
-        below = middle - np.array([s.low for s in curve.seconds])
-        above = np.array([s.high for s in curve.seconds]) - middle
+        low, middle, high = np.array([(s.low, s.median, s.high) for s in curve.seconds]).T
         fit = "" if curve.exponent is None else f": ${size}^{{{curve.exponent.value:.2f}}}$"
         axes.errorbar(
             curve.sizes,
             middle,
-            yerr=(below, above),
+            yerr=(middle - low, high - middle),
             label=method + fit,
             markersize=4,
             capsize=2,

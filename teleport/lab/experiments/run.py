@@ -233,12 +233,7 @@ def configuration(cell: Cell, dataset: Dataset) -> dict[str, Any]:
         "size": asdict(cell.settings.size()),
         "network": cell.settings.recipe().network,
         "batch_size": cell.settings.batch(),
-        "data": {
-            "name": dataset.name,
-            "checksum": dataset.checksum,
-            "source": dataset.source,
-            "note": dataset.note,
-        },
+        "data": {key: getattr(dataset, key) for key in ("name", "checksum", "source", "note")},
     }
 
 

@@ -205,6 +205,9 @@ def _experiment(name: str, entry: dict[str, Any]) -> Experiment:
             raise RunError(f"{name}.{key}: expected a table, got {value!r}")
         return {inner: marked(f"{key}.{inner}", item) for inner, item in value.items()}
 
+    def checked(key: str, kind: Kind) -> Any:
+        return _checked(f"{name}.{key}", marked(key, entry[key]), kind)
+
     known = {f.name for f in fields(Experiment)} - {"name", "marks"}
     _keys(name, entry, known, optional={"tuning", "tuning_of"})
     network = table("network")
@@ -212,9 +215,9 @@ def _experiment(name: str, entry: dict[str, Any]) -> Experiment:
     return Experiment(
         name=name,
         title=_checked(f"{name}.title", entry["title"], NAME),
-        data=_checked(f"{name}.data", marked("data", entry["data"]), NAME),
+        data=checked("data", NAME),
         network=network,
-        batch_size=_checked(f"{name}.batch_size", marked("batch_size", entry["batch_size"]), WIDTH),
+        batch_size=checked("batch_size", WIDTH),
         teleport=PaperTeleport(**_values(f"{name}.teleport", table("teleport"), _TELEPORT)),
         presets={
             key: _preset(f"{name}.presets.{key}", value, sizes)
@@ -224,9 +227,7 @@ def _experiment(name: str, entry: dict[str, Any]) -> Experiment:
             key: Tuning(**_values(f"{name}.tuning.{key}", value, _TUNING))
             for key, value in table("tuning").items()
         },
-        tuning_of=_checked(f"{name}.tuning_of", marked("tuning_of", entry["tuning_of"]), NAME)
-        if "tuning_of" in entry
-        else None,
+        tuning_of=checked("tuning_of", NAME) if "tuning_of" in entry else None,
         marks=marks,
     )
 

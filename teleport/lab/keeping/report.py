@@ -97,7 +97,9 @@ def forgetting_figure(runs: Sequence[Run]) -> Figure:
 def _two_tasks(groups: dict[str, list[Run]]) -> Figure:
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     old, new, trade = figure.subplots(1, 3)
-    shown = {arm: group for arm, group in groups.items() if _is_main(arm, groups)}
+    # Of several taus of a method, only the last.
+    last = {group[0].config["strategy"]["method"]: arm for arm, group in groups.items()}
+    shown = {arm: group for arm, group in groups.items() if arm in last.values()}
     for number, (arm, group) in enumerate(shown.items()):
         steps = course(group[0], 1)["step"]
         for axes, column in ((old, "old_accuracy"), (new, "new_accuracy")):
@@ -119,13 +121,6 @@ def _by_method(groups: dict[str, list[Run]]) -> dict[str, list[tuple[str, FloatA
         new, old = (_stacked(group, name)[:, -1] for name in ("new_accuracy", "old_accuracy"))
         series.setdefault(strategy["method"], []).append((note, new, old))
     return series
-
-
-def _is_main(arm: str, groups: dict[str, list[Run]]) -> bool:
-    """Whether the curves show an arm: of several taus of a method, only the last."""
-    method = groups[arm][0].config["strategy"]["method"]
-    alike = [a for a, g in groups.items() if g[0].config["strategy"]["method"] == method]
-    return arm == alike[-1]
 
 
 def _matrices(groups: dict[str, list[Run]]) -> Figure:

@@ -5,7 +5,6 @@ norm grows faster, and the loss is not kept any more.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -79,10 +78,9 @@ def write_trajectories(
     trained: int = 50,
     lr: float | None = None,
     teleport_steps: int = 8,
-    taus: Sequence[float] = FIGURE_TAUS,
     seed: int = 0,
 ) -> None:
-    """Record the trajectories of a named experiment for every τ, after some training steps.
+    """Record the trajectories of a named experiment by τ, after some training steps.
 
     The step size ``lr`` is by default that of the experiment's paper schedule.
 
@@ -97,7 +95,7 @@ def write_trajectories(
         "trained": trained,
         "teleport_lr": step_size,
         "teleport_steps": teleport_steps,
-        "taus": list(taus),
+        "taus": list(FIGURE_TAUS),
     }
     with out.held("tau", {"experiment": name, **asked}, added=asked):
         path = out.missing(f"00-{slug(name)}", {"experiment": name})
@@ -106,7 +104,7 @@ def write_trajectories(
         out.progress(f"{name}: training")
         at = moment(name, preset, trained, seed)
         with out.writing(path, order=0, figure="tau", **(asked | at.config)) as writer:
-            for tau in taus:
+            for tau in FIGURE_TAUS:
                 out.progress(f"{name}: tau {tau:g}")
                 points, reason = trajectory(
                     at.model, at.closure, at.held_out, tau, lr=step_size, steps=teleport_steps
