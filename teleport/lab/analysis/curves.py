@@ -356,9 +356,9 @@ def draw_band(
     """
     middle, spread, style = values.mean(0), values.std(0), style_of(number)
     style |= {"linestyle": "--" if dashed else "-", "markersize": 3}
-    (curve,) = axes.plot(x, middle, label=label or None, markevery=max(1, len(x) // 10), **style)
+    axes.plot(x, middle, label=label or None, markevery=max(1, len(x) // 10), **style)
     band = middle - spread, middle + spread
-    axes.fill_between(x, *band, color=curve.get_color(), alpha=0.15, linewidth=0)
+    axes.fill_between(x, *band, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def draw_trade_off(

@@ -63,9 +63,10 @@ class FolderOutcome:
 
     def _looked_before_the_end(self) -> str:
         """Of runs of a version that did not evaluate after the last step, where they did last."""
-        at, *others = self.last_looks or {(0, 0)}
-        early = not others and at[0] != at[1]
-        return ", the last time after {} of {} steps".format(*at) if early else ""
+        if len(looks := self.last_looks) != 1:
+            return ""
+        ((last, all_steps),) = looks
+        return "" if last == all_steps else f", the last time after {last} of {all_steps} steps"
 
 
 def how(options: dict[str, Any]) -> str:

@@ -277,10 +277,11 @@ def _same_budget(benchmark: Benchmark) -> Iterator[Sheet]:
     for way in dict.fromkeys(row["way"] for row in found):
         rounds = [row for row in found if row["way"] == way]
         middle = {name: Spread.of([float(row[name]) for row in rounds]).median for name in names}
-        cost = _ratio(*([row[name] for row in rounds] for name in ("seconds", "gradient_seconds")))
+        spent, one = ([row[name] for row in rounds] for name in ("seconds", "gradient_seconds"))
+        cost = _ratio(spent, one)
         quartiles = f"{cost.low:.1f} - {cost.high:.1f} ({len(rounds)})"
-        spent = f"{1e3 * middle['seconds']:.0f}", f"{cost.median:.1f}", quartiles
-        rows.append((way, f"{middle['steps']:g}", *_moved_cells(middle), *spent))
+        times = f"{1e3 * middle['seconds']:.0f}", f"{cost.median:.1f}", quartiles
+        rows.append((way, f"{middle['steps']:g}", *_moved_cells(middle), *times))
     if rows:
         columns = ("way", "steps", "growth", "drift", "held out", "ms", "gradients")
         caption = (
