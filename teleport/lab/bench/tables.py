@@ -231,17 +231,13 @@ def _layers(benchmark: Benchmark) -> list[Sheet]:
     for depth in dict.fromkeys(row["layers"] for row in benchmark.rows):
         ways = {row["operation"]: row for row in benchmark.rows if row["layers"] == depth}
         alone, at_once = ways["sequential"], ways.get("parallel")
-        cells = [
-            _spread_text(Spread.of(alone["seconds"])),
-            f"{timing(alone).ratio.median:.2f}",
-            "-",
-            "-",
-        ]
+        cells = _spread_text(Spread.of(alone["seconds"])), f"{timing(alone).ratio.median:.2f}"
+        parallel = "-", "-"
         if at_once:
             ratio = _ratio(at_once["seconds"], alone["seconds"])
             both = f"{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})"
-            cells[2:] = [_spread_text(Spread.of(at_once["seconds"])), both]
-        rows.append((str(depth), *cells))
+            parallel = _spread_text(Spread.of(at_once["seconds"])), both
+        rows.append((str(depth), *cells, *parallel))
     columns = ("l", "sequential, s", "gradients", "parallel, s", "parallel / sequential")
     caption = "By the wall clock, so that a busy machine shows."
     return [Sheet(benchmark.title, columns, rows, caption)]
@@ -387,14 +383,8 @@ def _by_network(
     rows: list[tuple[str, ...]] = []
     for name in dict.fromkeys(row["network"] for row in benchmark.rows):
         group = [row for row in benchmark.rows if row["network"] == name]
-        seconds = Spread.of([s for row in group for s in row["gradient_seconds"]])
-        line = (
-            f"{name} {group[0]['shape']}",
-            "one gradient",
-            "1",
-            "",
-            f"{1e3 * seconds.median:.1f}",
-        )
+        seconds = Spread.of([s for row in group for s in row["gradient_seconds"]]).median
+        line = (f"{name} {group[0]['shape']}", "one gradient", "1", "", f"{1e3 * seconds:.1f}")
         rows.append((*line, *[""] * (len(columns) - len(line))))
         rows += [("", *_cost_cells(benchmark, row), *more(row)) for row in group]
     return rows
