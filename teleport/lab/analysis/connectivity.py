@@ -53,11 +53,7 @@ class LinePoint:
 
 
 def barrier(losses: FloatArray) -> float:
-    """How far the loss gets above the straight line between the losses of the two ends.
-
-    Args:
-        losses: on equidistant points of the line, ends included, ``[points]``.
-    """
+    """How far losses ``[points]``, equidistant, get above what lies straight between the ends."""
     return float(excess(losses).max())
 
 

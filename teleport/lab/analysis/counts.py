@@ -96,15 +96,12 @@ def count(comparisons: Sequence[Comparison | None]) -> str:
 
 
 def holm(comparisons: Sequence[Comparison | None], level: float = 0.05) -> list[Comparison]:
-    """Those that stay resolved when it is taken into account how many were looked at.
+    """Those of a family that stay resolved when it is taken into account how many there are.
 
     The step-down procedure of Holm (1979): at most a share ``level`` of such families of
     comparisons without any difference has one that stays. SciPy does not have it, and for these
-    lines statsmodels would bring pandas along, 85 MB.
-
-    Args:
-        comparisons: the family; those of one seed, or without a number, count as not resolved.
-        level: of significance.
+    lines statsmodels would bring pandas along, 85 MB. Comparisons of one seed, or without a number,
+    count as not resolved.
     """
     family = sorted(
         (c for c in comparisons if c is not None),

@@ -74,13 +74,10 @@ Axis = Literal["step", "work"]
 def loss_differences(
     arm: Sequence[Run], baseline: Sequence[Run], at: Axis = "step"
 ) -> tuple[FloatArray, FloatArray]:
-    """Log train loss of an arm minus its baseline's, along the training.
+    """Log train loss of an arm minus its baseline's, along the training, paired by seed.
 
-    Args:
-        arm: its runs.
-        baseline: those they are compared with, paired by seed.
-        at: the baseline's loss is taken after as many steps, or after as much time, counted in
-            training steps; between two evaluations it is interpolated.
+    The baseline's loss is taken after as many steps, or after as much time, counted in training
+    steps; between two evaluations it is interpolated.
 
     Returns:
         The steps, or the time, as means over the seeds ``[points]``, and the differences
@@ -219,11 +216,9 @@ def draw_losses(axes: Axes, groups: Mapping[str, Sequence[Run]], column: str, ag
 def _frame(axes: Axes, bands: Sequence[FloatArray]) -> None:
     """A log axis with limits and ticks that let differences between trainings be seen.
 
-    Args:
-        axes: with the curves.
-        bands: of every arm ``[2, points]``, natural logarithms of the band's lower and upper edge.
-            The lowest start is in the picture, and of what follows all that is finite. If nothing
-            is, as where every loss is exactly 0, the axis stays linear.
+    The bands of every arm are ``[2, points]``, natural logarithms of the lower and upper edge. The
+    lowest start is in the picture, and of what follows all that is finite. If nothing is, as where
+    every loss is exactly 0, the axis stays linear.
     """
     starts = [start for band in bands if np.isfinite(start := band[:, 0].mean())]
     after = [band[:, 1:].ravel() for band in bands]

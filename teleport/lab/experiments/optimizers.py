@@ -30,9 +30,8 @@ EXTRA = "pytorch_optimizer"
 def find_optimizer(name: str) -> Build:
     """The optimizer of this name, as a function of parameters and learning rate.
 
-    Args:
-        name: one of `OPTIMIZERS`, or a class of ``torch.optim`` or of ``pytorch_optimizer`` (extra
-            ``optimizers``), such as ``rmsprop``, ``AdamP``, ``diffgrad`` or ``lion``.
+    It is one of `OPTIMIZERS`, or a class of ``torch.optim`` or of ``pytorch_optimizer`` (extra
+    ``optimizers``), such as ``rmsprop``, ``AdamP``, ``diffgrad`` or ``lion``.
 
     Raises:
         ValueError: for a name that neither knows, and for an optimizer that needs more than

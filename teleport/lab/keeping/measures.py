@@ -61,11 +61,8 @@ def course(run: Run, task: int) -> dict[str, FloatArray]:
 def measures(run: Run, plain: Run | None, reach: float, compare: float) -> dict[str, float]:
     """The numbers of one run; what a run did not get to is NaN.
 
-    Args:
-        run: the run.
-        plain: the run of the same seed with the method ``plain``, for the ratio of seconds.
-        reach: loss of the new task that steps and seconds are counted to.
-        compare: loss of the new task at which the old loss is read off.
+    That of the same seed with the method ``plain`` is for the ratio of seconds. Steps and seconds
+    are counted to the loss ``reach`` of the new task; at its loss ``compare`` the old loss is read.
 
     Returns:
         Means over the tasks after the first: ``steps`` and ``seconds`` to ``reach``,

@@ -70,12 +70,9 @@ def check_folder(
 ) -> None:
     """Refuse a folder whose records do not belong beside those that are to be written.
 
-    Args:
-        folder: an existing one.
-        command: that writes there, as `made_by` names it.
-        shared: what the first row of all its records must say.
-        added: keys that older records do not have.
-        names: of the records to be written, by arm and seed.
+    It exists, and the ``command``, as `made_by` names it, writes there. The first row of all its
+    records must say what is ``shared``; the ``added`` keys older ones do not have. The ``names``
+    are of the records to be written, by arm and seed.
 
     Raises:
         RunError: naming the first record that does not belong, or that is one of those to be
