@@ -190,28 +190,30 @@ def test_a_lock_is_seen_and_left_over_ones_are_not_held(tmp_path: Path) -> None:
 
 
 def test_following_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "sweep" / "run"  # pytest has a lock of its own two folders above
+    folder.mkdir(parents=True)
     pages: list[str] = []
-    held = locked(tmp_path / ".lock", "it")
+    held = locked(folder / ".lock", "it")
     held.__enter__()
 
     def sleep(seconds: float) -> None:
         assert seconds == 2.5
-        page = tmp_path / "watch.html"
+        page = folder / "watch.html"
         pages.append(page.read_text("utf-8") if page.exists() else "")
         if len(pages) == 1:
-            write_record(tmp_path, "lr 0.1", {0: 2.0})
+            write_record(folder, "lr 0.1", {0: 2.0})
         elif len(pages) == 2:
-            write_record(tmp_path, "lr 0.1", {0: 2.0, 4: 1.0}, end=END)
+            write_record(folder, "lr 0.1", {0: 2.0, 4: 1.0}, end=END)
             held.__exit__(None, None, None)
         assert len(pages) < 3
 
     monkeypatch.setattr(time, "sleep", sleep)
-    assert cli.main(["watch", str(tmp_path), "--follow", "--every", "2.5"]) == 0
+    assert cli.main(["watch", str(folder), "--follow", "--every", "2.5"]) == 0
     nothing, going_on = pages
     assert nothing == ""
     assert 'http-equiv="refresh" content="2.5"' in going_on
     assert "1 unfinished" in going_on
-    last = (tmp_path / "watch.html").read_text("utf-8")
+    last = (folder / "watch.html").read_text("utf-8")
     assert "refresh" not in last
     assert "1 finished" in last
 
