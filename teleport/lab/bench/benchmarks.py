@@ -185,7 +185,7 @@ class ScalingPoint:
     b: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchmarkSize:
     """How much is measured.
 
@@ -201,14 +201,14 @@ class BenchmarkSize:
         deep: blocks of the deep transformers.
     """
 
-    small: bool
+    small: bool = False
     rounds: int
     seconds: float
     base: ScalingPoint
     axes: dict[str, tuple[int, ...]]
-    depths: tuple[int, ...]
+    depths: tuple[int, ...] = (2, 4, 8, 16, 32)
     layer_size: tuple[int, int]
-    limit: float
+    limit: float = 5.0
     rival_seconds: float
     deep: tuple[int, ...]
 
@@ -240,12 +240,10 @@ PRESETS = {
         axes={"t": (1, 2, 4), "d": (16, 24, 32), "n": (4, 6, 8), "l": (2, 3, 4), "b": (1, 2, 3)},
         depths=(2, 4),
         layer_size=(24, 6),
-        limit=5.0,
         rival_seconds=1.0,
         deep=(1, 2),
     ),
     "cpu": BenchmarkSize(
-        small=False,
         rounds=15,
         seconds=15.0,
         base=ScalingPoint(t=8, d=512, n=128, l=3, b=1),
@@ -256,14 +254,11 @@ PRESETS = {
             "l": (3, 4, 8, 16, 32),
             "b": (1, 2, 4, 8),
         },
-        depths=(2, 4, 8, 16, 32),
         layer_size=(512, 128),
-        limit=5.0,
         rival_seconds=60.0,
         deep=(2, 12),
     ),
     "paper": BenchmarkSize(
-        small=False,
         rounds=50,
         seconds=60.0,
         base=ScalingPoint(t=8, d=1024, n=200, l=3, b=1),
@@ -274,7 +269,6 @@ PRESETS = {
             "l": (3, 4, 8, 16, 32),
             "b": (1, 2, 4, 8, 16, 32),
         },
-        depths=(2, 4, 8, 16, 32),
         layer_size=(1024, 200),
         limit=60.0,
         rival_seconds=300.0,

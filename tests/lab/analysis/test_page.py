@@ -190,7 +190,7 @@ def test_a_lock_is_seen_and_left_over_ones_are_not_held(tmp_path: Path) -> None:
 
 
 def test_following_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "sweep" / "run"  # pytest has a lock of its own two folders above
+    folder = tmp_path / "sweep" / "run"  # deep, for pytest has a lock of its own
     folder.mkdir(parents=True)
     pages: list[str] = []
     held = locked(folder / ".lock", "it")
