@@ -40,12 +40,12 @@ class Property:
     """Something that holds for right answers.
 
     Attributes:
+        theorem: its label in the book.
         holds: of the case and the answer, which is of the right kind and finite; None is for the
             property of being the right answer, where there is only one.
     """
 
     theorem: str
-    statement: str
     holds: Callable[[Case, Answer], bool] | None = None
 
     def fails(self, case: Case, answer: Answer, right: Answer) -> bool:
@@ -56,14 +56,6 @@ class Property:
 
 
 @dataclass(frozen=True)
-class Mistake:
-    """A usual mistake: what it answers, and what to tell who makes it."""
-
-    hint: str
-    answer: Callable[..., Answer]
-
-
-@dataclass(frozen=True)
 class Check:
     """Checks a function that a learner wrote; call it with the function.
 
@@ -71,7 +63,9 @@ class Check:
         takes: the arguments by name, in order, with their shape or kind.
         gives: shape or kind of the answer.
         cases: draws a case: the values of the arguments.
-        properties: in the order in which they are tried, the most telling first.
+        properties: by what they state, in the order in which they are tried, the most telling
+            first.
+        mistakes: what usual mistakes answer, by the hint to who makes them; several may share one.
         fits: what is wrong with the kind of an answer, if it need not look like the right one.
         view: what of an answer is unique, for comparisons with mistakes.
     """
@@ -81,8 +75,8 @@ class Check:
     gives: str
     cases: Callable[[Draw], Case]
     answer: Callable[..., Answer]
-    properties: Sequence[Property]
-    mistakes: Sequence[Mistake] = ()
+    properties: Mapping[str, Property]
+    mistakes: Mapping[str, Callable[..., Answer] | Sequence[Callable[..., Answer]]]
     fits: Callable[[Case, Answer, Answer], tuple[str, str] | None] = lambda case, answer, right: (
         misfit(answer, right)
     )
@@ -99,7 +93,7 @@ class Check:
     @property
     def theorem(self) -> str:
         """The theorem that the check is mainly about."""
-        return self.properties[0].theorem
+        return next(iter(self.properties.values())).theorem
 
     @property
     def signature(self) -> str:
@@ -245,10 +239,10 @@ def _attempt(check: Check, fn: Callable[..., Any], case: Case) -> Trial:
 
 def _problem(check: Check, case: Case, outcome: Outcome) -> Problem | None:
     right = check.answer(*map(copied, case.values()))
-    expected, main = literal(right), check.properties[0]
+    expected, main = literal(right), next(iter(check.properties))
 
     def problem(got: str, advice: str = "") -> Problem:
-        return Problem(main.theorem, main.statement, expected, got, advice)
+        return Problem(check.theorem, main, expected, got, advice)
 
     if outcome.timed_out:
         statement, got = "An answer comes in time.", f"no answer after {CALL_SECONDS:g} s"
@@ -267,10 +261,9 @@ def _problem(check: Check, case: Case, outcome: Outcome) -> Problem | None:
     if not _finite(outcome.value):
         advice = "NaN comes from 0/0, infinity from a division by 0: which divisor can be 0 here?"
         return problem(literal(outcome.value), advice)
-    for order, prop in enumerate(check.properties):
+    for order, (statement, prop) in enumerate(check.properties.items()):
         if prop.fails(case, outcome.value, right):
-            got = literal(outcome.value)
-            return Problem(prop.theorem, prop.statement, expected, got, order=order)
+            return Problem(prop.theorem, statement, expected, literal(outcome.value), order=order)
     return None
 
 
@@ -347,16 +340,16 @@ def _told(check: Check, fn: Callable[..., Any], worst: Trial, survey: list[Trial
 
 def _diagnosis(check: Check, survey: list[Trial]) -> str:
     """The hint of the first mistake that gives all the answers of the survey, or nothing."""
-    for mistake in [*check.mistakes, *_general(check)]:
-        if all(_explains(check, mistake, attempt) for attempt in survey):
-            return mistake.hint
+    for hint, wrong in wrong_answers(check):
+        if all(_explains(check, wrong, attempt) for attempt in survey):
+            return hint
     constant = _constant(check, survey)
     return "" if constant is None else f"Every answer is {constant:g} times what it should be."
 
 
-def _explains(check: Check, mistake: Mistake, attempt: Trial) -> bool:
+def _explains(check: Check, wrong: Callable[..., Answer], attempt: Trial) -> bool:
     try:
-        answer = mistake.answer(*map(copied, attempt.case.values()))
+        answer = wrong(*map(copied, attempt.case.values()))
         if not attempt.outcome.returned:
             return False
         return alike(check.view(attempt.outcome.value), check.view(answer))
@@ -365,8 +358,11 @@ def _explains(check: Check, mistake: Mistake, attempt: Trial) -> bool:
         return attempt.outcome.raised is not None
 
 
-def _general(check: Check) -> Iterator[Mistake]:
-    yield Mistake(
+def wrong_answers(check: Check) -> Iterator[tuple[str, Callable[..., Answer]]]:
+    """Hints and what gives the answers they are for: the check's own, then one for all checks."""
+    for hint, wrong in check.mistakes.items():
+        yield from ((hint, one) for one in (wrong if isinstance(wrong, Sequence) else [wrong]))
+    yield (
         "The result is transposed: check which side the matrices are multiplied from.",
         lambda *arguments: transposed(check.answer(*arguments)),
     )

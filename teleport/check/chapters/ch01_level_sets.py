@@ -8,7 +8,7 @@ from torch import Tensor
 
 from teleport.check.answers import alike
 from teleport.check.draw import Draw
-from teleport.check.engine import Case, Check, Mistake, Property
+from teleport.check.engine import Case, Check, Property
 
 BOOTH_MATRIX = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
 BOOTH_SHIFT = torch.tensor([7.0, 5.0], dtype=torch.float64)
@@ -42,40 +42,30 @@ rotation = Check(
     gives="[2]",
     cases=_rotation_case,
     answer=_rotated,
-    properties=[
-        Property(
-            "eq-level-functions",
-            "Booth's function has the same value at the new point.",
-            lambda case, got: alike(booth(got), booth(case["point"])),
+    properties={
+        "Booth's function has the same value at the new point.": Property(
+            "eq-level-functions", lambda case, got: alike(booth(got), booth(case["point"]))
         ),
-        Property(
-            "eq-level-functions", "q = J p - (7, 5) is turned by the angle, against the clock."
+        "q = J p - (7, 5) is turned by the angle, against the clock.": Property(
+            "eq-level-functions"
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "You turned the point itself. Turn q = J p - (7, 5): its length squared is the value.",
-            _turn,
+    },
+    mistakes={
+        "You turned the point itself. Turn q = J p - (7, 5): "
+        "its length squared is the value.": _turn,
+        "You turned the other way: the matrix is [[cos, -sin], [sin, cos]].": lambda point, angle: (
+            _rotated(point, -angle)
         ),
-        Mistake(
-            "You turned the other way: the matrix is [[cos, -sin], [sin, cos]].",
-            lambda point, angle: _rotated(point, -angle),
+        "You return the turned q. Solve J p = q + (7, 5) for the point.": lambda point, angle: (
+            _turn(BOOTH_MATRIX @ point - BOOTH_SHIFT, angle)
         ),
-        Mistake(
-            "You return the turned q. Solve J p = q + (7, 5) for the point.",
-            lambda point, angle: _turn(BOOTH_MATRIX @ point - BOOTH_SHIFT, angle),
+        "You forgot to add (7, 5) again before you solve for the point.": lambda p, angle: (
+            torch.linalg.solve(BOOTH_MATRIX, _turn(BOOTH_MATRIX @ p - BOOTH_SHIFT, angle))
         ),
-        Mistake(
-            "You forgot to add (7, 5) again before you solve for the point.",
-            lambda p, angle: torch.linalg.solve(
-                BOOTH_MATRIX, _turn(BOOTH_MATRIX @ p - BOOTH_SHIFT, angle)
-            ),
+        "The angle is in radians, not in degrees.": lambda point, angle: _rotated(
+            point, math.radians(angle)
         ),
-        Mistake(
-            "The angle is in radians, not in degrees.",
-            lambda point, angle: _rotated(point, math.radians(angle)),
-        ),
-    ],
+    },
 )
 """A teleport on a level set of Booth's function, by an angle."""
 
@@ -97,32 +87,23 @@ largest_gradient = Check(
     gives="number",
     cases=_quadratic_case,
     answer=_largest,
-    properties=[
-        Property(
-            "thm-newton",
-            "On the level set of a quadratic function with this value the gradient is at most "
-            "√(2 c λ) long, λ the largest eigenvalue of the Hessian.",
-        )
-    ],
-    mistakes=[
-        Mistake(
-            "That is the shortest gradient: take the largest eigenvalue.",
-            lambda h, c: math.sqrt(2 * c * float(torch.linalg.eigvalsh(h)[0])),
+    properties={
+        "On the level set of a quadratic function with this value the gradient is at most √(2 c λ) "
+        "long, λ the largest eigenvalue of the Hessian.": Property("thm-newton")
+    },
+    mistakes={
+        "That is the shortest gradient: take the largest eigenvalue.": lambda h, c: math.sqrt(
+            2 * c * float(torch.linalg.eigvalsh(h)[0])
         ),
-        Mistake("That is the square of the norm: take the root.", lambda h, c: _largest(h, c) ** 2),
-        Mistake(
-            "The factor 2 is missing: the value is half of (p - m)ᵀ A (p - m).",
-            lambda h, c: _largest(h, c / 2),
+        "That is the square of the norm: take the root.": lambda h, c: _largest(h, c) ** 2,
+        "The factor 2 is missing: the value is half of (p - m)ᵀ A (p - m).": lambda h, c: _largest(
+            h, c / 2
         ),
-        Mistake(
-            "The value is a factor under the root as well: √(2 c λ).",
-            lambda h, c: _largest(h, 0.5),
+        "The value is a factor under the root as well: √(2 c λ).": lambda h, c: _largest(h, 0.5),
+        "You took the trace, the sum of all eigenvalues, for the largest one.": lambda h, c: (
+            math.sqrt(2 * c * float(h.trace()))
         ),
-        Mistake(
-            "You took the trace, the sum of all eigenvalues, for the largest one.",
-            lambda h, c: math.sqrt(2 * c * float(h.trace())),
-        ),
-    ],
+    },
 )
 """The longest gradient on a level set of a quadratic function."""
 
@@ -149,24 +130,16 @@ stationary = Check(
     gives="True or False",
     cases=_stationary_case,
     answer=_stationary,
-    properties=[
-        Property(
-            "thm-newton",
-            "The gradient norm is stationary along the level set exactly if the gradient is an "
-            "eigenvector of the Hessian.",
-        )
-    ],
-    mistakes=[
-        Mistake(
-            "Stationary along the level set, not everywhere: H g need only be parallel to g.",
-            lambda g, h: not bool((h @ g).any()),
-        ),
-        Mistake("Just the other way round.", lambda g, h: not _stationary(g, h)),
-        Mistake(
-            "You compare H g with g: any eigenvalue will do, not only 1.",
-            lambda g, h: alike(h @ g, g),
-        ),
-    ],
+    properties={
+        "The gradient norm is stationary along the level set exactly if the "
+        "gradient is an eigenvector of the Hessian.": Property("thm-newton")
+    },
+    mistakes={
+        "Stationary along the level set, "
+        "not everywhere: H g need only be parallel to g.": lambda g, h: not bool((h @ g).any()),
+        "Just the other way round.": lambda g, h: not _stationary(g, h),
+        "You compare H g with g: any eigenvalue will do, not only 1.": lambda g, h: alike(h @ g, g),
+    },
 )
 """Whether a point is a peak, a trough or a turning point of the gradient norm on its level set."""
 
@@ -198,40 +171,29 @@ level_set_step = Check(
     gives="[d]",
     cases=_level_case,
     answer=_linearised,
-    properties=[
-        Property(
-            "thm-linearised",
-            "To first order the step undoes the drift and changes the loss by nothing else: "
-            "⟨g, d⟩ = -(L(ω) - L(ω₀)).",
-            _first_order,
+    properties={
+        "To first order the step undoes the drift and changes the loss by nothing else: "
+        "⟨g, d⟩ = -(L(ω) - L(ω₀)).": Property("thm-linearised", _first_order),
+        "d = η (Hg - λ g) - c g.": Property("thm-linearised"),
+    },
+    mistakes={
+        "The way back is missing: subtract drift / ‖g‖² times g.": lambda g, a, eta, drift: (
+            _linearised(g, a, eta, 0.0)
         ),
-        Property("thm-linearised", "d = η (Hg - λ g) - c g."),
-    ],
-    mistakes=[
-        Mistake(
-            "The way back is missing: subtract drift / ‖g‖² times g.",
-            lambda g, a, eta, drift: _linearised(g, a, eta, 0.0),
+        "You walk away from the level instead of back to it: "
+        "the drift is subtracted.": lambda g, a, eta, drift: _linearised(g, a, eta, -drift),
+        "The part of Hg along g is still in the step; it "
+        "changes the loss at first order.": lambda g, a, eta, drift: eta * a - drift / (g @ g) * g,
+        "λ and c divide by ‖g‖², not by ‖g‖.": lambda g, a, eta, drift: (
+            eta * (a - (g @ a) / g.norm() * g) - drift / g.norm() * g
         ),
-        Mistake(
-            "You walk away from the level instead of back to it: the drift is subtracted.",
-            lambda g, a, eta, drift: _linearised(g, a, eta, -drift),
+        "That is the part of Hg *along* g; "
+        "what is wanted is the part orthogonal to it.": lambda g, a, eta, drift: (
+            eta * (g @ a) / (g @ g) * g - drift / (g @ g) * g
         ),
-        Mistake(
-            "The part of Hg along g is still in the step; it changes the loss at first order.",
-            lambda g, a, eta, drift: eta * a - drift / (g @ g) * g,
+        "The way back is a whole step, not η of one.": lambda g, a, eta, drift: _linearised(
+            g, a, eta, eta * drift
         ),
-        Mistake(
-            "λ and c divide by ‖g‖², not by ‖g‖.",
-            lambda g, a, eta, drift: eta * (a - (g @ a) / g.norm() * g) - drift / g.norm() * g,
-        ),
-        Mistake(
-            "That is the part of Hg *along* g; what is wanted is the part orthogonal to it.",
-            lambda g, a, eta, drift: eta * (g @ a) / (g @ g) * g - drift / (g @ g) * g,
-        ),
-        Mistake(
-            "The way back is a whole step, not η of one.",
-            lambda g, a, eta, drift: _linearised(g, a, eta, eta * drift),
-        ),
-    ],
+    },
 )
 """One step of the linearised level set, with the way back."""

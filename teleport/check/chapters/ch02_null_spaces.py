@@ -9,7 +9,7 @@ from torch import Tensor
 from teleport import reference
 from teleport.check.answers import alike, misfit
 from teleport.check.draw import Draw
-from teleport.check.engine import Case, Check, Mistake, Property
+from teleport.check.engine import Case, Check, Property
 
 RANK_TAUS = (0.9, 0.5, 0.99)
 
@@ -73,61 +73,37 @@ rank = Check(
     gives="whole number",
     cases=_rank_case,
     answer=_rank,
-    properties=[
-        Property(
-            "thm-rank",
-            "The rank is the number of singular values strictly above √d · eps · ‖matrix‖_F.",
+    properties={
+        "The rank is the number of singular values strictly above √d · eps · ‖matrix‖_F.": Property(
+            "thm-rank"
         )
-    ],
-    mistakes=[
-        Mistake(
-            "Rounding is never exactly 0: count the singular values above a cut, not above 0.",
-            lambda m: _cut_at(m, 0.0),
+    },
+    mistakes={
+        "Rounding is never exactly 0: "
+        "count the singular values above a cut, not above 0.": lambda m: _cut_at(m, 0.0),
+        "The cut is that of float64, whatever the dtype of the matrix: "
+        "take eps of its dtype.": lambda m: _cut_at(m, _root(m) * torch.finfo(torch.float64).eps),
+        "The cut is that of float32, whatever the dtype of the matrix: "
+        "take eps of its dtype.": lambda m: _cut_at(m, _root(m) * torch.finfo(torch.float32).eps),
+        "The factor √d is missing in the cut.": lambda m: _cut_at(m, _eps(m)),
+        "max(n, d) · largest is another rule: its cut grows with the samples, and a batch that "
+        "is repeated has another rank.": lambda m: _cut_at(m, max(m.shape) * _eps(m), _largest),
+        "The factor is the *root* of d: rounding errors have random signs.": lambda m: _cut_at(
+            m, m.shape[1] * _eps(m)
         ),
-        Mistake(
-            "The cut is that of float64, whatever the dtype of the matrix: take eps of its dtype.",
-            lambda m: _cut_at(m, _root(m) * torch.finfo(torch.float64).eps),
+        "d is the number of inputs, the columns; the number of samples does not count.": lambda m: (
+            _cut_at(m, len(m) ** 0.5 * _eps(m))
         ),
-        Mistake(
-            "The cut is that of float32, whatever the dtype of the matrix: take eps of its dtype.",
-            lambda m: _cut_at(m, _root(m) * torch.finfo(torch.float32).eps),
+        "The cut is a share of the Frobenius norm, not of the largest singular value: the "
+        "layer rounds with all of its inputs.": lambda m: _cut_at(m, _root(m) * _eps(m), _largest),
+        "The comparison must be strict (>): "
+        "in a zero matrix every value equals the cut.": _not_strict,
+        "The cut is relative: it is a share of the norm of the matrix.": lambda m: _cut_at(
+            m, _root(m) * _eps(m), _one
         ),
-        Mistake(
-            "The factor √d is missing in the cut.",
-            lambda m: _cut_at(m, _eps(m)),
-        ),
-        Mistake(
-            "max(n, d) · largest is another rule: its cut grows with the samples, and a batch that "
-            "is repeated has another rank.",
-            lambda m: _cut_at(m, max(m.shape) * _eps(m), _largest),
-        ),
-        Mistake(
-            "The factor is the *root* of d: rounding errors have random signs.",
-            lambda m: _cut_at(m, m.shape[1] * _eps(m)),
-        ),
-        Mistake(
-            "d is the number of inputs, the columns; the number of samples does not count.",
-            lambda m: _cut_at(m, len(m) ** 0.5 * _eps(m)),
-        ),
-        Mistake(
-            "The cut is a share of the Frobenius norm, not of the largest singular value: the "
-            "layer rounds with all of its inputs.",
-            lambda m: _cut_at(m, _root(m) * _eps(m), _largest),
-        ),
-        Mistake(
-            "The comparison must be strict (>): in a zero matrix every value equals the cut.",
-            _not_strict,
-        ),
-        Mistake(
-            "The cut is relative: it is a share of the norm of the matrix.",
-            lambda m: _cut_at(m, _root(m) * _eps(m), _one),
-        ),
-        Mistake(
-            "A cumulated sum that reaches its total is no rank: small values vanish beside large "
-            "ones, and rounding can miss the total.",
-            _cumulated,
-        ),
-    ],
+        "A cumulated sum that reaches its total is no rank: small values vanish beside large ones, "
+        "and rounding can miss the total.": _cumulated,
+    },
 )
 """The numerical rank, τ = 1."""
 
@@ -150,36 +126,24 @@ energy_rank = Check(
     gives="whole number",
     cases=lambda draw: {"values": _spectrum(draw), "tau": draw.choice(*RANK_TAUS)},
     answer=_energy_rank,
-    properties=[
-        Property(
-            "thm-rank",
-            "k is the smallest number of directions whose squared singular values reach τ of "
-            "their sum.",
-        )
-    ],
-    mistakes=[
-        Mistake(
-            "Energy is the sum of *squares*: square the singular values.",
-            lambda v, tau: _energy_rank(v.sqrt(), tau),
+    properties={
+        "k is the smallest number of directions whose squared "
+        "singular values reach τ of their sum.": Property("thm-rank")
+    },
+    mistakes={
+        "Energy is the sum of *squares*: square the singular values.": lambda v, tau: _energy_rank(
+            v.sqrt(), tau
         ),
-        Mistake(
-            "k is one short: count the direction that reaches τ, too.",
-            lambda v, tau: _energy_rank(v, tau) - 1,
+        "k is one short: count the direction that reaches τ, too.": lambda v, tau: (
+            _energy_rank(v, tau) - 1
         ),
-        Mistake("k is one too large.", lambda v, tau: _energy_rank(v, tau) + 1),
-        Mistake(
-            "You count the values above a share of the largest; τ is a share of the total energy.",
-            lambda v, tau: int((v > (1 - tau) * v[0]).sum()),
-        ),
-        Mistake(
-            "You count the values that are a share τ on their own; add them up from the largest.",
-            lambda v, tau: int((v.square() >= tau * v.square().sum()).sum()),
-        ),
-        Mistake(
-            "τ is the share to keep; you kept a share 1 - τ.",
-            lambda v, tau: _energy_rank(v, 1 - tau),
-        ),
-    ],
+        "k is one too large.": lambda v, tau: _energy_rank(v, tau) + 1,
+        "You count the values above a share of the largest; "
+        "τ is a share of the total energy.": lambda v, tau: int((v > (1 - tau) * v[0]).sum()),
+        "You count the values that are a share τ on their own; add them "
+        "up from the largest.": lambda v, tau: int((v.square() >= tau * v.square().sum()).sum()),
+        "τ is the share to keep; you kept a share 1 - τ.": lambda v, tau: _energy_rank(v, 1 - tau),
+    },
 )
 """How many directions a share τ of the energy needs."""
 
@@ -227,9 +191,9 @@ def orthonormal(case: Case, answer: Tensor) -> bool:
     return alike(answer.T @ answer, torch.eye(answer.shape[1], dtype=answer.dtype))
 
 
-_ORTHONORMAL = Property(
-    "thm-layerwise", "The columns of the basis are orthonormal: Bᵀ B = I.", orthonormal
-)
+_ORTHONORMAL = {
+    "The columns of the basis are orthonormal: Bᵀ B = I.": Property("thm-layerwise", orthonormal)
+}
 
 
 def _basis_by(vectors_of: Any, count_of: Any) -> Any:
@@ -250,64 +214,48 @@ basis = Check(
     gives="[d_in, k]",
     cases=lambda draw: {"rows": _axes_rows(draw), "tau": draw.choice(1.0, *RANK_TAUS)},
     answer=_basis,
-    properties=[
-        _ORTHONORMAL,
-        Property(
+    properties={
+        **_ORTHONORMAL,
+        "k is the smallest number of directions that hold a share τ of the energy; "
+        "at τ = 1 the numerical rank.": Property(
             "thm-rank",
-            "k is the smallest number of directions that hold a share τ of the energy; at τ = 1 "
-            "the numerical rank.",
             lambda case, got: got.shape[1] == reference.equation_3(case["rows"].T, case["tau"]),
         ),
-        Property(
+        "The columns span the leading directions of the input rows.": Property(
             "thm-span",
-            "The columns span the leading directions of the input rows.",
             lambda case, got: alike(projector(got), projector(_basis(case["rows"], case["tau"]))),
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "k is one short: the direction that reaches the share τ is kept, too.",
-            _basis_by(_all, lambda v, rows, tau: _right_count(v, rows, tau) - 1),
+    },
+    mistakes={
+        "k is one short: the direction that reaches the share τ is kept, too.": _basis_by(
+            _all, lambda v, rows, tau: _right_count(v, rows, tau) - 1
         ),
-        Mistake(
-            "k is one too large: nothing is left of the null space that this direction was in.",
-            _basis_by(_all, lambda v, rows, tau: _right_count(v, rows, tau) + 1),
+        "k is one too large: nothing is left of the null space that this "
+        "direction was in.": _basis_by(_all, lambda v, rows, tau: _right_count(v, rows, tau) + 1),
+        "τ is not used: this is the basis for τ = 1.": _basis_by(
+            _all, lambda v, rows, tau: _right_count(v, rows, 1.0)
         ),
-        Mistake(
-            "τ is not used: this is the basis for τ = 1.",
-            _basis_by(_all, lambda v, rows, tau: _right_count(v, rows, 1.0)),
+        "All singular vectors are kept, also those whose singular value is 0.": _basis_by(
+            _all, lambda v, rows, tau: len(v)
         ),
-        Mistake(
-            "All singular vectors are kept, also those whose singular value is 0.",
-            _basis_by(_all, lambda v, rows, tau: len(v)),
-        ),
-        Mistake(
-            "Energy is the sum of *squares*: square the singular values.",
-            _basis_by(
-                _all,
-                lambda v, rows, tau: (
-                    _energy_rank(v.sqrt(), tau) if tau < 1 else _right_count(v, rows, tau)
-                ),
+        "Energy is the sum of *squares*: square the singular values.": _basis_by(
+            _all,
+            lambda v, rows, tau: (
+                _energy_rank(v.sqrt(), tau) if tau < 1 else _right_count(v, rows, tau)
             ),
         ),
-        Mistake(
-            "These are the singular vectors of the wrong side: the directions of the *samples*. "
-            "With samples as rows the inputs' directions are the rows of Vh.",
-            lambda rows, tau: torch.linalg.svd(rows, full_matrices=False).U[
-                :, : reference.equation_3(rows.T, tau)
-            ],
+        "These are the singular vectors of the wrong side: the directions of the *samples*. "
+        "With samples as rows the inputs' directions are the rows of Vh.": lambda rows, tau: (
+            torch.linalg.svd(rows, full_matrices=False).U[:, : reference.equation_3(rows.T, tau)]
         ),
-        Mistake(
-            "torch.linalg.svd returns Vh, the transposed of V: its *rows* are the vectors.",
-            lambda rows, tau: torch.linalg.svd(rows, full_matrices=True).Vh[
-                :, : reference.equation_3(rows.T, tau)
-            ],
-        ),
-        Mistake(
-            "You return the directions that are *not* kept, the null space.",
-            lambda rows, tau: _all(rows)[:, reference.equation_3(rows.T, tau) :],
-        ),
-    ],
+        "torch.linalg.svd returns Vh, "
+        "the transposed of V: its *rows* are the vectors.": lambda rows, tau: torch.linalg.svd(
+            rows, full_matrices=True
+        ).Vh[:, : reference.equation_3(rows.T, tau)],
+        "You return the directions that are *not* kept, the null space.": lambda rows, tau: _all(
+            rows
+        )[:, reference.equation_3(rows.T, tau) :],
+    },
     fits=basis_misfit,
     view=projector,
 )
@@ -334,37 +282,29 @@ merged_basis = Check(
     gives="[d_in, k]",
     cases=_batches_case,
     answer=_merged,
-    properties=[
-        _ORTHONORMAL,
-        Property(
+    properties={
+        **_ORTHONORMAL,
+        "Every row of every batch lies in the span of the basis, and nothing else does.": Property(
             "thm-batch",
-            "Every row of every batch lies in the span of the basis, and nothing else does.",
             lambda case, got: alike(projector(got), projector(_merged(case["batches"]))),
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "Only the last batch is kept fixed: the earlier ones will drift.",
-            lambda batches: _basis(batches[-1], 1.0),
+    },
+    mistakes={
+        "Only the last batch is kept fixed: the earlier ones will drift.": lambda batches: _basis(
+            batches[-1], 1.0
         ),
-        Mistake(
-            "Only the first batch is kept fixed: the later ones will drift.",
-            lambda batches: _basis(batches[0], 1.0),
+        "Only the first batch is kept fixed: the later ones will drift.": lambda batches: _basis(
+            batches[0], 1.0
         ),
-        Mistake(
-            "The bases of the batches side by side are not orthonormal: decompose them together.",
-            _joined,
+        "The bases of the batches side by side are not orthonormal: "
+        "decompose them together.": _joined,
+        "The mean of the batches is one batch; what has to stay are "
+        "all their rows.": lambda batches: _basis(torch.stack([b.mean(0) for b in batches]), 1.0),
+        "The rows were centred: a null space is about the rows themselves, "
+        "not their deviation from the mean.": lambda batches: _basis(
+            torch.cat(batches) - torch.cat(batches).mean(0), 1.0
         ),
-        Mistake(
-            "The mean of the batches is one batch; what has to stay are all their rows.",
-            lambda batches: _basis(torch.stack([b.mean(0) for b in batches]), 1.0),
-        ),
-        Mistake(
-            "The rows were centred: a null space is about the rows themselves, not their deviation "
-            "from the mean.",
-            lambda batches: _basis(torch.cat(batches) - torch.cat(batches).mean(0), 1.0),
-        ),
-    ],
+    },
     fits=basis_misfit,
     view=projector,
 )

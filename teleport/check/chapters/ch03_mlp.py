@@ -11,7 +11,7 @@ from torch import Tensor
 from teleport import reference
 from teleport.check.answers import alike
 from teleport.check.draw import Draw
-from teleport.check.engine import Case, Check, Mistake, Property
+from teleport.check.engine import Case, Check, Property
 from teleport.check.literal import literal
 
 Weights = list[Tensor]
@@ -78,34 +78,27 @@ rows = Check(
     gives="[n, d + 1]",
     cases=_inputs_case,
     answer=_with_one,
-    properties=[
-        Property(
-            "thm-span",
-            "One row for each position of a layer's input, with a 1 appended for the bias.",
+    properties={
+        "One row for each position of a layer's input, with a 1 appended for the bias.": Property(
+            "thm-span"
         )
-    ],
-    mistakes=[
-        Mistake(
-            "The bias column is forgotten: append a 1 to every row.",
-            lambda x: x.reshape(-1, x.shape[-1]),
+    },
+    mistakes={
+        "The bias column is forgotten: append a 1 to every row.": lambda x: x.reshape(
+            -1, x.shape[-1]
         ),
-        Mistake(
-            "The bias is the *last* column of the weights, so the 1 comes last.",
-            lambda x: _with_one(x).roll(1, dims=1),
+        "The bias is the *last* column of the weights, so the 1 comes last.": lambda x: _with_one(
+            x
+        ).roll(1, dims=1),
+        "These are the inputs as columns, R; "
+        "here they are wanted as rows, its transposed.": lambda x: _with_one(x).T,
+        "The leading axes (samples, tokens) all become one: reshape(-1, d) first.": lambda x: (
+            torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
         ),
-        Mistake(
-            "These are the inputs as columns, R; here they are wanted as rows, its transposed.",
-            lambda x: _with_one(x).T,
+        "The bias column is 1, not 0: a bias is a weight on an input that is 1.": lambda x: (
+            _with_one(x) * torch.tensor([1.0] * x.shape[-1] + [0.0]).double()
         ),
-        Mistake(
-            "The leading axes (samples, tokens) all become one: reshape(-1, d) first.",
-            lambda x: torch.cat([x, torch.ones_like(x[..., :1])], dim=-1),
-        ),
-        Mistake(
-            "The bias column is 1, not 0: a bias is a weight on an input that is 1.",
-            lambda x: _with_one(x) * torch.tensor([1.0] * x.shape[-1] + [0.0]).double(),
-        ),
-    ],
+    },
 )
 """A layer's inputs as rows, bias included."""
 
@@ -124,31 +117,23 @@ weight_gradient = Check(
     gives="[d_out, d_in]",
     cases=_products_case,
     answer=lambda delta, rows: delta.T @ rows,
-    properties=[
-        Property("thm-span", "The gradient by the weights is the sum over the samples of δ xᵀ.")
-    ],
-    mistakes=[
-        Mistake(
-            "The sides are transposed: rows of the gradient are combinations of *inputs*.",
-            lambda delta, rows: rows.T @ delta,
+    properties={
+        "The gradient by the weights is the sum over the samples of δ xᵀ.": Property("thm-span")
+    },
+    mistakes={
+        "The sides are transposed: "
+        "rows of the gradient are combinations of *inputs*.": lambda delta, rows: rows.T @ delta,
+        "That is the mean over the samples. A 1/n is in δ already, "
+        "if the loss has one.": lambda delta, rows: delta.T @ rows / len(rows),
+        "Only the first sample counts here: sum over all.": lambda delta, rows: torch.outer(
+            delta[0], rows[0]
         ),
-        Mistake(
-            "That is the mean over the samples. A 1/n is in δ already, if the loss has one.",
-            lambda delta, rows: delta.T @ rows / len(rows),
+        "Only the last sample counts here: add to the sum, "
+        "do not overwrite it.": lambda delta, rows: torch.outer(delta[-1], rows[-1]),
+        "You multiplied the sums. What is wanted is the sum of the products.": lambda delta, rows: (
+            torch.outer(delta.sum(0), rows.sum(0))
         ),
-        Mistake(
-            "Only the first sample counts here: sum over all.",
-            lambda delta, rows: torch.outer(delta[0], rows[0]),
-        ),
-        Mistake(
-            "Only the last sample counts here: add to the sum, do not overwrite it.",
-            lambda delta, rows: torch.outer(delta[-1], rows[-1]),
-        ),
-        Mistake(
-            "You multiplied the sums. What is wanted is the sum of the products.",
-            lambda delta, rows: torch.outer(delta.sum(0), rows.sum(0)),
-        ),
-    ],
+    },
 )
 """The gradient of the loss by a weight matrix."""
 
@@ -177,49 +162,32 @@ projection = Check(
     gives="[d_out, d_in]",
     cases=_projection_case,
     answer=reference.equation_11,
-    properties=[
-        Property(
-            "thm-invariance",
-            "What is left must not act on the kept inputs, π(G) B = 0: then the loss stays.",
-            _dead,
+    properties={
+        "What is left must not act on the kept inputs, π(G) B = 0: then the loss stays.": Property(
+            "thm-invariance", _dead
         ),
-        Property(
-            "thm-layerwise",
-            "Nothing but the part in the span is removed: G - π(G) lies in the span of B.",
-            _only_kept,
+        "Nothing but the part in the span is removed: G - π(G) lies in the span of B.": Property(
+            "thm-layerwise", _only_kept
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "You projected *onto* the span of the inputs. What keeps the loss is what is left "
-            "when that part is taken away: G - G B Bᵀ.",
-            lambda g, b: g @ b @ b.T,
+    },
+    mistakes={
+        "You projected *onto* the span of the inputs. What keeps the loss is what is left "
+        "when that part is taken away: G - G B Bᵀ.": lambda g, b: g @ b @ b.T,
+        "The sides are transposed: the basis belongs to the inputs, the *second* axis of the "
+        "gradient, so it multiplies from the right.": lambda g, b: g - b @ (b.T @ g),
+        "Nothing is projected: this is the gradient itself.": lambda g, b: g,
+        "The last column of the basis is missing: k is one short.": lambda g, b: (
+            reference.equation_11(g, b[:, :-1])
         ),
-        Mistake(
-            "The sides are transposed: the basis belongs to the inputs, the *second* axis of the "
-            "gradient, so it multiplies from the right.",
-            lambda g, b: g - b @ (b.T @ g),
+        "Only the first column of the basis is used.": lambda g, b: reference.equation_11(
+            g, b[:, :1]
         ),
-        Mistake("Nothing is projected: this is the gradient itself.", lambda g, b: g),
-        Mistake(
-            "The last column of the basis is missing: k is one short.",
-            lambda g, b: reference.equation_11(g, b[:, :-1]),
+        "The part in the span is added instead of taken away.": lambda g, b: g + g @ b @ b.T,
+        "The part in the span is taken away twice: that is a reflection.": lambda g, b: (
+            g - 2 * g @ b @ b.T
         ),
-        Mistake(
-            "Only the first column of the basis is used.",
-            lambda g, b: reference.equation_11(g, b[:, :1]),
-        ),
-        Mistake(
-            "The part in the span is added instead of taken away.", lambda g, b: g + g @ b @ b.T
-        ),
-        Mistake(
-            "The part in the span is taken away twice: that is a reflection.",
-            lambda g, b: g - 2 * g @ b @ b.T,
-        ),
-        Mistake(
-            "B Bᵀ, not Bᵀ B: the product must be [d_in, d_in].", lambda g, b: g - g @ (b.T @ b)
-        ),
-    ],
+        "B Bᵀ, not Bᵀ B: the product must be [d_in, d_in].": lambda g, b: g - g @ (b.T @ b),
+    },
 )
 """A gradient projected out of the span of a layer's inputs."""
 
@@ -243,38 +211,29 @@ survivor = Check(
     gives="[d_out, d_in]",
     cases=_survivor_case,
     answer=_survivor,
-    properties=[
-        Property(
+    properties={
+        "The direction must not act on the kept inputs: π(Hg) B = 0.": Property(
             "thm-invariance",
-            "The direction must not act on the kept inputs: π(Hg) B = 0.",
             lambda case, got: alike(
                 got @ case["basis"], torch.zeros(len(got), case["basis"].shape[1])
             ),
         ),
-        Property("thm-survivor", "π(Hg) is the sum over the samples of δ (P ẋ)ᵀ."),
-    ],
-    mistakes=[
-        Mistake(
-            "The tangents are not projected: this part of Hg still acts on the inputs.",
-            lambda d, t, b: d.T @ t,
+        "π(Hg) is the sum over the samples of δ (P ẋ)ᵀ.": Property("thm-survivor"),
+    },
+    mistakes={
+        "The tangents are not projected: "
+        "this part of Hg still acts on the inputs.": lambda d, t, b: d.T @ t,
+        "You kept the part of the tangents *inside* the span; "
+        "the part outside survives.": lambda d, t, b: d.T @ (t @ b @ b.T),
+        "The sides are transposed: δ belongs to the outputs, the first axis.": lambda d, t, b: (
+            _survivor(d, t, b).T
         ),
-        Mistake(
-            "You kept the part of the tangents *inside* the span; the part outside survives.",
-            lambda d, t, b: d.T @ (t @ b @ b.T),
+        "That is the mean over the samples. "
+        "A 1/n is in δ already, if the loss has one.": lambda d, t, b: _survivor(d, t, b) / len(d),
+        "You multiplied the sums. What is wanted is the sum of the products.": lambda d, t, b: (
+            _survivor(d.sum(0)[None], t.sum(0)[None], b)
         ),
-        Mistake(
-            "The sides are transposed: δ belongs to the outputs, the first axis.",
-            lambda d, t, b: _survivor(d, t, b).T,
-        ),
-        Mistake(
-            "That is the mean over the samples. A 1/n is in δ already, if the loss has one.",
-            lambda d, t, b: _survivor(d, t, b) / len(d),
-        ),
-        Mistake(
-            "You multiplied the sums. What is wanted is the sum of the products.",
-            lambda d, t, b: _survivor(d.sum(0)[None], t.sum(0)[None], b),
-        ),
-    ],
+    },
 )
 """The projected direction of one layer from δ and the tangents of its inputs."""
 
@@ -306,34 +265,24 @@ teleport_gradient = Check(
     gives="list of [d_out, d_in]",
     cases=_objective_case,
     answer=ascent,
-    properties=[
-        Property(
-            "thm-survivor",
-            "The gradient of the teleport objective T = ½ ‖g‖² is Hg, all layers' g together.",
-        )
-    ],
-    mistakes=[
-        Mistake(
-            "That is the gradient of the loss, g. Differentiate ½ ‖g‖² once more.", weights_gradient
+    properties={
+        "The gradient of the teleport objective T = ½ ‖g‖² is Hg, "
+        "all layers' g together.": Property("thm-survivor")
+    },
+    mistakes={
+        "That is the gradient of the loss, g. Differentiate ½ ‖g‖² once more.": weights_gradient,
+        "The factor ½ is missing in T: this is the gradient of ‖g‖².": lambda w, loss: ascent(
+            w, loss, lambda square: square
         ),
-        Mistake(
-            "The factor ½ is missing in T: this is the gradient of ‖g‖².",
-            lambda w, loss: ascent(w, loss, lambda square: square),
+        "That is the gradient of ‖g‖; T is half of its square.": lambda w, loss: ascent(
+            w, loss, torch.sqrt
         ),
-        Mistake(
-            "That is the gradient of ‖g‖; T is half of its square.",
-            lambda w, loss: ascent(w, loss, torch.sqrt),
-        ),
-        Mistake(
-            "Every layer's own ‖g_l‖² alone was differentiated by its own weights; T is the sum "
-            "over all layers, and each weight moves all of it.",
-            lambda w, loss: _layer_by_layer(w, loss),
-        ),
-        Mistake(
-            "All zero: was the graph of the gradient kept? Pass create_graph=True.",
-            lambda w, loss: [torch.zeros_like(part) for part in w],
-        ),
-    ],
+        "Every layer's own ‖g_l‖² alone was differentiated by its own weights; T is the sum over "
+        "all layers, and each weight moves all of it.": lambda w, loss: _layer_by_layer(w, loss),
+        "All zero: was the graph of the gradient kept? Pass create_graph=True.": lambda w, loss: [
+            torch.zeros_like(part) for part in w
+        ],
+    },
 )
 """∇T by double backward."""
 
@@ -375,55 +324,41 @@ teleport_step = Check(
     gives="list of [d_out, d_in]",
     cases=_step_case,
     answer=_step,
-    properties=[
-        Property("thm-invariance", "The loss on the batch is the same after the step.", _same_loss),
-        Property(
-            "thm-layerwise", "All layers move together, each by η times its projected part of ∇T."
+    properties={
+        "The loss on the batch is the same after the step.": Property("thm-invariance", _same_loss),
+        "All layers move together, each by η times its projected part of ∇T.": Property(
+            "thm-layerwise"
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "The sign is that of descent. A teleport *climbs* T: add η π(∇T).",
-            lambda w, loss, b, eta: _step(w, loss, b, -eta),
+    },
+    mistakes={
+        "The sign is that of descent. "
+        "A teleport *climbs* T: add η π(∇T).": lambda w, loss, b, eta: _step(w, loss, b, -eta),
+        "The direction is not projected, so the loss moves.": lambda w, loss, b, eta: (
+            reference.equation_5(w, ascent(w, loss), eta)
         ),
-        Mistake(
-            "The direction is not projected, so the loss moves.",
-            lambda w, loss, b, eta: reference.equation_5(w, ascent(w, loss), eta),
+        "You projected *onto* the "
+        "span of the inputs instead of out of it.": lambda w, loss, b, eta: reference.equation_5(
+            w, [g @ basis @ basis.T for g, basis in zip(ascent(w, loss), b, strict=True)], eta
         ),
-        Mistake(
-            "You projected *onto* the span of the inputs instead of out of it.",
-            lambda w, loss, b, eta: reference.equation_5(
-                w, [g @ basis @ basis.T for g, basis in zip(ascent(w, loss), b, strict=True)], eta
-            ),
+        "You moved along the projected gradient of the loss. It lies in the span of the inputs, "
+        "so nothing moves (thm-span). What survives is part of ∇T.": lambda w, loss, b, eta: (
+            reference.equation_5(w, _project(weights_gradient(w, loss), b), eta)
         ),
-        Mistake(
-            "You moved along the projected gradient of the loss. It lies in the span of the "
-            "inputs, so nothing moves (thm-span). What survives is part of ∇T.",
-            lambda w, loss, b, eta: reference.equation_5(
-                w, _project(weights_gradient(w, loss), b), eta
-            ),
+        "You moved along the gradient of the loss. "
+        "Move along the projected ∇T.": lambda w, loss, b, eta: reference.equation_5(
+            w, weights_gradient(w, loss), eta
         ),
-        Mistake(
-            "You moved along the gradient of the loss. Move along the projected ∇T.",
-            lambda w, loss, b, eta: reference.equation_5(w, weights_gradient(w, loss), eta),
+        "The direction has the factor 2: T is *half* of ‖g‖².": lambda w, loss, b, eta: _step(
+            w, loss, b, 2 * eta
         ),
-        Mistake(
-            "The direction has the factor 2: T is *half* of ‖g‖².",
-            lambda w, loss, b, eta: _step(w, loss, b, 2 * eta),
+        "You return the step, not the new weights.": lambda w, loss, b, eta: [
+            eta * p for p in _project(ascent(w, loss), b)
+        ],
+        "The step size is not used.": lambda w, loss, b, eta: _step(w, loss, b, 1.0),
+        "The bases are in the wrong order: each layer has its own.": lambda w, loss, b, eta: _step(
+            w, loss, b[::-1], eta
         ),
-        Mistake(
-            "You return the step, not the new weights.",
-            lambda w, loss, b, eta: [eta * p for p in _project(ascent(w, loss), b)],
-        ),
-        Mistake(
-            "The step size is not used.",
-            lambda w, loss, b, eta: _step(w, loss, b, 1.0),
-        ),
-        Mistake(
-            "The bases are in the wrong order: each layer has its own.",
-            lambda w, loss, b, eta: _step(w, loss, b[::-1], eta),
-        ),
-    ],
+    },
 )
 """One step of a teleport."""
 
@@ -492,47 +427,33 @@ cap = Check(
     gives="list of [d_out, d_in]",
     cases=_cap_case,
     answer=_walk,
-    properties=[
-        Property("thm-invariance", "The loss on the batch is the same after the walk.", _same_loss),
-        Property(
-            "thm-invariance",
-            "At most `steps` steps, and none from a point whose gradient norm is above the limit.",
+    properties={
+        "The loss on the batch is the same after the walk.": Property("thm-invariance", _same_loss),
+        "At most `steps` steps, "
+        "and none from a point whose gradient norm is above the limit.": Property("thm-invariance"),
+    },
+    mistakes={
+        "The cap is not used: "
+        "stop as soon as the gradient norm is above it.": lambda w, loss, b, eta, steps, cap: _walk(
+            w, loss, b, eta, steps, float("inf")
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "The cap is not used: stop as soon as the gradient norm is above it.",
-            lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, float("inf")),
-        ),
-        Mistake(
-            "The cap is on the norm ‖g‖, and you compare it with its square or half of that.",
+        "The cap is on the norm ‖g‖, and you compare it with its square or half of that.": (
             lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, cap**0.5),
-        ),
-        Mistake(
-            "The cap is on the norm ‖g‖, and you compare it with its square or half of that.",
             lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, (2 * cap) ** 0.5),
         ),
-        Mistake(
-            "You look at the norm after the step only: a start above the cap must not move.",
-            lambda w, loss, b, eta, steps, cap: _walk(
-                _step(w, loss, b, eta), loss, b, eta, steps - 1, cap
-            ),
+        "You look at the norm after the step only: "
+        "a start above the cap must not move.": lambda w, loss, b, eta, steps, cap: _walk(
+            _step(w, loss, b, eta), loss, b, eta, steps - 1, cap
         ),
-        Mistake(
-            "You drop the step that passes the cap; the walk ends *behind* it, as in the paper.",
-            _steps_back,
+        "You drop the step that passes the cap; "
+        "the walk ends *behind* it, as in the paper.": _steps_back,
+        "You walk while the norm is *above* the cap.": lambda w, loss, b, eta, steps, cap: (
+            _walk_while(lambda new: _norm(new, loss) > cap, w, loss, b, eta, steps)
         ),
-        Mistake(
-            "You walk while the norm is *above* the cap.",
-            lambda w, loss, b, eta, steps, cap: _walk_while(
-                lambda new: _norm(new, loss) > cap, w, loss, b, eta, steps
-            ),
+        "There is one step too few.": lambda w, loss, b, eta, steps, cap: _walk(
+            w, loss, b, eta, steps - 1, cap
         ),
-        Mistake(
-            "There is one step too few.",
-            lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps - 1, cap),
-        ),
-    ],
+    },
 )
 """A walk of several steps with a cap on the gradient norm."""
 
@@ -560,43 +481,30 @@ tied_projection = Check(
     gives="[h, d]",
     cases=_tied_case,
     answer=_tied,
-    properties=[
-        Property(
-            "thm-invariance",
-            "The use as W x: the change must not act on the span of the inputs.",
-            lambda case, got: _vanishes(got @ case["basis"]),
+    properties={
+        "The use as W x: the change must not act on the span of the inputs.": Property(
+            "thm-invariance", lambda case, got: _vanishes(got @ case["basis"])
         ),
-        Property(
-            "thm-invariance",
-            "The use as Wᵀ s: the transposed change must not act on the span of the s.",
-            lambda case, got: _vanishes(got.T @ case["hidden_basis"]),
+        "The use as Wᵀ s: the transposed change must not act on the span of the s.": Property(
+            "thm-invariance", lambda case, got: _vanishes(got.T @ case["hidden_basis"])
         ),
-        Property("thm-layerwise", "Nothing but what acts on one of the two spans is removed."),
-    ],
-    mistakes=[
-        Mistake(
-            "Only the use as W x is respected: the same weights act as Wᵀ s, too.",
-            lambda g, b, h: reference.equation_11(g, b),
+        "Nothing but what acts on one of the two spans is removed.": Property("thm-layerwise"),
+    },
+    mistakes={
+        "Only the use as W x is respected: the same weights act as Wᵀ s, too.": lambda g, b, h: (
+            reference.equation_11(g, b)
         ),
-        Mistake(
-            "Only the use as Wᵀ s is respected: the same weights act as W x, too.",
-            lambda g, b, h: reference.equation_12(g, h),
+        "Only the use as Wᵀ s is respected: the same weights act as W x, too.": lambda g, b, h: (
+            reference.equation_12(g, h)
         ),
-        Mistake(
-            "The two projections follow one another; subtracting both from the gradient takes "
-            "what lies in both spans away twice.",
-            lambda g, b, h: g - g @ b @ b.T - h @ h.T @ g,
+        "The two projections follow one another; subtracting both from the gradient "
+        "takes what lies in both spans away twice.": lambda g, b, h: g - g @ b @ b.T - h @ h.T @ g,
+        "Too much is removed or too little: project each side, then the other. "
+        "You remove only what lies in both spans.": lambda g, b, h: g - h @ h.T @ g @ b @ b.T,
+        "You projected *onto* the spans instead of out of them.": lambda g, b, h: (
+            h @ h.T @ g @ b @ b.T
         ),
-        Mistake(
-            "Too much is removed or too little: project each side, then the other. You remove "
-            "only what lies in both spans.",
-            lambda g, b, h: g - h @ h.T @ g @ b @ b.T,
-        ),
-        Mistake(
-            "You projected *onto* the spans instead of out of them.",
-            lambda g, b, h: h @ h.T @ g @ b @ b.T,
-        ),
-        Mistake("Nothing is projected: this is the gradient itself.", lambda g, b, h: g),
-    ],
+        "Nothing is projected: this is the gradient itself.": lambda g, b, h: g,
+    },
 )
 """The projection of a weight that is used as itself and as its transpose."""

@@ -9,7 +9,7 @@ from torch.nn import functional
 from teleport import reference
 from teleport.check.answers import alike
 from teleport.check.draw import Draw
-from teleport.check.engine import Case, Check, Mistake, Property
+from teleport.check.engine import Case, Check, Property
 
 
 def _ones(patches: Tensor) -> Tensor:
@@ -47,48 +47,34 @@ conv_rows = Check(
     gives="[n * positions, C * k * k + 1]",
     cases=_images_case,
     answer=_rows,
-    properties=[
-        Property(
-            "thm-span",
-            "One row for each position of each image: its patch, channel by channel and row by "
-            "row as in the kernel, then a 1 for the bias.",
-        )
-    ],
-    mistakes=[
-        Mistake(
-            "The bias column is forgotten: append a 1 to every row.",
-            lambda *case: _rows(*case)[:, :-1],
+    properties={
+        "One row for each position of each image: its patch, channel by channel and row by row "
+        "as in the kernel, then a 1 for the bias.": Property("thm-span")
+    },
+    mistakes={
+        "The bias column is forgotten: append a 1 to every row.": lambda *case: _rows(*case)[
+            :, :-1
+        ],
+        "These are the patches as columns; here they are wanted as rows.": lambda *case: (
+            _rows(*case).T
         ),
-        Mistake(
-            "These are the patches as columns; here they are wanted as rows.",
-            lambda *case: _rows(*case).T,
+        "torch's unfold gives [n, C k k, positions]: swap its last two axes before you flatten, "
+        "or the numbers of different patches mix.": lambda *case: _ones(
+            _unfolded(*case).reshape(-1, _unfolded(*case).shape[1])
         ),
-        Mistake(
-            "torch's unfold gives [n, C k k, positions]: swap its last two axes before you "
-            "flatten, or the numbers of different patches mix.",
-            lambda *case: _ones(_unfolded(*case).reshape(-1, _unfolded(*case).shape[1])),
+        "The stride is not used.": lambda images, size, stride, padding: _rows(
+            images, size, 1, padding
         ),
-        Mistake(
-            "The stride is not used.",
-            lambda images, size, stride, padding: _rows(images, size, 1, padding),
+        "The padding is not used.": lambda images, size, stride, padding: _rows(
+            images, size, stride, 0
         ),
-        Mistake(
-            "The padding is not used.",
-            lambda images, size, stride, padding: _rows(images, size, stride, 0),
-        ),
-        Mistake(
-            "Only the first image is unfolded.",
-            lambda images, *rest: _rows(images[:1], *rest),
-        ),
-        Mistake(
-            "The channel runs slowest within a row, as in weight.flatten(1); here it runs fastest.",
-            _places_last,
-        ),
-        Mistake(
-            "The 1 comes last, as the bias is the last column of the weights.",
-            lambda *case: _rows(*case).roll(1, dims=1),
-        ),
-    ],
+        "Only the first image is unfolded.": lambda images, *rest: _rows(images[:1], *rest),
+        "The channel runs slowest within a row, "
+        "as in weight.flatten(1); here it runs fastest.": _places_last,
+        "The 1 comes last, as the bias is the last column of the weights.": lambda *case: _rows(
+            *case
+        ).roll(1, dims=1),
+    },
 )
 """The patches of a convolution as rows."""
 
@@ -131,39 +117,25 @@ grouped_projection = Check(
     gives="[C_out, d]",
     cases=_group_case,
     answer=_grouped,
-    properties=[
-        Property(
-            "thm-invariance",
-            "The output channels of each group must not act on the inputs of their own group.",
-            _in_group,
+    properties={
+        "The output channels of each group must "
+        "not act on the inputs of their own group.": Property("thm-invariance", _in_group),
+        "Nothing but the part in the group's own span is removed.": Property("thm-layerwise"),
+    },
+    mistakes={
+        "The groups are mixed: the first group's basis is used for all.": lambda g, b: (
+            reference.equation_11(g, b[0])
         ),
-        Property("thm-layerwise", "Nothing but the part in the group's own span is removed."),
-    ],
-    mistakes=[
-        Mistake(
-            "The groups are mixed: the first group's basis is used for all.",
-            lambda g, b: reference.equation_11(g, b[0]),
+        "The groups are mixed: a group is a block of *consecutive* output channels, "
+        "not every groups-th one.": _interleaved,
+        "The groups are mixed: each is projected out of the inputs of all. "
+        "That keeps the loss and wastes null space.": _out_of_all,
+        "The groups are mixed: their order is reversed.": lambda g, b: _grouped(g, b.flip(0)),
+        "You projected *onto* the span of the inputs instead of out of it.": lambda g, b: (
+            g - _grouped(g, b)
         ),
-        Mistake(
-            "The groups are mixed: a group is a block of *consecutive* output channels, not every "
-            "groups-th one.",
-            _interleaved,
-        ),
-        Mistake(
-            "The groups are mixed: each is projected out of the inputs of all. That keeps the "
-            "loss and wastes null space.",
-            _out_of_all,
-        ),
-        Mistake(
-            "The groups are mixed: their order is reversed.",
-            lambda g, b: _grouped(g, b.flip(0)),
-        ),
-        Mistake(
-            "You projected *onto* the span of the inputs instead of out of it.",
-            lambda g, b: g - _grouped(g, b),
-        ),
-        Mistake("Nothing is projected: this is the gradient itself.", lambda g, b: g),
-    ],
+        "Nothing is projected: this is the gradient itself.": lambda g, b: g,
+    },
 )
 """The projection of a grouped convolution."""
 
@@ -233,40 +205,26 @@ layer_projection = Check(
     gives="[C_out, d + 1]",
     cases=_layer_case,
     answer=_layer,
-    properties=[
-        Property(
-            "thm-rank",
-            "Each group's rows, a 1 appended, keep the smallest k with the share tau of the sum "
-            "of *squared* singular values; the gradient of its output channels is projected out "
-            "of these k directions, from the right.",
+    properties={
+        "Each group's rows, a 1 appended, keep the smallest k with the share tau of the sum of "
+        "*squared* singular values; the gradient of its output channels is projected out "
+        "of these k directions, from the right.": Property("thm-rank"),
+    },
+    mistakes={
+        "One bug is left, the groups: the basis of the first group is used for all.": _of_first,
+        "One bug is left, the bias: the rows need a 1 as their last entry.": lambda g, x, tau: (
+            _layer(g, x, tau, one=0.0)
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "One bug is left, the groups: the basis of the first group is used for all.", _of_first
+        "One bug is left, τ: energy is the "
+        "sum of *squares* of the singular values.": lambda g, x, tau: _layer(g, x, tau, power=1),
+        "One bug is left, the basis: "
+        "it is that of the layer's inputs, not of the gradient.": _of_gradient,
+        "One bug is left, the side: "
+        "what acts on the inputs is removed from the *right* of a gradient [C_out, d + 1].": _left,
+        "Nothing is projected: this is the gradient itself.": lambda g, x, tau: g,
+        "You projected *onto* what is kept instead of out of it.": lambda g, x, tau: (
+            g - _layer(g, x, tau)
         ),
-        Mistake(
-            "One bug is left, the bias: the rows need a 1 as their last entry.",
-            lambda g, x, tau: _layer(g, x, tau, one=0.0),
-        ),
-        Mistake(
-            "One bug is left, τ: energy is the sum of *squares* of the singular values.",
-            lambda g, x, tau: _layer(g, x, tau, power=1),
-        ),
-        Mistake(
-            "One bug is left, the basis: it is that of the layer's inputs, not of the gradient.",
-            _of_gradient,
-        ),
-        Mistake(
-            "One bug is left, the side: what acts on the inputs is removed from the *right* of a "
-            "gradient [C_out, d + 1].",
-            _left,
-        ),
-        Mistake("Nothing is projected: this is the gradient itself.", lambda g, x, tau: g),
-        Mistake(
-            "You projected *onto* what is kept instead of out of it.",
-            lambda g, x, tau: g - _layer(g, x, tau),
-        ),
-    ],
+    },
 )
 """All of a layer's projection: rows, basis for τ, groups, side."""

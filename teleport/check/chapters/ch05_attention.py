@@ -7,7 +7,7 @@ from torch import Tensor
 
 from teleport.check.answers import alike
 from teleport.check.draw import Draw
-from teleport.check.engine import Case, Check, Mistake, Property
+from teleport.check.engine import Case, Check, Property
 
 
 def _rows(tokens: Tensor) -> Tensor:
@@ -37,51 +37,43 @@ attention_rows = Check(
     gives="(R_q, R_k, R_v) as rows",
     cases=_tokens_case,
     answer=_three,
-    properties=[
-        Property(
-            "thm-span",
-            "q reads the tokens of the queries; k and v read those of the context: one row for "
-            "each token of each sample, with a 1 for the bias.",
-        )
-    ],
-    mistakes=[
-        Mistake(
-            "The bias column is forgotten: append a 1 to every row.",
-            _of_each(lambda x: x.reshape(-1, x.shape[-1])),
+    properties={
+        "q reads the tokens of the queries; k and v read those of the context: "
+        "one row for each token of each sample, with a 1 for the bias.": Property("thm-span")
+    },
+    mistakes={
+        "The bias column is forgotten: append a 1 to every row.": _of_each(
+            lambda x: x.reshape(-1, x.shape[-1])
         ),
-        Mistake(
-            "Keys and values read the context, not the queries.",
-            lambda q, c: (_rows(q), _rows(q), _rows(q)),
+        "Keys and values read the context, not the queries.": lambda q, c: (
+            _rows(q),
+            _rows(q),
+            _rows(q),
         ),
-        Mistake(
-            "Only keys and values read the context; queries have rows of their own.",
-            lambda q, c: (_rows(c), _rows(c), _rows(c)),
+        "Only keys and values read the context; queries have rows of their own.": lambda q, c: (
+            _rows(c),
+            _rows(c),
+            _rows(c),
         ),
-        Mistake(
-            "Queries and context are swapped.",
-            lambda q, c: (_rows(c), _rows(q), _rows(q)),
+        "Queries and context are swapped.": lambda q, c: (_rows(c), _rows(q), _rows(q)),
+        "Values are made from the context like keys; only their weights differ.": lambda q, c: (
+            _rows(q),
+            _rows(c),
+            _rows(q),
         ),
-        Mistake(
-            "Values are made from the context like keys; only their weights differ.",
-            lambda q, c: (_rows(q), _rows(c), _rows(q)),
+        "The mean over the tokens loses rows: every token of every sample counts.": _of_each(
+            lambda x: _rows(x.mean(1))
         ),
-        Mistake(
-            "The mean over the tokens loses rows: every token of every sample counts.",
-            _of_each(lambda x: _rows(x.mean(1))),
+        "Only the first sample is there: join the tokens of all samples.": _of_each(
+            lambda x: _rows(x[:1])
         ),
-        Mistake(
-            "Only the first sample is there: join the tokens of all samples.",
-            _of_each(lambda x: _rows(x[:1])),
+        "These are the tokens as columns; here they are wanted as rows.": _of_each(
+            lambda x: _rows(x).T
         ),
-        Mistake(
-            "These are the tokens as columns; here they are wanted as rows.",
-            _of_each(lambda x: _rows(x).T),
+        "Samples and tokens stay two axes: flatten them into one.": _of_each(
+            lambda x: torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
         ),
-        Mistake(
-            "Samples and tokens stay two axes: flatten them into one.",
-            _of_each(lambda x: torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)),
-        ),
-    ],
+    },
 )
 """The input rows of the projections of (cross-)attention."""
 
@@ -115,42 +107,31 @@ layernorm_direction = Check(
     gives="[d + 1], any length but 0",
     cases=_norm_case,
     answer=_direction,
-    properties=[
-        Property(
-            "thm-layernorm",
-            "The direction is orthogonal to every row behind the LayerNorm, its 1 included.",
-            _orthogonal,
+    properties={
+        "The direction is orthogonal to every row behind the LayerNorm, its 1 included.": Property(
+            "thm-layernorm", _orthogonal
         ),
-        Property(
-            "thm-layernorm", "The direction is not 0.", lambda case, got: bool(got.norm() > 1e-9)
+        "The direction is not 0.": Property(
+            "thm-layernorm", lambda case, got: bool(got.norm() > 1e-9)
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "The rows are (h - β)/γ with sum 0: the weights are divided by γ, not multiplied.",
-            lambda gamma, beta: torch.cat([gamma, -(beta * gamma).sum()[None]]),
+    },
+    mistakes={
+        "The rows are (h - β)/γ with sum 0: the weights are divided by γ, "
+        "not multiplied.": lambda gamma, beta: torch.cat([gamma, -(beta * gamma).sum()[None]]),
+        "The bias entry has the wrong sign: it takes away what "
+        "β contributes.": lambda gamma, beta: torch.cat([1 / gamma, (beta / gamma).sum()[None]]),
+        "The bias entry is missing: with β the rows do "
+        "not sum to 0 without it.": lambda gamma, beta: torch.cat([1 / gamma, gamma.new_zeros(1)]),
+        "β is divided by γ, too, before it is summed.": lambda gamma, beta: torch.cat(
+            [1 / gamma, -beta.sum()[None]]
         ),
-        Mistake(
-            "The bias entry has the wrong sign: it takes away what β contributes.",
-            lambda gamma, beta: torch.cat([1 / gamma, (beta / gamma).sum()[None]]),
+        "All entries equal would be right for γ = 1 only: divide by γ.": lambda gamma, beta: (
+            torch.cat([torch.ones_like(gamma), -beta.sum()[None]])
         ),
-        Mistake(
-            "The bias entry is missing: with β the rows do not sum to 0 without it.",
-            lambda gamma, beta: torch.cat([1 / gamma, gamma.new_zeros(1)]),
-        ),
-        Mistake(
-            "β is divided by γ, too, before it is summed.",
-            lambda gamma, beta: torch.cat([1 / gamma, -beta.sum()[None]]),
-        ),
-        Mistake(
-            "All entries equal would be right for γ = 1 only: divide by γ.",
-            lambda gamma, beta: torch.cat([torch.ones_like(gamma), -beta.sum()[None]]),
-        ),
-        Mistake(
-            "The bias is the last entry, not the first.",
-            lambda gamma, beta: _direction(gamma, beta).roll(1),
-        ),
-    ],
+        "The bias is the last entry, not the first.": lambda gamma, beta: _direction(
+            gamma, beta
+        ).roll(1),
+    },
 )
 """The direction of a map behind a LayerNorm that no data can see."""
 
@@ -170,35 +151,25 @@ causal_tokens = Check(
     gives="[T], True or False",
     cases=_causal_case,
     answer=_counts,
-    properties=[
-        Property(
-            "thm-invariance",
-            "Under a causal mask a loss that reads one position depends on the tokens up to it, "
-            "itself included: only their keys and values have to stay.",
-        )
-    ],
-    mistakes=[
-        Mistake(
-            "The position that is read sees itself, too.",
-            lambda tokens, read: torch.arange(tokens) < read,
+    properties={
+        "Under a causal mask a loss that reads one position depends on the tokens up to it, "
+        "itself included: only their keys and values have to stay.": Property("thm-invariance")
+    },
+    mistakes={
+        "The position that is read sees itself, too.": lambda tokens, read: (
+            torch.arange(tokens) < read
         ),
-        Mistake(
-            "Causal means that a position sees those *before* it, not behind it.",
-            lambda tokens, read: torch.arange(tokens) >= read,
+        "Causal means that a position "
+        "sees those *before* it, not behind it.": lambda tokens, read: torch.arange(tokens) >= read,
+        "These are all tokens: the mask hides those behind the position.": lambda tokens, read: (
+            torch.ones(tokens, dtype=torch.bool)
         ),
-        Mistake(
-            "These are all tokens: the mask hides those behind the position.",
-            lambda tokens, read: torch.ones(tokens, dtype=torch.bool),
+        "The position that is read alone is not enough: "
+        "its query sees the earlier keys.": lambda tokens, read: torch.arange(tokens) == read,
+        "You marked the tokens that do *not* count.": lambda tokens, read: (
+            torch.arange(tokens) > read
         ),
-        Mistake(
-            "The position that is read alone is not enough: its query sees the earlier keys.",
-            lambda tokens, read: torch.arange(tokens) == read,
-        ),
-        Mistake(
-            "You marked the tokens that do *not* count.",
-            lambda tokens, read: torch.arange(tokens) > read,
-        ),
-    ],
+    },
 )
 """Which tokens count under a causal mask."""
 
@@ -233,36 +204,34 @@ qk_move = Check(
     gives="(query [h, d], key [h, d])",
     cases=_move_case,
     answer=_moved,
-    properties=[
-        Property(
-            "eq-att-head",
-            "Every score qᵀk is as before, for any two tokens: W_qᵀ W_k stays the same.",
-            lambda case, got: alike(got[0].T @ got[1], case["query"].T @ case["key"]),
+    properties={
+        "Every score qᵀk is as before, for any two tokens: W_qᵀ W_k stays the same.": Property(
+            "eq-att-head", lambda case, got: alike(got[0].T @ got[1], case["query"].T @ case["key"])
         ),
-        Property("eq-att-head", "The queries are multiplied by the element."),
-    ],
-    mistakes=[
-        Mistake(
-            "The inverse is there, its transpose is missing: qᵀ Aᵀ meets A⁻ᵀ k.",
-            lambda q, k, a: (a @ q, torch.linalg.inv(a) @ k),
+        "The queries are multiplied by the element.": Property("eq-att-head"),
+    },
+    mistakes={
+        "The inverse is there, its transpose is missing: qᵀ Aᵀ meets A⁻ᵀ k.": lambda q, k, a: (
+            a @ q,
+            torch.linalg.inv(a) @ k,
         ),
-        Mistake(
-            "The keys have to undo what the queries do: A⁻ᵀ, not A again.",
-            lambda q, k, a: (a @ q, a @ k),
+        "The keys have to undo what the queries do: A⁻ᵀ, not A again.": lambda q, k, a: (
+            a @ q,
+            a @ k,
         ),
-        Mistake(
-            "Only the queries are moved. The scores change unless the keys undo it.",
-            lambda q, k, a: (a @ q, k),
+        "Only the queries are moved. The scores change unless the keys undo it.": lambda q, k, a: (
+            a @ q,
+            k,
         ),
-        Mistake(
-            "Transposing is not inverting; it is enough for rotations only.",
-            lambda q, k, a: (a @ q, a.T @ k),
+        "Transposing is not inverting; it is enough for rotations only.": lambda q, k, a: (
+            a @ q,
+            a.T @ k,
         ),
-        Mistake(
-            "The scores are as before, but it is the keys that you multiply by A.",
-            lambda q, k, a: (torch.linalg.inv(a).T @ q, a @ k),
+        "The scores are as before, but it is the keys that you multiply by A.": lambda q, k, a: (
+            torch.linalg.inv(a).T @ q,
+            a @ k,
         ),
-        Mistake("Nothing has moved.", lambda q, k, a: (q, k)),
-    ],
+        "Nothing has moved.": lambda q, k, a: (q, k),
+    },
 )
 """A move of queries and keys that no data notices, and no null space holds."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from teleport.check.answers import alike
-from teleport.check.engine import Case, Check, Mistake, Property
+from teleport.check.engine import Case, Check, Property
 
 
 def _degree(moved: list[bool]) -> int:
@@ -22,35 +22,23 @@ polynomial_degree = Check(
         "moved": [draw.choice(False, True) for _ in range(draw.choice(2, 1, 3, 4))]
     },
     answer=_degree,
-    properties=[
-        Property(
-            "thm-polynomial",
-            "Along a ray of the null spaces of an MLP the degree of T is twice the number of "
-            "moved layers that the backward pass goes through: all but the first.",
-        )
-    ],
-    mistakes=[
-        Mistake(
-            "The backward pass does not go through the first layer: its weights are in no δ.",
-            lambda moved: 2 * sum(moved),
+    properties={
+        "Along a ray of the null spaces of an MLP the degree of T is twice the number of moved "
+        "layers that the backward pass goes through: "
+        "all but the first.": Property("thm-polynomial")
+    },
+    mistakes={
+        "The backward pass does not go through the first layer: "
+        "its weights are in no δ.": lambda moved: 2 * sum(moved),
+        "T is a *square* of the gradient: twice the degree of δ.": lambda moved: sum(moved[1:]),
+        "Only layers that move count.": lambda moved: 2 * (len(moved) - 1),
+        "It is the first layer that the backward pass leaves out, not the last.": lambda moved: (
+            2 * sum(moved[:-1])
         ),
-        Mistake(
-            "T is a *square* of the gradient: twice the degree of δ.",
-            lambda moved: sum(moved[1:]),
+        "The degrees of the layers add up, as each enters δ once as a factor.": lambda moved: (
+            2 ** sum(moved[1:])
         ),
-        Mistake(
-            "Only layers that move count.",
-            lambda moved: 2 * (len(moved) - 1),
-        ),
-        Mistake(
-            "It is the first layer that the backward pass leaves out, not the last.",
-            lambda moved: 2 * sum(moved[:-1]),
-        ),
-        Mistake(
-            "The degrees of the layers add up, as each enters δ once as a factor.",
-            lambda moved: 2 ** sum(moved[1:]),
-        ),
-    ],
+    },
 )
 """The degree of T along a ray in the null spaces of a multi-layer perceptron."""
 
@@ -77,38 +65,26 @@ growth_step = Check(
         "growth": draw.choice(2.0, 1.5, 3.0),
     },
     answer=_growth_step,
-    properties=[
-        Property(
-            "thm-polynomial",
-            "After the step the gradient *norm* is `growth` times as long: T(s) = growth² T(0).",
-            _reaches,
+    properties={
+        "After the step the gradient *norm* is `growth` times as long: "
+        "T(s) = growth² T(0).": Property("thm-polynomial", _reaches),
+        "The step goes along the direction, s > 0.": Property(
+            "thm-polynomial", lambda case, got: float(got) > 0
         ),
-        Property(
-            "thm-polynomial",
-            "The step goes along the direction, s > 0.",
-            lambda case, got: float(got) > 0,
+    },
+    mistakes={
+        "T is half the *square* of the norm: it has to grow by growth².": lambda c, growth: (
+            _growth_step(c, growth**0.5)
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "T is half the *square* of the norm: it has to grow by growth².",
-            lambda c, growth: _growth_step(c, growth**0.5),
+        "c2 is left out: the step of the linear model is too long.": lambda c, growth: float(
+            (growth**2 - 1) * c[0] / c[1]
         ),
-        Mistake(
-            "c2 is left out: the step of the linear model is too long.",
-            lambda c, growth: float((growth**2 - 1) * c[0] / c[1]),
+        "That is the other root, on the ray *against* the direction.": lambda c, growth: float(
+            (-c[1] - (c[1] ** 2 + 4 * c[2] * (growth**2 - 1) * c[0]).sqrt()) / (2 * c[2])
         ),
-        Mistake(
-            "That is the other root, on the ray *against* the direction.",
-            lambda c, growth: float(
-                (-c[1] - (c[1] ** 2 + 4 * c[2] * (growth**2 - 1) * c[0]).sqrt()) / (2 * c[2])
-            ),
-        ),
-        Mistake(
-            "T(0) is there already: only the missing (growth² - 1) T(0) has to come.",
-            lambda c, growth: _growth_step(c, math.sqrt(growth**2 + 1)),
-        ),
-    ],
+        "T(0) is there already: only the missing (growth² - 1) "
+        "T(0) has to come.": lambda c, growth: _growth_step(c, math.sqrt(growth**2 + 1)),
+    },
 )
 """The step that makes the gradient a wanted factor longer."""
 
@@ -127,26 +103,20 @@ adam_direction = Check(
         "eps": draw.choice(1.0, 0.5),
     },
     answer=_adam,
-    properties=[
-        Property("thm-geometry", "For Adam M = diag(√v + ε), and the tangent direction is M⁻¹ g.")
-    ],
-    mistakes=[
-        Mistake(
-            "The direction is M⁻¹ g, and you multiply by M.", lambda g, v, e: g * (v.sqrt() + e)
+    properties={
+        "For Adam M = diag(√v + ε), and the tangent direction is M⁻¹ g.": Property("thm-geometry")
+    },
+    mistakes={
+        "The direction is M⁻¹ g, and you multiply by M.": lambda g, v, e: g * (v.sqrt() + e),
+        "The root of v is missing.": lambda g, v, e: g / (v + e),
+        "ε is added outside the root: √v + ε.": lambda g, v, e: g / (v + e).sqrt(),
+        "This is g itself, the direction of SGD with M = I.": lambda g, v, e: g,
+        "M⁻¹ acts once: this is M⁻² g.": lambda g, v, e: g / (v.sqrt() + e) ** 2,
+        "That is the root of M⁻¹: the direction has M⁻¹ whole.": lambda g, v, e: (
+            g / (v.sqrt() + e).sqrt()
         ),
-        Mistake("The root of v is missing.", lambda g, v, e: g / (v + e)),
-        Mistake("ε is added outside the root: √v + ε.", lambda g, v, e: g / (v + e).sqrt()),
-        Mistake("This is g itself, the direction of SGD with M = I.", lambda g, v, e: g),
-        Mistake(
-            "M⁻¹ acts once: this is M⁻² g.",
-            lambda g, v, e: g / (v.sqrt() + e) ** 2,
-        ),
-        Mistake(
-            "That is the root of M⁻¹: the direction has M⁻¹ whole.",
-            lambda g, v, e: g / (v.sqrt() + e).sqrt(),
-        ),
-        Mistake("The length of g is lost: divide by √v + ε, not by |g|.", lambda g, v, e: g.sign()),
-    ],
+        "The length of g is lost: divide by √v + ε, not by |g|.": lambda g, v, e: g.sign(),
+    },
 )
 """The direction in which the input of a layer moves when T is measured as Adam sees it."""
 
@@ -166,39 +136,26 @@ path_degree = Check(
         ]
     },
     answer=_path_degree,
-    properties=[
-        Property(
-            "thm-polynomial",
-            "The degree of T is twice the number of moved layers on the longest path of an error, "
-            "from the loss through the head and every block to the embedding.",
-        )
-    ],
-    mistakes=[
-        Mistake(
-            "Branches stand side by side: a path takes one of them, so take the longest and not "
-            "their sum.",
-            lambda blocks: 2 * (1 + sum(map(sum, blocks))),
+    properties={
+        "The degree of T is twice the number of moved layers on the longest path of an error, from "
+        "the loss through the head and every block to the embedding.": Property("thm-polynomial")
+    },
+    mistakes={
+        "Branches stand side by side: a path takes one of them, "
+        "so take the longest and not their sum.": lambda blocks: 2 * (1 + sum(map(sum, blocks))),
+        "The error passes the head, too: its weights are in every δ before it.": lambda blocks: (
+            2 * sum(map(max, blocks))
         ),
-        Mistake(
-            "The error passes the head, too: its weights are in every δ before it.",
-            lambda blocks: 2 * sum(map(max, blocks)),
+        "T is a *square* of the gradient: twice the degree of δ.": lambda blocks: (
+            1 + sum(map(max, blocks))
         ),
-        Mistake(
-            "T is a *square* of the gradient: twice the degree of δ.",
-            lambda blocks: 1 + sum(map(max, blocks)),
+        "The path ends at the embedding's output: "
+        "the embedding is reached and not passed.": lambda blocks: 2 * (2 + sum(map(max, blocks))),
+        "The longest path counts, not the shortest: "
+        "T has the highest power that occurs.": lambda blocks: 2 * (1 + sum(map(min, blocks))),
+        "Blocks follow one another: the path goes through all, so add them up.": lambda blocks: (
+            2 * (1 + max(map(max, blocks), default=0))
         ),
-        Mistake(
-            "The path ends at the embedding's output: the embedding is reached and not passed.",
-            lambda blocks: 2 * (2 + sum(map(max, blocks))),
-        ),
-        Mistake(
-            "The longest path counts, not the shortest: T has the highest power that occurs.",
-            lambda blocks: 2 * (1 + sum(map(min, blocks))),
-        ),
-        Mistake(
-            "Blocks follow one another: the path goes through all, so add them up.",
-            lambda blocks: 2 * (1 + max(map(max, blocks), default=0)),
-        ),
-    ],
+    },
 )
 """The degree of T for a network of blocks with branches side by side."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from teleport import reference
 from teleport.check.draw import Draw
-from teleport.check.engine import Case, Check, Mistake, Property
+from teleport.check.engine import Case, Check, Property
 
 DRIFT_TAUS = (0.75, 0.9, 0.96)
 
@@ -46,41 +46,29 @@ drift_bound = Check(
     gives="number",
     cases=_move_case,
     answer=_bound,
-    properties=[
-        Property(
+    properties={
+        "The outputs drift by no more than the bound says: ‖ΔW R‖_F is below it.": Property(
             "thm-drift",
-            "The outputs drift by no more than the bound says: ‖ΔW R‖_F is below it.",
             lambda case, got: float((case["rows"] @ case["move"].T).norm()) <= float(got) + 1e-9,
         ),
-        Property("thm-drift", "The bound is ‖ΔW‖₂ √(1 - τ) ‖R‖_F."),
-    ],
-    mistakes=[
-        Mistake(
-            "What is left out is a share 1 - τ of the *energy*, a square: take its root.",
-            lambda m, r, tau: _spectral(m) * (1 - tau) * float(r.norm()),
+        "The bound is ‖ΔW‖₂ √(1 - τ) ‖R‖_F.": Property("thm-drift"),
+    },
+    mistakes={
+        "What is left out is a share 1 - τ of the *energy*, "
+        "a square: take its root.": lambda m, r, tau: _spectral(m) * (1 - tau) * float(r.norm()),
+        "The bound has the share that is left out, 1 - τ, not the "
+        "share that is kept.": lambda m, r, tau: _spectral(m) * math.sqrt(tau) * float(r.norm()),
+        "The norm of ΔW is the spectral norm; "
+        "with the Frobenius norm the bound is true but looser than it need be.": lambda m, r, tau: (
+            float(m.norm()) * math.sqrt(1 - tau) * float(r.norm())
         ),
-        Mistake(
-            "The bound has the share that is left out, 1 - τ, not the share that is kept.",
-            lambda m, r, tau: _spectral(m) * math.sqrt(tau) * float(r.norm()),
+        "The norm of R is the Frobenius norm: the outputs of all samples "
+        "together drift.": lambda m, r, tau: _spectral(m) * math.sqrt(1 - tau) * _spectral(r),
+        "τ is not used: this bounds any move.": lambda m, r, tau: _spectral(m) * float(r.norm()),
+        "That is the drift itself. The bound uses only norms and τ.": lambda m, r, tau: float(
+            (r @ m.T).norm()
         ),
-        Mistake(
-            "The norm of ΔW is the spectral norm; with the Frobenius norm the bound is true but "
-            "looser than it need be.",
-            lambda m, r, tau: float(m.norm()) * math.sqrt(1 - tau) * float(r.norm()),
-        ),
-        Mistake(
-            "The norm of R is the Frobenius norm: the outputs of all samples together drift.",
-            lambda m, r, tau: _spectral(m) * math.sqrt(1 - tau) * _spectral(r),
-        ),
-        Mistake(
-            "τ is not used: this bounds any move.",
-            lambda m, r, tau: _spectral(m) * float(r.norm()),
-        ),
-        Mistake(
-            "That is the drift itself. The bound uses only norms and τ.",
-            lambda m, r, tau: float((r @ m.T).norm()),
-        ),
-    ],
+    },
 )
 """The bound on the drift of one layer for τ < 1."""
 
@@ -98,34 +86,29 @@ held_out_drift = Check(
         "rows": draw.matrix(draw.choice(2, 1, 3), size),
     },
     answer=_mean_drift,
-    properties=[
-        Property(
-            "thm-batch", "The outputs move by tr(ΔW C ΔWᵀ) in the mean square, C = Σ x xᵀ / n."
+    properties={
+        "The outputs move by tr(ΔW C ΔWᵀ) in the mean square, C = Σ x xᵀ / n.": Property(
+            "thm-batch"
         )
-    ],
-    mistakes=[
-        Mistake(
-            "C is the *mean* of x xᵀ: divide by the number of rows.",
-            lambda m, r: float((r @ m.T).square().sum()),
+    },
+    mistakes={
+        "C is the *mean* of x xᵀ: divide by the number of rows.": lambda m, r: float(
+            (r @ m.T).square().sum()
         ),
-        Mistake(
-            "C is the second moment, not the covariance: do not subtract the mean.",
-            lambda m, r: _mean_drift(m, r - r.mean(0)),
+        "C is the second moment, not the covariance: do not subtract the mean.": lambda m, r: (
+            _mean_drift(m, r - r.mean(0))
         ),
-        Mistake(
-            "The mean is over the samples; the outputs of one sample are summed.",
-            lambda m, r: float((r @ m.T).square().mean()),
+        "The mean is over the samples; the outputs of one sample are summed.": lambda m, r: float(
+            (r @ m.T).square().mean()
         ),
-        Mistake("That is the root of the mean square.", lambda m, r: math.sqrt(_mean_drift(m, r))),
-        Mistake(
-            "That is the drift of the mean input, not the mean drift.",
-            lambda m, r: float((m @ r.mean(0)).square().sum()),
+        "That is the root of the mean square.": lambda m, r: math.sqrt(_mean_drift(m, r)),
+        "That is the drift of the mean input, not the mean drift.": lambda m, r: float(
+            (m @ r.mean(0)).square().sum()
         ),
-        Mistake(
-            "The data are missing: ‖ΔW‖² is the drift for inputs of unit variance only.",
-            lambda m, r: float(m.square().sum()),
+        "The data are missing: ‖ΔW‖² is the drift for inputs of unit variance only.": lambda m, r: (
+            float(m.square().sum())
         ),
-    ],
+    },
 )
 """How far a move drives the outputs on data that were not in the batch."""
 
@@ -144,15 +127,6 @@ def _steps_case(draw: Draw) -> Case:
     }
 
 
-def _against(which: int) -> Mistake:
-    hint = {
-        0: "The basis of the first step is reused. At τ = 1 it stays valid (thm-invariance); below "
-        "τ = 1 the inputs drift with every step, and each step needs a basis of its own.",
-        -1: "The last basis is used for all steps; each step is projected with the rows it has.",
-    }[which]
-    return Mistake(hint, lambda g, r, tau: _total(g, [r[which]] * len(g), tau))
-
-
 total_move = Check(
     name="total_move",
     takes={
@@ -163,33 +137,28 @@ total_move = Check(
     gives="[d_out, d_in]",
     cases=_steps_case,
     answer=_total,
-    properties=[
-        Property(
-            "thm-drift",
-            "Below τ = 1 the inputs drift: every step is projected with the basis of the inputs "
-            "as they are then.",
-        )
-    ],
-    mistakes=[
-        _against(0),
-        _against(-1),
-        Mistake(
-            "Only the last step is there: add the moves of all.",
-            lambda g, r, tau: _outside(g[-1], r[-1], tau),
+    properties={
+        "Below τ = 1 the inputs drift: every step is projected with "
+        "the basis of the inputs as they are then.": Property("thm-drift")
+    },
+    mistakes={
+        "The basis of the first step is reused. At τ = 1 it stays valid (thm-invariance); below τ "
+        "= 1 the inputs drift with every step, and "
+        "each step needs a basis of its own.": lambda g, r, tau: _total(g, [r[0]] * len(g), tau),
+        "The last basis is used for all steps; each step "
+        "is projected with the rows it has.": lambda g, r, tau: _total(g, [r[-1]] * len(g), tau),
+        "Only the last step is there: add the moves of all.": lambda g, r, tau: _outside(
+            g[-1], r[-1], tau
         ),
-        Mistake(
-            "τ is not used: at τ = 1 these rows leave no room at all.",
-            lambda g, r, tau: _total(g, r, 1.0),
+        "τ is not used: at τ = 1 these rows leave no room at all.": lambda g, r, tau: _total(
+            g, r, 1.0
         ),
-        Mistake(
-            "One basis of all steps together keeps more fixed than each step asks for.",
-            lambda g, r, tau: _outside(torch.stack(g).sum(0), torch.cat(r), tau),
+        "One basis of all steps together keeps more fixed than "
+        "each step asks for.": lambda g, r, tau: _outside(torch.stack(g).sum(0), torch.cat(r), tau),
+        "You projected *onto* the span of the inputs instead of out of it.": lambda g, r, tau: (
+            torch.stack(g).sum(0) - _total(g, r, tau)
         ),
-        Mistake(
-            "You projected *onto* the span of the inputs instead of out of it.",
-            lambda g, r, tau: torch.stack(g).sum(0) - _total(g, r, tau),
-        ),
-        Mistake("Nothing is projected.", lambda g, r, tau: torch.stack(g).sum(0)),
-    ],
+        "Nothing is projected.": lambda g, r, tau: torch.stack(g).sum(0),
+    },
 )
 """Several steps below τ = 1, each with a basis of its own."""

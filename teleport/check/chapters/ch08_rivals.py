@@ -7,7 +7,7 @@ from torch import Tensor
 
 from teleport.check.answers import alike
 from teleport.check.draw import Draw
-from teleport.check.engine import Case, Check, Mistake, Property
+from teleport.check.engine import Case, Check, Property
 
 WeightPair = tuple[Tensor, Tensor]
 
@@ -82,54 +82,38 @@ group_action = Check(
     gives="(first, second); σ(z) = z for z > 0, else z/2",
     cases=_action_case,
     answer=_act,
-    properties=[
-        Property("thm-group-action", "The outputs on the batch stay the same.", _kept),
-        Property(
-            "thm-group-action",
-            "On the batch the hidden activations are E times what they were.",
-            _moved,
+    properties={
+        "The outputs on the batch stay the same.": Property("thm-group-action", _kept),
+        "On the batch the hidden activations are E times what they were.": Property(
+            "thm-group-action", _moved
         ),
-        Property(
-            "thm-group-action",
-            "Only the *change* σ⁻¹(E S) - Z goes through the pseudo-inverse: what the layer does "
-            "off the batch stays.",
+        "Only the *change* σ⁻¹(E S) - Z goes through the pseudo-inverse: "
+        "what the layer does off the batch stays.": Property("thm-group-action"),
+    },
+    mistakes={
+        "The whole right-hand side went through the pseudo-inverse. On the batch that is the same; "
+        "off it, the layer forgets everything, even for E = I.": _whole,
+        "The second layer has to undo E: "
+        "multiply it by the inverse from the right.": lambda f, s, r, e: (_act(f, s, r, e)[0], s),
+        "The second layer is multiplied by E itself; it needs the inverse.": lambda f, s, r, e: (
+            _act(f, s, r, e)[0],
+            s @ _bar(e),
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "The whole right-hand side went through the pseudo-inverse. On the batch that is the "
-            "same; off it, the layer forgets everything, even for E = I.",
-            _whole,
+        "I - M is the inverse of I + M to first order only; "
+        "take the exact one.": lambda f, s, r, e: (
+            _act(f, s, r, e)[0],
+            s @ _bar(2 * torch.eye(len(e), dtype=e.dtype) - e),
         ),
-        Mistake(
-            "The second layer has to undo E: multiply it by the inverse from the right.",
-            lambda f, s, r, e: (_act(f, s, r, e)[0], s),
+        "The first layer is multiplied by E. With an activation in between that is not enough: "
+        "solve for weights that "
+        "give σ⁻¹(E S).": lambda f, s, r, e: (e @ f, s @ torch.linalg.inv(_bar(e))),
+        "E is transposed: with samples as rows the activations become S Eᵀ.": lambda f, s, r, e: (
+            _act(f, s, r, e.T)
         ),
-        Mistake(
-            "The second layer is multiplied by E itself; it needs the inverse.",
-            lambda f, s, r, e: (_act(f, s, r, e)[0], s @ _bar(e)),
+        "Inverse and element have changed places.": lambda f, s, r, e: _act(
+            f, s, r, torch.linalg.inv(e)
         ),
-        Mistake(
-            "I - M is the inverse of I + M to first order only; take the exact one.",
-            lambda f, s, r, e: (
-                _act(f, s, r, e)[0],
-                s @ _bar(2 * torch.eye(len(e), dtype=e.dtype) - e),
-            ),
-        ),
-        Mistake(
-            "The first layer is multiplied by E. With an activation in between that is not enough: "
-            "solve for weights that give σ⁻¹(E S).",
-            lambda f, s, r, e: (e @ f, s @ torch.linalg.inv(_bar(e))),
-        ),
-        Mistake(
-            "E is transposed: with samples as rows the activations become S Eᵀ.",
-            lambda f, s, r, e: _act(f, s, r, e.T),
-        ),
-        Mistake(
-            "Inverse and element have changed places.",
-            lambda f, s, r, e: _act(f, s, r, torch.linalg.inv(e)),
-        ),
-    ],
+    },
 )
 """Symmetry teleportation: one group element between two layers."""
 
@@ -158,9 +142,11 @@ def _everywhere(case: Case, got: Any) -> bool:
     return alike(outputs(first, second, rows), outputs(case["first"], case["second"], rows))
 
 
-_SAME_FUNCTION = Property(
-    "thm-change-of-basis", "The network computes the same function, on all inputs.", _everywhere
-)
+_SAME_FUNCTION = {
+    "The network computes the same function, on all inputs.": Property(
+        "thm-change-of-basis", _everywhere
+    )
+}
 
 change_of_basis = Check(
     name="change_of_basis",
@@ -168,36 +154,30 @@ change_of_basis = Check(
     gives="(first, second)",
     cases=_rescale_case,
     answer=_rescale,
-    properties=[
-        _SAME_FUNCTION,
-        Property(
-            "thm-change-of-basis",
-            "Neuron i: incoming weights and bias times c, outgoing weights divided by c.",
+    properties={
+        **_SAME_FUNCTION,
+        "Neuron i: incoming weights and bias times c, outgoing weights divided by c.": Property(
+            "thm-change-of-basis"
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "The bias of a neuron is an incoming weight: it is multiplied, too.",
-            lambda f, s, c: (
-                torch.cat([c[:, None] * f[:, :-1], f[:, -1:]], dim=1),
-                _rescale(f, s, c)[1],
-            ),
+    },
+    mistakes={
+        "The bias of a neuron is an incoming weight: it is multiplied, too.": lambda f, s, c: (
+            torch.cat([c[:, None] * f[:, :-1], f[:, -1:]], dim=1),
+            _rescale(f, s, c)[1],
         ),
-        Mistake(
-            "Outgoing weights are *divided* by the factor.",
-            lambda f, s, c: (c[:, None] * f, s * torch.cat([c, c.new_ones(1)])),
+        "Outgoing weights are *divided* by the factor.": lambda f, s, c: (
+            c[:, None] * f,
+            s * torch.cat([c, c.new_ones(1)]),
         ),
-        Mistake("The outgoing weights are not changed back.", lambda f, s, c: (c[:, None] * f, s)),
-        Mistake(
-            "Incoming weights are multiplied and outgoing ones divided, not the other way round.",
-            lambda f, s, c: _rescale(f, s, 1 / c),
+        "The outgoing weights are not changed back.": lambda f, s, c: (c[:, None] * f, s),
+        "Incoming weights are multiplied and outgoing ones divided, "
+        "not the other way round.": lambda f, s, c: _rescale(f, s, 1 / c),
+        "The bias of the second layer belongs to no hidden neuron: it stays.": lambda f, s, c: (
+            c[:, None] * f,
+            s / torch.cat([c, c[-1:]]),
         ),
-        Mistake(
-            "The bias of the second layer belongs to no hidden neuron: it stays.",
-            lambda f, s, c: (c[:, None] * f, s / torch.cat([c, c[-1:]])),
-        ),
-        Mistake("Nothing is rescaled.", lambda f, s, c: (f, s)),
-    ],
+        "Nothing is rescaled.": lambda f, s, c: (f, s),
+    },
 )
 """A positive factor for every hidden neuron of a network with ReLU or LeakyReLU."""
 
@@ -221,29 +201,25 @@ balanced = Check(
     gives="(first, second)",
     cases=_balance_case,
     answer=_balance,
-    properties=[
-        _SAME_FUNCTION,
-        Property(
+    properties={
+        **_SAME_FUNCTION,
+        "Incoming weights (bias included) and outgoing "
+        "weights of each neuron have the same norm.": Property(
             "thm-change-of-basis",
-            "Incoming weights (bias included) and outgoing weights of each neuron have the same "
-            "norm.",
             lambda case, got: alike(got[0].norm(dim=1), got[1][:, :-1].norm(dim=0)),
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "The factor is √(b/a), b the outgoing norm: its root is missing.",
-            lambda f, s: _rescale(f, s, s[:, :-1].norm(dim=0) / f.norm(dim=1)),
+    },
+    mistakes={
+        "The factor is √(b/a), b the outgoing norm: its root is missing.": lambda f, s: _rescale(
+            f, s, s[:, :-1].norm(dim=0) / f.norm(dim=1)
         ),
-        Mistake(
-            "The factor is upside down: √(b/a) makes large incoming weights smaller.",
-            lambda f, s: _rescale(f, s, (f.norm(dim=1) / s[:, :-1].norm(dim=0)).sqrt()),
+        "The factor is upside down: √(b/a) makes large incoming weights smaller.": lambda f, s: (
+            _rescale(f, s, (f.norm(dim=1) / s[:, :-1].norm(dim=0)).sqrt())
         ),
-        Mistake(
-            "The bias counts as an incoming weight, also in the norm.",
-            lambda f, s: _rescale(f, s, (s[:, :-1].norm(dim=0) / f[:, :-1].norm(dim=1)).sqrt()),
+        "The bias counts as an incoming weight, also in the norm.": lambda f, s: _rescale(
+            f, s, (s[:, :-1].norm(dim=0) / f[:, :-1].norm(dim=1)).sqrt()
         ),
-        Mistake("Nothing is rescaled.", lambda f, s: (f, s)),
-    ],
+        "Nothing is rescaled.": lambda f, s: (f, s),
+    },
 )
 """The change of basis that balances every neuron."""

@@ -7,7 +7,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from teleport.check.draw import Draw
-from teleport.check.engine import Case, Check, Mistake, Property
+from teleport.check.engine import Case, Check, Property
 
 LEVEL = 0.05
 """Share of comparisons without a difference that may be called resolved."""
@@ -28,23 +28,18 @@ log_loss = Check(
     gives="number",
     cases=_losses_case,
     answer=_log_loss,
-    properties=[Property("eq-exp-resolved", "The mean over the evaluations of log(L / L₀).")],
-    mistakes=[
-        Mistake(
-            "The logarithm comes first, then the mean: one large loss is not to decide.",
-            lambda x, b: math.log(float(x.mean() / b.mean())),
+    properties={"The mean over the evaluations of log(L / L₀).": Property("eq-exp-resolved")},
+    mistakes={
+        "The logarithm comes first, then the mean: one large loss is not to decide.": lambda x, b: (
+            math.log(float(x.mean() / b.mean()))
         ),
-        Mistake(
-            "The logarithm comes first, then the mean: log of the mean ratio is another number.",
-            lambda x, b: math.log(float((x / b).mean())),
-        ),
-        Mistake(
-            "The logarithms are missing: losses that fall by decades cannot be subtracted.",
-            lambda x, b: float((x - b).mean()),
-        ),
-        Mistake("That is the end of the run only.", lambda x, b: math.log(float(x[-1] / b[-1]))),
-        Mistake("Divide by the number of evaluations.", lambda x, b: float((x / b).log().sum())),
-    ],
+        "The logarithm comes first, then the mean: "
+        "log of the mean ratio is another number.": lambda x, b: math.log(float((x / b).mean())),
+        "The logarithms are missing: "
+        "losses that fall by decades cannot be subtracted.": lambda x, b: float((x - b).mean()),
+        "That is the end of the run only.": lambda x, b: math.log(float(x[-1] / b[-1])),
+        "Divide by the number of evaluations.": lambda x, b: float((x / b).log().sum()),
+    },
 )
 """How much lower a run's loss lies than that of its baseline, over the whole run."""
 
@@ -61,36 +56,26 @@ half_width = Check(
     gives="number",
     cases=lambda draw: {"gaps": draw.matrix(draw.choice(2, 3, 4))},
     answer=_half_width,
-    properties=[
-        Property("eq-exp-resolved", "Half the 95 % interval of the mean is t s / √n, n - 1 in t.")
-    ],
-    mistakes=[
-        Mistake(
-            "1.96 is the quantile of the normal distribution. The spread is an estimate, of few "
-            "seeds a poor one: take Student's t.",
-            lambda x: 1.959963984540054 * float(x.std()) / math.sqrt(len(x)),
+    properties={
+        "Half the 95 % interval of the mean is t s / √n, n - 1 in t.": Property("eq-exp-resolved")
+    },
+    mistakes={
+        "1.96 is the quantile of the normal distribution. The spread is an estimate, of few seeds "
+        "a poor "
+        "one: take Student's t.": lambda x: 1.959963984540054 * float(x.std()) / math.sqrt(len(x)),
+        "The quantile is that of .975: 2.5 % are left out on either side.": lambda x: _half_width(
+            x, 1 - LEVEL
         ),
-        Mistake(
-            "The quantile is that of .975: 2.5 % are left out on either side.",
-            lambda x: _half_width(x, 1 - LEVEL),
+        "The spread of a sample has n - 1 below, not n.": lambda x: _half_width(x, correction=0),
+        "That is the interval for a further seed; "
+        "the mean of n is known √n times better.": lambda x: _half_width(x) * math.sqrt(len(x)),
+        "Of n seeds t has n - 1 degrees of freedom.": lambda x: (
+            float(stdtrit(len(x), 0.975) * x.std()) / math.sqrt(len(x))
         ),
-        Mistake(
-            "The spread of a sample has n - 1 below, not n.",
-            lambda x: _half_width(x, correction=0),
+        "The spread of a mean of n is s / √n, not s / n.": lambda x: (
+            _half_width(x) / math.sqrt(len(x))
         ),
-        Mistake(
-            "That is the interval for a further seed; the mean of n is known √n times better.",
-            lambda x: _half_width(x) * math.sqrt(len(x)),
-        ),
-        Mistake(
-            "Of n seeds t has n - 1 degrees of freedom.",
-            lambda x: float(stdtrit(len(x), 0.975) * x.std()) / math.sqrt(len(x)),
-        ),
-        Mistake(
-            "The spread of a mean of n is s / √n, not s / n.",
-            lambda x: _half_width(x) / math.sqrt(len(x)),
-        ),
-    ],
+    },
 )
 """Half the 95 % interval of a mean over seeds."""
 
@@ -135,43 +120,28 @@ tally = Check(
     gives="list of 4 counts: lower, higher, diverged, unresolved",
     cases=_gaps_case,
     answer=_tally,
-    properties=[
-        Property(
-            "eq-exp-resolved",
-            "Every comparison counts once.",
-            lambda case, got: sum(map(int, got)) == len(case["gaps"]),
+    properties={
+        "Every comparison counts once.": Property(
+            "eq-exp-resolved", lambda case, got: sum(map(int, got)) == len(case["gaps"])
         ),
-        Property(
-            "eq-exp-resolved",
-            "Lower or higher where the interval leaves 0 out, diverged where a seed is, else "
-            "unresolved.",
+        "Lower or higher where the interval leaves 0 out, "
+        "diverged where a seed is, else unresolved.": Property("eq-exp-resolved"),
+    },
+    mistakes={
+        "Comparisons with a diverged seed are judged by the seeds that survived. "
+        "The arm is dangerous, and the table says it is fine: count them as diverged.": _survivors,
+        "inf > NaN is False, so diverged comparisons have slipped into the unresolved.": lambda x: (
+            _moved(x, 2, 3)
         ),
-    ],
-    mistakes=[
-        Mistake(
-            "Comparisons with a diverged seed are judged by the seeds that survived. The arm is "
-            "dangerous, and the table says it is fine: count them as diverged.",
-            _survivors,
-        ),
-        Mistake(
-            "inf > NaN is False, so diverged comparisons have slipped into the unresolved.",
-            lambda x: _moved(x, 2, 3),
-        ),
-        Mistake("A loss that ended the training is no *resolved* one.", lambda x: _moved(x, 2, 1)),
-        Mistake(
-            "The sign of the mean is not enough: ask whether the seeds resolve it.",
-            lambda x: [
-                sum(bool(row.mean() < 0) for row in x),
-                sum(bool(row.mean() > 0) and bool(row.isfinite().all()) for row in x),
-                sum(not row.isfinite().all() for row in x),
-                sum(bool(row.mean() == 0) for row in x),
-            ],
-        ),
-        Mistake(
-            "A negative log loss is a *lower* loss.",
-            lambda x: [_tally(x)[i] for i in (1, 0, 2, 3)],
-        ),
-    ],
+        "A loss that ended the training is no *resolved* one.": lambda x: _moved(x, 2, 1),
+        "The sign of the mean is not enough: ask whether the seeds resolve it.": lambda x: [
+            sum(bool(row.mean() < 0) for row in x),
+            sum(bool(row.mean() > 0) and bool(row.isfinite().all()) for row in x),
+            sum(not row.isfinite().all() for row in x),
+            sum(bool(row.mean() == 0) for row in x),
+        ],
+        "A negative log loss is a *lower* loss.": lambda x: [_tally(x)[i] for i in (1, 0, 2, 3)],
+    },
 )
 """How the tables of the book count many comparisons."""
 
@@ -221,37 +191,22 @@ holm = Check(
     gives="[m], True for those that stay resolved at the level .05",
     cases=_p_values_case,
     answer=_holm,
-    properties=[
-        Property(
-            "eq-true-holm",
-            "p₍ᵢ₎ (m - i + 1) ≤ .05 for this one and for all that are smaller.",
+    properties={
+        "p₍ᵢ₎ (m - i + 1) ≤ .05 for this one and for all that are smaller.": Property(
+            "eq-true-holm"
         )
-    ],
-    mistakes=[
-        Mistake("Nothing is corrected: of 20 without a difference one stays.", lambda p: p <= 0.05),
-        Mistake(
-            "That is Bonferroni: true, but every comparison pays for all. Those that are left "
-            "are fewer with each that stays.",
-            lambda p: p * len(p) <= LEVEL,
-        ),
-        Mistake(
-            "The first that fails ends it, whatever comes behind.",
-            _without_end,
-        ),
-        Mistake(
-            "You went from the largest p-value down (Hochberg). That asks for independence; Holm "
-            "goes from the smallest up and stops.",
-            _step_up,
-        ),
-        Mistake(
-            "That is Benjamini and Hochberg: it bounds the share of false ones among those that "
-            "stay, not the probability of any.",
-            _discoveries,
-        ),
-        Mistake(
-            "The answers are in the order of the sorted p-values; put them back in their places.",
-            lambda p: _holm(p.sort().values),
-        ),
-    ],
+    },
+    mistakes={
+        "Nothing is corrected: of 20 without a difference one stays.": lambda p: p <= 0.05,
+        "That is Bonferroni: true, but every comparison pays for all. "
+        "Those that are left are fewer with each that stays.": lambda p: p * len(p) <= LEVEL,
+        "The first that fails ends it, whatever comes behind.": _without_end,
+        "You went from the largest p-value down (Hochberg). That asks for independence; "
+        "Holm goes from the smallest up and stops.": _step_up,
+        "That is Benjamini and Hochberg: it bounds the share of false ones among those that stay, "
+        "not the probability of any.": _discoveries,
+        "The answers are in the order of the sorted p-values; "
+        "put them back in their places.": lambda p: _holm(p.sort().values),
+    },
 )
 """Holm's correction for the number of comparisons."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from teleport.check.draw import Draw
-from teleport.check.engine import Case, Check, Mistake, Property
+from teleport.check.engine import Case, Check, Property
 
 
 def _kept_weights(start: Tensor, weights: Tensor, basis: Tensor) -> Tensor:
@@ -27,36 +27,27 @@ kept_weights = Check(
     gives="[d_out, d_in]",
     cases=_kept_case,
     answer=_kept_weights,
-    properties=[
-        Property(
+    properties={
+        "Kept inputs meet what they met at the start: W B = W₀ B.": Property(
             "thm-keep",
-            "Kept inputs meet what they met at the start: W B = W₀ B.",
             lambda case, got: bool(
                 torch.allclose(got @ case["basis"], case["start"] @ case["basis"], atol=1e-9)
             ),
         ),
-        Property("eq-keep-displacement", "W₀ + (W - W₀) P: all of the rest stays learned."),
-    ],
-    mistakes=[
-        Mistake(
-            "You projected the weights. What has to leave the kept space is their *change* since "
-            "the start.",
-            lambda s, w, b: w - w @ b @ b.T,
+        "W₀ + (W - W₀) P: all of the rest stays learned.": Property("eq-keep-displacement"),
+    },
+    mistakes={
+        "You projected the weights. What has to leave the kept "
+        "space is their *change* since the start.": lambda s, w, b: w - w @ b @ b.T,
+        "That is the change alone: add it to the start.": lambda s, w, b: (
+            _kept_weights(s, w, b) - s
         ),
-        Mistake(
-            "That is the change alone: add it to the start.",
-            lambda s, w, b: _kept_weights(s, w, b) - s,
+        "You kept the part of the change that has to go.": lambda s, w, b: s + (w - s) @ b @ b.T,
+        "The change goes on from the start, not from the end.": lambda s, w, b: (
+            w + (w - s) - (w - s) @ b @ b.T
         ),
-        Mistake(
-            "You kept the part of the change that has to go.",
-            lambda s, w, b: s + (w - s) @ b @ b.T,
-        ),
-        Mistake(
-            "The change goes on from the start, not from the end.",
-            lambda s, w, b: w + (w - s) - (w - s) @ b @ b.T,
-        ),
-        Mistake("That keeps all and learns nothing.", lambda s, w, b: s),
-    ],
+        "That keeps all and learns nothing.": lambda s, w, b: s,
+    },
 )
 """Weights after any optimizer, put back into the null space of old inputs."""
 
@@ -90,27 +81,21 @@ free_directions = Check(
     gives="list of whole numbers, one after each task",
     cases=_tasks_case,
     answer=_free,
-    properties=[
-        Property(
-            "thm-keep",
-            "After a task those directions are free that *no* input of a task so far has.",
+    properties={
+        "After a task those directions are free that *no* input of a task so far has.": Property(
+            "thm-keep"
         )
-    ],
-    mistakes=[
-        Mistake(
-            "Ranks do not add up where tasks share directions: take the rank of all together.",
-            lambda tasks: _running(tasks, _ranks(tasks)),
+    },
+    mistakes={
+        "Ranks do not add up where tasks share directions: "
+        "take the rank of all together.": lambda tasks: _running(tasks, _ranks(tasks)),
+        "A sample takes a direction only if it is independent of the others.": lambda tasks: (
+            _running(tasks, [len(rows) for rows in tasks])
         ),
-        Mistake(
-            "A sample takes a direction only if it is independent of the others.",
-            lambda tasks: _running(tasks, [len(rows) for rows in tasks]),
-        ),
-        Mistake(
-            "That is what each task leaves on its own. Earlier tasks are to be kept, too.",
-            lambda tasks: [tasks[0].shape[1] - rank for rank in _ranks(tasks)],
-        ),
-        Mistake("Those are the directions that are taken.", lambda tasks: _ranks(_joint(tasks))),
-    ],
+        "That is what each task leaves on its own. Earlier tasks "
+        "are to be kept, too.": lambda tasks: [tasks[0].shape[1] - rank for rank in _ranks(tasks)],
+        "Those are the directions that are taken.": lambda tasks: _ranks(_joint(tasks)),
+    },
 )
 """How much room a sequence of tasks leaves in a layer."""
 
@@ -132,21 +117,19 @@ leak = Check(
     gives="number",
     cases=_leak_case,
     answer=_leak,
-    properties=[
-        Property("thm-keep", "The share of the change that kept inputs meet, ‖ΔW B‖ / ‖ΔW‖.")
-    ],
-    mistakes=[
-        Mistake("That is the share of the squares.", lambda w, b: _leak(w, b) ** 2),
-        Mistake("That is what leaks, not its share.", lambda w, b: float((w @ b).norm())),
-        Mistake(
-            "That is the share outside of the kept space, where a change may be.",
-            lambda w, b: float((w - w @ b @ b.T).norm() / w.norm()),
+    properties={
+        "The share of the change that kept inputs meet, ‖ΔW B‖ / ‖ΔW‖.": Property("thm-keep")
+    },
+    mistakes={
+        "That is the share of the squares.": lambda w, b: _leak(w, b) ** 2,
+        "That is what leaks, not its share.": lambda w, b: float((w @ b).norm()),
+        "That is the share outside of the kept space, where a change may be.": lambda w, b: float(
+            (w - w @ b @ b.T).norm() / w.norm()
         ),
-        Mistake(
-            "The norms are Frobenius norms: every row counts.",
-            lambda w, b: float(torch.linalg.matrix_norm(w @ b, 2) / torch.linalg.matrix_norm(w, 2)),
+        "The norms are Frobenius norms: every row counts.": lambda w, b: float(
+            torch.linalg.matrix_norm(w @ b, 2) / torch.linalg.matrix_norm(w, 2)
         ),
-    ],
+    },
 )
 """How much of a step lies in the space that was to be kept."""
 
@@ -187,31 +170,24 @@ recall_at = Check(
     gives="number",
     cases=_queries_case,
     answer=_recall,
-    properties=[
-        Property(
-            "eq-real-recall",
-            "The mean share of the k nearest in the index, by inner products, that are found "
-            "again.",
-        )
-    ],
-    mistakes=[
-        Mistake("The order among the k does not count, only whether each is found.", _same_places),
-        Mistake(
-            "The nearest have the *largest* inner products.",
-            lambda b, a, index, k: _recall(-b, -a, index, k),
+    properties={
+        "The mean share of the k nearest in the index, "
+        "by inner products, that are found again.": Property("eq-real-recall")
+    },
+    mistakes={
+        "The order among the k does not count, only whether each is found.": _same_places,
+        "The nearest have the *largest* inner products.": lambda b, a, index, k: _recall(
+            -b, -a, index, k
         ),
-        Mistake(
-            "That is how many are found: divide by k.",
-            lambda b, a, index, k: _recall(b, a, index, k) * k,
+        "That is how many are found: divide by k.": lambda b, a, index, k: (
+            _recall(b, a, index, k) * k
         ),
-        Mistake(
-            "Look at k neighbours, not at the first alone.",
-            lambda b, a, index, k: _recall(b, a, index, 1),
+        "Look at k neighbours, not at the first alone.": lambda b, a, index, k: _recall(
+            b, a, index, 1
         ),
-        Mistake(
-            "That is the sum over the queries: take their mean.",
-            lambda b, a, index, k: _recall(b, a, index, k) * len(b),
+        "That is the sum over the queries: take their mean.": lambda b, a, index, k: (
+            _recall(b, a, index, k) * len(b)
         ),
-    ],
+    },
 )
 """How much of an old index old queries still find with a new model."""
