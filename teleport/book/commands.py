@@ -42,13 +42,7 @@ def _built(
             progress("pages", done, of)
 
         return build(
-            book,
-            out,
-            run=run,
-            form=form,
-            repository=repository,
-            started=started,
-            progress=paged,
+            book, out, run=run, form=form, repository=repository, started=started, progress=paged
         )
 
 

@@ -13,13 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from teleport.book.coq_source import (
-    LIBRARY,
-    FormalStatement,
-    ProofFile,
-    read_proofs,
-    required,
-)
+from teleport.book.coq_source import LIBRARY, FormalStatement, ProofFile, read_proofs, required
 from teleport.book.ledger import theorems
 from teleport.errors import BookError
 

@@ -53,10 +53,15 @@ def near(a: Tensor, b: Tensor, tolerance: float = ANSWER_TOLERANCE) -> bool:
     return bool(same.all())
 
 
+def vanishes(tensor: Tensor) -> bool:
+    """Whether all entries are 0 up to rounding."""
+    return near(tensor, torch.zeros_like(tensor))
+
+
 def factor(answer: Any, expected: Any) -> float | None:
     """The number c with ``answer = c expected``, if there is one and ``expected`` is not 0."""
     a, b = _flat(answer), _flat(expected)
-    if a is None or b is None or a.shape != b.shape or near(b, torch.zeros_like(b)):
+    if a is None or b is None or a.shape != b.shape or vanishes(b):
         return None
     c = float((a @ b) / (b @ b))
     return c if near(a, c * b) else None

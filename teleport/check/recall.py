@@ -115,13 +115,7 @@ def _parts(seal: str) -> tuple[str, int, str]:
 
 
 def _verdict(
-    name: str,
-    passed: bool,
-    answer: Any,
-    expected: str,
-    hint: str,
-    theorem: str,
-    quiet: bool,
+    name: str, passed: bool, answer: Any, expected: str, hint: str, theorem: str, quiet: bool
 ) -> Verdict:
     verdict = Verdict(
         check=name,

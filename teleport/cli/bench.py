@@ -56,13 +56,7 @@ def bench(
     command = COMMAND_LINE.get()
     with step_progress(None, folder, "job") as progress:
         benchmarks.run_benchmarks(
-            names,
-            preset,
-            where,
-            folder,
-            threads=threads,
-            command=command,
-            progress=progress,
+            names, preset, where, folder, threads=threads, command=command, progress=progress
         )
     show(folder)
     if before is not None:

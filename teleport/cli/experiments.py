@@ -271,10 +271,7 @@ def sweep(
 
 
 def _sweep(
-    cells: "list[Job]",
-    folder: Path,
-    processes: int,
-    scheduler: str | None,
+    cells: "list[Job]", folder: Path, processes: int, scheduler: str | None
 ) -> "list[Failure]":
     from teleport.lab.experiments.executors import Processes, cluster, run_jobs
     from teleport.lab.experiments.sweep import Job, total_steps

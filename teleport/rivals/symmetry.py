@@ -131,11 +131,7 @@ class SymmetryTeleporter(Rival):
             return list(torch.autograd.grad(moved, eyes, cotangents))
 
     def _act(
-        self,
-        matrices: Sequence[Tensor],
-        rows: Tensor,
-        elements: Sequence[Tensor],
-        inverse: str,
+        self, matrices: Sequence[Tensor], rows: Tensor, elements: Sequence[Tensor], inverse: str
     ) -> list[Tensor]:
         kind = self.pseudo_inverse
         if self._functions:

@@ -1,7 +1,6 @@
 """Chapter 1: level sets that one can draw."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,10 +160,6 @@ def _level_case(draw: Draw) -> Case:
     }
 
 
-def _first_order(case: Case, got: Any) -> bool:
-    return alike(case["gradient"] @ got, -case["drift"])
-
-
 level_set_step = Check(
     name="level_set_step",
     takes={"gradient": "[d], not 0", "ascent": "[d], Hg", "eta": "> 0", "drift": "L(ω) - L(ω₀)"},
@@ -173,7 +168,9 @@ level_set_step = Check(
     answer=_linearised,
     properties={
         "To first order the step undoes the drift and changes the loss by nothing else: "
-        "⟨g, d⟩ = -(L(ω) - L(ω₀)).": Property("thm-linearised", _first_order),
+        "⟨g, d⟩ = -(L(ω) - L(ω₀)).": Property(
+            "thm-linearised", lambda case, got: alike(case["gradient"] @ got, -case["drift"])
+        ),
         "d = η (Hg - λ g) - c g.": Property("thm-linearised"),
     },
     mistakes={

@@ -1,6 +1,7 @@
 """Chapter 2: what rank means in floating point, and bases for a share of the energy."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,17 +28,7 @@ def _root(matrix: Tensor) -> float:
     return math.sqrt(matrix.shape[1])
 
 
-def _rank(matrix: Tensor) -> int:
-    return _cut_at(matrix, _root(matrix) * _eps(matrix))
-
-
-def _largest(matrix: Tensor) -> Tensor:
-    largest: Tensor = torch.linalg.svdvals(matrix)[0]
-    return largest
-
-
-def _one(matrix: Tensor) -> Tensor:
-    return matrix.new_ones(())
+_largest = partial(torch.linalg.matrix_norm, ord=2)
 
 
 def _not_strict(matrix: Tensor) -> int:
@@ -72,7 +63,7 @@ rank = Check(
     takes={"matrix": "[n, d]"},
     gives="whole number",
     cases=_rank_case,
-    answer=_rank,
+    answer=lambda m: _cut_at(m, _root(m) * _eps(m)),
     properties={
         "The rank is the number of singular values strictly above √d · eps · ‖matrix‖_F.": Property(
             "thm-rank"
@@ -99,7 +90,7 @@ rank = Check(
         "The comparison must be strict (>): "
         "in a zero matrix every value equals the cut.": _not_strict,
         "The cut is relative: it is a share of the norm of the matrix.": lambda m: _cut_at(
-            m, _root(m) * _eps(m), _one
+            m, _root(m) * _eps(m), lambda _: 1.0
         ),
         "A cumulated sum that reaches its total is no rank: small values vanish beside large ones, "
         "and rounding can miss the total.": _cumulated,
@@ -167,6 +158,10 @@ def _basis(rows: Tensor, tau: float) -> Tensor:
     return reference.significant_basis(rows.T, tau)
 
 
+def _count(rows: Tensor, tau: float) -> int:
+    return reference.equation_3(rows.T, tau)
+
+
 def _leading(rows: Tensor, count: int) -> Tensor:
     vectors: Tensor = torch.linalg.svd(rows, full_matrices=True).Vh.T
     return vectors[:, :count]
@@ -196,16 +191,9 @@ _ORTHONORMAL = {
 }
 
 
-def _basis_by(vectors_of: Any, count_of: Any) -> Any:
-    return lambda rows, tau: vectors_of(rows)[:, : count_of(torch.linalg.svdvals(rows), rows, tau)]
-
-
-def _right_count(values: Tensor, rows: Tensor, tau: float) -> int:
-    return reference.equation_3(rows.T, tau)
-
-
-def _all(rows: Tensor) -> Tensor:
-    return _leading(rows, rows.shape[1])
+def _basis_without_squares(rows: Tensor, tau: float) -> Tensor:
+    roots = torch.linalg.svdvals(rows).sqrt()
+    return _leading(rows, _energy_rank(roots, tau) if tau < 1 else _count(rows, tau))
 
 
 basis = Check(
@@ -218,8 +206,7 @@ basis = Check(
         **_ORTHONORMAL,
         "k is the smallest number of directions that hold a share τ of the energy; "
         "at τ = 1 the numerical rank.": Property(
-            "thm-rank",
-            lambda case, got: got.shape[1] == reference.equation_3(case["rows"].T, case["tau"]),
+            "thm-rank", lambda case, got: got.shape[1] == _count(case["rows"], case["tau"])
         ),
         "The columns span the leading directions of the input rows.": Property(
             "thm-span",
@@ -227,34 +214,29 @@ basis = Check(
         ),
     },
     mistakes={
-        "k is one short: the direction that reaches the share τ is kept, too.": _basis_by(
-            _all, lambda v, rows, tau: _right_count(v, rows, tau) - 1
+        "k is one short: the direction that reaches the share τ is kept, too.": lambda rows, tau: (
+            _leading(rows, _count(rows, tau) - 1)
         ),
         "k is one too large: nothing is left of the null space that this "
-        "direction was in.": _basis_by(_all, lambda v, rows, tau: _right_count(v, rows, tau) + 1),
-        "τ is not used: this is the basis for τ = 1.": _basis_by(
-            _all, lambda v, rows, tau: _right_count(v, rows, 1.0)
+        "direction was in.": lambda rows, tau: _leading(rows, _count(rows, tau) + 1),
+        "τ is not used: this is the basis for τ = 1.": lambda rows, tau: _leading(
+            rows, _count(rows, 1.0)
         ),
-        "All singular vectors are kept, also those whose singular value is 0.": _basis_by(
-            _all, lambda v, rows, tau: len(v)
+        "All singular vectors are kept, also those whose singular value is 0.": lambda rows, tau: (
+            _leading(rows, min(rows.shape))
         ),
-        "Energy is the sum of *squares*: square the singular values.": _basis_by(
-            _all,
-            lambda v, rows, tau: (
-                _energy_rank(v.sqrt(), tau) if tau < 1 else _right_count(v, rows, tau)
-            ),
-        ),
+        "Energy is the sum of *squares*: square the singular values.": _basis_without_squares,
         "These are the singular vectors of the wrong side: the directions of the *samples*. "
         "With samples as rows the inputs' directions are the rows of Vh.": lambda rows, tau: (
-            torch.linalg.svd(rows, full_matrices=False).U[:, : reference.equation_3(rows.T, tau)]
+            torch.linalg.svd(rows, full_matrices=False).U[:, : _count(rows, tau)]
         ),
         "torch.linalg.svd returns Vh, "
         "the transposed of V: its *rows* are the vectors.": lambda rows, tau: torch.linalg.svd(
             rows, full_matrices=True
-        ).Vh[:, : reference.equation_3(rows.T, tau)],
-        "You return the directions that are *not* kept, the null space.": lambda rows, tau: _all(
-            rows
-        )[:, reference.equation_3(rows.T, tau) :],
+        ).Vh[:, : _count(rows, tau)],
+        "You return the directions that are *not* kept, the null space.": lambda rows, tau: (
+            _leading(rows, rows.shape[1])[:, _count(rows, tau) :]
+        ),
     },
     fits=basis_misfit,
     view=projector,
@@ -270,10 +252,6 @@ def _batches_case(draw: Draw) -> Case:
 
 def _merged(batches: list[Tensor]) -> Tensor:
     return _basis(torch.cat(batches), 1.0)
-
-
-def _joined(batches: list[Tensor]) -> Tensor:
-    return torch.cat([_basis(rows, 1.0) for rows in batches], dim=1)
 
 
 merged_basis = Check(
@@ -297,7 +275,9 @@ merged_basis = Check(
             batches[0], 1.0
         ),
         "The bases of the batches side by side are not orthonormal: "
-        "decompose them together.": _joined,
+        "decompose them together.": lambda batches: torch.cat(
+            [_basis(b, 1.0) for b in batches], dim=1
+        ),
         "The mean of the batches is one batch; what has to stay are "
         "all their rows.": lambda batches: _basis(torch.stack([b.mean(0) for b in batches]), 1.0),
         "The rows were centred: a null space is about the rows themselves, "

@@ -1,6 +1,7 @@
 """Chapter 3: span, invariance, projection, what survives it, and one teleport by hand."""
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from teleport import reference
-from teleport.check.answers import alike
+from teleport.check.answers import alike, vanishes
 from teleport.check.draw import Draw
 from teleport.check.engine import Case, Check, Property
 from teleport.check.literal import literal
@@ -62,22 +63,20 @@ def ascent(
     return list(torch.autograd.grad(of(square), leaves, materialize_grads=True))
 
 
-def _with_one(inputs: Tensor) -> Tensor:
+def with_one(inputs: Tensor) -> Tensor:
+    """Inputs ``[*, d]`` as rows ``[n, d + 1]``, with a 1 for the bias."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     return torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
-
-
-def _inputs_case(draw: Draw) -> Case:
-    leading = draw.choice((2,), (1,), (2, 2), ())
-    return {"inputs": draw.matrix(*leading, draw.choice(2, 1, 3))}
 
 
 rows = Check(
     name="rows",
     takes={"inputs": "[*, d]"},
     gives="[n, d + 1]",
-    cases=_inputs_case,
-    answer=_with_one,
+    cases=lambda draw: {
+        "inputs": draw.matrix(*draw.choice((2,), (1,), (2, 2), ()), draw.choice(2, 1, 3))
+    },
+    answer=with_one,
     properties={
         "One row for each position of a layer's input, with a 1 appended for the bias.": Property(
             "thm-span"
@@ -87,35 +86,30 @@ rows = Check(
         "The bias column is forgotten: append a 1 to every row.": lambda x: x.reshape(
             -1, x.shape[-1]
         ),
-        "The bias is the *last* column of the weights, so the 1 comes last.": lambda x: _with_one(
+        "The bias is the *last* column of the weights, so the 1 comes last.": lambda x: with_one(
             x
         ).roll(1, dims=1),
         "These are the inputs as columns, R; "
-        "here they are wanted as rows, its transposed.": lambda x: _with_one(x).T,
+        "here they are wanted as rows, its transposed.": lambda x: with_one(x).T,
         "The leading axes (samples, tokens) all become one: reshape(-1, d) first.": lambda x: (
             torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
         ),
         "The bias column is 1, not 0: a bias is a weight on an input that is 1.": lambda x: (
-            _with_one(x) * torch.tensor([1.0] * x.shape[-1] + [0.0]).double()
+            with_one(x) * torch.tensor([1.0] * x.shape[-1] + [0.0]).double()
         ),
     },
 )
 """A layer's inputs as rows, bias included."""
 
 
-def _products_case(draw: Draw) -> Case:
-    count = draw.choice(2, 1, 3)
-    return {
-        "delta": draw.matrix(count, draw.choice(1, 2, 3)),
-        "rows": draw.matrix(count, draw.choice(2, 1, 3)),
-    }
-
-
 weight_gradient = Check(
     name="weight_gradient",
     takes={"delta": "[n, d_out]", "rows": "[n, d_in]"},
     gives="[d_out, d_in]",
-    cases=_products_case,
+    cases=lambda draw: {
+        "delta": draw.matrix(count := draw.choice(2, 1, 3), draw.choice(1, 2, 3)),
+        "rows": draw.matrix(count, draw.choice(2, 1, 3)),
+    },
     answer=lambda delta, rows: delta.T @ rows,
     properties={
         "The gradient by the weights is the sum over the samples of δ xᵀ.": Property("thm-span")
@@ -147,10 +141,6 @@ def _projection_case(draw: Draw) -> Case:
     }
 
 
-def _dead(case: Case, got: Tensor) -> bool:
-    return alike(got @ case["basis"], torch.zeros_like(case["gradient"] @ case["basis"]))
-
-
 def _only_kept(case: Case, got: Tensor) -> bool:
     removed = case["gradient"] - got
     return alike(removed @ case["basis"] @ case["basis"].T, removed)
@@ -164,7 +154,7 @@ projection = Check(
     answer=reference.equation_11,
     properties={
         "What is left must not act on the kept inputs, π(G) B = 0: then the loss stays.": Property(
-            "thm-invariance", _dead
+            "thm-invariance", lambda case, got: vanishes(got @ case["basis"])
         ),
         "Nothing but the part in the span is removed: G - π(G) lies in the span of B.": Property(
             "thm-layerwise", _only_kept
@@ -213,10 +203,7 @@ survivor = Check(
     answer=_survivor,
     properties={
         "The direction must not act on the kept inputs: π(Hg) B = 0.": Property(
-            "thm-invariance",
-            lambda case, got: alike(
-                got @ case["basis"], torch.zeros(len(got), case["basis"].shape[1])
-            ),
+            "thm-invariance", lambda case, got: vanishes(got @ case["basis"])
         ),
         "π(Hg) is the sum over the samples of δ (P ẋ)ᵀ.": Property("thm-survivor"),
     },
@@ -238,7 +225,7 @@ survivor = Check(
 """The projected direction of one layer from δ and the tangents of its inputs."""
 
 
-def _network(draw: Draw, turned: bool = True) -> tuple[Weights, SquaredError, list[Tensor]]:
+def _network(draw: Draw, turned: bool = True) -> Case:
     """Two linear layers whose inputs on the batch have known orthonormal bases, axes or not."""
     size, width, out = draw.choice(2, 3), draw.choice(2, 3), draw.choice(1, 2)
     axis, samples = draw.integer(0, size - 1), draw.choice(1, 2)
@@ -251,19 +238,14 @@ def _network(draw: Draw, turned: bool = True) -> tuple[Weights, SquaredError, li
     second = draw.matrix(out, width, low=-2, high=2)
     input_basis = torch.eye(size, dtype=torch.float64)[:, axis : axis + 1].clone()
     loss = SquaredError(x, draw.matrix(out, samples))
-    return [first, second], loss, [input_basis, hidden]
-
-
-def _objective_case(draw: Draw) -> Case:
-    weights, loss, _ = _network(draw)
-    return {"weights": weights, "loss": loss}
+    return {"weights": [first, second], "loss": loss, "bases": [input_basis, hidden]}
 
 
 teleport_gradient = Check(
     name="teleport_gradient",
     takes={"weights": "list of [d_out, d_in]", "loss": "of the weights"},
     gives="list of [d_out, d_in]",
-    cases=_objective_case,
+    cases=lambda draw: {k: v for k, v in _network(draw).items() if k != "bases"},
     answer=ascent,
     properties={
         "The gradient of the teleport objective T = ½ ‖g‖² is Hg, "
@@ -296,11 +278,6 @@ def _layer_by_layer(weights: Weights, loss: Callable[[Weights], Tensor]) -> Weig
     ]
 
 
-def _step_case(draw: Draw) -> Case:
-    weights, loss, bases = _network(draw)
-    return {"weights": weights, "loss": loss, "bases": bases, "eta": draw.choice(1.0, 0.5, 0.25)}
-
-
 def _project(parts: Weights, bases: Weights) -> Weights:
     return [reference.equation_11(part, basis) for part, basis in zip(parts, bases, strict=True)]
 
@@ -322,7 +299,7 @@ teleport_step = Check(
         "eta": "> 0",
     },
     gives="list of [d_out, d_in]",
-    cases=_step_case,
+    cases=lambda draw: {**_network(draw), "eta": draw.choice(1.0, 0.5, 0.25)},
     answer=_step,
     properties={
         "The loss on the batch is the same after the step.": Property("thm-invariance", _same_loss),
@@ -364,21 +341,16 @@ teleport_step = Check(
 
 
 def _walk(
-    weights: Weights, loss: Any, bases: Weights, eta: float, steps: int, cap: float
-) -> Weights:
-    return _walk_while(lambda w: _norm(w, loss) <= cap, weights, loss, bases, eta, steps)
-
-
-def _walk_while(
-    allowed: Callable[[Weights], bool],
     weights: Weights,
     loss: Any,
     bases: Weights,
     eta: float,
     steps: int,
+    cap: float,
+    goes: Callable[[float, float], bool] = operator.le,
 ) -> Weights:
     for _ in range(steps):
-        if not allowed(weights):
+        if not goes(_norm(weights, loss), cap):
             break
         weights = _step(weights, loss, bases, eta)
     return weights
@@ -389,23 +361,17 @@ def _norm(weights: Weights, loss: Any) -> float:
 
 
 def _cap_case(draw: Draw) -> Case:
-    weights, loss, bases = _network(draw, turned=False)
+    network = _network(draw, turned=False)
     eta, steps = draw.choice(0.125, 0.0625), draw.choice(2, 1, 3)
     # A limit near the norm at some point of the walk, so that it matters where one looks at it.
-    behind = _walk(weights, loss, bases, eta, draw.integer(0, steps), float("inf"))
-    limit = math.floor(_norm(behind, loss)) + 0.5
-    return {
-        "weights": weights,
-        "loss": loss,
-        "bases": bases,
-        "eta": eta,
-        "steps": steps,
-        "limit": limit,
-    }
+    behind = _walk(**network, eta=eta, steps=draw.integer(0, steps), cap=math.inf)
+    limit = math.floor(_norm(behind, network["loss"])) + 0.5
+    return {**network, "eta": eta, "steps": steps, "limit": limit}
 
 
-def _steps_back(weights: Weights, loss: Any, bases: Weights, *rest: Any) -> Weights:
-    eta, steps, cap = rest
+def _steps_back(
+    weights: Weights, loss: Any, bases: Weights, eta: float, steps: int, cap: float
+) -> Weights:
     for _ in range(steps):
         new = _step(weights, loss, bases, eta)
         if _norm(new, loss) > cap:
@@ -435,7 +401,7 @@ cap = Check(
     mistakes={
         "The cap is not used: "
         "stop as soon as the gradient norm is above it.": lambda w, loss, b, eta, steps, cap: _walk(
-            w, loss, b, eta, steps, float("inf")
+            w, loss, b, eta, steps, math.inf
         ),
         "The cap is on the norm ‖g‖, and you compare it with its square or half of that.": (
             lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, cap**0.5),
@@ -447,8 +413,8 @@ cap = Check(
         ),
         "You drop the step that passes the cap; "
         "the walk ends *behind* it, as in the paper.": _steps_back,
-        "You walk while the norm is *above* the cap.": lambda w, loss, b, eta, steps, cap: (
-            _walk_while(lambda new: _norm(new, loss) > cap, w, loss, b, eta, steps)
+        "You walk while the norm is *above* the cap.": lambda w, loss, b, eta, steps, cap: _walk(
+            w, loss, b, eta, steps, cap, operator.gt
         ),
         "There is one step too few.": lambda w, loss, b, eta, steps, cap: _walk(
             w, loss, b, eta, steps - 1, cap
@@ -467,26 +433,20 @@ def _tied_case(draw: Draw) -> Case:
     }
 
 
-def _tied(gradient: Tensor, basis: Tensor, hidden: Tensor) -> Tensor:
-    return reference.equation_12(reference.equation_11(gradient, basis), hidden)
-
-
-def _vanishes(product: Tensor) -> bool:
-    return alike(product, torch.zeros_like(product))
-
-
 tied_projection = Check(
     name="tied_projection",
     takes={"gradient": "[h, d]", "basis": "[d, k]", "hidden_basis": "[h, m]"},
     gives="[h, d]",
     cases=_tied_case,
-    answer=_tied,
+    answer=lambda gradient, basis, hidden: reference.equation_12(
+        reference.equation_11(gradient, basis), hidden
+    ),
     properties={
         "The use as W x: the change must not act on the span of the inputs.": Property(
-            "thm-invariance", lambda case, got: _vanishes(got @ case["basis"])
+            "thm-invariance", lambda case, got: vanishes(got @ case["basis"])
         ),
         "The use as Wᵀ s: the transposed change must not act on the span of the s.": Property(
-            "thm-invariance", lambda case, got: _vanishes(got.T @ case["hidden_basis"])
+            "thm-invariance", lambda case, got: vanishes(got.T @ case["hidden_basis"])
         ),
         "Nothing but what acts on one of the two spans is removed.": Property("thm-layerwise"),
     },

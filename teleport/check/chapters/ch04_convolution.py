@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from teleport import reference
-from teleport.check.answers import alike
+from teleport.check.answers import vanishes
 from teleport.check.draw import Draw
 from teleport.check.engine import Case, Check, Property
 
 
-def _ones(patches: Tensor) -> Tensor:
-    return torch.cat([patches, patches.new_ones(len(patches), 1)], dim=1)
+def _ones(patches: Tensor, one: float = 1.0) -> Tensor:
+    return torch.cat([patches, patches.new_full((len(patches), 1), one)], dim=1)
 
 
 def _rows(images: Tensor, size: int, stride: int, padding: int) -> Tensor:
@@ -94,8 +94,7 @@ def _group_case(draw: Draw) -> Case:
 
 def _in_group(case: Case, got: Tensor) -> bool:
     groups = got.unflatten(0, (len(case["bases"]), -1))
-    product = groups @ case["bases"]
-    return alike(product, torch.zeros_like(product))
+    return vanishes(groups @ case["bases"])
 
 
 def _interleaved(gradient: Tensor, bases: Tensor) -> Tensor:
@@ -174,13 +173,9 @@ def _layer(
     gradient: Tensor, inputs: Tensor, tau: float, one: float = 1.0, power: int = 2
 ) -> Tensor:
     blocks = gradient.unflatten(0, (len(inputs), -1))
-    bases = [_kept(_ones(own) * _last(own, one), tau, power) for own in inputs]
+    bases = [_kept(_ones(own, one), tau, power) for own in inputs]
     parts = [reference.equation_11(g, b) for g, b in zip(blocks, bases, strict=True)]
     return torch.cat(parts)
-
-
-def _last(rows: Tensor, one: float) -> Tensor:
-    return torch.cat([rows.new_ones(rows.shape[1]), rows.new_full((1,), one)])
 
 
 def _left(gradient: Tensor, inputs: Tensor, tau: float) -> Tensor:
@@ -188,10 +183,6 @@ def _left(gradient: Tensor, inputs: Tensor, tau: float) -> Tensor:
     blocks = gradient.unflatten(0, (len(inputs), -1))
     pairs = zip(blocks, inputs, strict=True)
     return torch.cat([reference.equation_12(g, _kept(_ones(own), tau)) for g, own in pairs])
-
-
-def _of_first(gradient: Tensor, inputs: Tensor, tau: float) -> Tensor:
-    return reference.equation_11(gradient, _kept(_ones(inputs[0]), tau))
 
 
 def _of_gradient(gradient: Tensor, inputs: Tensor, tau: float) -> Tensor:
@@ -208,10 +199,13 @@ layer_projection = Check(
     properties={
         "Each group's rows, a 1 appended, keep the smallest k with the share tau of the sum of "
         "*squared* singular values; the gradient of its output channels is projected out "
-        "of these k directions, from the right.": Property("thm-rank"),
+        "of these k directions, from the right.": Property("thm-rank")
     },
     mistakes={
-        "One bug is left, the groups: the basis of the first group is used for all.": _of_first,
+        "One bug is left, the groups: "
+        "the basis of the first group is used for all.": lambda g, x, tau: reference.equation_11(
+            g, _kept(_ones(x[0]), tau)
+        ),
         "One bug is left, the bias: the rows need a 1 as their last entry.": lambda g, x, tau: (
             _layer(g, x, tau, one=0.0)
         ),

@@ -5,18 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from teleport.check.answers import alike
+from teleport.check.answers import alike, vanishes
+from teleport.check.chapters.ch03_mlp import with_one
 from teleport.check.draw import Draw
 from teleport.check.engine import Case, Check, Property
-
-
-def _rows(tokens: Tensor) -> Tensor:
-    flat = tokens.reshape(-1, tokens.shape[-1])
-    return torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
-
-
-def _three(queries: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _rows(queries), _rows(context), _rows(context)
 
 
 def _tokens_case(draw: Draw) -> Case:
@@ -25,6 +17,10 @@ def _tokens_case(draw: Draw) -> Case:
         "queries": draw.matrix(samples, draw.choice(1, 2), width),
         "context": draw.matrix(samples, draw.choice(2, 1, 3), width),
     }
+
+
+def _rows_of(*tokens: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(with_one, tokens))
 
 
 def _of_each(make: Any) -> Any:
@@ -36,7 +32,7 @@ attention_rows = Check(
     takes={"queries": "[n, T, D]", "context": "[n, S, D]"},
     gives="(R_q, R_k, R_v) as rows",
     cases=_tokens_case,
-    answer=_three,
+    answer=_of_each(with_one),
     properties={
         "q reads the tokens of the queries; k and v read those of the context: "
         "one row for each token of each sample, with a 1 for the bias.": Property("thm-span")
@@ -45,30 +41,22 @@ attention_rows = Check(
         "The bias column is forgotten: append a 1 to every row.": _of_each(
             lambda x: x.reshape(-1, x.shape[-1])
         ),
-        "Keys and values read the context, not the queries.": lambda q, c: (
-            _rows(q),
-            _rows(q),
-            _rows(q),
-        ),
+        "Keys and values read the context, not the queries.": lambda q, c: _rows_of(q, q, q),
         "Only keys and values read the context; queries have rows of their own.": lambda q, c: (
-            _rows(c),
-            _rows(c),
-            _rows(c),
+            _rows_of(c, c, c)
         ),
-        "Queries and context are swapped.": lambda q, c: (_rows(c), _rows(q), _rows(q)),
+        "Queries and context are swapped.": lambda q, c: _rows_of(c, q, q),
         "Values are made from the context like keys; only their weights differ.": lambda q, c: (
-            _rows(q),
-            _rows(c),
-            _rows(q),
+            _rows_of(q, c, q)
         ),
         "The mean over the tokens loses rows: every token of every sample counts.": _of_each(
-            lambda x: _rows(x.mean(1))
+            lambda x: with_one(x.mean(1))
         ),
         "Only the first sample is there: join the tokens of all samples.": _of_each(
-            lambda x: _rows(x[:1])
+            lambda x: with_one(x[:1])
         ),
         "These are the tokens as columns; here they are wanted as rows.": _of_each(
-            lambda x: _rows(x).T
+            lambda x: with_one(x).T
         ),
         "Samples and tokens stay two axes: flatten them into one.": _of_each(
             lambda x: torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
@@ -96,11 +84,6 @@ def _normed(case: Case) -> Tensor:
     return torch.cat([gamma * centred + beta, centred.new_ones(len(gamma), 1)], dim=1)
 
 
-def _orthogonal(case: Case, got: Tensor) -> bool:
-    product = _normed(case) @ got
-    return alike(product, torch.zeros_like(product))
-
-
 layernorm_direction = Check(
     name="layernorm_direction",
     takes={"gamma": "[d], no 0", "beta": "[d]"},
@@ -109,7 +92,7 @@ layernorm_direction = Check(
     answer=_direction,
     properties={
         "The direction is orthogonal to every row behind the LayerNorm, its 1 included.": Property(
-            "thm-layernorm", _orthogonal
+            "thm-layernorm", lambda case, got: vanishes(_normed(case) @ got)
         ),
         "The direction is not 0.": Property(
             "thm-layernorm", lambda case, got: bool(got.norm() > 1e-9)
@@ -136,21 +119,15 @@ layernorm_direction = Check(
 """The direction of a map behind a LayerNorm that no data can see."""
 
 
-def _causal_case(draw: Draw) -> Case:
-    tokens = draw.integer(1, 4)
-    return {"tokens": tokens, "read": draw.integer(0, tokens - 1)}
-
-
-def _counts(tokens: int, read: int) -> Tensor:
-    return torch.arange(tokens) <= read
-
-
 causal_tokens = Check(
     name="causal_tokens",
     takes={"tokens": "T", "read": "position the loss reads, from 0"},
     gives="[T], True or False",
-    cases=_causal_case,
-    answer=_counts,
+    cases=lambda draw: {
+        "tokens": (tokens := draw.integer(1, 4)),
+        "read": draw.integer(0, tokens - 1),
+    },
+    answer=lambda tokens, read: torch.arange(tokens) <= read,
     properties={
         "Under a causal mask a loss that reads one position depends on the tokens up to it, "
         "itself included: only their keys and values have to stay.": Property("thm-invariance")
@@ -184,10 +161,6 @@ ELEMENTS = (
 """Invertible, and their inverses have no rounding."""
 
 
-def _moved(query: Tensor, key: Tensor, element: Tensor) -> tuple[Tensor, Tensor]:
-    return element @ query, torch.linalg.inv(element).T @ key
-
-
 def _move_case(draw: Draw) -> Case:
     element = torch.tensor(draw.choice(*ELEMENTS), dtype=torch.float64)
     width = draw.choice(2, 1, 3)
@@ -203,7 +176,7 @@ qk_move = Check(
     takes={"query": "[h, d]", "key": "[h, d]", "element": "[h, h], invertible"},
     gives="(query [h, d], key [h, d])",
     cases=_move_case,
-    answer=_moved,
+    answer=lambda q, k, a: (a @ q, torch.linalg.inv(a).T @ k),
     properties={
         "Every score qᵀk is as before, for any two tokens: W_qᵀ W_k stays the same.": Property(
             "eq-att-head", lambda case, got: alike(got[0].T @ got[1], case["query"].T @ case["key"])

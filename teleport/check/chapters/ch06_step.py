@@ -9,11 +9,6 @@ from torch import Tensor
 from teleport.check.answers import alike
 from teleport.check.engine import Case, Check, Property
 
-
-def _degree(moved: list[bool]) -> int:
-    return 2 * sum(moved[1:])
-
-
 polynomial_degree = Check(
     name="polynomial_degree",
     takes={"moved": "list of True or False, first layer first"},
@@ -21,7 +16,7 @@ polynomial_degree = Check(
     cases=lambda draw: {
         "moved": [draw.choice(False, True) for _ in range(draw.choice(2, 1, 3, 4))]
     },
-    answer=_degree,
+    answer=lambda moved: 2 * sum(moved[1:]),
     properties={
         "Along a ray of the null spaces of an MLP the degree of T is twice the number of moved "
         "layers that the backward pass goes through: "
@@ -89,10 +84,6 @@ growth_step = Check(
 """The step that makes the gradient a wanted factor longer."""
 
 
-def _adam(gradient: Tensor, second_moment: Tensor, eps: float) -> Tensor:
-    return gradient / (second_moment.sqrt() + eps)
-
-
 adam_direction = Check(
     name="adam_direction",
     takes={"gradient": "[d]", "second_moment": "[d], >= 0", "eps": "> 0"},
@@ -102,7 +93,7 @@ adam_direction = Check(
         "second_moment": draw.matrix(size, low=0) ** 2,
         "eps": draw.choice(1.0, 0.5),
     },
-    answer=_adam,
+    answer=lambda g, v, eps: g / (v.sqrt() + eps),
     properties={
         "For Adam M = diag(√v + ε), and the tangent direction is M⁻¹ g.": Property("thm-geometry")
     },
@@ -121,10 +112,6 @@ adam_direction = Check(
 """The direction in which the input of a layer moves when T is measured as Adam sees it."""
 
 
-def _path_degree(blocks: list[list[int]]) -> int:
-    return 2 * (1 + sum(map(max, blocks)))
-
-
 path_degree = Check(
     name="path_degree",
     takes={"blocks": "list of lists: moved layers on each branch of a block, 0 for a skip"},
@@ -135,7 +122,7 @@ path_degree = Check(
             for _ in range(draw.choice(1, 2, 0, 3))
         ]
     },
-    answer=_path_degree,
+    answer=lambda blocks: 2 * (1 + sum(map(max, blocks))),
     properties={
         "The degree of T is twice the number of moved layers on the longest path of an error, from "
         "the loss through the head and every block to the embedding.": Property("thm-polynomial")

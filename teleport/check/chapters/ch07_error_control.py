@@ -28,10 +28,6 @@ def _spectral(matrix: Tensor) -> float:
     return float(torch.linalg.matrix_norm(matrix, 2))
 
 
-def _bound(move: Tensor, rows: Tensor, tau: float) -> float:
-    return _spectral(move) * math.sqrt(1 - tau) * float(rows.norm())
-
-
 def _move_case(draw: Draw) -> Case:
     size, tau = draw.choice(2, 3), draw.choice(*DRIFT_TAUS)
     rows = _axis_rows(draw, size)
@@ -45,7 +41,7 @@ drift_bound = Check(
     takes={"move": "[d_out, d_in], projected at tau", "rows": "[n, d_in]", "tau": "in (0, 1)"},
     gives="number",
     cases=_move_case,
-    answer=_bound,
+    answer=lambda m, r, tau: _spectral(m) * math.sqrt(1 - tau) * float(r.norm()),
     properties={
         "The outputs drift by no more than the bound says: ‖ΔW R‖_F is below it.": Property(
             "thm-drift",

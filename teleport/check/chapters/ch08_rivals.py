@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from teleport.check.answers import alike
+from teleport.check.chapters.ch03_mlp import with_one
 from teleport.check.draw import Draw
 from teleport.check.engine import Case, Check, Property
 
@@ -24,8 +25,7 @@ def undo(s: Tensor) -> Tensor:
 
 def outputs(first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
     """Outputs of the two layers, biases being last columns."""
-    hidden = sigma(rows @ first.T)
-    return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1) @ second.T
+    return with_one(sigma(rows @ first.T)) @ second.T
 
 
 def _bar(element: Tensor) -> Tensor:
@@ -104,8 +104,8 @@ group_action = Check(
             _act(f, s, r, e)[0],
             s @ _bar(2 * torch.eye(len(e), dtype=e.dtype) - e),
         ),
-        "The first layer is multiplied by E. With an activation in between that is not enough: "
-        "solve for weights that "
+        "The first layer is multiplied by E. With an activation in between that is "
+        "not enough: solve for weights that "
         "give σ⁻¹(E S).": lambda f, s, r, e: (e @ f, s @ torch.linalg.inv(_bar(e))),
         "E is transposed: with samples as rows the activations become S Eᵀ.": lambda f, s, r, e: (
             _act(f, s, r, e.T)
@@ -136,8 +136,7 @@ def _everywhere(case: Case, got: Any) -> bool:
     """Outputs on enough inputs, none of them special."""
     size = case["first"].shape[1] - 1
     grid = torch.cartesian_prod(*[torch.tensor([-2.0, -0.5, 1.0, 3.0]).double()] * size)
-    rows = grid.reshape(-1, size)
-    rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+    rows = with_one(grid.reshape(-1, size))
     first, second = got
     return alike(outputs(first, second, rows), outputs(case["first"], case["second"], rows))
 

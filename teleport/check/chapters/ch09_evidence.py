@@ -13,21 +13,15 @@ LEVEL = 0.05
 """Share of comparisons without a difference that may be called resolved."""
 
 
-def _log_loss(losses: Tensor, baseline: Tensor) -> float:
-    return float((losses / baseline).log().mean())
-
-
-def _losses_case(draw: Draw) -> Case:
-    count = draw.choice(2, 1, 3)
-    return {"losses": draw.positive(count), "baseline": draw.positive(count)}
-
-
 log_loss = Check(
     name="log_loss",
     takes={"losses": "[t], at every evaluation", "baseline": "[t], of the same seed"},
     gives="number",
-    cases=_losses_case,
-    answer=_log_loss,
+    cases=lambda draw: {
+        "losses": draw.positive(count := draw.choice(2, 1, 3)),
+        "baseline": draw.positive(count),
+    },
+    answer=lambda losses, baseline: float((losses / baseline).log().mean()),
     properties={"The mean over the evaluations of log(L / L₀).": Property("eq-exp-resolved")},
     mistakes={
         "The logarithm comes first, then the mean: one large loss is not to decide.": lambda x, b: (

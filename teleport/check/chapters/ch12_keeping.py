@@ -60,10 +60,6 @@ def _joint(tasks: list[Tensor]) -> list[Tensor]:
     return [torch.cat(tasks[: i + 1]) for i in range(len(tasks))]
 
 
-def _free(tasks: list[Tensor]) -> list[int]:
-    return [tasks[0].shape[1] - rank for rank in _ranks(_joint(tasks))]
-
-
 def _running(tasks: list[Tensor], taken: list[int]) -> list[int]:
     size = tasks[0].shape[1]
     return [max(size - sum(taken[: i + 1]), 0) for i in range(len(tasks))]
@@ -80,7 +76,7 @@ free_directions = Check(
     takes={"tasks": "list of [n, d], the inputs of a layer on each task"},
     gives="list of whole numbers, one after each task",
     cases=_tasks_case,
-    answer=_free,
+    answer=lambda tasks: [tasks[0].shape[1] - rank for rank in _ranks(_joint(tasks))],
     properties={
         "After a task those directions are free that *no* input of a task so far has.": Property(
             "thm-keep"
