@@ -52,18 +52,16 @@ rotation = Check(
     mistakes={
         "You turned the point itself. Turn q = J p - (7, 5): "
         "its length squared is the value.": _turn,
-        "You turned the other way: the matrix is [[cos, -sin], [sin, cos]].": lambda point, angle: (
-            _rotated(point, -angle)
+        "You turned the other way: the matrix is [[cos, -sin], [sin, cos]].": lambda p, a: _rotated(
+            p, -a
         ),
-        "You return the turned q. Solve J p = q + (7, 5) for the point.": lambda point, angle: (
-            _turn(BOOTH_MATRIX @ point - BOOTH_SHIFT, angle)
+        "You return the turned q. Solve J p = q + (7, 5) for the point.": lambda p, a: _turn(
+            BOOTH_MATRIX @ p - BOOTH_SHIFT, a
         ),
-        "You forgot to add (7, 5) again before you solve for the point.": lambda p, angle: (
-            torch.linalg.solve(BOOTH_MATRIX, _turn(BOOTH_MATRIX @ p - BOOTH_SHIFT, angle))
+        "You forgot to add (7, 5) again before you solve for the point.": lambda p, a: (
+            torch.linalg.solve(BOOTH_MATRIX, _turn(BOOTH_MATRIX @ p - BOOTH_SHIFT, a))
         ),
-        "The angle is in radians, not in degrees.": lambda point, angle: _rotated(
-            point, math.radians(angle)
-        ),
+        "The angle is in radians, not in degrees.": lambda p, a: _rotated(p, math.radians(a)),
     },
 )
 """A teleport on a level set of Booth's function, by an angle."""

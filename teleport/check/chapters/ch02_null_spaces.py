@@ -214,29 +214,27 @@ basis = Check(
         ),
     },
     mistakes={
-        "k is one short: the direction that reaches the share τ is kept, too.": lambda rows, tau: (
-            _leading(rows, _count(rows, tau) - 1)
+        "k is one short: the direction that reaches the share τ is kept, too.": lambda r, tau: (
+            _leading(r, _count(r, tau) - 1)
         ),
-        "k is one too large: nothing is left of the null space that this "
-        "direction was in.": lambda rows, tau: _leading(rows, _count(rows, tau) + 1),
-        "τ is not used: this is the basis for τ = 1.": lambda rows, tau: _leading(
-            rows, _count(rows, 1.0)
-        ),
-        "All singular vectors are kept, also those whose singular value is 0.": lambda rows, tau: (
-            _leading(rows, min(rows.shape))
+        "k is one too large: nothing is left of the "
+        "null space that this direction was in.": lambda r, tau: _leading(r, _count(r, tau) + 1),
+        "τ is not used: this is the basis for τ = 1.": lambda r, tau: _leading(r, _count(r, 1.0)),
+        "All singular vectors are kept, also those whose singular value is 0.": lambda r, tau: (
+            _leading(r, min(r.shape))
         ),
         "Energy is the sum of *squares*: square the singular values.": _basis_without_squares,
         "These are the singular vectors of the wrong side: the directions of the *samples*. "
-        "With samples as rows the inputs' directions are the rows of Vh.": lambda rows, tau: (
-            torch.linalg.svd(rows, full_matrices=False).U[:, : _count(rows, tau)]
+        "With samples as rows the inputs' directions are the rows of Vh.": lambda r, tau: (
+            torch.linalg.svd(r, full_matrices=False).U[:, : _count(r, tau)]
         ),
         "torch.linalg.svd returns Vh, "
-        "the transposed of V: its *rows* are the vectors.": lambda rows, tau: torch.linalg.svd(
-            rows, full_matrices=True
-        ).Vh[:, : _count(rows, tau)],
-        "You return the directions that are *not* kept, the null space.": lambda rows, tau: (
-            _leading(rows, rows.shape[1])[:, _count(rows, tau) :]
-        ),
+        "the transposed of V: its *rows* are the vectors.": lambda r, tau: torch.linalg.svd(
+            r, full_matrices=True
+        ).Vh[:, : _count(r, tau)],
+        "You return the directions that are *not* kept, the null space.": lambda r, tau: _leading(
+            r, r.shape[1]
+        )[:, _count(r, tau) :],
     },
     fits=basis_misfit,
     view=projector,
@@ -274,10 +272,8 @@ merged_basis = Check(
         "Only the first batch is kept fixed: the later ones will drift.": lambda batches: _basis(
             batches[0], 1.0
         ),
-        "The bases of the batches side by side are not orthonormal: "
-        "decompose them together.": lambda batches: torch.cat(
-            [_basis(b, 1.0) for b in batches], dim=1
-        ),
+        "The bases of the batches side by side are not orthonormal: decompose "
+        "them together.": lambda batches: torch.cat([_basis(b, 1.0) for b in batches], dim=1),
         "The mean of the batches is one batch; what has to stay are "
         "all their rows.": lambda batches: _basis(torch.stack([b.mean(0) for b in batches]), 1.0),
         "The rows were centred: a null space is about the rows themselves, "

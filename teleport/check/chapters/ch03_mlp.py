@@ -116,16 +116,15 @@ weight_gradient = Check(
     },
     mistakes={
         "The sides are transposed: "
-        "rows of the gradient are combinations of *inputs*.": lambda delta, rows: rows.T @ delta,
-        "That is the mean over the samples. A 1/n is in δ already, "
-        "if the loss has one.": lambda delta, rows: delta.T @ rows / len(rows),
-        "Only the first sample counts here: sum over all.": lambda delta, rows: torch.outer(
-            delta[0], rows[0]
+        "rows of the gradient are combinations of *inputs*.": lambda d, r: r.T @ d,
+        "That is the mean over the samples. "
+        "A 1/n is in δ already, if the loss has one.": lambda d, r: d.T @ r / len(r),
+        "Only the first sample counts here: sum over all.": lambda d, r: torch.outer(d[0], r[0]),
+        "Only the last sample counts here: add to the sum, do not overwrite it.": lambda d, r: (
+            torch.outer(d[-1], r[-1])
         ),
-        "Only the last sample counts here: add to the sum, "
-        "do not overwrite it.": lambda delta, rows: torch.outer(delta[-1], rows[-1]),
-        "You multiplied the sums. What is wanted is the sum of the products.": lambda delta, rows: (
-            torch.outer(delta.sum(0), rows.sum(0))
+        "You multiplied the sums. What is wanted is the sum of the products.": lambda d, r: (
+            torch.outer(d.sum(0), r.sum(0))
         ),
     },
 )
@@ -399,10 +398,8 @@ cap = Check(
         "and none from a point whose gradient norm is above the limit.": Property("thm-invariance"),
     },
     mistakes={
-        "The cap is not used: "
-        "stop as soon as the gradient norm is above it.": lambda w, loss, b, eta, steps, cap: _walk(
-            w, loss, b, eta, steps, math.inf
-        ),
+        "The cap is not used: stop as soon as the gradient norm "
+        "is above it.": lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, math.inf),
         "The cap is on the norm ‖g‖, and you compare it with its square or half of that.": (
             lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, cap**0.5),
             lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, (2 * cap) ** 0.5),

@@ -62,13 +62,9 @@ conv_rows = Check(
         "or the numbers of different patches mix.": lambda *case: _ones(
             _unfolded(*case).reshape(-1, _unfolded(*case).shape[1])
         ),
-        "The stride is not used.": lambda images, size, stride, padding: _rows(
-            images, size, 1, padding
-        ),
-        "The padding is not used.": lambda images, size, stride, padding: _rows(
-            images, size, stride, 0
-        ),
-        "Only the first image is unfolded.": lambda images, *rest: _rows(images[:1], *rest),
+        "The stride is not used.": lambda x, k, s, p: _rows(x, k, 1, p),
+        "The padding is not used.": lambda x, k, s, p: _rows(x, k, s, 0),
+        "Only the first image is unfolded.": lambda x, *rest: _rows(x[:1], *rest),
         "The channel runs slowest within a row, "
         "as in weight.flatten(1); here it runs fastest.": _places_last,
         "The 1 comes last, as the bias is the last column of the weights.": lambda *case: _rows(
@@ -202,10 +198,8 @@ layer_projection = Check(
         "of these k directions, from the right.": Property("thm-rank")
     },
     mistakes={
-        "One bug is left, the groups: "
-        "the basis of the first group is used for all.": lambda g, x, tau: reference.equation_11(
-            g, _kept(_ones(x[0]), tau)
-        ),
+        "One bug is left, the groups: the basis of the first group "
+        "is used for all.": lambda g, x, tau: reference.equation_11(g, _kept(_ones(x[0]), tau)),
         "One bug is left, the bias: the rows need a 1 as their last entry.": lambda g, x, tau: (
             _layer(g, x, tau, one=0.0)
         ),

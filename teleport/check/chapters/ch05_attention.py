@@ -100,20 +100,20 @@ layernorm_direction = Check(
     },
     mistakes={
         "The rows are (h - β)/γ with sum 0: the weights are divided by γ, "
-        "not multiplied.": lambda gamma, beta: torch.cat([gamma, -(beta * gamma).sum()[None]]),
-        "The bias entry has the wrong sign: it takes away what "
-        "β contributes.": lambda gamma, beta: torch.cat([1 / gamma, (beta / gamma).sum()[None]]),
-        "The bias entry is missing: with β the rows do "
-        "not sum to 0 without it.": lambda gamma, beta: torch.cat([1 / gamma, gamma.new_zeros(1)]),
-        "β is divided by γ, too, before it is summed.": lambda gamma, beta: torch.cat(
-            [1 / gamma, -beta.sum()[None]]
+        "not multiplied.": lambda g, b: torch.cat([g, -(b * g).sum()[None]]),
+        "The bias entry has the wrong sign: it takes away what β contributes.": lambda g, b: (
+            torch.cat([1 / g, (b / g).sum()[None]])
         ),
-        "All entries equal would be right for γ = 1 only: divide by γ.": lambda gamma, beta: (
-            torch.cat([torch.ones_like(gamma), -beta.sum()[None]])
+        "The bias entry is missing: with β the rows do not sum to 0 without it.": lambda g, b: (
+            torch.cat([1 / g, g.new_zeros(1)])
         ),
-        "The bias is the last entry, not the first.": lambda gamma, beta: _direction(
-            gamma, beta
-        ).roll(1),
+        "β is divided by γ, too, before it is summed.": lambda g, b: torch.cat(
+            [1 / g, -b.sum()[None]]
+        ),
+        "All entries equal would be right for γ = 1 only: divide by γ.": lambda g, b: torch.cat(
+            [torch.ones_like(g), -b.sum()[None]]
+        ),
+        "The bias is the last entry, not the first.": lambda g, b: _direction(g, b).roll(1),
     },
 )
 """The direction of a map behind a LayerNorm that no data can see."""
@@ -133,19 +133,16 @@ causal_tokens = Check(
         "itself included: only their keys and values have to stay.": Property("thm-invariance")
     },
     mistakes={
-        "The position that is read sees itself, too.": lambda tokens, read: (
-            torch.arange(tokens) < read
+        "The position that is read sees itself, too.": lambda t, at: torch.arange(t) < at,
+        "Causal means that a position sees those *before* it, not behind it.": lambda t, at: (
+            torch.arange(t) >= at
         ),
-        "Causal means that a position "
-        "sees those *before* it, not behind it.": lambda tokens, read: torch.arange(tokens) >= read,
-        "These are all tokens: the mask hides those behind the position.": lambda tokens, read: (
-            torch.ones(tokens, dtype=torch.bool)
+        "These are all tokens: the mask hides those behind the position.": lambda t, at: torch.ones(
+            t, dtype=torch.bool
         ),
         "The position that is read alone is not enough: "
-        "its query sees the earlier keys.": lambda tokens, read: torch.arange(tokens) == read,
-        "You marked the tokens that do *not* count.": lambda tokens, read: (
-            torch.arange(tokens) > read
-        ),
+        "its query sees the earlier keys.": lambda t, at: torch.arange(t) == at,
+        "You marked the tokens that do *not* count.": lambda t, at: torch.arange(t) > at,
     },
 )
 """Which tokens count under a causal mask."""

@@ -24,14 +24,14 @@ polynomial_degree = Check(
     },
     mistakes={
         "The backward pass does not go through the first layer: "
-        "its weights are in no δ.": lambda moved: 2 * sum(moved),
-        "T is a *square* of the gradient: twice the degree of δ.": lambda moved: sum(moved[1:]),
-        "Only layers that move count.": lambda moved: 2 * (len(moved) - 1),
-        "It is the first layer that the backward pass leaves out, not the last.": lambda moved: (
-            2 * sum(moved[:-1])
+        "its weights are in no δ.": lambda m: 2 * sum(m),
+        "T is a *square* of the gradient: twice the degree of δ.": lambda m: sum(m[1:]),
+        "Only layers that move count.": lambda m: 2 * (len(m) - 1),
+        "It is the first layer that the backward pass leaves out, not the last.": lambda m: (
+            2 * sum(m[:-1])
         ),
-        "The degrees of the layers add up, as each enters δ once as a factor.": lambda moved: (
-            2 ** sum(moved[1:])
+        "The degrees of the layers add up, as each enters δ once as a factor.": lambda m: (
+            2 ** sum(m[1:])
         ),
     },
 )
@@ -129,19 +129,17 @@ path_degree = Check(
     },
     mistakes={
         "Branches stand side by side: a path takes one of them, "
-        "so take the longest and not their sum.": lambda blocks: 2 * (1 + sum(map(sum, blocks))),
-        "The error passes the head, too: its weights are in every δ before it.": lambda blocks: (
-            2 * sum(map(max, blocks))
+        "so take the longest and not their sum.": lambda b: 2 * (1 + sum(map(sum, b))),
+        "The error passes the head, too: its weights are in every δ before it.": lambda b: (
+            2 * sum(map(max, b))
         ),
-        "T is a *square* of the gradient: twice the degree of δ.": lambda blocks: (
-            1 + sum(map(max, blocks))
-        ),
+        "T is a *square* of the gradient: twice the degree of δ.": lambda b: 1 + sum(map(max, b)),
         "The path ends at the embedding's output: "
-        "the embedding is reached and not passed.": lambda blocks: 2 * (2 + sum(map(max, blocks))),
+        "the embedding is reached and not passed.": lambda b: 2 * (2 + sum(map(max, b))),
         "The longest path counts, not the shortest: "
-        "T has the highest power that occurs.": lambda blocks: 2 * (1 + sum(map(min, blocks))),
-        "Blocks follow one another: the path goes through all, so add them up.": lambda blocks: (
-            2 * (1 + max(map(max, blocks), default=0))
+        "T has the highest power that occurs.": lambda b: 2 * (1 + sum(map(min, b))),
+        "Blocks follow one another: the path goes through all, so add them up.": lambda b: (
+            2 * (1 + max(map(max, b), default=0))
         ),
     },
 )

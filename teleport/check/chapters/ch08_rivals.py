@@ -104,8 +104,8 @@ group_action = Check(
             _act(f, s, r, e)[0],
             s @ _bar(2 * torch.eye(len(e), dtype=e.dtype) - e),
         ),
-        "The first layer is multiplied by E. With an activation in between that is "
-        "not enough: solve for weights that "
+        "The first layer is multiplied by E. With an activation in between that is not enough: "
+        "solve for weights that "
         "give σ⁻¹(E S).": lambda f, s, r, e: (e @ f, s @ torch.linalg.inv(_bar(e))),
         "E is transposed: with samples as rows the activations become S Eᵀ.": lambda f, s, r, e: (
             _act(f, s, r, e.T)

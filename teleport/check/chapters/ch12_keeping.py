@@ -84,13 +84,14 @@ free_directions = Check(
     },
     mistakes={
         "Ranks do not add up where tasks share directions: "
-        "take the rank of all together.": lambda tasks: _running(tasks, _ranks(tasks)),
-        "A sample takes a direction only if it is independent of the others.": lambda tasks: (
-            _running(tasks, [len(rows) for rows in tasks])
+        "take the rank of all together.": lambda t: _running(t, _ranks(t)),
+        "A sample takes a direction only if it is independent of the others.": lambda t: _running(
+            t, [len(rows) for rows in t]
         ),
-        "That is what each task leaves on its own. Earlier tasks "
-        "are to be kept, too.": lambda tasks: [tasks[0].shape[1] - rank for rank in _ranks(tasks)],
-        "Those are the directions that are taken.": lambda tasks: _ranks(_joint(tasks)),
+        "That is what each task leaves on its own. Earlier tasks are to be kept, too.": lambda t: [
+            t[0].shape[1] - rank for rank in _ranks(t)
+        ],
+        "Those are the directions that are taken.": lambda t: _ranks(_joint(t)),
     },
 )
 """How much room a sequence of tasks leaves in a layer."""
