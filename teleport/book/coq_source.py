@@ -85,19 +85,11 @@ def read_proof_file(path: Path) -> ProofFile:
             sections[-1].append(sentence)
         elif statement := _STATEMENT.match(sentence):
             text, proof = _split(sentence)
+            verified, lines = verifies if proof else (), sentence.count("\n") + 1
             given = "\n".join(line for section in sections for line in section)
+            kind, name = statement.group("kind", "name")
             found.statements.append(
-                FormalStatement(
-                    statement["kind"],
-                    statement["name"],
-                    words,
-                    verifies if proof else (),
-                    text,
-                    proof,
-                    given,
-                    number,
-                    sentence.count("\n") + 1,
-                )
+                FormalStatement(kind, name, words, verified, text, proof, given, number, lines)
             )
         if not sentence.strip():
             words, verifies = "", ()
@@ -113,9 +105,7 @@ def _sentences(text: str) -> Iterator[tuple[int, str]]:
         while end and stop < len(lines) and not re.search(end, lines[stop - 1]):
             stop += 1
         if re.match(r"Proof\.", lines[stop] if stop < len(lines) else ""):
-            while stop < len(lines) and not re.search(
-                r"(Qed|Defined|Admitted|Abort)\.$", lines[stop]
-            ):
+            while stop < len(lines) and not _PROOF_END.search(lines[stop]):
                 stop += 1
             stop += 1
         yield start + 1, "\n".join(lines[start:stop])
@@ -164,7 +154,7 @@ def definitions_used(
     while todo:
         one = todo.pop()
         words = set(re.findall(r"[\w']+", f"{one.given}\n{one.text}"))
-        for file in _reach(files, home[id(one)]):
+        for file in with_needed(files, {home[id(one)].name}):
             for other in file.statements:
                 if not other.proof and other.name in words and id(other) not in found:
                     found[id(other)] = other
@@ -174,14 +164,14 @@ def definitions_used(
     return [one for one in order if id(one) in found and id(one) not in first]
 
 
-def _reach(files: list[ProofFile], file: ProofFile) -> list[ProofFile]:
-    """A file and all that it needs, directly or not."""
-    names, todo = {file.name}, [file]
-    while todo:
-        needs = required(todo.pop().path.read_text(encoding="utf-8"))
-        todo += [f for f in files if f.name in needs - names]
-        names |= needs
-    return [f for f in files if f.name in names]
+def with_needed(files: list[ProofFile], names: set[str]) -> list[ProofFile]:
+    """The files of these names, and all that they need, directly or not."""
+    found, new = set[str](), set(names)
+    while new:
+        found |= new
+        texts = (file.path.read_text(encoding="utf-8") for file in files if file.name in new)
+        new = {name for text in texts for name in required(text)} - found
+    return [file for file in files if file.name in found]
 
 
 def formal_versions(files: list[ProofFile]) -> dict[str, list[tuple[ProofFile, FormalStatement]]]:

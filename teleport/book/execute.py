@@ -53,9 +53,7 @@ def run_notebook(file: Path, limit: float) -> float:
         timeout_func=left,
         kernel_name="python3",
         record_timing=False,
-        extra_arguments=[
-            "--IPKernelApp.log_level=40"
-        ],  # what it warns of is no matter of a chapter
+        extra_arguments=["--IPKernelApp.log_level=40"],  # its warnings are no matter of a chapter
         resources={"metadata": {"path": str(file.parent)}},
         on_cell_start=lambda cell, cell_index: current.__setitem__(0, cell_index),
     )

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from teleport.book.coq_source import PROOFS_FOLDER, read_proofs
 from teleport.book.notebook_form import outside_of_code, page_markdown
@@ -76,6 +76,9 @@ class ProofRow:
     theorems: list[str]
     lines: int
     source: str
+
+
+Row = TypeVar("Row", LedgerRow, ProofRow)
 
 
 def theorems(chapters: Path) -> list[Theorem]:
@@ -165,13 +168,7 @@ def read_ledger(path: Path) -> dict[str, LedgerRow]:
     Raises:
         ValueError: the file is not a ledger.
     """
-    if not path.exists():
-        return {}
-    try:
-        tests = json.loads(path.read_text(encoding="utf-8"))["tests"]
-        return {test: LedgerRow(**row) for test, row in tests.items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a ledger ({error!r}): run `{REGENERATE}`") from error
+    return _rows(path, "tests", LedgerRow, REGENERATE)
 
 
 def read_proof_rows(path: Path) -> dict[str, ProofRow]:
@@ -180,15 +177,17 @@ def read_proof_rows(path: Path) -> dict[str, ProofRow]:
     Raises:
         ValueError: the file is not a ledger.
     """
+    return _rows(path, "proofs", ProofRow, REGENERATE_PROOFS)
+
+
+def _rows(path: Path, part: str, kind: type[Row], command: str) -> dict[str, Row]:
     if not path.exists():
         return {}
     try:
-        rows = json.loads(path.read_text(encoding="utf-8")).get("proofs", {})
-        return {name: ProofRow(**row) for name, row in rows.items()}
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a ledger ({error!r}): run `{REGENERATE_PROOFS}`"
-        ) from error
+        rows = {"proofs": {}, **json.loads(path.read_text(encoding="utf-8"))}[part]
+        return {name: kind(**row) for name, row in rows.items()}
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a ledger ({error!r}): run `{command}`") from error
 
 
 def proof_rows(root: Path) -> dict[str, ProofRow]:
@@ -234,7 +233,7 @@ def _write(path: Path, tests: dict[str, LedgerRow], proofs: dict[str, ProofRow])
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
-def _entries(name: str, rows: Mapping[str, LedgerRow | ProofRow]) -> str:
+def _entries(name: str, rows: Mapping[str, Row]) -> str:
     lines = [f"  {json.dumps(key)}: {json.dumps(asdict(row))}" for key, row in rows.items()]
     return f' "{name}": {{\n' + ",\n".join(lines) + "\n }"
 
@@ -314,13 +313,9 @@ def _stale(
 ) -> Iterator[str]:
     files: dict[str, list[str]] = {}
     for test, labels in marks.items():
-        row = rows.get(test)
-        if (
-            row is None
-            or row.theorems != labels
-            or row.source != file_digest(root / test.split("::")[0])
-        ):
-            files.setdefault(test.split("::")[0], []).append(test)
+        row, path = rows.get(test), test.split("::")[0]
+        if row is None or (row.theorems, row.source) != (labels, file_digest(root / path)):
+            files.setdefault(path, []).append(test)
     for path, tests in files.items():
         absent = [test.split("::")[1] for test in tests if test not in rows]
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""

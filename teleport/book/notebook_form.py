@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +121,11 @@ def _normal_cell(cell: NotebookCell, name: str) -> NotebookCell:
 
 def _merged(outputs: list[NotebookCell]) -> Iterator[NotebookCell]:
     """Outputs with neighbours of one stream joined: where a stream was cut is chance."""
-    pending: NotebookCell | None = None
-    for output in outputs:
-        if pending and output["output_type"] == "stream" and output["name"] == pending["name"]:
-            pending = {**pending, "text": joined(pending["text"]) + joined(output["text"])}
-            continue
-        if pending:
-            yield pending
-        pending = output if output["output_type"] == "stream" else None
-        if not pending:
-            yield output
-    if pending:
-        yield pending
+    for _, group in groupby(outputs, lambda o: o["name"] if "name" in o else id(o)):
+        first, *others = group
+        if others:
+            first = {**first, "text": "".join(joined(each["text"]) for each in (first, *others))}
+        yield first
 
 
 def _normal_output(output: NotebookCell) -> NotebookCell:

@@ -27,22 +27,13 @@ class Proofs:
 
     def __init__(self, source: Path, rows: dict[str, ProofRow]) -> None:
         self.files = read_proofs(source / PROOFS_FOLDER)
-        accepted = {
-            (Path(name.split("::")[0]).name, name.split("::")[1]): row.source
-            for name, row in rows.items()
-        }
+        accepted = {name.rsplit("/", 1)[-1]: row.source for name, row in rows.items()}
         digests = {file.name: file_digest(file.path) for file in self.files}
-        self.found = {
-            label: checked
-            for label, versions in formal_versions(self.files).items()
-            if (
-                checked := [
-                    (file, statement)
-                    for file, statement in versions
-                    if accepted.get((file.path.name, statement.name)) == digests[file.name]
-                ]
-            )
-        }
+        self.found: dict[str, Formal] = {}
+        for label, versions in formal_versions(self.files).items():
+            for file, one in versions:
+                if accepted.get(f"{file.path.name}::{one.name}") == digests[file.name]:
+                    self.found.setdefault(label, []).append((file, one))
 
     def summary(self, label: str) -> str:
         """In a few words how a theorem is machine-checked; empty if it is not."""

@@ -13,7 +13,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from teleport.book.coq_source import LIBRARY, FormalStatement, ProofFile, read_proofs, required
+from teleport.book.coq_source import (
+    LIBRARY,
+    FormalStatement,
+    ProofFile,
+    read_proofs,
+    required,
+    with_needed,
+)
 from teleport.book.ledger import theorems
 from teleport.errors import BookError
 
@@ -230,7 +237,8 @@ def check_exercise(folder: Path, answer: Path, out: Path, workers: int) -> str:
     text = answer.read_text(encoding="utf-8")
     names = [found["name"] for found in _HOLE.finditer(pristine.read_text(encoding="utf-8"))]
     needs = required(text) | required(pristine.read_text(encoding="utf-8"))
-    compile_proofs(_closure(folder, needs), out, workers, lambda name: None)
+    files = with_needed(read_proofs(folder), needs)
+    compile_proofs([file.path for file in files], out, workers, lambda name: None)
     (out / "answer.v").write_text(text, encoding="utf-8")
     _compile(coq_tool("coqc"), out, "answer")
     asked = _HOLE.sub(
@@ -246,18 +254,6 @@ def check_exercise(folder: Path, answer: Path, out: Path, workers: int) -> str:
         unproved = (f"{name.split('.')[1]} rests on: {what}" for name, what in assumed.items())
         raise BookError("\n".join([f"{answer}: not all is proved", *unproved]))
     return f"{answer}: {', '.join(names)} proved"
-
-
-def _closure(folder: Path, names: set[str]) -> list[Path]:
-    """The files of these names and all that they need."""
-    found: dict[str, Path] = {}
-    todo = sorted(names)
-    while todo:
-        path = folder / f"{todo.pop()}.v"
-        if path.stem not in found and path.is_file():
-            found[path.stem] = path
-            todo += required(path.read_text(encoding="utf-8"))
-    return list(found.values())
 
 
 def audit_table(rows: list[Audited]) -> str:

@@ -203,9 +203,6 @@ def _search(
     phases = (phase.generate,) if shrink is None else (phase.generate, phase.shrink)
     most = len(attempts) + (CASES if shrink is None else SMALLER)
 
-    def cases(draw: Callable[[Any], Any]) -> Case:
-        return check.cases(Draw(draw))
-
     def attempt(case: Case) -> None:
         if attempts and (watch.over or len(attempts) >= most):
             raise _Enough
@@ -215,6 +212,7 @@ def _search(
         if attempts[-1].order == shrink:
             raise _FailingError
 
+    cases = library.strategies.composite(lambda draw: check.cases(Draw(draw)))
     options = library.settings(
         max_examples=CASES,
         derandomize=True,
@@ -226,7 +224,7 @@ def _search(
         verbosity=library.Verbosity.quiet,
     )
     try:
-        options(library.given(library.strategies.composite(cases)())(attempt))()
+        options(library.given(cases())(attempt))()
     except (_Enough, _FailingError, library.errors.Flaky):
         # A function that answers differently each time is flaky to Hypothesis, and wrong to us.
         return
@@ -245,9 +243,9 @@ def _problem(check: Check, case: Case, outcome: Outcome) -> Problem | None:
         return Problem(check.theorem, main, expected, got, advice)
 
     if outcome.timed_out:
-        statement, got = "An answer comes in time.", f"no answer after {CALL_SECONDS:g} s"
+        got = f"no answer after {CALL_SECONDS:g} s"
         advice = "Look for a loop whose condition never becomes false."
-        return Problem("", statement, expected, got, advice)
+        return Problem("", "An answer comes in time.", expected, got, advice)
     if outcome.raised is not None:
         return problem(*_exception(outcome.raised))
     if outcome.changed:
@@ -376,13 +374,9 @@ def _constant(check: Check, survey: list[Trial]) -> float | None:
         value = factor(attempt.outcome.value, right) if attempt.outcome.returned else None
         if value is not None:
             found.add(round(value, 9))
-        elif not (_is_zero(right) and alike(attempt.outcome.value, right)):
+        elif factor(right, right) is not None or not alike(attempt.outcome.value, right):
             return None
     return found.pop() if len(found) == 1 and found != {1.0} else None
-
-
-def _is_zero(value: Any) -> bool:
-    return factor(value, value) is None
 
 
 def _name(fn: Callable[..., Any]) -> str:

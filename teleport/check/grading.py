@@ -23,6 +23,9 @@ from teleport.check.units import Unit
 from teleport.check.verdict import Verdict
 from teleport.errors import CheckError
 
+Told = Callable[[int, int], None]
+"""Is told how many pieces have ended, and of how many."""
+
 START_LIMIT = 120.0
 """Seconds for the process to start: importing PyTorch on a busy machine takes a while."""
 
@@ -82,9 +85,7 @@ class _Run:
     broken: dict[int, str] = field(default_factory=dict)
 
 
-def grade(
-    path: Path, time_limit: float = 10.0, ran: Callable[[int, int], None] = lambda done, of: None
-) -> Grades:
+def grade(path: Path, time_limit: float = 10.0, ran: Told = lambda done, of: None) -> Grades:
     """Grade a ``.py`` or ``.ipynb`` file, with ``time_limit`` seconds for each cell or statement.
 
     ``ran`` is told how many of them have ended, and of how many.
@@ -102,12 +103,7 @@ def grade(
 
 
 def _run_rest(
-    path: Path,
-    folder: Path,
-    units: list[Unit],
-    limit: float,
-    run: _Run,
-    ran: Callable[[int, int], None],
+    path: Path, folder: Path, units: list[Unit], limit: float, run: _Run, ran: Told
 ) -> bool:
     """Run all pieces but the broken ones; whether the process came to its end."""
     work = folder / "work"
@@ -146,12 +142,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _follow(
-    process: subprocess.Popen[bytes],
-    results: Path,
-    count: int,
-    limit: float,
-    run: _Run,
-    ran: Callable[[int, int], None],
+    process: subprocess.Popen[bytes], results: Path, count: int, limit: float, run: _Run, ran: Told
 ) -> bool:
     """Read what the process tells until it ends or takes too long."""
     current, started, seen, allowed = -1, time.monotonic(), 0, START_LIMIT
@@ -175,21 +166,13 @@ def _follow(
         if alive and time.monotonic() - started <= allowed:
             time.sleep(0.02)
             continue
+        code = process.returncode
         if current < 0:
-            raise CheckError(
-                "the process that runs the answers "
-                + ("did not start in time" if alive else f"ended with code {process.returncode}")
-            )
-        run.broken[current] = (
-            f"no end after {limit:g} seconds"
-            if alive
-            else f"it ended the process (exit code {process.returncode})"
-        )
+            how = "did not start in time" if alive else f"ended with code {code}"
+            raise CheckError(f"the process that runs the answers {how}")
+        ended = f"it ended the process (exit code {code})"
+        run.broken[current] = f"no end after {limit:g} seconds" if alive else ended
         return False
-
-
-def _verdict(fields: dict[str, Any]) -> Verdict:
-    return Verdict(**{name: value for name, value in fields.items() if name != "chapter"})
 
 
 @dataclass(frozen=True)
@@ -207,7 +190,7 @@ def _graded(units: list[Unit], run: _Run) -> list[Exercise]:
     failures: list[str] = []
     for index, unit in enumerate(units):
         message = run.ended.get(index, {"error": run.broken.get(index, ""), "verdicts": []})
-        verdicts = tuple(_verdict(verdict) for verdict in message["verdicts"])
+        verdicts = tuple(Verdict(**fields) for fields in message["verdicts"])
         error = message["error"]
         if not unit.exercise:
             if error:
@@ -243,14 +226,8 @@ def _exercise(name: str, tried: list[_Tried]) -> Exercise:
         note = f"{', '.join(places[:-1])} and {places[-1]} grade this exercise: it counts once"
     if len(best) > 1:
         note += ", and only if every one of the different cells passes; delete the copies"
-    points = shown.unit.points if shown.passed else 0.0
+    unit, passed = shown.unit, shown.passed
+    points = unit.points if passed else 0.0
     return Exercise(
-        name,
-        shown.unit.place,
-        points,
-        shown.unit.points,
-        shown.passed,
-        shown.reason,
-        shown.verdicts,
-        note,
+        name, unit.place, points, unit.points, passed, shown.reason, shown.verdicts, note
     )

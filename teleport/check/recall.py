@@ -49,17 +49,14 @@ def value(
     ``why`` says of the numbers that usual mistakes give what is wrong with them. The tolerance is
     relative, for numbers that are not whole. The rest is as of `choice`.
     """
-    if hasattr(answer, "item") and getattr(answer, "numel", lambda: 1)() == 1:
-        answer = answer.item()
-    number = isinstance(answer, numbers.Real) and not isinstance(answer, bool)
+    answer, number = _plain(answer)
 
     def equal(other: float | int) -> bool:
         return number and math.isclose(answer, other, rel_tol=tolerance, abs_tol=tolerance)
 
-    hints = [text for other, text in (why or {}).items() if equal(other)]
+    hint = next((text for other, text in (why or {}).items() if equal(other)), "")
     if not number:
-        hints = ["Set the variable to a number, as in answer = 7."]
-    hint = hints[0] if hints else ""
+        hint = "Set the variable to a number, as in answer = 7."
     return _verdict("value", equal(right), answer, "another number", hint, theorem, quiet)
 
 
@@ -73,9 +70,7 @@ def answer(given: Any, seal: str, think: str, *, theorem: str = "", quiet: bool 
         ValueError: if the seal is none.
     """
     name, digits, _ = _parts(seal)
-    if hasattr(given, "item") and getattr(given, "numel", lambda: 1)() == 1:
-        given = given.item()
-    number = isinstance(given, numbers.Real) and not isinstance(given, bool)
+    given, number = _plain(given)
     letter = isinstance(given, str) and len(given.strip()) == 1
     if number if digits else letter:
         passed, hint = seal_of(given, name, digits) == seal, f"Not quite: think of {think}."
@@ -107,6 +102,13 @@ def seal_of(right: str | float | int, name: str, digits: int = 0) -> str:
     return f"{name}:{digits}:{digest}"
 
 
+def _plain(answer: Any) -> tuple[Any, bool]:
+    """The answer, out of its tensor or array of one element, and whether it is a number."""
+    if hasattr(answer, "item") and getattr(answer, "numel", lambda: 1)() == 1:
+        answer = answer.item()
+    return answer, isinstance(answer, numbers.Real) and not isinstance(answer, bool)
+
+
 def _parts(seal: str) -> tuple[str, int, str]:
     parts = seal.split(":")
     if len(parts) != 3 or not parts[1].isdigit():
@@ -117,13 +119,7 @@ def _parts(seal: str) -> tuple[str, int, str]:
 def _verdict(
     name: str, passed: bool, answer: Any, expected: str, hint: str, theorem: str, quiet: bool
 ) -> Verdict:
-    verdict = Verdict(
-        check=name,
-        passed=passed,
-        theorem=theorem,
-        statement="" if passed else "The answer has to be right.",
-        expected="" if passed else expected,
-        got="" if passed else cut(repr(answer), 100),
-        hint="" if passed else hint,
-    )
-    return tell(verdict, quiet)
+    if passed:
+        return tell(Verdict(name, True, theorem), quiet)
+    got, statement = cut(repr(answer), 100), "The answer has to be right."
+    return tell(Verdict(name, False, theorem, statement, "", expected, got, hint), quiet)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,7 +33,7 @@ def run_pieces(path: Path, results: TextIO, skip: set[int]) -> None:
         quiet = contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream)
         with quiet[0], quiet[1], hearing() as heard:
             error = unit.fault or session.run(unit.tree)
-        verdicts = [verdict.to_dict() for verdict in heard]
+        verdicts = [asdict(verdict) for verdict in heard]
         printed = stream.getvalue()
         _tell(results, {"end": index, "error": error, "verdicts": verdicts, "printed": printed})
 
