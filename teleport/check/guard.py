@@ -103,22 +103,18 @@ class Bounded(io.TextIOBase):
         return self._kept + (f" … ({more} more characters)" if more else "")
 
 
+def each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A value with its tensors changed, also those in lists and tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)(each_tensor(change, part) for part in value)
+    return value
+
+
 def copied(value: Any) -> Any:
     """A value of a case whose tensors are new."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(copied, value))
-    return value
-
-
-def detached(value: Any) -> Any:
-    """A value without the graph of its tensors."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    if type(value) in (list, tuple):
-        return type(value)(map(detached, value))
-    return value
+    return each_tensor(lambda tensor: tensor.detach().clone(), value)
 
 
 def call(fn: Callable[..., Any], case: Mapping[str, Any], limit: float = CALL_SECONDS) -> Outcome:
@@ -133,7 +129,8 @@ def call(fn: Callable[..., Any], case: Mapping[str, Any], limit: float = CALL_SE
         contextlib.redirect_stderr(stream),
     ):
         try:
-            value = detached(run_within(limit, lambda: fn(*arguments.values())))
+            value = run_within(limit, lambda: fn(*arguments.values()))
+            value = each_tensor(Tensor.detach, value)
         except TimeUp:
             timed_out = True
         except KeyboardInterrupt:

@@ -78,15 +78,11 @@ class SymmetryTeleporter(Rival):
         super().__init__(model, max_drift)
         require("inverse", inverse, inverse in INVERSE_KINDS, f"one of {INVERSE_KINDS}")
         require("action", action, action in ACTIONS, f"one of {ACTIONS}")
+        known = pseudo_inverse in PSEUDO_INVERSES
+        require("pseudo_inverse", pseudo_inverse, known, f"one of {PSEUDO_INVERSES}")
         on_activations = action == "activations"
         possible = on_activations or inverse == "exact"
         require("inverse", inverse, possible, "'exact' on pre-activations: none is taken there")
-        require(
-            "pseudo_inverse",
-            pseudo_inverse,
-            pseudo_inverse in PSEUDO_INVERSES,
-            f"one of {PSEUDO_INVERSES}",
-        )
         self.inverse = inverse
         self.pseudo_inverse = pseudo_inverse
         self._rule = StepRule(steps, lr, growth)

@@ -1,6 +1,7 @@
 """Chapters 9 to 11: what the seeds of a comparison say, and those of many comparisons."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from scipy.special import stdtrit
@@ -84,7 +85,7 @@ def _sort(gaps: Tensor) -> tuple[int, int, int, int]:
     return int(mean < 0), int(mean > 0), 0, 0
 
 
-def _tally(gaps: Tensor) -> list[int]:
+def _tally(gaps: Iterable[Tensor]) -> list[int]:
     return [sum(column) for column in zip(*map(_sort, gaps), strict=True)]
 
 
@@ -94,11 +95,6 @@ def _gaps_case(draw: Draw) -> Case:
         if draw.choice(False, False, True):
             row[draw.integer(0, 2)] = math.inf
     return {"gaps": torch.stack(rows)}
-
-
-def _survivors(gaps: Tensor) -> list[int]:
-    left = [row[row.isfinite()] for row in gaps]
-    return [sum(column) for column in zip(*map(_sort, left), strict=True)]
 
 
 def _moved(gaps: Tensor, source: int, target: int) -> list[int]:
@@ -123,7 +119,8 @@ tally = Check(
     },
     mistakes={
         "Comparisons with a diverged seed are judged by the seeds that survived. "
-        "The arm is dangerous, and the table says it is fine: count them as diverged.": _survivors,
+        "The arm is dangerous, and the table says it is fine: "
+        "count them as diverged.": lambda x: _tally([row[row.isfinite()] for row in x]),
         "inf > NaN is False, so diverged comparisons have slipped into the unresolved.": lambda x: (
             _moved(x, 2, 3)
         ),
@@ -140,38 +137,19 @@ tally = Check(
 """How the tables of the book count many comparisons."""
 
 
-def _ranked(p_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The p-values in order, their places, and how many are left at each, itself counted."""
+def _decided(p_values: Tensor, rule: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What a rule says of the p-values in order, with how many are left at each, itself counted."""
     ordered, places = p_values.sort()
-    return ordered, places, torch.arange(len(p_values), 0, -1)
-
-
-def _back(kept: Tensor, places: Tensor) -> Tensor:
+    kept = rule(ordered, torch.arange(len(p_values), 0, -1))
     return torch.zeros_like(kept).scatter(0, places, kept)
 
 
 def _holm(p_values: Tensor) -> Tensor:
-    ordered, places, left = _ranked(p_values)
-    return _back((ordered * left <= LEVEL).cumprod(0).bool(), places)
+    return _decided(p_values, lambda p, left: (p * left <= LEVEL).cumprod(0).bool())
 
 
-def _up_to_last(small: Tensor, places: Tensor) -> Tensor:
-    return _back(small.flip(0).cummax(0).values.flip(0), places)
-
-
-def _step_up(p_values: Tensor) -> Tensor:
-    ordered, places, left = _ranked(p_values)
-    return _up_to_last(ordered * left <= LEVEL, places)
-
-
-def _discoveries(p_values: Tensor) -> Tensor:
-    ordered, places, left = _ranked(p_values)
-    return _up_to_last(ordered * len(ordered) <= LEVEL * left.flip(0), places)
-
-
-def _without_end(p_values: Tensor) -> Tensor:
-    ordered, places, left = _ranked(p_values)
-    return _back(ordered * left <= LEVEL, places)
+def _up_to_last(small: Tensor) -> Tensor:
+    return small.flip(0).cummax(0).values.flip(0)
 
 
 def _p_values_case(draw: Draw) -> Case:
@@ -194,11 +172,17 @@ holm = Check(
         "Nothing is corrected: of 20 without a difference one stays.": lambda p: p <= 0.05,
         "That is Bonferroni: true, but every comparison pays for all. "
         "Those that are left are fewer with each that stays.": lambda p: p * len(p) <= LEVEL,
-        "The first that fails ends it, whatever comes behind.": _without_end,
+        "The first that fails ends it, whatever comes behind.": lambda p: _decided(
+            p, lambda ordered, left: ordered * left <= LEVEL
+        ),
         "You went from the largest p-value down (Hochberg). That asks for independence; "
-        "Holm goes from the smallest up and stops.": _step_up,
+        "Holm goes from the smallest up and stops.": lambda p: _decided(
+            p, lambda ordered, left: _up_to_last(ordered * left <= LEVEL)
+        ),
         "That is Benjamini and Hochberg: it bounds the share of false ones among those that stay, "
-        "not the probability of any.": _discoveries,
+        "not the probability of any.": lambda p: _decided(
+            p, lambda ordered, left: _up_to_last(ordered * len(p) <= LEVEL * left.flip(0))
+        ),
         "The answers are in the order of the sorted p-values; "
         "put them back in their places.": lambda p: _holm(p.sort().values),
     },
