@@ -78,7 +78,7 @@ class ProofRow:
     source: str
 
 
-Row = TypeVar("Row", LedgerRow, ProofRow)
+_Row = TypeVar("_Row", LedgerRow, ProofRow)
 
 
 def theorems(chapters: Path) -> list[Theorem]:
@@ -180,7 +180,7 @@ def read_proof_rows(path: Path) -> dict[str, ProofRow]:
     return _rows(path, "proofs", ProofRow, REGENERATE_PROOFS)
 
 
-def _rows(path: Path, part: str, kind: type[Row], command: str) -> dict[str, Row]:
+def _rows(path: Path, part: str, kind: type[_Row], command: str) -> dict[str, _Row]:
     if not path.exists():
         return {}
     try:
@@ -233,7 +233,7 @@ def _write(path: Path, tests: dict[str, LedgerRow], proofs: dict[str, ProofRow])
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
-def _entries(name: str, rows: Mapping[str, Row]) -> str:
+def _entries(name: str, rows: Mapping[str, _Row]) -> str:
     lines = [f"  {json.dumps(key)}: {json.dumps(asdict(row))}" for key, row in rows.items()]
     return f' "{name}": {{\n' + ",\n".join(lines) + "\n }"
 

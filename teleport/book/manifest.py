@@ -24,7 +24,7 @@ The checks are by hand: pydantic knows neither the lines of a file nor what it m
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -147,6 +147,7 @@ class _Reader:
     path: Path
     name: Path
     lines: dict[Keys, int]
+    seen: set[Path] = field(default_factory=set)
 
     def fail(self, keys: Keys, message: str) -> BookError:
         """The error for a key, with the line of the key or of the table that should hold it."""
@@ -167,7 +168,7 @@ class _Reader:
         for i, entry in enumerate(table.get("page", [])):
             self.check(entry, ("page", i), _PAGE)
             pages.append(self.file(entry["file"], ("page", i, "file"), ".md", front.parent))
-        self.each_once(front, chapters, pages)
+        self.in_order(chapters)
         return Book(
             self.path,
             table["title"],
@@ -235,20 +236,12 @@ class _Reader:
             raise self.fail(keys, f"expected a file that ends in {suffix}, got {name!r}")
         if folder is not None and not file.is_relative_to(folder):
             raise self.fail(keys, f"{name!r} is not in the folder of the front page, {folder}")
+        if file in self.seen:
+            raise self.fail(keys, f"{file.name!r} is listed twice")
+        self.seen.add(file)
         return file
 
-    def each_once(self, front: Path, chapters: tuple[Chapter, ...], pages: list[Path]) -> None:
-        listed: list[tuple[Path, Keys]] = [(front, ("front",))]
-        for i, chapter in enumerate(chapters):
-            listed.append((chapter.file, ("chapter", i, "file")))
-            if chapter.exercises is not None:
-                listed.append((chapter.exercises, ("chapter", i, "exercises")))
-        listed += [(file, ("page", i, "file")) for i, file in enumerate(pages)]
-        seen: set[Path] = set()
-        for file, keys in listed:
-            if file in seen:
-                raise self.fail(keys, f"{file.name!r} is listed twice")
-            seen.add(file)
+    def in_order(self, chapters: tuple[Chapter, ...]) -> None:
         for i, (before, after) in enumerate(pairwise(chapters)):
             if before.number >= after.number:
                 raise self.fail(

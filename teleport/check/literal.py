@@ -1,6 +1,6 @@
 """Values as code: what is printed is what reproduces them, bit for bit."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,18 +9,10 @@ MOST_CHARACTERS = 600
 """Characters of a value that is not ours to print whole."""
 
 
-@runtime_checkable
-class Written(Protocol):
-    """A value that knows the statements that make it."""
-
-    def statements(self, name: str) -> list[str]:
-        """Code that binds ``name`` to this value."""
-
-
 def statements(name: str, value: Any) -> list[str]:
-    """Code that binds ``name`` to a value of a case."""
-    if isinstance(value, Written):
-        return value.statements(name)
+    """Code that binds ``name`` to a value of a case, which may have a method that knows it."""
+    if hasattr(value, "statements"):
+        return list(value.statements(name))
     return [f"{name} = {literal(value)}"]
 
 

@@ -68,17 +68,10 @@ def _transformed(source: str, error: SyntaxError) -> str:
 
 def _magic(node: ast.AST) -> list[str] | None:
     """Method and arguments of a call ``get_ipython().method("…", "…")``."""
-    if isinstance(node, ast.Expr):
-        node = node.value
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
-        return None
-    owner = node.func.value
-    if not (isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name)):
-        return None
-    if owner.func.id != "get_ipython":
-        return None
-    arguments = [a.value for a in node.args if isinstance(a, ast.Constant)]
-    return [node.func.attr, *map(str, arguments)]
+    match node.value if isinstance(node, ast.Expr) else node:
+        case ast.Call(ast.Attribute(ast.Call(ast.Name("get_ipython")), method), arguments):
+            return [method, *(str(a.value) for a in arguments if isinstance(a, ast.Constant))]
+    return None
 
 
 class _Timed(ast.NodeTransformer):

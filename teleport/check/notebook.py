@@ -54,7 +54,9 @@ def read_notebook(path: Path, content: bytes) -> Submission:
     for cell in cells:
         unit, text = _unit(path, cell, marked, names)
         if unit is not None:
-            units.append(_moved(unit, lines))
+            if unit.tree is not NOTHING:
+                ast.increment_lineno(unit.tree, lines)
+            units.append(unit)
             texts.append(text)
             lines += text.count("\n")
     units += _deleted(cells)
@@ -161,12 +163,6 @@ def _unit(path: Path, cell: AnswerCell, marked: bool, names: Names) -> tuple[Uni
     if not marked and (calls := checks_called(tree)):
         exercise, points = names.new(calls[0]), float(len(calls))
     return Unit(tree, cell.place, exercise, points, fault, tuple(calls), cell.source.strip()), text
-
-
-def _moved(unit: Unit, lines: int) -> Unit:
-    if unit.tree is not NOTHING:
-        ast.increment_lineno(unit.tree, lines)
-    return unit
 
 
 def _deleted(cells: list[AnswerCell]) -> Iterator[Unit]:

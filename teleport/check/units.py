@@ -86,17 +86,11 @@ def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             continue
         left += reversed(list(ast.iter_child_nodes(node)))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            name = node.func.attr
-            if name in (*CHECKS, *RECALL) and _is_package(node.func.value):
-                yield name, node
-
-
-def _is_package(owner: ast.expr) -> bool:
-    """Whether an expression is ``check`` or ``teleport.check``."""
-    if isinstance(owner, ast.Attribute) and owner.attr == "check":
-        return isinstance(owner.value, ast.Name) and owner.value.id == "teleport"
-    return isinstance(owner, ast.Name) and owner.id == "check"
+        match node:
+            case ast.Call(ast.Attribute(owner, name)) if name in (*CHECKS, *RECALL):
+                match owner:
+                    case ast.Name("check") | ast.Attribute(ast.Name("teleport"), "check"):
+                        yield name, node
 
 
 class Names:

@@ -1,7 +1,8 @@
 """From the checked files of a set to its parts: one function per format."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,14 +88,7 @@ def packed_jpegs(files: Sequence[Checked], key: str, side: int) -> Parts:
     Raises:
         DataError: The file is not of this layout, or an image is damaged.
     """
-    (file,) = files
-
-    def decode() -> Decoded:
-        arrays = jpeg.read_packed(file.content, str(file.path), side)
-        names = tuple(map(str, arrays.pop("class_names")))
-        return Decoded(arrays, names)
-
-    return _split(decoded_once(key, files, decode))
+    return _decoded(key, files, jpeg.read_packed, side)
 
 
 def tiny_imagenet(files: Sequence[Checked], side: int = 64) -> Parts:
@@ -107,12 +101,7 @@ def tiny_imagenet(files: Sequence[Checked], side: int = 64) -> Parts:
     Raises:
         DataError: The archive is unsafe or damaged, or an image is damaged or has no label.
     """
-    (file,) = files
-
-    def decode() -> Decoded:
-        return Decoded(*jpeg.read_tiny_imagenet(file.content, str(file.path), side))
-
-    return _split(decoded_once("tiny-imagenet", files, decode))
+    return _decoded("tiny-imagenet", files, jpeg.read_tiny_imagenet, side)
 
 
 def table(
@@ -156,12 +145,11 @@ def penn_treebank(files: Sequence[Checked], *, treebank: bool, length: int = tex
     return Parts(**{k: cut(v) for k, v in decoded.arrays.items()}, names=decoded.names)
 
 
-def _split(decoded: Decoded) -> Parts:
+def _decoded(key: str, files: Sequence[Checked], read: Callable[..., Any], side: int) -> Parts:
+    (file,) = files
+    decoded = decoded_once(key, files, lambda: Decoded(*read(file.content, str(file.path), side)))
     pixels, labels, split = (decoded.arrays[name] for name in ("images", "labels", "split"))
     train = int(np.count_nonzero(split == 0))
     inputs, targets = torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64))
-    return Parts(
-        train=(inputs[:train], targets[:train]),
-        test=(inputs[train:], targets[train:]),
-        names=decoded.names,
-    )
+    parts = (inputs[:train], targets[:train]), (inputs[train:], targets[train:])
+    return Parts(*parts, names=decoded.names)

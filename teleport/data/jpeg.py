@@ -51,15 +51,17 @@ def decode(files: Iterable[tuple[str, Any]], count: int, side: int) -> Bytes:
     return images
 
 
-def read_packed(content: bytes, where: str, side: int) -> dict[str, npt.NDArray]:
+def read_packed(
+    content: bytes, where: str, side: int
+) -> tuple[dict[str, npt.NDArray], tuple[str, ...]]:
     """Read the npz layout in which all JPEG files lie one after the other.
 
     ``blob`` uint8 holds the files, file i is ``blob[offsets[i]:offsets[i + 1]]``; ``labels`` are
     classes, ``split`` is 0 for training and 1 for test, training first; ``class_names`` are text.
 
     Returns:
-        ``images`` uint8 ``[n, 3, side, side]``, ``labels`` uint8, ``split`` uint8, and the text
-        array ``class_names``.
+        ``images`` uint8 ``[n, 3, side, side]``, ``labels`` uint8 and ``split`` uint8; and the class
+        names.
 
     Raises:
         DataError: An array is missing or does not fit the others, or an image is damaged. The
@@ -73,7 +75,7 @@ def read_packed(content: bytes, where: str, side: int) -> dict[str, npt.NDArray]
         for i, (start, end) in enumerate(pairwise(offsets.tolist()))
     )
     images = decode(files, len(labels), side)
-    return {"images": images, "labels": labels, "split": split, "class_names": names}
+    return {"images": images, "labels": labels, "split": split}, tuple(map(str, names))
 
 
 def read_tiny_imagenet(

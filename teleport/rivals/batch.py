@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from teleport.errors import NonFiniteLossError
-from teleport.objective import ascent_double_backward, gradient, mean_grad_norm, trainable
+from teleport.objective import (
+    ascent_double_backward,
+    gradient,
+    mean_grad_norm,
+    mean_gradient,
+    trainable,
+)
 from teleport.runtime.closures import Closure
 
 
@@ -38,14 +44,10 @@ class Batch:
         """Loss, gradient g and H g, one tensor per parameter; about 4 gradients."""
         if len(self.closures) == 1:
             return self._ascent_of_one(self.closures[0])
-        parts = [gradient(closure, self.parameters) for closure in self.closures]
-        share = 1.0 / len(parts)
-        velocity = [share * sum_(grads) for grads in zip(*(g for _, g in parts), strict=True)]
-        shares = (
-            ascent_double_backward(closure, self.parameters, velocity) for closure in self.closures
-        )
-        ascent = [share * sum_(pieces) for pieces in zip(*shares, strict=True)]
-        return share * sum(float(loss) for loss, _ in parts), velocity, ascent
+        loss, velocity = mean_gradient(self.closures, self.parameters)
+        shares = [ascent_double_backward(c, self.parameters, velocity) for c in self.closures]
+        ascent = [sum_(pieces) / len(shares) for pieces in zip(*shares, strict=True)]
+        return loss, velocity, ascent
 
     def _ascent_of_one(self, closure: Closure) -> tuple[float, list[Tensor], list[Tensor]]:
         loss, live = gradient(closure, self.parameters, create_graph=True)

@@ -347,7 +347,7 @@ def test_images_are_decoded_once(
     name, calls = "tiny-imagenet-32", []
     real = jpeg.read_packed
 
-    def counted(*arguments: object) -> dict[str, npt.NDArray]:
+    def counted(*arguments: object) -> tuple[dict[str, npt.NDArray], tuple[str, ...]]:
         calls.append(arguments)
         return real(*arguments)  # type: ignore[arg-type]
 

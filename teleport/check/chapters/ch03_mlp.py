@@ -63,7 +63,7 @@ def ascent(
     return list(torch.autograd.grad(of(square), leaves, materialize_grads=True))
 
 
-def with_one(inputs: Tensor) -> Tensor:
+def rows_with_one(inputs: Tensor) -> Tensor:
     """Inputs ``[*, d]`` as rows ``[n, d + 1]``, with a 1 for the bias."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     return torch.cat([flat, flat.new_ones(len(flat), 1)], dim=1)
@@ -76,7 +76,7 @@ rows = Check(
     cases=lambda draw: {
         "inputs": draw.matrix(*draw.choice((2,), (1,), (2, 2), ()), draw.choice(2, 1, 3))
     },
-    answer=with_one,
+    answer=rows_with_one,
     properties={
         "One row for each position of a layer's input, with a 1 appended for the bias.": Property(
             "thm-span"
@@ -86,16 +86,16 @@ rows = Check(
         "The bias column is forgotten: append a 1 to every row.": lambda x: x.reshape(
             -1, x.shape[-1]
         ),
-        "The bias is the *last* column of the weights, so the 1 comes last.": lambda x: with_one(
-            x
-        ).roll(1, dims=1),
+        "The bias is the *last* column of the weights, so the 1 comes last.": lambda x: (
+            rows_with_one(x).roll(1, dims=1)
+        ),
         "These are the inputs as columns, R; "
-        "here they are wanted as rows, its transposed.": lambda x: with_one(x).T,
+        "here they are wanted as rows, its transposed.": lambda x: rows_with_one(x).T,
         "The leading axes (samples, tokens) all become one: reshape(-1, d) first.": lambda x: (
             torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
         ),
         "The bias column is 1, not 0: a bias is a weight on an input that is 1.": lambda x: (
-            with_one(x) * torch.tensor([1.0] * x.shape[-1] + [0.0]).double()
+            rows_with_one(x) * torch.tensor([1.0] * x.shape[-1] + [0.0]).double()
         ),
     },
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from teleport.check.answers import alike, vanishes
-from teleport.check.chapters.ch03_mlp import with_one
+from teleport.check.chapters.ch03_mlp import rows_with_one
 from teleport.check.draw import Draw
 from teleport.check.engine import Case, Check, Property
 
@@ -20,7 +20,7 @@ def _tokens_case(draw: Draw) -> Case:
 
 
 def _rows_of(*tokens: Tensor) -> tuple[Tensor, ...]:
-    return tuple(map(with_one, tokens))
+    return tuple(map(rows_with_one, tokens))
 
 
 def _of_each(make: Any) -> Any:
@@ -32,7 +32,7 @@ attention_rows = Check(
     takes={"queries": "[n, T, D]", "context": "[n, S, D]"},
     gives="(R_q, R_k, R_v) as rows",
     cases=_tokens_case,
-    answer=_of_each(with_one),
+    answer=_of_each(rows_with_one),
     properties={
         "q reads the tokens of the queries; k and v read those of the context: "
         "one row for each token of each sample, with a 1 for the bias.": Property("thm-span")
@@ -50,13 +50,13 @@ attention_rows = Check(
             _rows_of(q, c, q)
         ),
         "The mean over the tokens loses rows: every token of every sample counts.": _of_each(
-            lambda x: with_one(x.mean(1))
+            lambda x: rows_with_one(x.mean(1))
         ),
         "Only the first sample is there: join the tokens of all samples.": _of_each(
-            lambda x: with_one(x[:1])
+            lambda x: rows_with_one(x[:1])
         ),
         "These are the tokens as columns; here they are wanted as rows.": _of_each(
-            lambda x: with_one(x).T
+            lambda x: rows_with_one(x).T
         ),
         "Samples and tokens stay two axes: flatten them into one.": _of_each(
             lambda x: torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)

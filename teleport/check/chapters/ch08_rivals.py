@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from teleport.check.answers import alike
-from teleport.check.chapters.ch03_mlp import with_one
+from teleport.check.chapters.ch03_mlp import rows_with_one
 from teleport.check.draw import Draw
 from teleport.check.engine import Case, Check, Property
 
@@ -25,7 +25,7 @@ def undo(s: Tensor) -> Tensor:
 
 def outputs(first: Tensor, second: Tensor, rows: Tensor) -> Tensor:
     """Outputs of the two layers, biases being last columns."""
-    return with_one(sigma(rows @ first.T)) @ second.T
+    return rows_with_one(sigma(rows @ first.T)) @ second.T
 
 
 def _bar(element: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def _everywhere(case: Case, got: Any) -> bool:
     """Outputs on enough inputs, none of them special."""
     size = case["first"].shape[1] - 1
     grid = torch.cartesian_prod(*[torch.tensor([-2.0, -0.5, 1.0, 3.0]).double()] * size)
-    rows = with_one(grid.reshape(-1, size))
+    rows = rows_with_one(grid.reshape(-1, size))
     first, second = got
     return alike(outputs(first, second, rows), outputs(case["first"], case["second"], rows))
 
