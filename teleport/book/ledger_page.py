@@ -81,12 +81,8 @@ def _theorems(doctree: nodes.Node) -> Iterator[nodes.Element]:
 
 def _verifying(rows: dict[str, LedgerRow], label: str) -> dict[str, LedgerRow]:
     """The tests of one theorem: exact ones first, then by the number of examples."""
-    found = {test: row for test, row in rows.items() if label in row.theorems}
-
-    def order(test: str) -> tuple[bool, int]:
-        return found[test].theorems[label] != "exact", -found[test].examples
-
-    return {test: found[test] for test in sorted(found, key=order)}
+    found = [(test, row) for test, row in rows.items() if label in row.theorems]
+    return dict(sorted(found, key=lambda f: (f[1].theorems[label] != "exact", -f[1].examples)))
 
 
 def _note(tests: dict[str, LedgerRow], label: str) -> list[nodes.Node]:
@@ -129,8 +125,14 @@ def _count(number: int, thing: str) -> str:
 def _table(app: Sphinx, docname: str, rows: dict[str, LedgerRow], proofs: Proofs) -> nodes.table:
     body = nodes.tbody()
     for page, theorem in _all_theorems(app):
-        body += _row(*_cells(app, docname, page, theorem, rows, proofs))
-    head = nodes.thead("", _row(*(nodes.paragraph("", column) for column in COLUMNS)))
+        label = theorem["label"]
+        tests, formal = _verifying(rows, label), proofs.summary(label)
+        found = [nodes.paragraph("", formal)] if formal else []
+        found += _folded(_tests(tests, label), tests, label) if tests else []
+        examples = nodes.paragraph("", _examples(tests).split()[0])
+        places = _places(app, docname, page, theorem)
+        body += _row(*places, found or [nodes.paragraph("", "–")], [examples])
+    head = nodes.thead("", _row(*([nodes.paragraph("", column)] for column in COLUMNS)))
     group = nodes.tgroup("", cols=len(COLUMNS))
     group += [nodes.colspec(colwidth=width) for width in (30, 25, 35, 10)]
     group += [head, body]
@@ -146,30 +148,18 @@ def _all_theorems(app: Sphinx) -> Iterator[tuple[str, nodes.Element]]:
             yield page, theorem
 
 
-def _cells(
-    app: Sphinx,
-    docname: str,
-    page: str,
-    theorem: nodes.Element,
-    rows: dict[str, LedgerRow],
-    proofs: Proofs,
-) -> Iterator[nodes.Node | list[nodes.Node]]:
-    label = theorem["label"]
-    tests = _verifying(rows, label)
-    target = app.builder.get_relative_uri(docname, page)
+def _places(
+    app: Sphinx, docname: str, page: str, theorem: nodes.Element
+) -> Iterator[list[nodes.Node]]:
+    """The theorem and its chapter, with links."""
+    target, label = app.builder.get_relative_uri(docname, page), theorem["label"]
     numbers = app.env.toc_fignumbers.get(page, {}).get("theorem", {}).get(label, ())
-    number = ".".join(map(str, numbers))
-    link = nodes.reference(
-        "", f"Theorem {number}".strip(), refuri=f"{target}#{label}", internal=True
-    )
-    yield nodes.paragraph("", "", link, *(child.deepcopy() for child in theorem[0].children))
+    number = f"Theorem {'.'.join(map(str, numbers))}".strip()
+    link = nodes.reference("", number, refuri=f"{target}#{label}", internal=True)
+    yield [nodes.paragraph("", "", link, *(child.deepcopy() for child in theorem[0].children))]
     title = app.env.titles[page].astext()
-    yield nodes.paragraph("", "", nodes.reference("", title, refuri=target, internal=True))
-    kinds = [] if not (formal := proofs.summary(label)) else [nodes.paragraph("", formal)]
-    tested = _folded(_tests(tests, label), tests, label) if tests else []
-    yield [*kinds, *tested] or nodes.paragraph("", "–")
-    yield nodes.paragraph("", _examples(tests).split()[0])
+    yield [nodes.paragraph("", "", nodes.reference("", title, refuri=target, internal=True))]
 
 
-def _row(*cells: nodes.Node | list[nodes.Node]) -> nodes.row:
-    return nodes.row("", *(nodes.entry("", *(c if isinstance(c, list) else [c])) for c in cells))
+def _row(*cells: list[nodes.Node]) -> nodes.row:
+    return nodes.row("", *(nodes.entry("", *cell) for cell in cells))

@@ -234,16 +234,15 @@ def check_exercise(folder: Path, answer: Path, out: Path, workers: int) -> str:
     if not answer.is_file():
         raise BookError(f"{answer} is no file: copy {folder / EXERCISES} and fill in the proofs")
     pristine = folder / EXERCISES
-    text = answer.read_text(encoding="utf-8")
-    names = [found["name"] for found in _HOLE.finditer(pristine.read_text(encoding="utf-8"))]
-    needs = required(text) | required(pristine.read_text(encoding="utf-8"))
-    files = with_needed(read_proofs(folder), needs)
+    text, questions = (path.read_text(encoding="utf-8") for path in (answer, pristine))
+    names = [found["name"] for found in _HOLE.finditer(questions)]
+    files = with_needed(read_proofs(folder), required(text) | required(questions))
     compile_proofs([file.path for file in files], out, workers, lambda name: None)
     (out / "answer.v").write_text(text, encoding="utf-8")
     _compile(coq_tool("coqc"), out, "answer")
     asked = _HOLE.sub(
         lambda found: f"{found['head']}Proof. exact: {LIBRARY}.answer.{found['name']}. Qed.",
-        pristine.read_text(encoding="utf-8"),
+        questions,
     )
     (out / "asked.v").write_text(f"From {LIBRARY} Require answer.\n{asked}", encoding="utf-8")
     said = run_coq(coq_tool("coqc"), out, "asked.v")

@@ -63,17 +63,15 @@ def _mnist(what: str, folder: str, files: tuple[SourceFile, ...], train: int) ->
     }
 
 
-def _series(
-    what: str, folder: str, file: tuple[SourceFile, ...], variables: int, unit: str, **how: Any
-) -> Source:
+def _series(what: str, folder: str, variables: int, unit: str, **how: Any) -> Source:
     note = (
         f"168 {unit}s in, the value 24 {unit}s after the last one out; 60 % of the {unit}s for "
         "training, the next 20 % for validation, the last 20 % for test, no window across a "
         "border; every variable normalised by mean and deviation of the training part"
     )
     build = partial(builders.table, variables=variables, **how)
-    what = f"{what}, {variables} variables"
-    return Source(what, "windows", file, folder, build, note, "168 24 60-20-20")
+    what, files = f"{what}, {variables} variables", FILES[folder.replace("_", "-")]
+    return Source(what, "windows", files, folder, build, note, "168 24 60-20-20")
 
 
 def _ptb(how: str, *, treebank: bool) -> Source:
@@ -159,17 +157,12 @@ SOURCES: dict[str, Source] = {
         "packed",
         classes=200,
     ),
-    "electricity": _series(
-        "electricity use, 26,304 hours", "electricity", FILES["electricity"], 321, "hour"
-    ),
-    "traffic": _series("road occupancy, 17,544 hours", "traffic", FILES["traffic"], 862, "hour"),
-    "exchange_rate": _series(
-        "exchange rates, 7,588 days", "exchange_rate", FILES["exchange-rate"], 8, "day"
-    ),
+    "electricity": _series("electricity use, 26,304 hours", "electricity", 321, "hour"),
+    "traffic": _series("road occupancy, 17,544 hours", "traffic", 862, "hour"),
+    "exchange_rate": _series("exchange rates, 7,588 days", "exchange_rate", 8, "day"),
     "etth1": _series(
         "transformer loads and oil temperature, 17,420 hours",
         "etth1",
-        FILES["etth1"],
         7,
         "hour",
         header=True,

@@ -381,14 +381,7 @@ def _steps_back(
 
 cap = Check(
     name="cap",
-    takes={
-        "weights": "list of [d_out, d_in]",
-        "loss": "of the weights",
-        "bases": "list of [d_in, k]",
-        "eta": "> 0",
-        "steps": "whole number",
-        "limit": "> 0",
-    },
+    takes={**teleport_step.takes, "steps": "whole number", "limit": "> 0"},
     gives="list of [d_out, d_in]",
     cases=_cap_case,
     answer=_walk,
