@@ -8,7 +8,7 @@ a hint is a finding, not a guess.
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ BUDGET = 4.0
 
 Case = Mapping[str, Any]
 Answer = Any
+Wrong = Callable[[], Answer]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Check:
         cases: draws a case: the values of the arguments.
         properties: by what they state, in the order in which they are tried, the most telling
             first.
-        mistakes: what usual mistakes answer, by the hint to who makes them; several may share one.
+        mistakes: of the arguments, what usual mistakes answer, by the hint to who makes them;
+            several may share one. Nothing is computed before it is asked for.
         fits: what is wrong with the kind of an answer, if it need not look like the right one.
         view: what of an answer is unique, for comparisons with mistakes.
     """
@@ -76,7 +78,7 @@ class Check:
     cases: Callable[[Draw], Case]
     answer: Callable[..., Answer]
     properties: Mapping[str, Property]
-    mistakes: Mapping[str, Callable[..., Answer] | Sequence[Callable[..., Answer]]]
+    mistakes: Callable[..., Mapping[str, Wrong | Sequence[Wrong]]]
     fits: Callable[[Case, Answer, Answer], tuple[str, str] | None] = lambda case, answer, right: (
         misfit(answer, right)
     )
@@ -338,16 +340,18 @@ def _told(check: Check, fn: Callable[..., Any], worst: Trial, survey: list[Trial
 
 def _diagnosis(check: Check, survey: list[Trial]) -> str:
     """The hint of the first mistake that gives all the answers of the survey, or nothing."""
-    for hint, wrong in wrong_answers(check):
-        if all(_explains(check, wrong, attempt) for attempt in survey):
-            return hint
+    answers = (wrong_answers(check, attempt.case.values()) for attempt in survey)
+    for same_hint in zip(*answers, strict=True):
+        pairs = zip(same_hint, survey, strict=True)
+        if all(_explains(check, wrong, attempt) for (_, wrong), attempt in pairs):
+            return str(same_hint[0][0])
     constant = _constant(check, survey)
     return "" if constant is None else f"Every answer is {constant:g} times what it should be."
 
 
-def _explains(check: Check, wrong: Callable[..., Answer], attempt: Trial) -> bool:
+def _explains(check: Check, wrong: Wrong, attempt: Trial) -> bool:
     try:
-        answer = wrong(*map(copied, attempt.case.values()))
+        answer = wrong()
         if not attempt.outcome.returned:
             return False
         return alike(check.view(attempt.outcome.value), check.view(answer))
@@ -356,13 +360,14 @@ def _explains(check: Check, wrong: Callable[..., Answer], attempt: Trial) -> boo
         return attempt.outcome.raised is not None
 
 
-def wrong_answers(check: Check) -> Iterator[tuple[str, Callable[..., Answer]]]:
-    """Hints and what gives the answers they are for: the check's own, then one for all checks."""
-    for hint, wrong in check.mistakes.items():
+def wrong_answers(check: Check, arguments: Iterable[Any]) -> Iterator[tuple[str, Wrong]]:
+    """Hints and the answers they are for: the check's own, then one for all checks."""
+    copies = [copied(value) for value in arguments]
+    for hint, wrong in check.mistakes(*copies).items():
         yield from ((hint, one) for one in (wrong if isinstance(wrong, Sequence) else [wrong]))
     yield (
         "The result is transposed: check which side the matrices are multiplied from.",
-        lambda *arguments: transposed(check.answer(*arguments)),
+        lambda: transposed(check.answer(*copies)),
     )
 
 

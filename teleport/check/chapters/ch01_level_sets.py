@@ -49,19 +49,19 @@ rotation = Check(
             "eq-level-functions"
         ),
     },
-    mistakes={
+    mistakes=lambda p, a: {
         "You turned the point itself. Turn q = J p - (7, 5): "
-        "its length squared is the value.": _turn,
-        "You turned the other way: the matrix is [[cos, -sin], [sin, cos]].": lambda p, a: _rotated(
+        "its length squared is the value.": lambda: _turn(p, a),
+        "You turned the other way: the matrix is [[cos, -sin], [sin, cos]].": lambda: _rotated(
             p, -a
         ),
-        "You return the turned q. Solve J p = q + (7, 5) for the point.": lambda p, a: _turn(
+        "You return the turned q. Solve J p = q + (7, 5) for the point.": lambda: _turn(
             BOOTH_MATRIX @ p - BOOTH_SHIFT, a
         ),
-        "You forgot to add (7, 5) again before you solve for the point.": lambda p, a: (
+        "You forgot to add (7, 5) again before you solve for the point.": lambda: (
             torch.linalg.solve(BOOTH_MATRIX, _turn(BOOTH_MATRIX @ p - BOOTH_SHIFT, a))
         ),
-        "The angle is in radians, not in degrees.": lambda p, a: _rotated(p, math.radians(a)),
+        "The angle is in radians, not in degrees.": lambda: _rotated(p, math.radians(a)),
     },
 )
 """A teleport on a level set of Booth's function, by an angle."""
@@ -88,17 +88,17 @@ largest_gradient = Check(
         "On the level set of a quadratic function with this value the gradient is at most √(2 c λ) "
         "long, λ the largest eigenvalue of the Hessian.": Property("thm-newton")
     },
-    mistakes={
-        "That is the shortest gradient: take the largest eigenvalue.": lambda h, c: math.sqrt(
+    mistakes=lambda h, c: {
+        "That is the shortest gradient: take the largest eigenvalue.": lambda: math.sqrt(
             2 * c * float(torch.linalg.eigvalsh(h)[0])
         ),
-        "That is the square of the norm: take the root.": lambda h, c: _largest(h, c) ** 2,
-        "The factor 2 is missing: the value is half of (p - m)ᵀ A (p - m).": lambda h, c: _largest(
+        "That is the square of the norm: take the root.": lambda: _largest(h, c) ** 2,
+        "The factor 2 is missing: the value is half of (p - m)ᵀ A (p - m).": lambda: _largest(
             h, c / 2
         ),
-        "The value is a factor under the root as well: √(2 c λ).": lambda h, c: _largest(h, 0.5),
-        "You took the trace, the sum of all eigenvalues, for the largest one.": lambda h, c: (
-            math.sqrt(2 * c * float(h.trace()))
+        "The value is a factor under the root as well: √(2 c λ).": lambda: _largest(h, 0.5),
+        "You took the trace, the sum of all eigenvalues, for the largest one.": lambda: math.sqrt(
+            2 * c * float(h.trace())
         ),
     },
 )
@@ -131,11 +131,12 @@ stationary = Check(
         "The gradient norm is stationary along the level set exactly if the "
         "gradient is an eigenvector of the Hessian.": Property("thm-newton")
     },
-    mistakes={
-        "Stationary along the level set, "
-        "not everywhere: H g need only be parallel to g.": lambda g, h: not bool((h @ g).any()),
-        "Just the other way round.": lambda g, h: not _stationary(g, h),
-        "You compare H g with g: any eigenvalue will do, not only 1.": lambda g, h: alike(h @ g, g),
+    mistakes=lambda g, h: {
+        "Stationary along the level set, not everywhere: H g need only be parallel to g.": lambda: (
+            not bool((h @ g).any())
+        ),
+        "Just the other way round.": lambda: not _stationary(g, h),
+        "You compare H g with g: any eigenvalue will do, not only 1.": lambda: alike(h @ g, g),
     },
 )
 """Whether a point is a peak, a trough or a turning point of the gradient norm on its level set."""
@@ -171,24 +172,22 @@ level_set_step = Check(
         ),
         "d = η (Hg - λ g) - c g.": Property("thm-linearised"),
     },
-    mistakes={
-        "The way back is missing: subtract drift / ‖g‖² times g.": lambda g, a, eta, drift: (
-            _linearised(g, a, eta, 0.0)
+    mistakes=lambda g, a, eta, drift: {
+        "The way back is missing: subtract drift / ‖g‖² times g.": lambda: _linearised(
+            g, a, eta, 0.0
         ),
-        "You walk away from the level instead of back to it: "
-        "the drift is subtracted.": lambda g, a, eta, drift: _linearised(g, a, eta, -drift),
-        "The part of Hg along g is still in the step; it "
-        "changes the loss at first order.": lambda g, a, eta, drift: eta * a - drift / (g @ g) * g,
-        "λ and c divide by ‖g‖², not by ‖g‖.": lambda g, a, eta, drift: (
+        "You walk away from the level instead of back to it: the drift is subtracted.": lambda: (
+            _linearised(g, a, eta, -drift)
+        ),
+        "The part of Hg along g is still in the step; "
+        "it changes the loss at first order.": lambda: eta * a - drift / (g @ g) * g,
+        "λ and c divide by ‖g‖², not by ‖g‖.": lambda: (
             eta * (a - (g @ a) / g.norm() * g) - drift / g.norm() * g
         ),
-        "That is the part of Hg *along* g; "
-        "what is wanted is the part orthogonal to it.": lambda g, a, eta, drift: (
+        "That is the part of Hg *along* g; what is wanted is the part orthogonal to it.": lambda: (
             eta * (g @ a) / (g @ g) * g - drift / (g @ g) * g
         ),
-        "The way back is a whole step, not η of one.": lambda g, a, eta, drift: _linearised(
-            g, a, eta, eta * drift
-        ),
+        "The way back is a whole step, not η of one.": lambda: _linearised(g, a, eta, eta * drift),
     },
 )
 """One step of the linearised level set, with the way back."""

@@ -69,31 +69,32 @@ rank = Check(
             "thm-rank"
         )
     },
-    mistakes={
+    mistakes=lambda m: {
         "Rounding is never exactly 0: "
-        "count the singular values above a cut, not above 0.": lambda m: _cut_at(m, 0.0),
+        "count the singular values above a cut, not above 0.": lambda: _cut_at(m, 0.0),
         "The cut is that of float64, whatever the dtype of the matrix: "
-        "take eps of its dtype.": lambda m: _cut_at(m, _root(m) * torch.finfo(torch.float64).eps),
+        "take eps of its dtype.": lambda: _cut_at(m, _root(m) * torch.finfo(torch.float64).eps),
         "The cut is that of float32, whatever the dtype of the matrix: "
-        "take eps of its dtype.": lambda m: _cut_at(m, _root(m) * torch.finfo(torch.float32).eps),
-        "The factor √d is missing in the cut.": lambda m: _cut_at(m, _eps(m)),
-        "max(n, d) · largest is another rule: its cut grows with the samples, and a batch that "
-        "is repeated has another rank.": lambda m: _cut_at(m, max(m.shape) * _eps(m), _largest),
-        "The factor is the *root* of d: rounding errors have random signs.": lambda m: _cut_at(
+        "take eps of its dtype.": lambda: _cut_at(m, _root(m) * torch.finfo(torch.float32).eps),
+        "The factor √d is missing in the cut.": lambda: _cut_at(m, _eps(m)),
+        "max(n, d) · largest is another rule: its cut grows with the samples, and a batch "
+        "that is repeated has another rank.": lambda: _cut_at(m, max(m.shape) * _eps(m), _largest),
+        "The factor is the *root* of d: rounding errors have random signs.": lambda: _cut_at(
             m, m.shape[1] * _eps(m)
         ),
-        "d is the number of inputs, the columns; the number of samples does not count.": lambda m: (
+        "d is the number of inputs, the columns; the number of samples does not count.": lambda: (
             _cut_at(m, len(m) ** 0.5 * _eps(m))
         ),
         "The cut is a share of the Frobenius norm, not of the largest singular value: the "
-        "layer rounds with all of its inputs.": lambda m: _cut_at(m, _root(m) * _eps(m), _largest),
-        "The comparison must be strict (>): "
-        "in a zero matrix every value equals the cut.": _not_strict,
-        "The cut is relative: it is a share of the norm of the matrix.": lambda m: _cut_at(
+        "layer rounds with all of its inputs.": lambda: _cut_at(m, _root(m) * _eps(m), _largest),
+        "The comparison must be strict (>): in a zero matrix every value equals the cut.": lambda: (
+            _not_strict(m)
+        ),
+        "The cut is relative: it is a share of the norm of the matrix.": lambda: _cut_at(
             m, _root(m) * _eps(m), lambda _: 1.0
         ),
         "A cumulated sum that reaches its total is no rank: small values vanish beside large ones, "
-        "and rounding can miss the total.": _cumulated,
+        "and rounding can miss the total.": lambda: _cumulated(m),
     },
 )
 """The numerical rank, τ = 1."""
@@ -121,19 +122,19 @@ energy_rank = Check(
         "k is the smallest number of directions whose squared "
         "singular values reach τ of their sum.": Property("thm-rank")
     },
-    mistakes={
-        "Energy is the sum of *squares*: square the singular values.": lambda v, tau: _energy_rank(
+    mistakes=lambda v, tau: {
+        "Energy is the sum of *squares*: square the singular values.": lambda: _energy_rank(
             v.sqrt(), tau
         ),
-        "k is one short: count the direction that reaches τ, too.": lambda v, tau: (
+        "k is one short: count the direction that reaches τ, too.": lambda: (
             _energy_rank(v, tau) - 1
         ),
-        "k is one too large.": lambda v, tau: _energy_rank(v, tau) + 1,
+        "k is one too large.": lambda: _energy_rank(v, tau) + 1,
         "You count the values above a share of the largest; "
-        "τ is a share of the total energy.": lambda v, tau: int((v > (1 - tau) * v[0]).sum()),
-        "You count the values that are a share τ on their own; add them "
-        "up from the largest.": lambda v, tau: int((v.square() >= tau * v.square().sum()).sum()),
-        "τ is the share to keep; you kept a share 1 - τ.": lambda v, tau: _energy_rank(v, 1 - tau),
+        "τ is a share of the total energy.": lambda: int((v > (1 - tau) * v[0]).sum()),
+        "You count the values that are a share τ on their own; "
+        "add them up from the largest.": lambda: int((v.square() >= tau * v.square().sum()).sum()),
+        "τ is the share to keep; you kept a share 1 - τ.": lambda: _energy_rank(v, 1 - tau),
     },
 )
 """How many directions a share τ of the energy needs."""
@@ -213,26 +214,26 @@ basis = Check(
             lambda case, got: alike(projector(got), projector(_basis(case["rows"], case["tau"]))),
         ),
     },
-    mistakes={
-        "k is one short: the direction that reaches the share τ is kept, too.": lambda r, tau: (
-            _leading(r, _count(r, tau) - 1)
+    mistakes=lambda r, tau: {
+        "k is one short: the direction that reaches the share τ is kept, too.": lambda: _leading(
+            r, _count(r, tau) - 1
         ),
         "k is one too large: nothing is left of the "
-        "null space that this direction was in.": lambda r, tau: _leading(r, _count(r, tau) + 1),
-        "τ is not used: this is the basis for τ = 1.": lambda r, tau: _leading(r, _count(r, 1.0)),
-        "All singular vectors are kept, also those whose singular value is 0.": lambda r, tau: (
-            _leading(r, min(r.shape))
+        "null space that this direction was in.": lambda: _leading(r, _count(r, tau) + 1),
+        "τ is not used: this is the basis for τ = 1.": lambda: _leading(r, _count(r, 1.0)),
+        "All singular vectors are kept, also those whose singular value is 0.": lambda: _leading(
+            r, min(r.shape)
         ),
-        "Energy is the sum of *squares*: square the singular values.": _basis_without_squares,
-        "These are the singular vectors of the wrong side: the directions of the *samples*. "
-        "With samples as rows the inputs' directions are the rows of Vh.": lambda r, tau: (
-            torch.linalg.svd(r, full_matrices=False).U[:, : _count(r, tau)]
+        "Energy is the sum of *squares*: square the singular values.": lambda: (
+            _basis_without_squares(r, tau)
         ),
-        "torch.linalg.svd returns Vh, "
-        "the transposed of V: its *rows* are the vectors.": lambda r, tau: torch.linalg.svd(
-            r, full_matrices=True
-        ).Vh[:, : _count(r, tau)],
-        "You return the directions that are *not* kept, the null space.": lambda r, tau: _leading(
+        "These are the singular vectors of the wrong side: the directions of the *samples*. With "
+        "samples as rows the inputs' directions are "
+        "the rows of Vh.": lambda: torch.linalg.svd(r, full_matrices=False).U[:, : _count(r, tau)],
+        "torch.linalg.svd returns Vh, the transposed of V: its *rows* are the vectors.": lambda: (
+            torch.linalg.svd(r, full_matrices=True).Vh[:, : _count(r, tau)]
+        ),
+        "You return the directions that are *not* kept, the null space.": lambda: _leading(
             r, r.shape[1]
         )[:, _count(r, tau) :],
     },
@@ -265,21 +266,20 @@ merged_basis = Check(
             lambda case, got: alike(projector(got), projector(_merged(case["batches"]))),
         ),
     },
-    mistakes={
-        "Only the last batch is kept fixed: the earlier ones will drift.": lambda batches: _basis(
+    mistakes=lambda batches: {
+        "Only the last batch is kept fixed: the earlier ones will drift.": lambda: _basis(
             batches[-1], 1.0
         ),
-        "Only the first batch is kept fixed: the later ones will drift.": lambda batches: _basis(
+        "Only the first batch is kept fixed: the later ones will drift.": lambda: _basis(
             batches[0], 1.0
         ),
-        "The bases of the batches side by side are not orthonormal: decompose "
-        "them together.": lambda batches: torch.cat([_basis(b, 1.0) for b in batches], dim=1),
-        "The mean of the batches is one batch; what has to stay are "
-        "all their rows.": lambda batches: _basis(torch.stack([b.mean(0) for b in batches]), 1.0),
-        "The rows were centred: a null space is about the rows themselves, "
-        "not their deviation from the mean.": lambda batches: _basis(
-            torch.cat(batches) - torch.cat(batches).mean(0), 1.0
+        "The bases of the batches side by side are not orthonormal: "
+        "decompose them together.": lambda: torch.cat([_basis(b, 1.0) for b in batches], dim=1),
+        "The mean of the batches is one batch; what has to stay are all their rows.": lambda: (
+            _basis(torch.stack([b.mean(0) for b in batches]), 1.0)
         ),
+        "The rows were centred: a null space is about the rows themselves, not their deviation "
+        "from the mean.": lambda: _basis(torch.cat(batches) - torch.cat(batches).mean(0), 1.0),
     },
     fits=basis_misfit,
     view=projector,

@@ -82,19 +82,19 @@ rows = Check(
             "thm-span"
         )
     },
-    mistakes={
-        "The bias column is forgotten: append a 1 to every row.": lambda x: x.reshape(
+    mistakes=lambda x: {
+        "The bias column is forgotten: append a 1 to every row.": lambda: x.reshape(
             -1, x.shape[-1]
         ),
-        "The bias is the *last* column of the weights, so the 1 comes last.": lambda x: (
-            rows_with_one(x).roll(1, dims=1)
-        ),
+        "The bias is the *last* column of the weights, so the 1 comes last.": lambda: rows_with_one(
+            x
+        ).roll(1, dims=1),
         "These are the inputs as columns, R; "
-        "here they are wanted as rows, its transposed.": lambda x: rows_with_one(x).T,
-        "The leading axes (samples, tokens) all become one: reshape(-1, d) first.": lambda x: (
+        "here they are wanted as rows, its transposed.": lambda: rows_with_one(x).T,
+        "The leading axes (samples, tokens) all become one: reshape(-1, d) first.": lambda: (
             torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
         ),
-        "The bias column is 1, not 0: a bias is a weight on an input that is 1.": lambda x: (
+        "The bias column is 1, not 0: a bias is a weight on an input that is 1.": lambda: (
             rows_with_one(x) * torch.tensor([1.0] * x.shape[-1] + [0.0]).double()
         ),
     },
@@ -114,17 +114,19 @@ weight_gradient = Check(
     properties={
         "The gradient by the weights is the sum over the samples of δ xᵀ.": Property("thm-span")
     },
-    mistakes={
-        "The sides are transposed: "
-        "rows of the gradient are combinations of *inputs*.": lambda d, r: r.T @ d,
-        "That is the mean over the samples. "
-        "A 1/n is in δ already, if the loss has one.": lambda d, r: d.T @ r / len(r),
-        "Only the first sample counts here: sum over all.": lambda d, r: torch.outer(d[0], r[0]),
-        "Only the last sample counts here: add to the sum, do not overwrite it.": lambda d, r: (
+    mistakes=lambda d, r: {
+        "The sides are transposed: rows of the gradient are combinations of *inputs*.": lambda: (
+            r.T @ d
+        ),
+        "That is the mean over the samples. A 1/n is in δ already, if the loss has one.": lambda: (
+            d.T @ r / len(r)
+        ),
+        "Only the first sample counts here: sum over all.": lambda: torch.outer(d[0], r[0]),
+        "Only the last sample counts here: add to the sum, do not overwrite it.": lambda: (
             torch.outer(d[-1], r[-1])
         ),
-        "You multiplied the sums. What is wanted is the sum of the products.": lambda d, r: (
-            torch.outer(d.sum(0), r.sum(0))
+        "You multiplied the sums. What is wanted is the sum of the products.": lambda: torch.outer(
+            d.sum(0), r.sum(0)
         ),
     },
 )
@@ -159,23 +161,21 @@ projection = Check(
             "thm-layerwise", _only_kept
         ),
     },
-    mistakes={
+    mistakes=lambda g, b: {
         "You projected *onto* the span of the inputs. What keeps the loss is what is left "
-        "when that part is taken away: G - G B Bᵀ.": lambda g, b: g @ b @ b.T,
+        "when that part is taken away: G - G B Bᵀ.": lambda: g @ b @ b.T,
         "The sides are transposed: the basis belongs to the inputs, the *second* axis of the "
-        "gradient, so it multiplies from the right.": lambda g, b: g - b @ (b.T @ g),
-        "Nothing is projected: this is the gradient itself.": lambda g, b: g,
-        "The last column of the basis is missing: k is one short.": lambda g, b: (
-            reference.equation_11(g, b[:, :-1])
+        "gradient, so it multiplies from the right.": lambda: g - b @ (b.T @ g),
+        "Nothing is projected: this is the gradient itself.": lambda: g,
+        "The last column of the basis is missing: k is one short.": lambda: reference.equation_11(
+            g, b[:, :-1]
         ),
-        "Only the first column of the basis is used.": lambda g, b: reference.equation_11(
-            g, b[:, :1]
-        ),
-        "The part in the span is added instead of taken away.": lambda g, b: g + g @ b @ b.T,
-        "The part in the span is taken away twice: that is a reflection.": lambda g, b: (
+        "Only the first column of the basis is used.": lambda: reference.equation_11(g, b[:, :1]),
+        "The part in the span is added instead of taken away.": lambda: g + g @ b @ b.T,
+        "The part in the span is taken away twice: that is a reflection.": lambda: (
             g - 2 * g @ b @ b.T
         ),
-        "B Bᵀ, not Bᵀ B: the product must be [d_in, d_in].": lambda g, b: g - g @ (b.T @ b),
+        "B Bᵀ, not Bᵀ B: the product must be [d_in, d_in].": lambda: g - g @ (b.T @ b),
     },
 )
 """A gradient projected out of the span of a layer's inputs."""
@@ -206,18 +206,21 @@ survivor = Check(
         ),
         "π(Hg) is the sum over the samples of δ (P ẋ)ᵀ.": Property("thm-survivor"),
     },
-    mistakes={
-        "The tangents are not projected: "
-        "this part of Hg still acts on the inputs.": lambda d, t, b: d.T @ t,
-        "You kept the part of the tangents *inside* the span; "
-        "the part outside survives.": lambda d, t, b: d.T @ (t @ b @ b.T),
-        "The sides are transposed: δ belongs to the outputs, the first axis.": lambda d, t, b: (
+    mistakes=lambda d, t, b: {
+        "The tangents are not projected: this part of Hg still acts on the inputs.": lambda: (
+            d.T @ t
+        ),
+        "You kept the part of the tangents *inside* the span; the part outside survives.": lambda: (
+            d.T @ (t @ b @ b.T)
+        ),
+        "The sides are transposed: δ belongs to the outputs, the first axis.": lambda: (
             _survivor(d, t, b).T
         ),
-        "That is the mean over the samples. "
-        "A 1/n is in δ already, if the loss has one.": lambda d, t, b: _survivor(d, t, b) / len(d),
-        "You multiplied the sums. What is wanted is the sum of the products.": lambda d, t, b: (
-            _survivor(d.sum(0)[None], t.sum(0)[None], b)
+        "That is the mean over the samples. A 1/n is in δ already, if the loss has one.": lambda: (
+            _survivor(d, t, b) / len(d)
+        ),
+        "You multiplied the sums. What is wanted is the sum of the products.": lambda: _survivor(
+            d.sum(0)[None], t.sum(0)[None], b
         ),
     },
 )
@@ -250,17 +253,19 @@ teleport_gradient = Check(
         "The gradient of the teleport objective T = ½ ‖g‖² is Hg, "
         "all layers' g together.": Property("thm-survivor")
     },
-    mistakes={
-        "That is the gradient of the loss, g. Differentiate ½ ‖g‖² once more.": weights_gradient,
-        "The factor ½ is missing in T: this is the gradient of ‖g‖².": lambda w, loss: ascent(
+    mistakes=lambda w, loss: {
+        "That is the gradient of the loss, g. Differentiate ½ ‖g‖² once more.": lambda: (
+            weights_gradient(w, loss)
+        ),
+        "The factor ½ is missing in T: this is the gradient of ‖g‖².": lambda: ascent(
             w, loss, lambda square: square
         ),
-        "That is the gradient of ‖g‖; T is half of its square.": lambda w, loss: ascent(
+        "That is the gradient of ‖g‖; T is half of its square.": lambda: ascent(
             w, loss, torch.sqrt
         ),
         "Every layer's own ‖g_l‖² alone was differentiated by its own weights; T is the sum over "
-        "all layers, and each weight moves all of it.": lambda w, loss: _layer_by_layer(w, loss),
-        "All zero: was the graph of the gradient kept? Pass create_graph=True.": lambda w, loss: [
+        "all layers, and each weight moves all of it.": lambda: _layer_by_layer(w, loss),
+        "All zero: was the graph of the gradient kept? Pass create_graph=True.": lambda: [
             torch.zeros_like(part) for part in w
         ],
     },
@@ -306,32 +311,31 @@ teleport_step = Check(
             "thm-layerwise"
         ),
     },
-    mistakes={
-        "The sign is that of descent. "
-        "A teleport *climbs* T: add η π(∇T).": lambda w, loss, b, eta: _step(w, loss, b, -eta),
-        "The direction is not projected, so the loss moves.": lambda w, loss, b, eta: (
-            reference.equation_5(w, ascent(w, loss), eta)
+    mistakes=lambda w, loss, b, eta: {
+        "The sign is that of descent. A teleport *climbs* T: add η π(∇T).": lambda: _step(
+            w, loss, b, -eta
         ),
-        "You projected *onto* the "
-        "span of the inputs instead of out of it.": lambda w, loss, b, eta: reference.equation_5(
-            w, [g @ basis @ basis.T for g, basis in zip(ascent(w, loss), b, strict=True)], eta
+        "The direction is not projected, so the loss moves.": lambda: reference.equation_5(
+            w, ascent(w, loss), eta
+        ),
+        "You projected *onto* the span of the inputs instead of out of it.": lambda: (
+            reference.equation_5(
+                w, [g @ basis @ basis.T for g, basis in zip(ascent(w, loss), b, strict=True)], eta
+            )
         ),
         "You moved along the projected gradient of the loss. It lies in the span of the inputs, "
-        "so nothing moves (thm-span). What survives is part of ∇T.": lambda w, loss, b, eta: (
-            reference.equation_5(w, _project(weights_gradient(w, loss), b), eta)
+        "so nothing moves (thm-span). What survives is part of ∇T.": lambda: reference.equation_5(
+            w, _project(weights_gradient(w, loss), b), eta
         ),
-        "You moved along the gradient of the loss. "
-        "Move along the projected ∇T.": lambda w, loss, b, eta: reference.equation_5(
-            w, weights_gradient(w, loss), eta
+        "You moved along the gradient of the loss. Move along the projected ∇T.": lambda: (
+            reference.equation_5(w, weights_gradient(w, loss), eta)
         ),
-        "The direction has the factor 2: T is *half* of ‖g‖².": lambda w, loss, b, eta: _step(
-            w, loss, b, 2 * eta
-        ),
-        "You return the step, not the new weights.": lambda w, loss, b, eta: [
+        "The direction has the factor 2: T is *half* of ‖g‖².": lambda: _step(w, loss, b, 2 * eta),
+        "You return the step, not the new weights.": lambda: [
             eta * p for p in _project(ascent(w, loss), b)
         ],
-        "The step size is not used.": lambda w, loss, b, eta: _step(w, loss, b, 1.0),
-        "The bases are in the wrong order: each layer has its own.": lambda w, loss, b, eta: _step(
+        "The step size is not used.": lambda: _step(w, loss, b, 1.0),
+        "The bases are in the wrong order: each layer has its own.": lambda: _step(
             w, loss, b[::-1], eta
         ),
     },
@@ -390,25 +394,23 @@ cap = Check(
         "At most `steps` steps, "
         "and none from a point whose gradient norm is above the limit.": Property("thm-invariance"),
     },
-    mistakes={
-        "The cap is not used: stop as soon as the gradient norm "
-        "is above it.": lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, math.inf),
+    mistakes=lambda w, loss, b, eta, steps, cap: {
+        "The cap is not used: stop as soon as the gradient norm is above it.": lambda: _walk(
+            w, loss, b, eta, steps, math.inf
+        ),
         "The cap is on the norm ‖g‖, and you compare it with its square or half of that.": (
-            lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, cap**0.5),
-            lambda w, loss, b, eta, steps, cap: _walk(w, loss, b, eta, steps, (2 * cap) ** 0.5),
+            lambda: _walk(w, loss, b, eta, steps, cap**0.5),
+            lambda: _walk(w, loss, b, eta, steps, (2 * cap) ** 0.5),
         ),
-        "You look at the norm after the step only: "
-        "a start above the cap must not move.": lambda w, loss, b, eta, steps, cap: _walk(
-            _step(w, loss, b, eta), loss, b, eta, steps - 1, cap
+        "You look at the norm after the step only: a start above the cap must not move.": lambda: (
+            _walk(_step(w, loss, b, eta), loss, b, eta, steps - 1, cap)
         ),
-        "You drop the step that passes the cap; "
-        "the walk ends *behind* it, as in the paper.": _steps_back,
-        "You walk while the norm is *above* the cap.": lambda w, loss, b, eta, steps, cap: _walk(
+        "You drop the step that passes the cap; the walk ends *behind* it, "
+        "as in the paper.": lambda: _steps_back(w, loss, b, eta, steps, cap),
+        "You walk while the norm is *above* the cap.": lambda: _walk(
             w, loss, b, eta, steps, cap, operator.gt
         ),
-        "There is one step too few.": lambda w, loss, b, eta, steps, cap: _walk(
-            w, loss, b, eta, steps - 1, cap
-        ),
+        "There is one step too few.": lambda: _walk(w, loss, b, eta, steps - 1, cap),
     },
 )
 """A walk of several steps with a cap on the gradient norm."""
@@ -440,21 +442,19 @@ tied_projection = Check(
         ),
         "Nothing but what acts on one of the two spans is removed.": Property("thm-layerwise"),
     },
-    mistakes={
-        "Only the use as W x is respected: the same weights act as Wᵀ s, too.": lambda g, b, h: (
+    mistakes=lambda g, b, h: {
+        "Only the use as W x is respected: the same weights act as Wᵀ s, too.": lambda: (
             reference.equation_11(g, b)
         ),
-        "Only the use as Wᵀ s is respected: the same weights act as W x, too.": lambda g, b, h: (
+        "Only the use as Wᵀ s is respected: the same weights act as W x, too.": lambda: (
             reference.equation_12(g, h)
         ),
         "The two projections follow one another; subtracting both from the gradient "
-        "takes what lies in both spans away twice.": lambda g, b, h: g - g @ b @ b.T - h @ h.T @ g,
+        "takes what lies in both spans away twice.": lambda: g - g @ b @ b.T - h @ h.T @ g,
         "Too much is removed or too little: project each side, then the other. "
-        "You remove only what lies in both spans.": lambda g, b, h: g - h @ h.T @ g @ b @ b.T,
-        "You projected *onto* the spans instead of out of them.": lambda g, b, h: (
-            h @ h.T @ g @ b @ b.T
-        ),
-        "Nothing is projected: this is the gradient itself.": lambda g, b, h: g,
+        "You remove only what lies in both spans.": lambda: g - h @ h.T @ g @ b @ b.T,
+        "You projected *onto* the spans instead of out of them.": lambda: h @ h.T @ g @ b @ b.T,
+        "Nothing is projected: this is the gradient itself.": lambda: g,
     },
 )
 """The projection of a weight that is used as itself and as its transpose."""

@@ -51,24 +51,21 @@ conv_rows = Check(
         "One row for each position of each image: its patch, channel by channel and row by row "
         "as in the kernel, then a 1 for the bias.": Property("thm-span")
     },
-    mistakes={
-        "The bias column is forgotten: append a 1 to every row.": lambda *case: _rows(*case)[
-            :, :-1
-        ],
-        "These are the patches as columns; here they are wanted as rows.": lambda *case: (
-            _rows(*case).T
+    mistakes=lambda x, k, s, p: {
+        "The bias column is forgotten: append a 1 to every row.": lambda: _rows(x, k, s, p)[:, :-1],
+        "These are the patches as columns; here they are wanted as rows.": lambda: (
+            _rows(x, k, s, p).T
         ),
-        "torch's unfold gives [n, C k k, positions]: swap its last two axes before you flatten, "
-        "or the numbers of different patches mix.": lambda *case: _ones(
-            _unfolded(*case).reshape(-1, _unfolded(*case).shape[1])
-        ),
-        "The stride is not used.": lambda x, k, s, p: _rows(x, k, 1, p),
-        "The padding is not used.": lambda x, k, s, p: _rows(x, k, s, 0),
-        "Only the first image is unfolded.": lambda x, *rest: _rows(x[:1], *rest),
+        "torch's unfold gives [n, C k k, positions]: swap its last two axes before you flatten, or "
+        "the numbers of different "
+        "patches mix.": lambda: _ones(_unfolded(x, k, s, p).reshape(-1, x.shape[1] * k * k)),
+        "The stride is not used.": lambda: _rows(x, k, 1, p),
+        "The padding is not used.": lambda: _rows(x, k, s, 0),
+        "Only the first image is unfolded.": lambda: _rows(x[:1], k, s, p),
         "The channel runs slowest within a row, "
-        "as in weight.flatten(1); here it runs fastest.": _places_last,
-        "The 1 comes last, as the bias is the last column of the weights.": lambda *case: _rows(
-            *case
+        "as in weight.flatten(1); here it runs fastest.": lambda: _places_last(x, k, s, p),
+        "The 1 comes last, as the bias is the last column of the weights.": lambda: _rows(
+            x, k, s, p
         ).roll(1, dims=1),
     },
 )
@@ -117,19 +114,19 @@ grouped_projection = Check(
         "not act on the inputs of their own group.": Property("thm-invariance", _in_group),
         "Nothing but the part in the group's own span is removed.": Property("thm-layerwise"),
     },
-    mistakes={
-        "The groups are mixed: the first group's basis is used for all.": lambda g, b: (
+    mistakes=lambda g, b: {
+        "The groups are mixed: the first group's basis is used for all.": lambda: (
             reference.equation_11(g, b[0])
         ),
         "The groups are mixed: a group is a block of *consecutive* output channels, "
-        "not every groups-th one.": _interleaved,
+        "not every groups-th one.": lambda: _interleaved(g, b),
         "The groups are mixed: each is projected out of the inputs of all. "
-        "That keeps the loss and wastes null space.": _out_of_all,
-        "The groups are mixed: their order is reversed.": lambda g, b: _grouped(g, b.flip(0)),
-        "You projected *onto* the span of the inputs instead of out of it.": lambda g, b: (
+        "That keeps the loss and wastes null space.": lambda: _out_of_all(g, b),
+        "The groups are mixed: their order is reversed.": lambda: _grouped(g, b.flip(0)),
+        "You projected *onto* the span of the inputs instead of out of it.": lambda: (
             g - _grouped(g, b)
         ),
-        "Nothing is projected: this is the gradient itself.": lambda g, b: g,
+        "Nothing is projected: this is the gradient itself.": lambda: g,
     },
 )
 """The projection of a grouped convolution."""
@@ -197,22 +194,22 @@ layer_projection = Check(
         "*squared* singular values; the gradient of its output channels is projected out "
         "of these k directions, from the right.": Property("thm-rank")
     },
-    mistakes={
-        "One bug is left, the groups: the basis of the first group "
-        "is used for all.": lambda g, x, tau: reference.equation_11(g, _kept(_ones(x[0]), tau)),
-        "One bug is left, the bias: the rows need a 1 as their last entry.": lambda g, x, tau: (
-            _layer(g, x, tau, one=0.0)
+    mistakes=lambda g, x, tau: {
+        "One bug is left, the groups: the basis of the first group is used for all.": lambda: (
+            reference.equation_11(g, _kept(_ones(x[0]), tau))
         ),
-        "One bug is left, τ: energy is the "
-        "sum of *squares* of the singular values.": lambda g, x, tau: _layer(g, x, tau, power=1),
+        "One bug is left, the bias: the rows need a 1 as their last entry.": lambda: _layer(
+            g, x, tau, one=0.0
+        ),
+        "One bug is left, τ: energy is the sum of *squares* of the singular values.": lambda: (
+            _layer(g, x, tau, power=1)
+        ),
         "One bug is left, the basis: "
-        "it is that of the layer's inputs, not of the gradient.": _of_gradient,
-        "One bug is left, the side: "
-        "what acts on the inputs is removed from the *right* of a gradient [C_out, d + 1].": _left,
-        "Nothing is projected: this is the gradient itself.": lambda g, x, tau: g,
-        "You projected *onto* what is kept instead of out of it.": lambda g, x, tau: (
-            g - _layer(g, x, tau)
-        ),
+        "it is that of the layer's inputs, not of the gradient.": lambda: _of_gradient(g, x, tau),
+        "One bug is left, the side: what acts on the inputs is removed from "
+        "the *right* of a gradient [C_out, d + 1].": lambda: _left(g, x, tau),
+        "Nothing is projected: this is the gradient itself.": lambda: g,
+        "You projected *onto* what is kept instead of out of it.": lambda: g - _layer(g, x, tau),
     },
 )
 """All of a layer's projection: rows, basis for τ, groups, side."""

@@ -37,30 +37,30 @@ attention_rows = Check(
         "q reads the tokens of the queries; k and v read those of the context: "
         "one row for each token of each sample, with a 1 for the bias.": Property("thm-span")
     },
-    mistakes={
-        "The bias column is forgotten: append a 1 to every row.": _of_each(
+    mistakes=lambda q, c: {
+        "The bias column is forgotten: append a 1 to every row.": lambda: _of_each(
             lambda x: x.reshape(-1, x.shape[-1])
+        )(q, c),
+        "Keys and values read the context, not the queries.": lambda: _rows_of(q, q, q),
+        "Only keys and values read the context; queries have rows of their own.": lambda: _rows_of(
+            c, c, c
         ),
-        "Keys and values read the context, not the queries.": lambda q, c: _rows_of(q, q, q),
-        "Only keys and values read the context; queries have rows of their own.": lambda q, c: (
-            _rows_of(c, c, c)
+        "Queries and context are swapped.": lambda: _rows_of(c, q, q),
+        "Values are made from the context like keys; only their weights differ.": lambda: _rows_of(
+            q, c, q
         ),
-        "Queries and context are swapped.": lambda q, c: _rows_of(c, q, q),
-        "Values are made from the context like keys; only their weights differ.": lambda q, c: (
-            _rows_of(q, c, q)
+        "The mean over the tokens loses rows: every token of every sample counts.": lambda: (
+            _of_each(lambda x: rows_with_one(x.mean(1)))(q, c)
         ),
-        "The mean over the tokens loses rows: every token of every sample counts.": _of_each(
-            lambda x: rows_with_one(x.mean(1))
-        ),
-        "Only the first sample is there: join the tokens of all samples.": _of_each(
+        "Only the first sample is there: join the tokens of all samples.": lambda: _of_each(
             lambda x: rows_with_one(x[:1])
-        ),
-        "These are the tokens as columns; here they are wanted as rows.": _of_each(
+        )(q, c),
+        "These are the tokens as columns; here they are wanted as rows.": lambda: _of_each(
             lambda x: rows_with_one(x).T
-        ),
-        "Samples and tokens stay two axes: flatten them into one.": _of_each(
+        )(q, c),
+        "Samples and tokens stay two axes: flatten them into one.": lambda: _of_each(
             lambda x: torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
-        ),
+        )(q, c),
     },
 )
 """The input rows of the projections of (cross-)attention."""
@@ -98,22 +98,20 @@ layernorm_direction = Check(
             "thm-layernorm", lambda case, got: bool(got.norm() > 1e-9)
         ),
     },
-    mistakes={
+    mistakes=lambda g, b: {
         "The rows are (h - β)/γ with sum 0: the weights are divided by γ, "
-        "not multiplied.": lambda g, b: torch.cat([g, -(b * g).sum()[None]]),
-        "The bias entry has the wrong sign: it takes away what β contributes.": lambda g, b: (
-            torch.cat([1 / g, (b / g).sum()[None]])
+        "not multiplied.": lambda: torch.cat([g, -(b * g).sum()[None]]),
+        "The bias entry has the wrong sign: it takes away what β contributes.": lambda: torch.cat(
+            [1 / g, (b / g).sum()[None]]
         ),
-        "The bias entry is missing: with β the rows do not sum to 0 without it.": lambda g, b: (
-            torch.cat([1 / g, g.new_zeros(1)])
+        "The bias entry is missing: with β the rows do not sum to 0 without it.": lambda: torch.cat(
+            [1 / g, g.new_zeros(1)]
         ),
-        "β is divided by γ, too, before it is summed.": lambda g, b: torch.cat(
-            [1 / g, -b.sum()[None]]
-        ),
-        "All entries equal would be right for γ = 1 only: divide by γ.": lambda g, b: torch.cat(
+        "β is divided by γ, too, before it is summed.": lambda: torch.cat([1 / g, -b.sum()[None]]),
+        "All entries equal would be right for γ = 1 only: divide by γ.": lambda: torch.cat(
             [torch.ones_like(g), -b.sum()[None]]
         ),
-        "The bias is the last entry, not the first.": lambda g, b: _direction(g, b).roll(1),
+        "The bias is the last entry, not the first.": lambda: _direction(g, b).roll(1),
     },
 )
 """The direction of a map behind a LayerNorm that no data can see."""
@@ -132,17 +130,18 @@ causal_tokens = Check(
         "Under a causal mask a loss that reads one position depends on the tokens up to it, "
         "itself included: only their keys and values have to stay.": Property("thm-invariance")
     },
-    mistakes={
-        "The position that is read sees itself, too.": lambda t, at: torch.arange(t) < at,
-        "Causal means that a position sees those *before* it, not behind it.": lambda t, at: (
+    mistakes=lambda t, at: {
+        "The position that is read sees itself, too.": lambda: torch.arange(t) < at,
+        "Causal means that a position sees those *before* it, not behind it.": lambda: (
             torch.arange(t) >= at
         ),
-        "These are all tokens: the mask hides those behind the position.": lambda t, at: torch.ones(
+        "These are all tokens: the mask hides those behind the position.": lambda: torch.ones(
             t, dtype=torch.bool
         ),
-        "The position that is read alone is not enough: "
-        "its query sees the earlier keys.": lambda t, at: torch.arange(t) == at,
-        "You marked the tokens that do *not* count.": lambda t, at: torch.arange(t) > at,
+        "The position that is read alone is not enough: its query sees the earlier keys.": lambda: (
+            torch.arange(t) == at
+        ),
+        "You marked the tokens that do *not* count.": lambda: torch.arange(t) > at,
     },
 )
 """Which tokens count under a causal mask."""
@@ -180,28 +179,22 @@ qk_move = Check(
         ),
         "The queries are multiplied by the element.": Property("eq-att-head"),
     },
-    mistakes={
-        "The inverse is there, its transpose is missing: qᵀ Aᵀ meets A⁻ᵀ k.": lambda q, k, a: (
+    mistakes=lambda q, k, a: {
+        "The inverse is there, its transpose is missing: qᵀ Aᵀ meets A⁻ᵀ k.": lambda: (
             a @ q,
             torch.linalg.inv(a) @ k,
         ),
-        "The keys have to undo what the queries do: A⁻ᵀ, not A again.": lambda q, k, a: (
-            a @ q,
-            a @ k,
-        ),
-        "Only the queries are moved. The scores change unless the keys undo it.": lambda q, k, a: (
+        "The keys have to undo what the queries do: A⁻ᵀ, not A again.": lambda: (a @ q, a @ k),
+        "Only the queries are moved. The scores change unless the keys undo it.": lambda: (
             a @ q,
             k,
         ),
-        "Transposing is not inverting; it is enough for rotations only.": lambda q, k, a: (
-            a @ q,
-            a.T @ k,
-        ),
-        "The scores are as before, but it is the keys that you multiply by A.": lambda q, k, a: (
+        "Transposing is not inverting; it is enough for rotations only.": lambda: (a @ q, a.T @ k),
+        "The scores are as before, but it is the keys that you multiply by A.": lambda: (
             torch.linalg.inv(a).T @ q,
             a @ k,
         ),
-        "Nothing has moved.": lambda q, k, a: (q, k),
+        "Nothing has moved.": lambda: (q, k),
     },
 )
 """A move of queries and keys that no data notices, and no null space holds."""

@@ -22,15 +22,16 @@ polynomial_degree = Check(
         "layers that the backward pass goes through: "
         "all but the first.": Property("thm-polynomial")
     },
-    mistakes={
-        "The backward pass does not go through the first layer: "
-        "its weights are in no δ.": lambda m: 2 * sum(m),
-        "T is a *square* of the gradient: twice the degree of δ.": lambda m: sum(m[1:]),
-        "Only layers that move count.": lambda m: 2 * (len(m) - 1),
-        "It is the first layer that the backward pass leaves out, not the last.": lambda m: (
+    mistakes=lambda m: {
+        "The backward pass does not go through the first layer: its weights are in no δ.": lambda: (
+            2 * sum(m)
+        ),
+        "T is a *square* of the gradient: twice the degree of δ.": lambda: sum(m[1:]),
+        "Only layers that move count.": lambda: 2 * (len(m) - 1),
+        "It is the first layer that the backward pass leaves out, not the last.": lambda: (
             2 * sum(m[:-1])
         ),
-        "The degrees of the layers add up, as each enters δ once as a factor.": lambda m: (
+        "The degrees of the layers add up, as each enters δ once as a factor.": lambda: (
             2 ** sum(m[1:])
         ),
     },
@@ -67,18 +68,19 @@ growth_step = Check(
             "thm-polynomial", lambda case, got: float(got) > 0
         ),
     },
-    mistakes={
-        "T is half the *square* of the norm: it has to grow by growth².": lambda c, growth: (
-            _growth_step(c, growth**0.5)
+    mistakes=lambda c, growth: {
+        "T is half the *square* of the norm: it has to grow by growth².": lambda: _growth_step(
+            c, growth**0.5
         ),
-        "c2 is left out: the step of the linear model is too long.": lambda c, growth: float(
+        "c2 is left out: the step of the linear model is too long.": lambda: float(
             (growth**2 - 1) * c[0] / c[1]
         ),
-        "That is the other root, on the ray *against* the direction.": lambda c, growth: float(
+        "That is the other root, on the ray *against* the direction.": lambda: float(
             (-c[1] - (c[1] ** 2 + 4 * c[2] * (growth**2 - 1) * c[0]).sqrt()) / (2 * c[2])
         ),
-        "T(0) is there already: only the missing (growth² - 1) "
-        "T(0) has to come.": lambda c, growth: _growth_step(c, math.sqrt(growth**2 + 1)),
+        "T(0) is there already: only the missing (growth² - 1) T(0) has to come.": lambda: (
+            _growth_step(c, math.sqrt(growth**2 + 1))
+        ),
     },
 )
 """The step that makes the gradient a wanted factor longer."""
@@ -97,16 +99,14 @@ adam_direction = Check(
     properties={
         "For Adam M = diag(√v + ε), and the tangent direction is M⁻¹ g.": Property("thm-geometry")
     },
-    mistakes={
-        "The direction is M⁻¹ g, and you multiply by M.": lambda g, v, e: g * (v.sqrt() + e),
-        "The root of v is missing.": lambda g, v, e: g / (v + e),
-        "ε is added outside the root: √v + ε.": lambda g, v, e: g / (v + e).sqrt(),
-        "This is g itself, the direction of SGD with M = I.": lambda g, v, e: g,
-        "M⁻¹ acts once: this is M⁻² g.": lambda g, v, e: g / (v.sqrt() + e) ** 2,
-        "That is the root of M⁻¹: the direction has M⁻¹ whole.": lambda g, v, e: (
-            g / (v.sqrt() + e).sqrt()
-        ),
-        "The length of g is lost: divide by √v + ε, not by |g|.": lambda g, v, e: g.sign(),
+    mistakes=lambda g, v, e: {
+        "The direction is M⁻¹ g, and you multiply by M.": lambda: g * (v.sqrt() + e),
+        "The root of v is missing.": lambda: g / (v + e),
+        "ε is added outside the root: √v + ε.": lambda: g / (v + e).sqrt(),
+        "This is g itself, the direction of SGD with M = I.": lambda: g,
+        "M⁻¹ acts once: this is M⁻² g.": lambda: g / (v.sqrt() + e) ** 2,
+        "That is the root of M⁻¹: the direction has M⁻¹ whole.": lambda: g / (v.sqrt() + e).sqrt(),
+        "The length of g is lost: divide by √v + ε, not by |g|.": lambda: g.sign(),
     },
 )
 """The direction in which the input of a layer moves when T is measured as Adam sees it."""
@@ -127,18 +127,19 @@ path_degree = Check(
         "The degree of T is twice the number of moved layers on the longest path of an error, from "
         "the loss through the head and every block to the embedding.": Property("thm-polynomial")
     },
-    mistakes={
+    mistakes=lambda b: {
         "Branches stand side by side: a path takes one of them, "
-        "so take the longest and not their sum.": lambda b: 2 * (1 + sum(map(sum, b))),
-        "The error passes the head, too: its weights are in every δ before it.": lambda b: (
+        "so take the longest and not their sum.": lambda: 2 * (1 + sum(map(sum, b))),
+        "The error passes the head, too: its weights are in every δ before it.": lambda: (
             2 * sum(map(max, b))
         ),
-        "T is a *square* of the gradient: twice the degree of δ.": lambda b: 1 + sum(map(max, b)),
+        "T is a *square* of the gradient: twice the degree of δ.": lambda: 1 + sum(map(max, b)),
         "The path ends at the embedding's output: "
-        "the embedding is reached and not passed.": lambda b: 2 * (2 + sum(map(max, b))),
-        "The longest path counts, not the shortest: "
-        "T has the highest power that occurs.": lambda b: 2 * (1 + sum(map(min, b))),
-        "Blocks follow one another: the path goes through all, so add them up.": lambda b: (
+        "the embedding is reached and not passed.": lambda: 2 * (2 + sum(map(max, b))),
+        "The longest path counts, not the shortest: T has the highest power that occurs.": lambda: (
+            2 * (1 + sum(map(min, b)))
+        ),
+        "Blocks follow one another: the path goes through all, so add them up.": lambda: (
             2 * (1 + max(map(max, b), default=0))
         ),
     },

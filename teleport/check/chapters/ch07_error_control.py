@@ -49,19 +49,20 @@ drift_bound = Check(
         ),
         "The bound is ‖ΔW‖₂ √(1 - τ) ‖R‖_F.": Property("thm-drift"),
     },
-    mistakes={
-        "What is left out is a share 1 - τ of the *energy*, "
-        "a square: take its root.": lambda m, r, tau: _spectral(m) * (1 - tau) * float(r.norm()),
-        "The bound has the share that is left out, 1 - τ, not the "
-        "share that is kept.": lambda m, r, tau: _spectral(m) * math.sqrt(tau) * float(r.norm()),
-        "The norm of ΔW is the spectral norm; "
-        "with the Frobenius norm the bound is true but looser than it need be.": lambda m, r, tau: (
-            float(m.norm()) * math.sqrt(1 - tau) * float(r.norm())
+    mistakes=lambda m, r, tau: {
+        "What is left out is a share 1 - τ of the *energy*, a square: take its root.": lambda: (
+            _spectral(m) * (1 - tau) * float(r.norm())
         ),
-        "The norm of R is the Frobenius norm: the outputs of all samples "
-        "together drift.": lambda m, r, tau: _spectral(m) * math.sqrt(1 - tau) * _spectral(r),
-        "τ is not used: this bounds any move.": lambda m, r, tau: _spectral(m) * float(r.norm()),
-        "That is the drift itself. The bound uses only norms and τ.": lambda m, r, tau: float(
+        "The bound has the share that is left out, 1 - τ, not the share that is kept.": lambda: (
+            _spectral(m) * math.sqrt(tau) * float(r.norm())
+        ),
+        "The norm of ΔW is the spectral norm; with the Frobenius norm the bound is true but "
+        "looser than it need be.": lambda: float(m.norm()) * math.sqrt(1 - tau) * float(r.norm()),
+        "The norm of R is the Frobenius norm: the outputs of all samples together drift.": lambda: (
+            _spectral(m) * math.sqrt(1 - tau) * _spectral(r)
+        ),
+        "τ is not used: this bounds any move.": lambda: _spectral(m) * float(r.norm()),
+        "That is the drift itself. The bound uses only norms and τ.": lambda: float(
             (r @ m.T).norm()
         ),
     },
@@ -87,22 +88,22 @@ held_out_drift = Check(
             "thm-batch"
         )
     },
-    mistakes={
-        "C is the *mean* of x xᵀ: divide by the number of rows.": lambda m, r: float(
+    mistakes=lambda m, r: {
+        "C is the *mean* of x xᵀ: divide by the number of rows.": lambda: float(
             (r @ m.T).square().sum()
         ),
-        "C is the second moment, not the covariance: do not subtract the mean.": lambda m, r: (
+        "C is the second moment, not the covariance: do not subtract the mean.": lambda: (
             _mean_drift(m, r - r.mean(0))
         ),
-        "The mean is over the samples; the outputs of one sample are summed.": lambda m, r: float(
+        "The mean is over the samples; the outputs of one sample are summed.": lambda: float(
             (r @ m.T).square().mean()
         ),
-        "That is the root of the mean square.": lambda m, r: math.sqrt(_mean_drift(m, r)),
-        "That is the drift of the mean input, not the mean drift.": lambda m, r: float(
+        "That is the root of the mean square.": lambda: math.sqrt(_mean_drift(m, r)),
+        "That is the drift of the mean input, not the mean drift.": lambda: float(
             (m @ r.mean(0)).square().sum()
         ),
-        "The data are missing: ‖ΔW‖² is the drift for inputs of unit variance only.": lambda m, r: (
-            float(m.square().sum())
+        "The data are missing: ‖ΔW‖² is the drift for inputs of unit variance only.": lambda: float(
+            m.square().sum()
         ),
     },
 )
@@ -137,24 +138,21 @@ total_move = Check(
         "Below τ = 1 the inputs drift: every step is projected with "
         "the basis of the inputs as they are then.": Property("thm-drift")
     },
-    mistakes={
+    mistakes=lambda g, r, tau: {
         "The basis of the first step is reused. At τ = 1 it stays valid (thm-invariance); below τ "
-        "= 1 the inputs drift with every step, and "
-        "each step needs a basis of its own.": lambda g, r, tau: _total(g, [r[0]] * len(g), tau),
-        "The last basis is used for all steps; each step "
-        "is projected with the rows it has.": lambda g, r, tau: _total(g, [r[-1]] * len(g), tau),
-        "Only the last step is there: add the moves of all.": lambda g, r, tau: _outside(
-            g[-1], r[-1], tau
+        "= 1 the inputs drift with every step, "
+        "and each step needs a basis of its own.": lambda: _total(g, [r[0]] * len(g), tau),
+        "The last basis is used for all steps; "
+        "each step is projected with the rows it has.": lambda: _total(g, [r[-1]] * len(g), tau),
+        "Only the last step is there: add the moves of all.": lambda: _outside(g[-1], r[-1], tau),
+        "τ is not used: at τ = 1 these rows leave no room at all.": lambda: _total(g, r, 1.0),
+        "One basis of all steps together keeps more fixed than each step asks for.": lambda: (
+            _outside(torch.stack(g).sum(0), torch.cat(r), tau)
         ),
-        "τ is not used: at τ = 1 these rows leave no room at all.": lambda g, r, tau: _total(
-            g, r, 1.0
-        ),
-        "One basis of all steps together keeps more fixed than "
-        "each step asks for.": lambda g, r, tau: _outside(torch.stack(g).sum(0), torch.cat(r), tau),
-        "You projected *onto* the span of the inputs instead of out of it.": lambda g, r, tau: (
+        "You projected *onto* the span of the inputs instead of out of it.": lambda: (
             torch.stack(g).sum(0) - _total(g, r, tau)
         ),
-        "Nothing is projected.": lambda g, r, tau: torch.stack(g).sum(0),
+        "Nothing is projected.": lambda: torch.stack(g).sum(0),
     },
 )
 """Several steps below τ = 1, each with a basis of its own."""

@@ -90,29 +90,27 @@ group_action = Check(
         "Only the *change* σ⁻¹(E S) - Z goes through the pseudo-inverse: "
         "what the layer does off the batch stays.": Property("thm-group-action"),
     },
-    mistakes={
+    mistakes=lambda f, s, r, e: {
         "The whole right-hand side went through the pseudo-inverse. On the batch that is the same; "
-        "off it, the layer forgets everything, even for E = I.": _whole,
-        "The second layer has to undo E: "
-        "multiply it by the inverse from the right.": lambda f, s, r, e: (_act(f, s, r, e)[0], s),
-        "The second layer is multiplied by E itself; it needs the inverse.": lambda f, s, r, e: (
+        "off it, the layer forgets everything, even for E = I.": lambda: _whole(f, s, r, e),
+        "The second layer has to undo E: multiply it by the inverse from the right.": lambda: (
+            _act(f, s, r, e)[0],
+            s,
+        ),
+        "The second layer is multiplied by E itself; it needs the inverse.": lambda: (
             _act(f, s, r, e)[0],
             s @ _bar(e),
         ),
-        "I - M is the inverse of I + M to first order only; "
-        "take the exact one.": lambda f, s, r, e: (
+        "I - M is the inverse of I + M to first order only; take the exact one.": lambda: (
             _act(f, s, r, e)[0],
             s @ _bar(2 * torch.eye(len(e), dtype=e.dtype) - e),
         ),
         "The first layer is multiplied by E. With an activation in between that is not enough: "
-        "solve for weights that "
-        "give σ⁻¹(E S).": lambda f, s, r, e: (e @ f, s @ torch.linalg.inv(_bar(e))),
-        "E is transposed: with samples as rows the activations become S Eᵀ.": lambda f, s, r, e: (
-            _act(f, s, r, e.T)
+        "solve for weights that give σ⁻¹(E S).": lambda: (e @ f, s @ torch.linalg.inv(_bar(e))),
+        "E is transposed: with samples as rows the activations become S Eᵀ.": lambda: _act(
+            f, s, r, e.T
         ),
-        "Inverse and element have changed places.": lambda f, s, r, e: _act(
-            f, s, r, torch.linalg.inv(e)
-        ),
+        "Inverse and element have changed places.": lambda: _act(f, s, r, torch.linalg.inv(e)),
     },
 )
 """Symmetry teleportation: one group element between two layers."""
@@ -159,23 +157,23 @@ change_of_basis = Check(
             "thm-change-of-basis"
         ),
     },
-    mistakes={
-        "The bias of a neuron is an incoming weight: it is multiplied, too.": lambda f, s, c: (
+    mistakes=lambda f, s, c: {
+        "The bias of a neuron is an incoming weight: it is multiplied, too.": lambda: (
             torch.cat([c[:, None] * f[:, :-1], f[:, -1:]], dim=1),
             _rescale(f, s, c)[1],
         ),
-        "Outgoing weights are *divided* by the factor.": lambda f, s, c: (
+        "Outgoing weights are *divided* by the factor.": lambda: (
             c[:, None] * f,
             s * torch.cat([c, c.new_ones(1)]),
         ),
-        "The outgoing weights are not changed back.": lambda f, s, c: (c[:, None] * f, s),
+        "The outgoing weights are not changed back.": lambda: (c[:, None] * f, s),
         "Incoming weights are multiplied and outgoing ones divided, "
-        "not the other way round.": lambda f, s, c: _rescale(f, s, 1 / c),
-        "The bias of the second layer belongs to no hidden neuron: it stays.": lambda f, s, c: (
+        "not the other way round.": lambda: _rescale(f, s, 1 / c),
+        "The bias of the second layer belongs to no hidden neuron: it stays.": lambda: (
             c[:, None] * f,
             s / torch.cat([c, c[-1:]]),
         ),
-        "Nothing is rescaled.": lambda f, s, c: (f, s),
+        "Nothing is rescaled.": lambda: (f, s),
     },
 )
 """A positive factor for every hidden neuron of a network with ReLU or LeakyReLU."""
@@ -208,17 +206,17 @@ balanced = Check(
             lambda case, got: alike(got[0].norm(dim=1), got[1][:, :-1].norm(dim=0)),
         ),
     },
-    mistakes={
-        "The factor is √(b/a), b the outgoing norm: its root is missing.": lambda f, s: _rescale(
+    mistakes=lambda f, s: {
+        "The factor is √(b/a), b the outgoing norm: its root is missing.": lambda: _rescale(
             f, s, s[:, :-1].norm(dim=0) / f.norm(dim=1)
         ),
-        "The factor is upside down: √(b/a) makes large incoming weights smaller.": lambda f, s: (
-            _rescale(f, s, (f.norm(dim=1) / s[:, :-1].norm(dim=0)).sqrt())
+        "The factor is upside down: √(b/a) makes large incoming weights smaller.": lambda: _rescale(
+            f, s, (f.norm(dim=1) / s[:, :-1].norm(dim=0)).sqrt()
         ),
-        "The bias counts as an incoming weight, also in the norm.": lambda f, s: _rescale(
+        "The bias counts as an incoming weight, also in the norm.": lambda: _rescale(
             f, s, (s[:, :-1].norm(dim=0) / f[:, :-1].norm(dim=1)).sqrt()
         ),
-        "Nothing is rescaled.": lambda f, s: (f, s),
+        "Nothing is rescaled.": lambda: (f, s),
     },
 )
 """The change of basis that balances every neuron."""

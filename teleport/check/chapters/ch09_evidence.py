@@ -24,16 +24,17 @@ log_loss = Check(
     },
     answer=lambda losses, baseline: float((losses / baseline).log().mean()),
     properties={"The mean over the evaluations of log(L / L₀).": Property("eq-exp-resolved")},
-    mistakes={
-        "The logarithm comes first, then the mean: one large loss is not to decide.": lambda x, b: (
+    mistakes=lambda x, b: {
+        "The logarithm comes first, then the mean: one large loss is not to decide.": lambda: (
             math.log(float(x.mean() / b.mean()))
         ),
         "The logarithm comes first, then the mean: "
-        "log of the mean ratio is another number.": lambda x, b: math.log(float((x / b).mean())),
-        "The logarithms are missing: "
-        "losses that fall by decades cannot be subtracted.": lambda x, b: float((x - b).mean()),
-        "That is the end of the run only.": lambda x, b: math.log(float(x[-1] / b[-1])),
-        "Divide by the number of evaluations.": lambda x, b: float((x / b).log().sum()),
+        "log of the mean ratio is another number.": lambda: math.log(float((x / b).mean())),
+        "The logarithms are missing: losses that fall by decades cannot be subtracted.": lambda: (
+            float((x - b).mean())
+        ),
+        "That is the end of the run only.": lambda: math.log(float(x[-1] / b[-1])),
+        "Divide by the number of evaluations.": lambda: float((x / b).log().sum()),
     },
 )
 """How much lower a run's loss lies than that of its baseline, over the whole run."""
@@ -54,20 +55,20 @@ half_width = Check(
     properties={
         "Half the 95 % interval of the mean is t s / √n, n - 1 in t.": Property("eq-exp-resolved")
     },
-    mistakes={
+    mistakes=lambda x: {
         "1.96 is the quantile of the normal distribution. The spread is an estimate, of few seeds "
         "a poor "
-        "one: take Student's t.": lambda x: 1.959963984540054 * float(x.std()) / math.sqrt(len(x)),
-        "The quantile is that of .975: 2.5 % are left out on either side.": lambda x: _half_width(
+        "one: take Student's t.": lambda: 1.959963984540054 * float(x.std()) / math.sqrt(len(x)),
+        "The quantile is that of .975: 2.5 % are left out on either side.": lambda: _half_width(
             x, 1 - LEVEL
         ),
-        "The spread of a sample has n - 1 below, not n.": lambda x: _half_width(x, correction=0),
+        "The spread of a sample has n - 1 below, not n.": lambda: _half_width(x, correction=0),
         "That is the interval for a further seed; "
-        "the mean of n is known √n times better.": lambda x: _half_width(x) * math.sqrt(len(x)),
-        "Of n seeds t has n - 1 degrees of freedom.": lambda x: (
+        "the mean of n is known √n times better.": lambda: _half_width(x) * math.sqrt(len(x)),
+        "Of n seeds t has n - 1 degrees of freedom.": lambda: (
             float(stdtrit(len(x), 0.975) * x.std()) / math.sqrt(len(x))
         ),
-        "The spread of a mean of n is s / √n, not s / n.": lambda x: (
+        "The spread of a mean of n is s / √n, not s / n.": lambda: (
             _half_width(x) / math.sqrt(len(x))
         ),
     },
@@ -117,21 +118,21 @@ tally = Check(
         "Lower or higher where the interval leaves 0 out, "
         "diverged where a seed is, else unresolved.": Property("eq-exp-resolved"),
     },
-    mistakes={
-        "Comparisons with a diverged seed are judged by the seeds that survived. "
-        "The arm is dangerous, and the table says it is fine: "
-        "count them as diverged.": lambda x: _tally([row[row.isfinite()] for row in x]),
-        "inf > NaN is False, so diverged comparisons have slipped into the unresolved.": lambda x: (
+    mistakes=lambda x: {
+        "Comparisons with a diverged seed are judged by the seeds that survived. The arm is "
+        "dangerous, and the table says it is fine: "
+        "count them as diverged.": lambda: _tally([row[row.isfinite()] for row in x]),
+        "inf > NaN is False, so diverged comparisons have slipped into the unresolved.": lambda: (
             _moved(x, 2, 3)
         ),
-        "A loss that ended the training is no *resolved* one.": lambda x: _moved(x, 2, 1),
-        "The sign of the mean is not enough: ask whether the seeds resolve it.": lambda x: [
+        "A loss that ended the training is no *resolved* one.": lambda: _moved(x, 2, 1),
+        "The sign of the mean is not enough: ask whether the seeds resolve it.": lambda: [
             sum(bool(row.mean() < 0) for row in x),
             sum(bool(row.mean() > 0) and bool(row.isfinite().all()) for row in x),
             sum(not row.isfinite().all() for row in x),
             sum(bool(row.mean() == 0) for row in x),
         ],
-        "A negative log loss is a *lower* loss.": lambda x: [_tally(x)[i] for i in (1, 0, 2, 3)],
+        "A negative log loss is a *lower* loss.": lambda: [_tally(x)[i] for i in (1, 0, 2, 3)],
     },
 )
 """How the tables of the book count many comparisons."""
@@ -168,23 +169,23 @@ holm = Check(
             "eq-true-holm"
         )
     },
-    mistakes={
-        "Nothing is corrected: of 20 without a difference one stays.": lambda p: p <= 0.05,
+    mistakes=lambda p: {
+        "Nothing is corrected: of 20 without a difference one stays.": lambda: p <= 0.05,
         "That is Bonferroni: true, but every comparison pays for all. "
-        "Those that are left are fewer with each that stays.": lambda p: p * len(p) <= LEVEL,
-        "The first that fails ends it, whatever comes behind.": lambda p: _decided(
+        "Those that are left are fewer with each that stays.": lambda: p * len(p) <= LEVEL,
+        "The first that fails ends it, whatever comes behind.": lambda: _decided(
             p, lambda ordered, left: ordered * left <= LEVEL
         ),
         "You went from the largest p-value down (Hochberg). That asks for independence; "
-        "Holm goes from the smallest up and stops.": lambda p: _decided(
+        "Holm goes from the smallest up and stops.": lambda: _decided(
             p, lambda ordered, left: _up_to_last(ordered * left <= LEVEL)
         ),
         "That is Benjamini and Hochberg: it bounds the share of false ones among those that stay, "
-        "not the probability of any.": lambda p: _decided(
+        "not the probability of any.": lambda: _decided(
             p, lambda ordered, left: _up_to_last(ordered * len(p) <= LEVEL * left.flip(0))
         ),
         "The answers are in the order of the sorted p-values; "
-        "put them back in their places.": lambda p: _holm(p.sort().values),
+        "put them back in their places.": lambda: _holm(p.sort().values),
     },
 )
 """Holm's correction for the number of comparisons."""

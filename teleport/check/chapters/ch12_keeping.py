@@ -36,17 +36,15 @@ kept_weights = Check(
         ),
         "W₀ + (W - W₀) P: all of the rest stays learned.": Property("eq-keep-displacement"),
     },
-    mistakes={
+    mistakes=lambda s, w, b: {
         "You projected the weights. What has to leave the kept "
-        "space is their *change* since the start.": lambda s, w, b: w - w @ b @ b.T,
-        "That is the change alone: add it to the start.": lambda s, w, b: (
-            _kept_weights(s, w, b) - s
-        ),
-        "You kept the part of the change that has to go.": lambda s, w, b: s + (w - s) @ b @ b.T,
-        "The change goes on from the start, not from the end.": lambda s, w, b: (
+        "space is their *change* since the start.": lambda: w - w @ b @ b.T,
+        "That is the change alone: add it to the start.": lambda: _kept_weights(s, w, b) - s,
+        "You kept the part of the change that has to go.": lambda: s + (w - s) @ b @ b.T,
+        "The change goes on from the start, not from the end.": lambda: (
             w + (w - s) - (w - s) @ b @ b.T
         ),
-        "That keeps all and learns nothing.": lambda s, w, b: s,
+        "That keeps all and learns nothing.": lambda: s,
     },
 )
 """Weights after any optimizer, put back into the null space of old inputs."""
@@ -82,16 +80,16 @@ free_directions = Check(
             "thm-keep"
         )
     },
-    mistakes={
+    mistakes=lambda t: {
         "Ranks do not add up where tasks share directions: "
-        "take the rank of all together.": lambda t: _running(t, _ranks(t)),
-        "A sample takes a direction only if it is independent of the others.": lambda t: _running(
+        "take the rank of all together.": lambda: _running(t, _ranks(t)),
+        "A sample takes a direction only if it is independent of the others.": lambda: _running(
             t, [len(rows) for rows in t]
         ),
-        "That is what each task leaves on its own. Earlier tasks are to be kept, too.": lambda t: [
+        "That is what each task leaves on its own. Earlier tasks are to be kept, too.": lambda: [
             t[0].shape[1] - rank for rank in _ranks(t)
         ],
-        "Those are the directions that are taken.": lambda t: _ranks(_joint(t)),
+        "Those are the directions that are taken.": lambda: _ranks(_joint(t)),
     },
 )
 """How much room a sequence of tasks leaves in a layer."""
@@ -117,13 +115,13 @@ leak = Check(
     properties={
         "The share of the change that kept inputs meet, ‖ΔW B‖ / ‖ΔW‖.": Property("thm-keep")
     },
-    mistakes={
-        "That is the share of the squares.": lambda w, b: _leak(w, b) ** 2,
-        "That is what leaks, not its share.": lambda w, b: float((w @ b).norm()),
-        "That is the share outside of the kept space, where a change may be.": lambda w, b: float(
+    mistakes=lambda w, b: {
+        "That is the share of the squares.": lambda: _leak(w, b) ** 2,
+        "That is what leaks, not its share.": lambda: float((w @ b).norm()),
+        "That is the share outside of the kept space, where a change may be.": lambda: float(
             (w - w @ b @ b.T).norm() / w.norm()
         ),
-        "The norms are Frobenius norms: every row counts.": lambda w, b: float(
+        "The norms are Frobenius norms: every row counts.": lambda: float(
             torch.linalg.matrix_norm(w @ b, 2) / torch.linalg.matrix_norm(w, 2)
         ),
     },
@@ -171,18 +169,14 @@ recall_at = Check(
         "The mean share of the k nearest in the index, "
         "by inner products, that are found again.": Property("eq-real-recall")
     },
-    mistakes={
-        "The order among the k does not count, only whether each is found.": _same_places,
-        "The nearest have the *largest* inner products.": lambda b, a, index, k: _recall(
-            -b, -a, index, k
+    mistakes=lambda b, a, index, k: {
+        "The order among the k does not count, only whether each is found.": lambda: _same_places(
+            b, a, index, k
         ),
-        "That is how many are found: divide by k.": lambda b, a, index, k: (
-            _recall(b, a, index, k) * k
-        ),
-        "Look at k neighbours, not at the first alone.": lambda b, a, index, k: _recall(
-            b, a, index, 1
-        ),
-        "That is the sum over the queries: take their mean.": lambda b, a, index, k: (
+        "The nearest have the *largest* inner products.": lambda: _recall(-b, -a, index, k),
+        "That is how many are found: divide by k.": lambda: _recall(b, a, index, k) * k,
+        "Look at k neighbours, not at the first alone.": lambda: _recall(b, a, index, 1),
+        "That is the sum over the queries: take their mean.": lambda: (
             _recall(b, a, index, k) * len(b)
         ),
     },
