@@ -31,11 +31,6 @@ def _root(matrix: Tensor) -> float:
 _largest = partial(torch.linalg.matrix_norm, ord=2)
 
 
-def _not_strict(matrix: Tensor) -> int:
-    cut = _root(matrix) * _eps(matrix) * matrix.norm()
-    return int((torch.linalg.svdvals(matrix) >= cut).sum())
-
-
 def _cumulated(matrix: Tensor) -> int:
     energy = torch.linalg.svdvals(matrix).square()
     reached = energy.cumsum(0) >= energy.sum()
@@ -88,7 +83,7 @@ rank = Check(
         "The cut is a share of the Frobenius norm, not of the largest singular value: the "
         "layer rounds with all of its inputs.": lambda: _cut_at(m, _root(m) * _eps(m), _largest),
         "The comparison must be strict (>): in a zero matrix every value equals the cut.": lambda: (
-            _not_strict(m)
+            int((torch.linalg.svdvals(m) >= _root(m) * _eps(m) * m.norm()).sum())
         ),
         "The cut is relative: it is a share of the norm of the matrix.": lambda: _cut_at(
             m, _root(m) * _eps(m), lambda _: 1.0
@@ -192,11 +187,6 @@ _ORTHONORMAL = {
 }
 
 
-def _basis_without_squares(rows: Tensor, tau: float) -> Tensor:
-    roots = torch.linalg.svdvals(rows).sqrt()
-    return _leading(rows, _energy_rank(roots, tau) if tau < 1 else _count(rows, tau))
-
-
 basis = Check(
     name="basis",
     takes={"rows": "[n, d_in]", "tau": "in (0, 1]"},
@@ -224,8 +214,8 @@ basis = Check(
         "All singular vectors are kept, also those whose singular value is 0.": lambda: _leading(
             r, min(r.shape)
         ),
-        "Energy is the sum of *squares*: square the singular values.": lambda: (
-            _basis_without_squares(r, tau)
+        "Energy is the sum of *squares*: square the singular values.": lambda: _leading(
+            r, _energy_rank(torch.linalg.svdvals(r).sqrt(), tau) if tau < 1 else _count(r, tau)
         ),
         "These are the singular vectors of the wrong side: the directions of the *samples*. With "
         "samples as rows the inputs' directions are "

@@ -1,7 +1,5 @@
 """Chapter 4: patches as rows, and one null space for each group."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -98,11 +96,6 @@ def _interleaved(gradient: Tensor, bases: Tensor) -> Tensor:
     return torch.cat(each)
 
 
-def _out_of_all(gradient: Tensor, bases: Tensor) -> Any:
-    joined = torch.cat(list(bases), dim=1)
-    return reference.equation_11(gradient, reference.significant_basis(joined, 1.0))
-
-
 grouped_projection = Check(
     name="grouped_projection",
     takes={"gradient": "[C_out, d]", "bases": "[groups, d, k]"},
@@ -121,7 +114,9 @@ grouped_projection = Check(
         "The groups are mixed: a group is a block of *consecutive* output channels, "
         "not every groups-th one.": lambda: _interleaved(g, b),
         "The groups are mixed: each is projected out of the inputs of all. "
-        "That keeps the loss and wastes null space.": lambda: _out_of_all(g, b),
+        "That keeps the loss and wastes null space.": lambda: reference.equation_11(
+            g, reference.significant_basis(torch.cat(list(b), dim=1), 1.0)
+        ),
         "The groups are mixed: their order is reversed.": lambda: _grouped(g, b.flip(0)),
         "You projected *onto* the span of the inputs instead of out of it.": lambda: (
             g - _grouped(g, b)

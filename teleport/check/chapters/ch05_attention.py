@@ -1,6 +1,6 @@
 """Chapter 5: whose rows each projection reads, and the direction that LayerNorm leaves free."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,12 +19,10 @@ def _tokens_case(draw: Draw) -> Case:
     }
 
 
-def _rows_of(*tokens: Tensor) -> tuple[Tensor, ...]:
-    return tuple(map(rows_with_one, tokens))
-
-
-def _of_each(make: Any) -> Any:
-    return lambda queries, context: (make(queries), make(context), make(context))
+def _rows_of(
+    *tokens: Tensor, make: Callable[[Tensor], Tensor] = rows_with_one
+) -> tuple[Tensor, ...]:
+    return tuple(map(make, tokens))
 
 
 attention_rows = Check(
@@ -32,15 +30,15 @@ attention_rows = Check(
     takes={"queries": "[n, T, D]", "context": "[n, S, D]"},
     gives="(R_q, R_k, R_v) as rows",
     cases=_tokens_case,
-    answer=_of_each(rows_with_one),
+    answer=lambda q, c: _rows_of(q, c, c),
     properties={
         "q reads the tokens of the queries; k and v read those of the context: "
         "one row for each token of each sample, with a 1 for the bias.": Property("thm-span")
     },
     mistakes=lambda q, c: {
-        "The bias column is forgotten: append a 1 to every row.": lambda: _of_each(
-            lambda x: x.reshape(-1, x.shape[-1])
-        )(q, c),
+        "The bias column is forgotten: append a 1 to every row.": lambda: _rows_of(
+            q, c, c, make=lambda x: x.reshape(-1, x.shape[-1])
+        ),
         "Keys and values read the context, not the queries.": lambda: _rows_of(q, q, q),
         "Only keys and values read the context; queries have rows of their own.": lambda: _rows_of(
             c, c, c
@@ -50,17 +48,17 @@ attention_rows = Check(
             q, c, q
         ),
         "The mean over the tokens loses rows: every token of every sample counts.": lambda: (
-            _of_each(lambda x: rows_with_one(x.mean(1)))(q, c)
+            _rows_of(q.mean(1), c.mean(1), c.mean(1))
         ),
-        "Only the first sample is there: join the tokens of all samples.": lambda: _of_each(
-            lambda x: rows_with_one(x[:1])
-        )(q, c),
-        "These are the tokens as columns; here they are wanted as rows.": lambda: _of_each(
-            lambda x: rows_with_one(x).T
-        )(q, c),
-        "Samples and tokens stay two axes: flatten them into one.": lambda: _of_each(
-            lambda x: torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
-        )(q, c),
+        "Only the first sample is there: join the tokens of all samples.": lambda: _rows_of(
+            q[:1], c[:1], c[:1]
+        ),
+        "These are the tokens as columns; here they are wanted as rows.": lambda: _rows_of(
+            q, c, c, make=lambda x: rows_with_one(x).T
+        ),
+        "Samples and tokens stay two axes: flatten them into one.": lambda: _rows_of(
+            q, c, c, make=lambda x: torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+        ),
     },
 )
 """The input rows of the projections of (cross-)attention."""
