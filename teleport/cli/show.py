@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import typer
@@ -126,8 +127,7 @@ def _show_product(folder: Path) -> None:
 
 def _show_lines(folder: Path) -> None:
     found = read_lines(folder)
-    figure = connectivity_figure(found)
-    _keep(folder, [_barrier_table(found)], {"figure.png": figure})
+    _keep(folder, [_barrier_table(found)], {"figure.png": connectivity_figure(found)})
 
 
 def _barrier_table(found: list[Lines]) -> Table:
@@ -163,9 +163,8 @@ def _with_interval(values: FloatArray) -> str:
 
 def _show_outcomes(folder: Path) -> None:
     found = read_outcomes(folder)
-    title = str(found[0].config["title"])
-    figure = effects_figure([outcomes.effects for outcomes in found], title)
-    _keep(folder, [_effect_table(outcomes) for outcomes in found], {"figure.png": figure})
+    drawn = effects_figure([each.effects for each in found], str(found[0].config["title"]))
+    _keep(folder, [_effect_table(each) for each in found], {"figure.png": drawn})
 
 
 def _show_ways(folder: Path) -> None:
@@ -189,11 +188,8 @@ def _effect_table(outcomes: Outcomes) -> Table:
         f"95 % interval; *: it leaves 0 out. {found.explained:.0%} of the variance explained; "
         f"{outcomes.rolled_back} teleports rolled back, {outcomes.diverged} trainings diverged.",
     )
-    for name, value, half, resolved in zip(
-        found.names, found.values, found.half_widths, found.resolved, strict=True
-    ):
-        table.add_row(name, f"{value:+.4f} ± {half:.4f}", "*" * resolved)
-    return table
+    effects = zip(found.names, found.values, found.half_widths, found.resolved, strict=True)
+    return _with_rows(table, ((n, f"{v:+.4f} ± {h:.4f}", "*" * r) for n, v, h, r in effects))
 
 
 def _keep(
@@ -243,7 +239,6 @@ def _spectrum_table(measured: Measured) -> Table:
 
 def _threshold_table(found: Trajectories) -> Table:
     """Gradient norm and loss after every teleport step, a column for every threshold."""
-    rows = max(map(len, found.by_tau.values()))
     table = Table(
         "teleport steps",
         *(f"tau {tau:g}" for tau in found.by_tau),
@@ -251,11 +246,7 @@ def _threshold_table(found: Trajectories) -> Table:
         caption=f"after {found.config['trained']} training steps, teleport step size "
         f"{found.config['teleport_lr']:g}; '-': not followed beyond 1000 x the gradient norm",
     )
-    for number in range(rows):
-        points = [
-            by_number[number] if number < len(by_number) else None
-            for by_number in found.by_tau.values()
-        ]
+    for number, points in enumerate(zip_longest(*found.by_tau.values())):
         cells = ("-" if p is None else f"{p.grad_norm:.4g} / {p.loss:.4f}" for p in points)
         table.add_row(str(number), *cells)
     return table
@@ -271,9 +262,7 @@ def _moves_table(moves: Moves) -> Table:
         caption=f"after {config['trained']} training steps; drifts are shares of the loss, the "
         "largest of all seeds; a move that the guard undid is shown as it was",
     )
-    for tau in moves.by_tau:
-        table.add_row(*move_cells(moves, tau))
-    return table
+    return _with_rows(table, (move_cells(moves, tau) for tau in moves.by_tau))
 
 
 def _room_table(moves: Moves) -> Table:
@@ -287,9 +276,7 @@ def _room_table(moves: Moves) -> Table:
         title=f"free input directions, seed {moves.config['seed']}",
         caption="'-': not looked at, as the inputs depend on no parameter",
     )
-    for row in room(moves):
-        table.add_row(*row)
-    return table
+    return _with_rows(table, room(moves))
 
 
 def draw_report(found: list[FolderOutcome], figures: Path) -> None:
@@ -361,7 +348,11 @@ def show_changes(found: list[against.Change]) -> None:
 
 def _sheet(sheet: Sheet) -> Table:
     table = Table(*sheet.columns, title=sheet.title, caption=sheet.caption or None)
-    for row in sheet.rows:
+    return _with_rows(table, sheet.rows)
+
+
+def _with_rows(table: Table, rows: Iterable[Iterable[str]]) -> Table:
+    for row in rows:
         table.add_row(*row)
     return table
 
@@ -380,10 +371,10 @@ def _loss_figure(runs: list[Run]) -> Figure:
 
 
 def _title(runs: list[Run]) -> str:
-    name, optimizer = runs[0].config["experiment"], runs[0].config["settings"]["optimizer"]
+    config = runs[0].config
+    name, optimizer = config["experiment"], config["settings"]["optimizer"]
     what = EXPERIMENTS[name].title if name in EXPERIMENTS else name
     seeds = count_of(len({run.seed for run in runs}), "seed")
-    config = runs[0].config
     lines = [f"{what}{smaller(config)} - {optimizer}, {seeds}"]
     if "size" in config:  # older records name neither size nor settings of the teleport
         lines.append(length(config))
@@ -397,8 +388,7 @@ def _losses(runs: list[Run]) -> Table:
     """Train and test loss of every arm at each evaluation, averaged over seeds."""
     groups = by_arm(runs)
     table = Table("step", *groups, title="train loss / test loss")
-    rows = max(len(run.evaluations) for run in runs)
-    for i in range(rows):
+    for i in range(max(len(run.evaluations) for run in runs)):
         step = next(r.evaluations[i]["step"] for r in runs if i < len(r.evaluations))
         table.add_row(str(step), *(_loss_cell(group, i) for group in groups.values()))
     return table
@@ -472,9 +462,8 @@ def _summaries(summaries: list[ArmSummary]) -> Table:
     """One column per arm."""
     names = [s.arm for s in summaries]
     table = Table(Column("", no_wrap=True), *names, title="summary", caption=_CAPTION)
-    for name, cell in _SUMMARY.items():
-        table.add_row(name, *map(cell, summaries))
-    return table
+    rows = ((name, *map(cell, summaries)) for name, cell in _SUMMARY.items())
+    return _with_rows(table, rows)
 
 
 def _times(comparison: Comparison | None, axis: str) -> str:
