@@ -20,7 +20,7 @@ from teleport.errors import DataError
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, IndexError, RuntimeError)
 # The same for tar files, with headers that nest too deep or hold numbers that are none or too big.
 TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
-PIECE = 1 << 20  # bytes decompressed at once; asking for the limit would reserve all of it
+READ_SIZE = 1 << 20  # bytes decompressed at once; asking for the limit would reserve all of it
 UNPACKED_LIMIT = 1 << 30  # bytes; the largest official content is about a quarter of it
 
 
@@ -33,7 +33,7 @@ def gunzip(content: bytes, where: str, limit: int = UNPACKED_LIMIT) -> bytes:
     compressed, result = BytesIO(content), BytesIO()
     try:
         with gzip.GzipFile(fileobj=compressed) as file:
-            while result.tell() <= limit and (piece := file.read(PIECE)):
+            while result.tell() <= limit and (piece := file.read(READ_SIZE)):
                 result.write(piece)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
