@@ -241,8 +241,9 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     if type(optimizer) not in DIAGONALS:
         known = ", ".join(kind.__name__ for kind in DIAGONALS)
         raise ValueError(
-            f"optimizer must be one whose preconditioner is known ({known}), got "
-            f"{type(optimizer).__name__}; use objective='grad_norm', which needs none"
+            f"optimizer must be one whose preconditioner is known ({known}; of a wrapper, its "
+            f".optimizer), got {type(optimizer).__name__}; without one there are growth=1.5 and "
+            "its like, with objective='grad_norm'"
         )
     held = {p for group in optimizer.param_groups for p in group["params"]}
     if absent := _names(model, lambda p: p not in held):

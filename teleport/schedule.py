@@ -13,7 +13,7 @@ class Schedule:
         warmup_steps: training steps before the first teleport; an earlier one waits until then.
 
     Raises:
-        ValueError: if a count is negative, or ``batches`` is 0.
+        ValueError: if a count is no integer or negative, or ``batches`` is 0.
 
     Example:
         >>> sorted(Schedule(epochs=3, batches=1, warmup_steps=50).due_steps(steps_per_epoch=100))
@@ -27,7 +27,7 @@ class Schedule:
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batches", 1), ("warmup_steps", 0)):
             value = getattr(self, name)
-            if value < least:
+            if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
     def due_steps(self, steps_per_epoch: int) -> frozenset[int]:

@@ -114,6 +114,10 @@ class TeleportCallback(Callback):
             for logger in trainer.loggers if scalars(report) else ():
                 logger.log_metrics(scalars(report), step=step)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say which teleports never came."""
+        self._teleports.end(trainer.global_step)
+
     def state_dict(self) -> dict[str, Any]:
         """How many of the schedule's teleports lie behind."""
         return {"done": self._teleports.done}

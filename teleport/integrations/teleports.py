@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -146,16 +146,15 @@ class Teleports:
         """
         windows, reports = list(self._windows), []
         self._windows.clear()
-        self.done = sum(number <= step for number in self._due)
         scaled = scaler is not None and not self._decides  # who decides compares with real steps
         scale = float(scaler.get_scale()) if scaled else 1.0
         if not windows:
             _warn(step, "no batch was seen")
         for window in windows:
             try:
-                with undisturbed(holders):
+                with undisturbed(holders) as as_before:
                     teleporter = self._teleporter(model, optimizer, scale)
-                    report = teleporter.step([partial(_scaled, part, scale) for part in window])
+                    report = teleporter.step([partial(_run, p, scale, as_before) for p in window])
             except Exception as error:  # whatever it is, training goes on
                 _warn(step, f"{type(error).__name__}: {error}")
                 continue
@@ -163,8 +162,19 @@ class Teleports:
             if report.rolled_back or not report.steps:
                 _warn(step, report.reason)
             reports.append(report)
+        self.done = sum(number <= step for number in self._due)  # now: Ctrl-C may have come before
         self.reports += [(step, report) for report in reports]
         return reports
+
+    def end(self, step: int) -> None:
+        """Training has ended after so many optimizer steps; say which teleports never came."""
+        if left := self._due[self.done or 0 :]:
+            _logger.warning(
+                "training ended after step %d, before the teleports due after %s: a Schedule with "
+                "fewer warmup_steps or epochs has them earlier",
+                step,
+                _steps(left),
+            )
 
     def _next(self) -> int | None:
         """The optimizer step after which the next teleport is due."""
@@ -218,7 +228,9 @@ def _optimizer_for(arguments: Mapping[str, Any], optimizer: Any) -> dict[str, An
     return {"optimizer": optimizer} if asked else {}
 
 
-def _scaled(closure: Closure, scale: float) -> Tensor:
+def _run(closure: Closure, scale: float, as_before: Callable[[], None]) -> Tensor:
+    """The loss, as the first run found things: a step may count, or keep a state for the next."""
+    as_before()
     loss = closure()
     return loss if scale == 1.0 or not isinstance(loss, Tensor) else scale * loss
 
@@ -243,6 +255,12 @@ def _unscaled(report: TeleportReport, scale: float) -> TeleportReport:
             for layer in report.layers
         ),
     )
+
+
+def _steps(numbers: Sequence[int]) -> str:
+    """The first few."""
+    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    return f"step{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers[:5]))}{more}"
 
 
 def _fail(why: str) -> Tensor:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from math import ceil
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from teleport.integrations.teleports import ONCE, Teleports, scalars
@@ -64,7 +65,6 @@ class TeleportCallback(TrainerCallback):
             )
         self.trainer = trainer
         self._teleports = Teleports(schedule, arguments)
-        self._listening = _Listening(trainer, self._teleports)
 
     @property
     def reports(self) -> list[tuple[int, TeleportReport]]:
@@ -81,9 +81,15 @@ class TeleportCallback(TrainerCallback):
         """Check what can be checked before it takes time.
 
         Raises:
-            ValueError, UnsupportedModelError: for arguments that do not fit the model.
+            ValueError, UnsupportedModelError: for arguments that do not fit the model, and in the
+                training of another trainer.
         """
-        self._listening.stop()  # the last training may have ended with an error
+        if state is not self.trainer.state:
+            raise ValueError(
+                "this callback was made for another trainer, whose batches it would wait for: make "
+                "it with the trainer that it is added to, TeleportCallback(trainer=trainer)"
+            )
+        _Listening.stop(self.trainer, self._teleports)  # the last training may have been stopped
         self._teleports.done = None  # the step tells
         self._teleports.start(
             self.trainer.model_wrapped,
@@ -102,7 +108,7 @@ class TeleportCallback(TrainerCallback):
         """Keep the batches of this step if a teleport will be on them."""
         self._teleports.begin_window()
         if self._teleports.wants(state.global_step):
-            self._listening.start()
+            _Listening.start(self.trainer, self._teleports)
 
     def on_step_end(
         self,
@@ -112,7 +118,7 @@ class TeleportCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         """Teleport if it is time, between two optimizer steps."""
-        self._listening.stop()
+        _Listening.stop(self.trainer, self._teleports)
         if not self._teleports.end_window(state.global_step):
             return
         trainer = self.trainer
@@ -129,40 +135,57 @@ class TeleportCallback(TrainerCallback):
             trainer.log(told)
         control.should_log = should_log
 
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **options: Any,
+    ) -> None:
+        """Say which teleports never came."""
+        self._teleports.end(state.global_step)
+
 
 class _Listening:
-    """Has a trainer's ``compute_loss`` keep what it is called with, for a while.
+    """In the place of a trainer's ``compute_loss``: calls it, and tells what it is called with.
+
+    There is one for a trainer, however many callbacks it has: it is there as long as one listens.
 
     Args:
         trainer: the trainer.
-        teleports: get the batches.
     """
 
-    def __init__(self, trainer: Trainer, teleports: Teleports) -> None:
-        self._trainer, self._teleports = trainer, teleports
-        self._own: Callable[..., Any] | None = None
-        self._active = False
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._own = trainer, vars(trainer).get("compute_loss")
+        self._compute_loss = trainer.compute_loss
+        self._told: list[Teleports] = []
 
-    def start(self) -> None:
-        if self._active:
+    def __call__(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        for teleports in self._told if torch.is_grad_enabled() else ():  # evaluation has none
+            loss = _loss(self._trainer, self._compute_loss, model, args, options)
+            teleports.add(inputs, loss)
+        return self._compute_loss(model, inputs, *args, **options)
+
+    @staticmethod
+    def start(trainer: Trainer, teleports: Teleports) -> None:
+        """Tell these teleports, too."""
+        there = vars(trainer).get("compute_loss")
+        if not isinstance(there, _Listening):
+            there = vars(trainer)["compute_loss"] = _Listening(trainer)
+        if teleports not in there._told:
+            there._told.append(teleports)
+
+    @staticmethod
+    def stop(trainer: Trainer, teleports: Teleports) -> None:
+        """Tell these no more."""
+        there = vars(trainer).get("compute_loss")
+        if not isinstance(there, _Listening) or teleports not in there._told:
             return
-        trainer = self._trainer
-        self._own, self._active = vars(trainer).get("compute_loss"), True
-        compute_loss = trainer.compute_loss
-
-        def listening(model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-            self._teleports.add(inputs, _loss(trainer, compute_loss, model, args, options))
-            return compute_loss(model, inputs, *args, **options)
-
-        vars(trainer)["compute_loss"] = listening
-
-    def stop(self) -> None:
-        if not self._active:
-            return
-        self._active = False
-        del vars(self._trainer)["compute_loss"]
-        if self._own is not None:
-            vars(self._trainer)["compute_loss"] = self._own
+        there._told.remove(teleports)
+        if not there._told:
+            del vars(trainer)["compute_loss"]
+            if there._own is not None:
+                vars(trainer)["compute_loss"] = there._own
 
 
 def _loss(

@@ -64,9 +64,15 @@ try:
     teleport.null_space(model, [lambda: model(torch.ones(1, 2))], tau="0.5")
 except ValueError as error:
     print(error)
+for name in ("epochs", "batches", "warmup_steps"):
+    try:
+        teleport.Schedule(**{name: "0.5"})
+    except ValueError as error:
+        print(error)
 """
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = ["tau", "growth", "lr", "cap", "max_drift", "tau"]
+    names += ["epochs", "batches", "warmup_steps"]
     assert [line.split(" must be ")[0] for line in told.stdout.splitlines()] == names
     assert told.stdout.count("got '0.5'") == len(names)
 

@@ -204,6 +204,64 @@ class Uncopied(Classifier):
         return super().training_step(batch[0], batch_idx)
 
 
+class Warming(Classifier):
+    """Its loss depends on a counter, as one with a weight that grows, and on a value kept."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * min(1.0, self.count / 20) / (10.0 + self.sums.mean())
+
+
+class Recurrent(Classifier):
+    """Begins with the hidden state that it ended with."""
+
+    hidden: Tensor | float = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        hidden = self.net[:2](batch[0]) + 0.5 * self.hidden
+        self.hidden = hidden.detach()
+        return cross_entropy(self.net[2:](hidden), batch[1])
+
+
+@pytest.mark.parametrize("kind", [Warming, Recurrent])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_whose_loss_depends_on_what_it_keeps_teleports(
+    kind: type[Classifier], accumulate: int
+) -> None:
+    callback = TeleportCallback(Schedule(warmup_steps=2), growth=1.5)
+    model, _ = fit(callback, model=kind(), accumulate_grad_batches=accumulate)
+    ((_, report),) = callback.reports
+    assert report.growth == pytest.approx(1.5, rel=1e-3)
+    assert report.drift < 1e-6
+    assert model.count == (2 * BATCHES if kind is Warming else 0)
+
+
+def test_a_training_that_ends_too_early_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "teleport"):
+        fit(TeleportCallback(Schedule(epochs=9, warmup_steps=2), growth=1.5))
+        fit(TeleportCallback(), max_steps=3)
+    assert (
+        "step 10, before the teleports due after steps 15, 20, 25, 30, 35 and 1 more: a Sche"
+        in (caplog.text)
+    )
+    assert "after step 3, before the teleports due after step 50: a Schedule with" in caplog.text
+
+
+def test_a_teleport_that_is_interrupted_is_done_when_training_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    callback, model = TeleportCallback(Schedule(warmup_steps=2), growth=1.5), Classifier()
+    monkeypatch.setattr("teleport.teleporter.Teleporter.step", interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(callback, model=model)
+    assert callback.state_dict() == {"done": 0}
+    assert model.count == 2
+    assert "log" not in vars(model)
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "why"),
     [

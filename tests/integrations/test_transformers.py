@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -222,14 +222,14 @@ class NoLoss(Trainer):
 
 
 class Refusing(Trainer):
-    """Its loss is there once only."""
+    """A second call after as many steps fails."""
 
-    last: Any = None
+    steps: ClassVar[list[int]] = []  # an attribute of the trainer would be put back
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        if self.state.global_step == self.last:
-            raise RuntimeError("used\nup")
-        self.last = self.state.global_step
+        self.steps.append(self.state.global_step)
+        if self.steps.count(self.state.global_step) == 2:
+            raise ValueError("used\nup")
         return super().compute_loss(model, inputs, *args, **options)
 
 
@@ -237,7 +237,7 @@ class Refusing(Trainer):
     ("kind", "arguments", "why"),
     [
         (Trainer, {"tau": 0.3, "max_drift": 1e-12}, "loss"),
-        (Refusing, {}, "RuntimeError: used up"),
+        (Refusing, {}, "ValueError: used up"),
         (NoLoss, {}, "no batch was seen"),
     ],
 )
@@ -248,7 +248,7 @@ def test_a_refused_teleport_is_a_line_and_training_goes_on(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    Refusing.last = None
+    Refusing.steps.clear()
     plain, _ = train(tmp_path, num_train_epochs=1)
     with caplog.at_level(logging.WARNING, "teleport"):
         found, _ = train(
@@ -276,6 +276,59 @@ def test_wrong_arguments_are_told_when_the_callback_is_made(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="nothing"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_two_callbacks_of_one_trainer_do_what_each_would_alone(tmp_path: Path) -> None:
+    def trained(*schedules: Schedule) -> tuple[Any, list[int]]:
+        trainer = trainer_in(tmp_path)
+        callbacks = [TeleportCallback(s, trainer=trainer, growth=1.5) for s in schedules]
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train()
+        assert "compute_loss" not in vars(trainer)
+        return trainer, [step for callback in callbacks for step, _ in callback.reports]
+
+    early, late = Schedule(warmup_steps=2), Schedule(warmup_steps=5, batches=2)
+    both, steps = trained(early, late)
+    again, _ = trained(late, early)
+    assert steps == [2, 5, 5]
+    assert same(weights(both.model), weights(again.model))
+    assert trained(Schedule(warmup_steps=2), Schedule(warmup_steps=2))[1] == [2, 2]
+
+
+class Stopped(Trainer):
+    """By Ctrl-C, in the step before a teleport."""
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        loss = super().training_step(*args, **options)
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return loss
+
+
+def test_after_ctrl_c_evaluating_keeps_no_batches(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, kind=Stopped)
+    callback = TeleportCallback(Schedule(warmup_steps=2), trainer=trainer, growth=1.5)
+    trainer.add_callback(callback)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.evaluate(examples())
+    assert len(callback._teleports._parts) == 1
+
+
+def test_the_callback_of_another_trainer_is_refused(tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path)
+    trainer.add_callback(TeleportCallback(trainer=trainer_in(tmp_path), growth=1.5))
+    with pytest.raises(ValueError, match="made for another trainer"):
+        trainer.train()
+
+
+def test_a_training_that_ends_too_early_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "teleport"):
+        train(tmp_path, Schedule(), max_steps=1)
+    assert "training ended after step 1, before the teleports due after step 50" in caplog.text
 
 
 class Endless(IterableDataset):

@@ -351,7 +351,7 @@ def test_an_optimizer_that_cannot_serve_is_refused_with_what_to_do() -> None:
     assert "given with objective='preconditioned' and with growth='auto', and only" in refused(None)
     assert "only then, got SGD" in refused(SGD(parameters, lr=0.1), "grad_norm")
     unknown = refused(Own(parameters))
-    assert "SGD, Adam, AdamW, Adagrad, RMSprop" in unknown
+    assert "SGD, Adam, AdamW, Adagrad, RMSprop; of a wrapper, its .optimizer" in unknown
     assert "got Own" in unknown
     assert "objective='grad_norm'" in unknown
     absent = refused(Adam(parameters[:1]))
