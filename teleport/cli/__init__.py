@@ -32,4 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TeleportError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except OSError as error:  # a full disk, a name too long, a folder that is another's
+        where = f": {error.filename}" if error.filename else ""
+        sys.stderr.write(f"error: {error.strerror or error}{where}\n")
+        return 1
     return 0

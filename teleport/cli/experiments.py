@@ -10,6 +10,7 @@ import typer
 from teleport.cli.loading import loading
 from teleport.cli.options import (
     COMMAND_LINE,
+    MAX_SEED,
     CheckpointOption,
     ControlsOption,
     DeviceOption,
@@ -21,7 +22,7 @@ from teleport.cli.options import (
     checked_threads,
     out_option,
 )
-from teleport.cli.output import console, count_of, say
+from teleport.cli.output import count_of, print_tables, say
 from teleport.cli.progress import step_progress
 from teleport.errors import RunError
 from teleport.lab.experiments.choices import CHECKPOINT_SECONDS, INITS, OPTIMIZER_NAMES
@@ -43,14 +44,14 @@ def list_experiments() -> None:
     for e in EXPERIMENTS.values():
         presets = ", ".join(f"{name} ({p.epochs})" for name, p in e.presets.items())
         table.add_row(e.name, e.title, e.data, presets)
-    console().print(table)
+    print_tables(table)
     arms = Table("experiment", "optimizer", "low lr", "tuned lr", "tuned initial gain", "tuned on")
     for e in EXPERIMENTS.values():
         for optimizer, t in e.tuning.items():
             gain = f"lr {t.gain_lr:g}, {t.init} init, head x {t.head_gain:g}"
             on = "" if t.on == e.name else t.on
             arms.add_row(e.name, optimizer, f"{t.low:g}", f"{t.tuned:g}", gain, on)
-    console().print(arms)
+    print_tables(arms)
 
 
 def run(
@@ -75,7 +76,12 @@ def run(
     epochs: EpochsOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
     first_seed: Annotated[
-        int, typer.Option(min=0, help="The first of them; rates are tuned on others than compared.")
+        int,
+        typer.Option(
+            min=0,
+            max=MAX_SEED,
+            help="The first of them; rates are tuned on others than compared.",
+        ),
     ] = 0,
     schedule: Annotated[
         str, typer.Option(help="default: once after 50 steps. paper: first 5 epochs, 32 x 8.")

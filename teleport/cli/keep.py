@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from teleport.cli.loading import loading
-from teleport.cli.options import ResumeOption, Threads, out_option
+from teleport.cli.options import MAX_SEED, ResumeOption, Threads, names_in, out_option
 from teleport.cli.study import recording
 from teleport.lab.experiments.choices import KEEP_NAMES, METHOD_NAMES, SEQUENCE_NAMES
 from teleport.lab.experiments.entry import one_of
@@ -19,7 +19,10 @@ def continual(
     preset: Annotated[str, typer.Option(help="Size: tiny or cpu.")] = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 8,
     first_seed: Annotated[
-        int, typer.Option(min=0, help="The first one; with --tune it is added to that of tuning.")
+        int,
+        typer.Option(
+            min=0, max=MAX_SEED, help="The first one; with --tune it is added to that of tuning."
+        ),
     ] = 0,
     methods: Annotated[
         str | None,
@@ -52,7 +55,7 @@ def continual(
         )
 
     rates = list(LR_GRID) if tune and not lr else lr
-    strategies = default_strategies(name, methods.split(",") if methods else None, tau, rates)
+    strategies = default_strategies(name, names_in(methods), tau, rates)
     course = SequenceRun(name, preset, "validation" if tune else "test")
     course.size()
     start = first_seed + TUNING_SEED if tune else first_seed
@@ -68,7 +71,7 @@ def keep(
         str, typer.Option(help="Size: tiny, in seconds, or cpu; words: many; edit: hundred.")
     ] = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first one.")] = 0,
+    first_seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="The first one.")] = 0,
     methods: Annotated[
         str | None, typer.Option(help="words, edit: some of the methods, with commas; default all.")
     ] = None,

@@ -14,6 +14,15 @@ from teleport.runtime.cores import check_threads
 COMMAND_LINE: ContextVar[str] = ContextVar("COMMAND_LINE", default="teleport")
 
 
+# The largest seed: generators for several uses are seeded by multiples of it.
+MAX_SEED = 2**31 - 1
+
+
+def names_in(given: str | None) -> list[str] | None:
+    """The names of an option that takes them with commas; None if it was not given."""
+    return None if given is None else [name.strip() for name in given.split(",")]
+
+
 def checked_threads(threads: int | None) -> int | None:
     """The same number, if it is one of threads, as `check_threads` says."""
     if threads is not None:
@@ -27,6 +36,9 @@ def out_option(name: str) -> Any:
 
 
 PresetOption = Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=MAX_SEED, help="Of initial values, data order, batch.")
+]
 EpochsOption = Annotated[int | None, typer.Option(help="Epochs; default from the preset.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 ResumeOption = Annotated[

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from teleport.check.grading import Grades
-from teleport.cli.output import console, count_of, say
+from teleport.cli.output import console, count_of, print_tables, say
 from teleport.errors import RunError
 from teleport.lab.analysis.connectivity import Lines, interval, read_lines
 from teleport.lab.analysis.curves import (
@@ -199,7 +199,7 @@ def _keep(
     runs: Iterable[Run] = (),
 ) -> None:
     """Print tables and what diverged, keep the tables as text beside the figures, say where."""
-    console().print(*tables)
+    print_tables(*tables)
     say_diverged(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)  # one in a packed study need not be there
@@ -301,7 +301,7 @@ def show_grades(grades: Grades) -> None:
         table.add_row(escape(exercise.name), exercise.place, *numbers, theorem)
     table.add_section()
     table.add_row("total", "", f"{grades.points:g}", f"{grades.possible:g}", "")
-    console().print(table)
+    print_tables(table)
     for exercise in grades.exercises:
         if not exercise.passed:
             said = [str(verdict) for verdict in exercise.verdicts if not verdict]
@@ -343,7 +343,7 @@ def _show_benchmarks(folder: Path) -> None:
 
 def show_changes(found: list[against.Change]) -> None:
     """Print what operations cost in two records."""
-    console().print(_sheet(against.sheet(found)))
+    print_tables(_sheet(against.sheet(found)))
 
 
 def _sheet(sheet: Sheet) -> Table:

@@ -229,6 +229,9 @@ def test_the_papers_schedule_brings_the_papers_step_control() -> None:
         (["run", "--out", "/dev/null"], "not a folder; give another --out"),
         (["sweep", "mnist-sample", "--out", "/dev/null"], "not a folder; give another --out"),
         (["figure", "no-such-folder"], "teleport run"),
+        (["figure", "a" * 300], "File name too long"),
+        (["run", "--out", "a" * 300], "File name too long"),
+        (["continual", "--methods", ""], "unknown method ''"),
         (["pack", "no-such-folder", "new"], "no-such-folder holds no records"),
         (["unpack", "no-such-folder", "new"], "no-such-folder holds no records"),
         (["data", "fetch", "mnsit"], "mnist"),
@@ -246,6 +249,19 @@ def test_bad_input_is_named_with_what_is_allowed(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_ends_a_command_with_a_line() -> None:
+    command = [sys.executable, "-m", "teleport", "--version"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_a_seed_too_large_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["run", "--first-seed"], ["tau", "mnist-sample", "--seed"]):
+        assert run(*command, str(2**31)) == 2
+        assert "less than or equal to 2147483647" in capsys.readouterr().err
 
 
 def test_what_to_do_is_only_what_the_command_can(
@@ -394,6 +410,21 @@ def test_data_verify_without_names_checks_what_is_there(
     assert text.count(" ok ") == 2, "the two files of the embedded sample"
     assert run("data", "verify", "ptb") == 1
     assert capsys.readouterr().out.count("missing") == 3
+
+
+@pytest.mark.parametrize("command", ["list", "verify"])
+def test_a_data_folder_that_is_none_is_told(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TELEPORT_DATA", str(tmp_path))
+    assert run("data", command) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("TELEPORT_DATA", str(tmp_path / "none"))
+    assert run("data", command) == 0
+    assert f"TELEPORT_DATA is {tmp_path / 'none'}, which is no folder" in capsys.readouterr().err
 
 
 def test_a_damaged_data_file_is_named_and_not_used(

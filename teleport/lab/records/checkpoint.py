@@ -33,7 +33,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise RunError(
             f"cannot write the checkpoint {path}: {reason}. Make room, then run the same command "
-            "again, `teleport run` with --resume"
+            "again, with --resume if it has that"
         ) from error
 
 
