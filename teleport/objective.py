@@ -24,7 +24,7 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from teleport.errors import OptimizerStateError
 from teleport.layers.support import WeightMatrix
 from teleport.runtime.closures import Closure, evaluate, without_gradients
-from teleport.runtime.precision import at_least_single, scaled
+from teleport.runtime.precision import at_least_single, scaled, sum_of_squares
 from teleport.runtime.ranks import ALONE, Ranks
 
 
@@ -41,7 +41,7 @@ def squared_norm(tensor: Tensor) -> float:
     """
     rows = at_least_single(tensor)
     rows = rows.reshape(1, -1) if tensor.dim() < 2 else rows.flatten(1)
-    return float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+    return sum_of_squares(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,8 +242,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
         known = ", ".join(kind.__name__ for kind in DIAGONALS)
         raise ValueError(
             f"optimizer must be one whose preconditioner is known ({known}; of a wrapper, its "
-            f".optimizer), got {type(optimizer).__name__}; without one there are growth=1.5 and "
-            "its like, with objective='grad_norm'"
+            f".optimizer), got {type(optimizer).__name__}; objective='grad_norm' needs none"
         )
     held = {p for group in optimizer.param_groups for p in group["params"]}
     if absent := _names(model, lambda p: p not in held):

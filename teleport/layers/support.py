@@ -255,9 +255,18 @@ def _why_weights_stay(part: LinearMap) -> str:
         return f"its weight is {weights[0].dtype}, in which nothing is computed"
     if any(weight.is_inference() for weight in weights):
         return "its weight was made in inference mode"
+    if any(map(_overlaps, weights)):
+        return "entries of its weight or bias share memory, as expand() leaves them: clone() it"
     if any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in weights):
         return "a gradient hook on its weight or bias changes what training sees"
     return ""
+
+
+def _overlaps(weight: Tensor) -> bool:
+    """Whether several entries are one number in memory, to which nothing can be written."""
+    if weight.layout != torch.strided:
+        return False
+    return any(n > 1 and step == 0 for n, step in zip(weight.shape, weight.stride(), strict=True))
 
 
 NO_GRADIENT = "its weight does not require a gradient"

@@ -112,6 +112,23 @@ def unit_scale(norm_squared: Callable[[], float], dtype: torch.dtype) -> float:
     return 2.0 ** -round(math.log2(squared) / 2)
 
 
+def sum_of_squares(rows: Tensor) -> float:
+    """The sum of squares of a matrix: row by row in its precision, over the rows in float64.
+
+    Where squares leave the range of the precision, the matrix is scaled by a power of two before.
+    """
+    found = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+    kind = torch.finfo(rows.dtype)
+    if kind.tiny / kind.eps < found < math.inf or not rows.numel():
+        return found
+    largest = float(torch.linalg.vector_norm(rows, ord=math.inf))
+    if not 0.0 < largest < math.inf:
+        return found
+    scale = 2.0 ** min(-math.frexp(largest)[1], 120)  # a larger power would be infinite itself
+    norms = torch.linalg.vector_norm(scale * rows, dim=1).double() / scale
+    return float(norms.square().sum())
+
+
 def scaled(tensor: Tensor, scale: float) -> Tensor:
     """``scale * tensor``, and no copy where nothing changes."""
     return tensor if scale == 1.0 else scale * tensor

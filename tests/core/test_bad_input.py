@@ -162,6 +162,22 @@ def eight_bits_apart(problem: Task) -> Tensor:
     return nn.functional.cross_entropy(problem.model[:-1](problem.x), problem.y)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_weight_whose_entries_share_memory_stays_by_name(name: str) -> None:
+    """Nothing can be written to it: PyTorch raised."""
+    problem = task("plain")
+    layer = next(m for m in list(problem.model)[1:] if isinstance(m, nn.Linear))
+    old = getattr(layer, name).detach()
+    shared = old[..., :1].expand_as(old)
+    setattr(layer, name, nn.Parameter(shared))
+    report = Teleporter(problem.model, growth=1.2).step(problem.closure)
+    assert report.growth == pytest.approx(1.2, rel=0.01)
+    assert "as expand() leaves them: clone() it" in str(report)
+    assert torch.equal(getattr(layer, name), shared)
+    setattr(layer, name, nn.Parameter(shared.clone()))
+    assert not supported(problem.model).frozen
+
+
 def test_an_empty_list_of_closures_is_refused() -> None:
     problem = task("plain")
     before = fingerprint(problem.model)
