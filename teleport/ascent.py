@@ -59,8 +59,7 @@ _OVERFLOW = (
     "the gradient or its derivative is not finite: it leaves the range of the dtype. Scale the "
     "loss down, or compute in bfloat16 or float32"
 )
-_ZERO = "the gradient is zero: there is nothing to enlarge"
-_UNDERFLOW = "the square of the gradient is below the range of the dtype. Scale the loss up"
+_SMALL = "the square of the gradient is below the range of the dtype. Scale the loss up"
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ class Ascent(GuardedMove):
             if not room:
                 return FIXED
         if start * start < min(torch.finfo(d).tiny for d in (landscape.dtype, torch.float32)):
-            return _UNDERFLOW if start > 0.0 else _ZERO
+            return _SMALL if start > 0.0 else "the gradient is zero: there is nothing to enlarge"
         limit = self._limit(start)
         if limit <= start:
             return f"the {self.norm_name} {start:.6g} is already at the cap {limit:.6g}"

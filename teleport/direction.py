@@ -39,7 +39,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from teleport.layers.support import WeightMatrix
-from teleport.objective import EUCLIDEAN, Metric, squared_norm
+from teleport.objective import EUCLIDEAN, Metric
 from teleport.recording import Tape, push_tangents
 from teleport.runtime.closures import Closure
 from teleport.runtime.precision import at_least_single, rounding_unit, scaled
@@ -172,5 +172,5 @@ def without_rounding(
         dtype: that ``original`` was computed in, if not its own.
     """
     unit = rounding_unit(original.dtype if dtype is None else dtype, max(original.shape))
-    cut = unit**2 * squared_norm(original)
-    return torch.zeros_like(projected) if squared_norm(projected) <= cut else projected
+    cut, left = unit * original.norm(), projected.norm()  # 0 or infinite where squares are
+    return torch.zeros_like(projected) if left <= cut and 0.0 < cut < torch.inf else projected

@@ -41,7 +41,8 @@ def squared_norm(tensor: Tensor) -> float:
     """
     rows = at_least_single(tensor)
     rows = rows.reshape(1, -1) if tensor.dim() < 2 else rows.flatten(1)
-    return sum_of_squares(rows)
+    found = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+    return found if 1e-30 < found < math.inf else sum_of_squares(rows)  # squares in float32's range
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from teleport.cli.loading import loading
-from teleport.cli.options import MAX_SEED, ResumeOption, Threads, names_in, out_option
+from teleport.cli.options import MAX_SEED, ResumeOption, Threads, comma_separated, out_option
 from teleport.cli.study import recording
 from teleport.lab.experiments.choices import KEEP_NAMES, METHOD_NAMES, SEQUENCE_NAMES
 from teleport.lab.experiments.entry import one_of
@@ -55,7 +55,7 @@ def continual(
         )
 
     rates = list(LR_GRID) if tune and not lr else lr
-    strategies = default_strategies(name, names_in(methods), tau, rates)
+    strategies = default_strategies(name, comma_separated(methods), tau, rates)
     course = SequenceRun(name, preset, "validation" if tune else "test")
     course.size()
     start = first_seed + TUNING_SEED if tune else first_seed

@@ -18,7 +18,7 @@ COMMAND_LINE: ContextVar[str] = ContextVar("COMMAND_LINE", default="teleport")
 MAX_SEED = 2**31 - 1
 
 
-def names_in(given: str | None) -> list[str] | None:
+def comma_separated(given: str | None) -> list[str] | None:
     """The names of an option that takes them with commas; None if it was not given."""
     return None if given is None else [name.strip() for name in given.split(",")]
 

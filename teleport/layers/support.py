@@ -255,18 +255,12 @@ def _why_weights_stay(part: LinearMap) -> str:
         return f"its weight is {weights[0].dtype}, in which nothing is computed"
     if any(weight.is_inference() for weight in weights):
         return "its weight was made in inference mode"
-    if any(map(_overlaps, weights)):
+    strides = (zip(w.shape, w.stride(), strict=True) for w in weights if w.layout == torch.strided)
+    if any(size > 1 and step == 0 for each in strides for size, step in each):
         return "entries of its weight or bias share memory, as expand() leaves them: clone() it"
     if any(weight._backward_hooks or weight._post_accumulate_grad_hooks for weight in weights):
         return "a gradient hook on its weight or bias changes what training sees"
     return ""
-
-
-def _overlaps(weight: Tensor) -> bool:
-    """Whether several entries are one number in memory, to which nothing can be written."""
-    if weight.layout != torch.strided:
-        return False
-    return any(n > 1 and step == 0 for n, step in zip(weight.shape, weight.stride(), strict=True))
 
 
 NO_GRADIENT = "its weight does not require a gradient"

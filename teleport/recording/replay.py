@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from importlib import import_module
+from threading import RLock
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from teleport.recording.capture import replaced
 from teleport.recording.tape import Call, Tape
 from teleport.runtime.closures import Closure, without_gradients
 from teleport.runtime.interception import dual_parameters
+
+_FORWARD_MODE = RLock()
+"""PyTorch has one level of forward mode for all threads; one that is inside another raises."""
 
 
 def load_tangents() -> None:
@@ -64,6 +68,7 @@ def push_tangents(
         replay = _Replay(tape, drive, wanted, done)
         others = {p: velocity[p] for p in tape.others}
         with (
+            _FORWARD_MODE,
             forward_ad.dual_level(),
             dual_parameters(model, others),
             replaced(tape.sites, replay.product),

@@ -113,17 +113,13 @@ def unit_scale(norm_squared: Callable[[], float], dtype: torch.dtype) -> float:
 
 
 def sum_of_squares(rows: Tensor) -> float:
-    """The sum of squares of a matrix: row by row in its precision, over the rows in float64.
+    """The sum of squares of a matrix whose squares may leave the range of its precision.
 
-    Where squares leave the range of the precision, the matrix is scaled by a power of two before.
+    It is scaled by a power of two before.
     """
-    found = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
-    kind = torch.finfo(rows.dtype)
-    if kind.tiny / kind.eps < found < math.inf or not rows.numel():
-        return found
-    largest = float(torch.linalg.vector_norm(rows, ord=math.inf))
+    largest = float(torch.linalg.vector_norm(rows, ord=math.inf)) if rows.numel() else 0.0
     if not 0.0 < largest < math.inf:
-        return found
+        return largest**2
     scale = 2.0 ** min(-math.frexp(largest)[1], 120)  # a larger power would be infinite itself
     norms = torch.linalg.vector_norm(scale * rows, dim=1).double() / scale
     return float(norms.square().sum())

@@ -1,9 +1,12 @@
 """A teleport changes the moved weights, or nothing at all, whatever happens on the way."""
 
+import copy
 import math
 import random
+import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import count
@@ -540,3 +543,27 @@ def test_overlapping_transactions_leave_the_settings_of_all_threads() -> None:
     assert _settings_of_all_threads() == (False, False, "force_eager")
     second.__exit__(None, None, None)
     assert before == _settings_of_all_threads()
+
+
+def test_teleports_in_threads_end_where_each_would_alone() -> None:
+    """PyTorch has one level of forward mode for all threads: a second pass was refused."""
+    tasks = [task("plain", seed=seed) for seed in range(6)]
+    alone = [copy.deepcopy(problem.model.state_dict()) for problem in tasks]
+
+    def teleported(problem: Task) -> TeleportReport:
+        def closure() -> Tensor:
+            time.sleep(0.003)  # so that the passes meet
+            return problem.closure()
+
+        return Teleporter(problem.model, growth=1.2).step(closure)
+
+    in_turn = [teleported(problem) for problem in tasks]
+    ends = [copy.deepcopy(problem.model.state_dict()) for problem in tasks]
+    for problem, state in zip(tasks, alone, strict=True):
+        problem.model.load_state_dict(state)
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        at_once = list(pool.map(teleported, tasks))
+    assert [report.reason for report in at_once] == [report.reason for report in in_turn]
+    for problem, end in zip(tasks, ends, strict=True):
+        state = problem.model.state_dict()
+        assert all(torch.equal(state[name], end[name]) for name in end)
