@@ -54,6 +54,7 @@ GIVEN = {
     "10_experiments_transformers.ipynb": {"95 %": "Student's t", "1 %": "default of max_drift"},
     "11_what_is_true.ipynb": {"0.975": "1 - .025", "0.64": "worked out in the solution"},
     "13_fine_tuning_real_models.ipynb": {".99": "the records' tau"},
+    "changelog.md": {"0.999": "teleport.keeping.leading.ENOUGH"},
     "scaling.md": {
         "1.5": "the growth that was asked for",
         "1.2": "12 x 2048 x 2048 x 24",
