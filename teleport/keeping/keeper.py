@@ -1,7 +1,6 @@
 """Projecting what happened to parameters: by hand, in a context, or after an optimizer's steps."""
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,10 @@ from teleport.subspace import Basis, Projector
 EVERYTHING: Any = ...
 
 _LAST: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Who has projected a parameter last, as a weak reference to a `Keeper`."""
+"""A mark for each parameter of who has projected it last: the ids of the bases, a new list a time.
+
+A reader's own bases are alive, so that nobody else's can have their ids.
+"""
 
 
 class Keeper:
@@ -52,6 +54,7 @@ class Keeper:
         is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         require("every", every, is_count, "an integer >= 1")
         self._every, self._uses, self._blocks = every, 0, blocks
+        self._marks = {p: _LAST.get(p) for block in blocks for p in block.parameters}
         self._projected = False
         self._settled: set[WeightMatrix] = set()  # nothing trained since the last projection
         ready: dict[int, _Ready] = {}
@@ -70,8 +73,7 @@ class Keeper:
 
     def check(self) -> None:
         """Before anything moves: refuse a layer that cannot be projected any more."""
-        for block, remover, _ in self._origins:
-            self._require_no_other(block, remover)
+        self._require_no_other()
         for block in self._blocks:
             trained = {parameter.requires_grad for parameter in block.parameters}
             why = block.part.bypassed()
@@ -94,36 +96,69 @@ class Keeper:
             )
 
     def project(self) -> None:
-        """Project the displacement since the keeper was made now."""
+        """Project the displacement since the keeper was made now.
+
+        Raises:
+            NullSpaceError: if that would undo what another null space has left.
+        """
+        self._require_no_other()
         with torch.no_grad(), Autocast().off():
-            for block, remover, stored in self._origins:
-                if block in self._settled and not block.parameters[0].requires_grad:
-                    continue  # frozen since: not even by a rounding may it change
-                origin = at_least_single(stored)
-                moved = at_least_single(block.part.matrix()) - origin
+            marks: dict[nn.Parameter, list[int]] = {}
+            for block, remover, stored in self._moving():
+                origin, moved = self._displacement(block, stored)
                 block.part.write(remover.project(moved).add_(origin))
-                _LAST[block.parameters[0]] = weakref.ref(self)
+                marks.setdefault(block.parameters[0], []).append(id(remover.basis))
             for parameter, rows, value in self._rest:
                 parameter[rows] = value
+        _LAST.update(marks)
+        self._marks |= marks
         self._uses, self._settled, self._projected = 0, set(self._blocks), True
 
-    def _require_no_other(self, block: WeightMatrix, remover: "_Ready") -> None:
+    def finish(self) -> None:
+        """Project what has come since the last use, unless all of it is another null space's."""
+        if self._uses or not any(self._is_undoing(*origin) for origin in self._moving()):
+            self.project()
+
+    def _moving(self) -> Iterator[tuple[WeightMatrix, "_Ready", Tensor]]:
+        """What is projected; what was frozen since may not even change by a rounding."""
+        for block, remover, stored in self._origins:
+            if block not in self._settled or block.parameters[0].requires_grad:
+                yield block, remover, stored
+
+    @staticmethod
+    def _displacement(block: WeightMatrix, stored: Tensor) -> tuple[Tensor, Tensor]:
+        origin = at_least_single(stored)
+        return origin, at_least_single(block.part.matrix()) - origin
+
+    def _require_no_other(self) -> None:
         """Raise NullSpaceError if another null space is at work on a layer in turn with this one.
 
-        Each would project what the other has left, so that neither function were kept.
+        Each would project what the other has left, so that neither function were kept. What is
+        found to be in order is not asked about again: a step may follow before the projection.
+        """
+        for block, remover, stored in self._moving():
+            if self._is_undoing(block, remover, stored):
+                raise NullSpaceError(
+                    f"layer {block.name!r} was projected by another null space since this one was: "
+                    "each would undo the other's work. Use one space for both, as from "
+                    "`NullSpace.merge`, or remove() the other and attach this one anew"
+                )
+        self._marks = {parameter: _LAST.get(parameter) for parameter in self._marks}
+
+    def _is_undoing(self, block: WeightMatrix, remover: "_Ready", stored: Tensor) -> bool:
+        """Whether another has projected a layer since, to where this one would not let it be.
+
+        It would if the weights are as they were again, or if the spaces are equal.
         """
         parameter = block.parameters[0]
         last = _LAST.get(parameter)
-        other = None if last is None else last()
-        if other in (None, self) or not self._projected:
-            return
-        bases = [r.basis for b, r, _ in other._origins if b.parameters[0] is parameter]
-        if not any(basis is remover.basis for basis in bases):
-            raise NullSpaceError(
-                f"layer {block.name!r} was projected by another null space since this one was: "
-                "each would undo the other's work. Use one space for both, as from "
-                "`NullSpace.merge`, or remove() the other and attach this one anew"
-            )
+        if last is self._marks.get(parameter) or id(remover.basis) in last:
+            return False
+        with torch.no_grad(), Autocast().off():
+            origin, moved = self._displacement(block, stored)
+            undone = moved - remover.project(moved)
+            rounding = torch.finfo(parameter.dtype).eps * (origin.norm() + moved.norm())
+            return not bool(undone.norm() <= rounding)
 
     def used(self, is_kept: bool = False) -> None:
         """Count a use, and project if it is time, unless nothing has changed in this one."""
@@ -209,7 +244,7 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._keeper.project()
+        self._keeper.finish()
 
     def __enter__(self) -> "Attachment":
         return self

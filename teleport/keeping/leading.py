@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from teleport.errors import NonFiniteInputError
-from teleport.subspace import Basis, RowSpace, energy_rank, relative_cut
+from teleport.subspace import PIECE, Basis, RowSpace, energy_rank, relative_cut
 
 ENOUGH = 0.999
 """Largest share for which this serves."""
@@ -33,7 +33,8 @@ def leading_basis(space: RowSpace, tau: float) -> Basis | None:
     The k-th of the fewest directions that hold a share ``tau`` has at least ``(1 - tau) / d_in`` of
     the energy, so that the rank rule (``thm-rank``) allows it. Directions that are not kept are
     known by their energies up to a few, and by the norm of all the rest. To the rest a share
-    ``√d_in · eps`` of the energy is added, what sums of ``d_in`` products in float32 round by.
+    ``√n · eps`` of the energy is added, what sums of ``n`` products in float32 round by: of
+    ``d_in`` in the decomposition, of `PIECE` rows at most in the Gram matrix.
 
     Args:
         space: of rows; this serves below double precision, if they are wide and more than that.
@@ -52,8 +53,10 @@ def leading_basis(space: RowSpace, tau: float) -> Basis | None:
     scaled = torch.empty_like(gram, dtype=torch.float32)
     torch.div(gram, total.clamp(min=1e-300)[..., None], out=scaled)
     shares, vectors = _candidates(scaled, tau)
-    unknown = 1.0 - shares.sum(-1, keepdim=True) + relative_cut(d_in, torch.float32)
-    values = (total * torch.cat([shares, unknown.clamp(min=0)], -1)).sqrt()
+    # Of rank 1 the decomposition can find more than there is, and must not use up what is added.
+    rest = (1.0 - shares.sum(-1, keepdim=True)).clamp(min=0)
+    unknown = rest + relative_cut(min(space.count, max(d_in, PIECE)), torch.float32)
+    values = (total * torch.cat([shares, unknown], -1)).sqrt()
     width = vectors.shape[-1]
     if bool((energy_rank(values, tau) > width).any()):
         return None

@@ -15,9 +15,10 @@ from teleport.subspace.rank import (
     relative_cut,
     require_tau,
 )
-from teleport.subspace.row_space import Basis, RowSpace, gram_matrix
+from teleport.subspace.row_space import PIECE, Basis, RowSpace, gram_matrix
 
 __all__ = [
+    "PIECE",
     "Basis",
     "FullBasis",
     "Projector",

@@ -456,8 +456,10 @@ def _float32_serves(rows: Float[Tensor, "*groups rows d_in"]) -> bool:
         exact = torch.get_float32_matmul_precision() == "highest"
     except RuntimeError:
         exact = False
+    if not exact or not rows.numel():
+        return False
     largest = rows.abs().amax((-2, -1))
-    return exact and bool(((largest > 1e-12) & (largest < 1e12)).all())
+    return bool(((largest > 1e-12) & (largest < 1e12)).all())
 
 
 def _mirror(gram: Float[Tensor, "*groups d_in d_in"]) -> None:

@@ -424,23 +424,91 @@ def test_a_second_space_on_one_optimizer_is_refused() -> None:
     learner.space().attach(optimizer)
 
 
+ANOTHER = "projected by another null space since"
+
+
+def other_space(learner: Learner) -> NullSpace:
+    inputs = torch.randn(2, 7, generator=torch.Generator().manual_seed(1)).double()
+    return null_space(learner.model, lambda: learner.model(inputs))
+
+
+def stays(learner: Learner, before: dict[str, Tensor]) -> bool:
+    return all(torch.equal(v, learner.state()[name]) for name, v in before.items())
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_two_spaces_do_not_take_turns_on_a_layer(every: int) -> None:
     """One after the other they may; the first again, after the second, would undo its work."""
     learner = Learner.drawn(0)
     one, two = (OPTIMIZERS["SGD"](learner) for _ in range(2))
-    handles = [learner.space().attach(optimizer, every) for optimizer in (one, two)]
+    first = learner.space().attach(one, every)
     train(learner, one, every)
+    second = other_space(learner).attach(two, every)
     train(learner, two, every)
     before = learner.state()
-    with pytest.raises(NullSpaceError, match="projected by another null space since"):
+    with pytest.raises(NullSpaceError, match=ANOTHER):
         train(learner, one, 1)
-    assert all(torch.equal(v, learner.state()[n]) for n, v in before.items())
+    with pytest.raises(NullSpaceError, match=ANOTHER):
+        first.project()
     train(learner, two, every)
-    for handle in handles:
-        handle.remove()
+    assert not stays(learner, before)
+    before = learner.state()
+    first.remove()  # has nothing of its own to project
+    assert stays(learner, before)
+    second.remove()
     learner.space().attach(one)
     train(learner, one, 2)
+
+
+def test_a_space_that_waited_while_another_was_at_work_is_refused() -> None:
+    """It counts displacements from when it was attached: the other's are among them."""
+    learner = Learner.drawn(0)
+    one, two = (OPTIMIZERS["SGD"](learner) for _ in range(2))
+    spaces = learner.space(), other_space(learner)
+    for space, optimizer in zip(spaces, (one, two), strict=True):
+        space.attach(optimizer)
+    train(learner, one, 1)
+    with pytest.raises(NullSpaceError, match=ANOTHER):
+        train(learner, two, 1)
+
+
+def test_a_space_is_refused_after_another_that_is_let_go_at_once() -> None:
+    learner = Learner.drawn(0)
+    one, two = (OPTIMIZERS["SGD"](learner) for _ in range(2))
+    learner.space().attach(one)
+    train(learner, one, 1)
+    with other_space(learner).keep(learner.model):
+        train(learner, two, 1)
+    gc.collect()
+    with pytest.raises(NullSpaceError, match=ANOTHER):
+        train(learner, one, 1)
+
+
+def test_spaces_that_undo_nothing_may_take_turns() -> None:
+    """Equal ones, one that keeps more before one that keeps less, and where weights were restored.
+
+    Their keepers are made first: so the displacement of each has in it what the other has done.
+    """
+    learner = Learner.drawn(0)
+    one, two = (OPTIMIZERS["SGD"](learner) for _ in range(2))
+    space, other = learner.space(), other_space(learner)
+    keepers = [copy.deepcopy(space).keep(learner.model), space.to("cpu").keep(learner.model)]
+    space.attach(one)
+    kept = learner.out()
+    for _ in range(2):
+        for keeper in keepers:
+            with keeper:
+                train(learner, two, 1)
+        train(learner, one, 1)
+    with space.merge(other).keep(learner.model):
+        train(learner, two, 1)
+    train(learner, one, 1)
+    before = copy.deepcopy(learner.model.state_dict())
+    with other.keep(learner.model):
+        train(learner, two, 1)
+    learner.model.load_state_dict(before)
+    train(learner, one, 1)
+    assert (learner.out() - kept).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("every", [0, -1, True])

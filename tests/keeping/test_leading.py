@@ -15,7 +15,7 @@ from teleport.errors import NonFiniteInputError
 from teleport.keeping import leading as leading_module
 from teleport.keeping.leading import ENOUGH, leading_basis
 from teleport.runtime.threads import using_threads
-from teleport.subspace import Basis, FullBasis, RowSpace, relative_cut
+from teleport.subspace import PIECE, Basis, FullBasis, RowSpace, relative_cut
 from tests.support.examples import examples
 from tests.support.strategies import seeds
 
@@ -151,6 +151,33 @@ def test_no_product_vanishes_or_overflows(scale: float) -> None:
     rows = torch.stack([rows_of(0, 5, 1.0), scale * rows_of(1, 5, 1.0)])
     gram, wanted = space_of(rows, single=True).gram(), rows.double().mT @ rows.double()
     assert bool((gram - wanted).abs().amax((-2, -1)).le(1e-14 * wanted.amax((-2, -1))).all())
+
+
+def test_equal_rows_round_all_in_one_direction_and_that_is_counted() -> None:
+    """Those of padding, say: each column another constant, and each sum off by its own amount."""
+    constants = 1.0 + torch.arange(256) / 256
+    rows = constants.expand(PIECE, -1)
+    gram = space_of(rows, single=True).gram().diagonal()
+    wrong = (gram / (PIECE * constants.double().square()) - 1.0).abs().max()
+    assert relative_cut(64, torch.float32) < wrong < relative_cut(PIECE, torch.float32)
+
+
+@pytest.mark.parametrize("d", [512, 768])
+def test_more_found_than_there_is_leaves_the_rounding_counted(d: int) -> None:
+    """The eigenvalue of equal inputs comes out too large in float32, so that no rest is left."""
+    rows = torch.full((d + 100, d), 1.1)
+    basis, exact = leading(rows, 0.9), rows.double()
+    direction = torch.linalg.qr(basis.vectors).Q
+    left = (exact - (exact @ direction) @ direction.mT).norm()
+    assert left <= basis.residual
+    assert basis.residual**2 >= 0.999 * relative_cut(d, torch.float32) * exact.square().sum()
+
+
+def test_a_piece_without_rows_adds_nothing() -> None:
+    space = space_of(rows_of(0, 5, 1.0), single=True)
+    before = space.gram()
+    space.add(torch.zeros(0, 5))
+    assert torch.equal(space.gram(), before)
 
 
 @pytest.mark.parametrize("setting", ["high", "medium"])
