@@ -54,7 +54,8 @@ class Keeper:
         is_count = isinstance(every, int) and not isinstance(every, bool) and every >= 1
         require("every", every, is_count, "an integer >= 1")
         self._every, self._uses, self._blocks = every, 0, blocks
-        self._marks = {p: _LAST.get(p) for block in blocks for p in block.parameters}
+        touched = {*parameters, *(block.parameters[0] for block in blocks)}
+        self._marks = {parameter: _LAST.get(parameter) for parameter in touched}
         self._projected = False
         self._settled: set[WeightMatrix] = set()  # nothing trained since the last projection
         ready: dict[int, _Ready] = {}
@@ -116,7 +117,7 @@ class Keeper:
 
     def finish(self) -> None:
         """Project what has come since the last use, unless all of it is another null space's."""
-        if self._uses or not any(self._is_undoing(*origin) for origin in self._moving()):
+        if self._uses or not any(self._undone()):
             self.project()
 
     def _moving(self) -> Iterator[tuple[WeightMatrix, "_Ready", Tensor]]:
@@ -136,14 +137,25 @@ class Keeper:
         Each would project what the other has left, so that neither function were kept. What is
         found to be in order is not asked about again: a step may follow before the projection.
         """
+        for name in self._undone():
+            raise NullSpaceError(
+                f"{name} was projected by another null space since this one was: each would undo "
+                "the other's work. Use one space for both, as from `NullSpace.merge`, or remove() "
+                "the other and attach this one anew"
+            )
+        self._marks = {parameter: _LAST.get(parameter) for parameter in self._marks}
+
+    def _undone(self) -> Iterator[str]:
+        """Layers and other parameters that others have projected since, and this one would undo."""
         for block, remover, stored in self._moving():
             if self._is_undoing(block, remover, stored):
-                raise NullSpaceError(
-                    f"layer {block.name!r} was projected by another null space since this one was: "
-                    "each would undo the other's work. Use one space for both, as from "
-                    "`NullSpace.merge`, or remove() the other and attach this one anew"
-                )
-        self._marks = {parameter: _LAST.get(parameter) for parameter in self._marks}
+                yield f"layer {block.name!r}"
+        for parameter, rows, value in self._rest:
+            marked = _LAST.get(parameter) is not self._marks[parameter]
+            if marked and not torch.equal(parameter[rows], value):
+                names = {p: name for name, p in self._model.named_parameters()}
+                name = names.get(parameter, "")
+                yield f"parameter {name!r}, which has to stay in this null space,"
 
     def _is_undoing(self, block: WeightMatrix, remover: "_Ready", stored: Tensor) -> bool:
         """Whether another has projected a layer since, to where this one would not let it be.
@@ -152,7 +164,7 @@ class Keeper:
         """
         parameter = block.parameters[0]
         last = _LAST.get(parameter)
-        if last is self._marks.get(parameter) or id(remover.basis) in last:
+        if last is self._marks[parameter] or id(remover.basis) in last:
             return False
         with torch.no_grad(), Autocast().off():
             origin, moved = self._displacement(block, stored)

@@ -112,7 +112,8 @@ class NullSpace:
             NullSpaceError: if the model is not known or its layers are not those of this space, if
                 the optimizer has parameters of another model or none that may move, or if a space
                 is attached to it already. Later, from a step, before anything is moved: if
-                parameters were added to the optimizer, layers replaced or frozen in part.
+                parameters were added to the optimizer, layers replaced or frozen in part, or if
+                another null space has moved weights since, and this one would undo that.
         """
         inner = optimizer_to_attach_to(optimizer)
         model = self._made_of() if model is None else model
@@ -145,7 +146,8 @@ class NullSpace:
         Raises:
             ValueError: if ``every`` < 1.
             NullSpaceError: if the model's layers are not those of this space; at a use also if it
-                got or lost parameters since.
+                got or lost parameters since, or if another null space has moved weights since,
+                and this one would undo that.
         """
         blocks = self._match(model).blocks
         return Keeper(blocks, self.bases, model.parameters(), every, model, alone=True)

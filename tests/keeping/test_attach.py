@@ -484,6 +484,25 @@ def test_a_space_is_refused_after_another_that_is_let_go_at_once() -> None:
         train(learner, one, 1)
 
 
+def test_what_a_space_leaves_out_is_not_put_back_after_another_has_moved_it() -> None:
+    """Nor does it go to where it began when that is removed."""
+    learner = Learner.drawn(0)
+    parts = [
+        null_space(learner.model, lambda: learner.model(learner.old), include=[name])
+        for name in ("0", "3")
+    ]
+    one, two = (OPTIMIZERS["SGD"](learner) for _ in range(2))
+    handle = parts[0].attach(one)
+    train(learner, one, 1)
+    parts[1].attach(two)
+    train(learner, two, 1)
+    before = learner.state()
+    with pytest.raises(NullSpaceError, match=r"parameter '3\.weight'.*" + ANOTHER):
+        train(learner, one, 1)
+    handle.remove()
+    assert stays(learner, before)
+
+
 def test_spaces_that_undo_nothing_may_take_turns() -> None:
     """Equal ones, one that keeps more before one that keeps less, and where weights were restored.
 
