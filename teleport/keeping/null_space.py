@@ -159,8 +159,7 @@ class NullSpace:
         at tau = 1 (``thm-keep``). For optimizers that rescale gradients use `attach` or `keep`.
 
         Raises:
-            NullSpaceError: if the model's layers are not those of this space; at a use also if it
-                got or lost parameters since.
+            NullSpaceError: if the model's layers are not those of this space.
         """
         blocks = self._match(model).blocks
         project_gradients(blocks, self.bases, model.parameters())
