@@ -18,6 +18,9 @@ from teleport.subspace import PIECE, Basis, RowSpace, energy_rank, relative_cut
 ENOUGH = 0.999
 """Largest share for which this serves."""
 
+FIRST = 16
+"""Directions whose energies are measured in float64, for theirs are what float32 rounds most."""
+
 WIDE = 256
 """Columns from which on this is quicker."""
 
@@ -32,7 +35,8 @@ def leading_basis(space: RowSpace, tau: float) -> Basis | None:
 
     The k-th of the fewest directions that hold a share ``tau`` has at least ``(1 - tau) / d_in`` of
     the energy, so that the rank rule (``thm-rank``) allows it. Directions that are not kept are
-    known by their energies up to a few, and by the norm of all the rest. To the rest a share
+    known by their energies up to a few, and by the norm of all the rest. The first energies are
+    measured, for each eigenvalue is found to a part of the largest one. To the rest a share
     ``√n · eps`` of the energy is added, what sums of ``n`` products in float32 round by: of
     ``d_in`` in the decomposition, of `PIECE` rows at most in the Gram matrix.
 
@@ -51,8 +55,10 @@ def leading_basis(space: RowSpace, tau: float) -> Basis | None:
     if not bool(total.isfinite().all()):
         raise NonFiniteInputError
     scaled = torch.empty_like(gram, dtype=torch.float32)
-    torch.div(gram, total.clamp(min=1e-300)[..., None], out=scaled)
+    torch.div(gram, _some(total)[..., None], out=scaled)
     shares, vectors = _candidates(scaled, tau)
+    first = vectors[..., :FIRST]
+    shares[..., :FIRST] = ((gram @ first) * first).sum(-2) / first.square().sum(-2) / _some(total)
     # Of rank 1 the decomposition can find more than there is, and must not use up what is added.
     rest = (1.0 - shares.sum(-1, keepdim=True)).clamp(min=0)
     unknown = rest + relative_cut(min(space.count, max(d_in, PIECE)), torch.float32)
@@ -62,6 +68,10 @@ def leading_basis(space: RowSpace, tau: float) -> Basis | None:
         return None
     every = torch.full(gram.shape[:-2], width, device=gram.device)
     return Basis(vectors, values, every, space.dtype).at(tau)
+
+
+def _some(energy: Tensor) -> Tensor:
+    return energy.clamp(min=1e-300)
 
 
 def _candidates(

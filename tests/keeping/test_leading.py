@@ -162,6 +162,17 @@ def test_equal_rows_round_all_in_one_direction_and_that_is_counted() -> None:
     assert relative_cut(64, torch.float32) < wrong < relative_cut(PIECE, torch.float32)
 
 
+@pytest.mark.parametrize("offset", [0.5, 1.0, 1.5, 2.0, 2.5, 3.0])
+def test_where_one_direction_has_almost_all_the_rest_is_known_as_well(offset: float) -> None:
+    """There the largest eigenvalue is off in float32 by more than is counted for rounding."""
+    rows = offset + rows_of(0, 384, 3.7)
+    basis, exact = leading(rows, 0.5), rows.double()
+    direction = torch.linalg.qr(basis.vectors).Q
+    left = float((exact - (exact @ direction) @ direction.mT).square().sum())
+    over = (basis.residual**2 - left) / float(exact.square().sum())
+    assert over == pytest.approx(relative_cut(PIECE, torch.float32), rel=0.2)
+
+
 @pytest.mark.parametrize("d", [512, 768])
 def test_more_found_than_there_is_leaves_the_rounding_counted(d: int) -> None:
     """The eigenvalue of equal inputs comes out too large in float32, so that no rest is left."""
