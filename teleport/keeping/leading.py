@@ -58,7 +58,7 @@ def leading_basis(space: RowSpace, tau: float) -> Basis | None:
     torch.div(gram, _some(total)[..., None], out=scaled)
     shares, vectors = _candidates(scaled, tau)
     first = vectors[..., :FIRST]
-    shares[..., :FIRST] = ((gram @ first) * first).sum(-2) / first.square().sum(-2) / _some(total)
+    shares[..., :FIRST] = ((gram @ first) * first).sum(-2) / _some(total)
     # Of rank 1 the decomposition can find more than there is, and must not use up what is added.
     rest = (1.0 - shares.sum(-1, keepdim=True)).clamp(min=0)
     unknown = rest + relative_cut(min(space.count, max(d_in, PIECE)), torch.float32)
@@ -82,7 +82,9 @@ def _candidates(
     energies = values.flip(-1).clamp(min=0).double()
     ample = tau + (1.0 - tau) / 8
     width = min(int((energies.cumsum(-1) < ample).sum(-1).max()) + 1, gram.shape[-1])
-    return energies[..., :width], vectors[..., -width:].flip(-1).double()
+    leading = vectors[..., -width:].flip(-1).double()
+    leading /= leading.norm(dim=-2, keepdim=True)  # which is off by more than their products are
+    return energies[..., :width], leading
 
 
 def _eigh(gram: Float[Tensor, "*groups d_in d_in"]) -> tuple[Tensor, Tensor]:

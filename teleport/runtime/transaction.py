@@ -200,6 +200,9 @@ class _Kept:
             return self.alias if tensor._is_view() else tensor.detach_()
 
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
 def _memory(tensor: Tensor) -> int | Tensor:
     """The same for two tensors in the same memory."""
     strided = tensor.layout == torch.strided and tensor.numel() > 0 and not tensor.is_meta
@@ -227,7 +230,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
         flat = tensor.resolve_conj().resolve_neg().reshape(-1)
         if flat.stride(0) != 1:
             flat = flat.clone(memory_format=torch.contiguous_format)
-        return flat.view(torch.uint8)
+        return flat.view(_INTEGERS.get(flat.element_size(), torch.int64))
 
     return torch.equal(bits(a), bits(b))
 

@@ -20,7 +20,7 @@ BLOCK = 128
 WAITING = 256
 """Rows that wait for one addition to a Gram matrix: enough to make its traffic in memory small."""
 
-PIECE = 512
+PIECE = 1024
 """Rows at a time whose products are summed, in float32 where that is enough."""
 
 
@@ -458,7 +458,7 @@ def _float32_serves(rows: Float[Tensor, "*groups rows d_in"]) -> bool:
         exact = False
     if not exact or not rows.numel():
         return False
-    largest = rows.abs().amax((-2, -1))
+    largest = torch.maximum(rows.amax((-2, -1)), -rows.amin((-2, -1)))
     return bool(((largest > 1e-12) & (largest < 1e12)).all())
 
 

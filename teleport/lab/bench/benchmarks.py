@@ -197,7 +197,7 @@ class BenchmarkSize:
         axes: values of each letter.
         depths: numbers of layers for the layer-parallel benchmark, and their width and samples.
         limit: a method slower than this at a point is not run at larger values of that letter.
-        rival_seconds: after which the rivals' jobs, whose rounds are long, begin no further one.
+        rival_seconds: the same of the jobs whose rounds are long: the rivals', and keeping's.
         deep: blocks of the deep transformers.
     """
 
@@ -583,7 +583,7 @@ def keeping_jobs(setting: Setting) -> list[BenchmarkJob]:
         setting.preset.small,
         setting.device,
         rounds=setting.preset.rounds,
-        seconds=setting.preset.seconds,
+        seconds=setting.preset.rival_seconds,
         stopwatch=stopwatch_for(setting.device, setting.threads),
     )
 
