@@ -102,6 +102,16 @@ def cost_lines() -> list[str]:
     return [*lines, f"| the same on two threads | {' | '.join(f'{cost:.2f}' for cost in whole)} |"]
 
 
+def tool_lines() -> list[str]:
+    """What the null space as a tool costs, from the benchmark's record."""
+    names = {"forward pass": "`null_space` at {}", "plain step": "a step with `{}`"}
+    lines = ["| what | against | times |", "|---|---|---|"]
+    for row in read_benchmarks(RESULTS / "bench" / "keeping")["keeping"].rows:
+        what = names[row["network"]].format(row["operation"].replace("tau ", "τ = "))
+        lines.append(f"| {what} | {row['network']} | {timing(row).ratio.median:.2f} |")
+    return lines
+
+
 def sequence_lines(name: str) -> list[str]:
     """The columns of a sequence's table that fit on a page."""
     rows = forgetting_rows(read_runs(RESULTS / "keeping" / name))
@@ -342,6 +352,10 @@ def test_the_costs_are_those_of_the_records() -> None:
     assert between("costs", "end of costs") == cost_lines()
 
 
+def test_the_costs_of_the_tool_are_those_of_the_record() -> None:
+    assert between("tool costs", "end of tool costs") == tool_lines()
+
+
 def test_the_rivals_are_those_of_the_records() -> None:
     assert between("rivals", "end of rivals") == [line for line in rival_lines() if line]
 
@@ -476,6 +490,7 @@ if __name__ == "__main__":
     print(*result_lines(), sep="\n")  # noqa: T201
     print(*matrix_lines(), sep="\n")  # noqa: T201
     print(*cost_lines(), sep="\n")  # noqa: T201
+    print(*tool_lines(), sep="\n")  # noqa: T201
     for name in SEQUENCES:
         print(*sequence_lines(name), sep="\n")  # noqa: T201
     print(*rival_lines(), sep="\n")  # noqa: T201
