@@ -3,6 +3,7 @@
 What a command computes with is imported when it runs: ``teleport --help`` waits for nothing.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,5 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a name too long, a folder that is another's
         where = f": {error.filename}" if error.filename else ""
         sys.stderr.write(f"error: {error.strerror or error}{where}\n")
+        _give_up_output()
         return 1
     return 0
+
+
+def _give_up_output() -> None:
+    """What could not be written is not tried again when the process ends, which would say so."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -251,10 +252,18 @@ def test_bad_input_is_named_with_what_is_allowed(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_full_ends_a_command_with_a_line() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_disk_that_is_full_ends_a_command_with_a_line(unbuffered: str) -> None:
     command = [sys.executable, "-m", "teleport", "--version"]
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
     assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
 
 
