@@ -461,7 +461,7 @@ def test_every_mistake_is_recognised(name):
     for number, hint in enumerate(hints):
 
         def mistaken(*arguments):
-            return list(wrong_answers(one, arguments))[number][1]()  # noqa: B023
+            return list(wrong_answers(one, arguments))[number][1]()  # noqa: B023 (called in this round alone)
 
         survey = [_attempt(one, mistaken, attempt.case) for attempt in right]
         assert _diagnosis(one, survey) == hint
