@@ -160,7 +160,7 @@ class Keeper:
     def _is_undoing(self, block: WeightMatrix, remover: "_Ready", stored: Tensor) -> bool:
         """Whether another has projected a layer since, to where this one would not let it be.
 
-        It would if the weights are as they were again, or if the spaces are equal.
+        Nothing is undone where the weights are as they were again, or where the spaces are equal.
         """
         parameter = block.parameters[0]
         last = _LAST.get(parameter)

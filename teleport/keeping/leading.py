@@ -55,10 +55,10 @@ def leading_basis(space: RowSpace, tau: float) -> Basis | None:
     if not bool(total.isfinite().all()):
         raise NonFiniteInputError
     scaled = torch.empty_like(gram, dtype=torch.float32)
-    torch.div(gram, _some(total)[..., None], out=scaled)
+    torch.div(gram, _nonzero(total)[..., None], out=scaled)
     shares, vectors = _candidates(scaled, tau)
     first = vectors[..., :FIRST]
-    shares[..., :FIRST] = ((gram @ first) * first).sum(-2) / _some(total)
+    shares[..., :FIRST] = ((gram @ first) * first).sum(-2) / _nonzero(total)
     # Of rank 1 the decomposition can find more than there is, and must not use up what is added.
     rest = (1.0 - shares.sum(-1, keepdim=True)).clamp(min=0)
     unknown = rest + relative_cut(min(space.count, max(d_in, PIECE)), torch.float32)
@@ -70,7 +70,8 @@ def leading_basis(space: RowSpace, tau: float) -> Basis | None:
     return Basis(vectors, values, every, space.dtype).at(tau)
 
 
-def _some(energy: Tensor) -> Tensor:
+def _nonzero(energy: Tensor) -> Tensor:
+    """To divide by, also where all rows are 0."""
     return energy.clamp(min=1e-300)
 
 

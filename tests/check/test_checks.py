@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -450,6 +451,10 @@ def test_the_hint_is_of_the_mistake_that_explains_all_answers():
     assert "gradient = torch.tensor([[" in verdict.counterexample
 
 
+def _wrong_answer(one, number, *arguments):
+    return list(wrong_answers(one, arguments))[number][1]()
+
+
 @pytest.mark.parametrize("name", check.CHECKS)
 def test_every_mistake_is_recognised(name):
     one = check.CHECKS[name]
@@ -459,10 +464,7 @@ def test_every_mistake_is_recognised(name):
     hints = [hint for hint, _ in wrong_answers(one, right[0].case.values())][:-1]
     assert len(set(hints)) >= 3
     for number, hint in enumerate(hints):
-
-        def mistaken(*arguments):
-            return list(wrong_answers(one, arguments))[number][1]()  # noqa: B023 (called in this round alone)
-
+        mistaken = partial(_wrong_answer, one, number)
         survey = [_attempt(one, mistaken, attempt.case) for attempt in right]
         assert _diagnosis(one, survey) == hint
         assert any(attempt.problem for attempt in survey)
