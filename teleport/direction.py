@@ -81,7 +81,8 @@ def direction(
 
     def done(block: WeightMatrix) -> None:
         """What a block needed goes as soon as it has served."""
-        found[block] = scaled(_survivor(tape, block, bases[block]), 1 / scale)
+        if block in bases:
+            found[block] = scaled(_survivor(tape, block, bases[block]), 1 / scale)
         tape.free(block)
 
     push_tangents(tape, model, closure, drive, velocity, wanted=bases.keys(), done=done)

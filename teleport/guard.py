@@ -177,7 +177,7 @@ def _call_rounding(landscape: Landscape, call: Call) -> float:
     if call.delta is None:
         return 0.0
     part, block, dtype = call.part, call.block, call.z.dtype
-    start, here = landscape.start_of(block), landscape.pieces(block)
+    start, here = landscape.start_of(block), block.part.pieces()
 
     def norms(pieces: Pieces) -> Tensor:
         return part.out_norms(tuple(map(at_least_single, pieces[: len(part.slots)])))

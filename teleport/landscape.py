@@ -6,7 +6,7 @@ wherever it looks, one at a time, so that memory stays at what one of them needs
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
@@ -44,41 +44,28 @@ from teleport.runtime.threads import in_parallel, worth_threads
 from teleport.subspace import Basis, Projector, Space
 
 
-class Position(Mapping[WeightMatrix, Pieces]):
-    """The weights of the blocks that moved: those of the start, and moves from there.
+class Position:
+    """The moves away from the start, one after the other; each a direction and how far along it."""
 
-    They are formed whenever they are asked for, so that no second copy of a model is held.
-    """
+    def __init__(self, *moves: tuple[Direction, float]) -> None:
+        self._moves = moves
 
-    def __init__(
-        self,
-        start_of: Callable[[WeightMatrix], Pieces],
-        moves: Sequence[tuple[Direction, float]] = (),
-    ) -> None:
-        self._start_of, self._moves = start_of, moves
-
-    def __getitem__(self, block: WeightMatrix) -> Pieces:
-        moves = [(along[block], step) for along, step in self._moves if block in along]
-        if not moves:
-            raise KeyError(block)  # as mappings do
-        here = self._start_of(block)
-        for matrix, step in moves:
-            pairs = zip(here, block.part.split(matrix), strict=True)
-            here = tuple(torch.add(w, d, alpha=step) for w, d in pairs)
-        return here
-
-    def __contains__(self, block: object) -> bool:
+    def __contains__(self, block: WeightMatrix) -> bool:
         return any(block in along for along, _ in self._moves)
 
-    def __iter__(self) -> Iterator[WeightMatrix]:
-        return iter(dict.fromkeys(block for along, _ in self._moves for block in along))
+    @property
+    def blocks(self) -> list[WeightMatrix]:
+        """Those that moved."""
+        return list(dict.fromkeys(block for along, _ in self._moves for block in along))
 
-    def __len__(self) -> int:
-        return len(list(iter(self)))
+    def changes(self, block: WeightMatrix) -> list[tuple[Pieces, float]]:
+        """What is added to a block's weights, each with its factor."""
+        moves = ((along[block], step) for along, step in self._moves if block in along)
+        return [(block.part.split(matrix), step) for matrix, step in moves]
 
     def ahead(self, along: Direction, step: float) -> "Position":
         """One move on."""
-        return Position(self._start_of, [*self._moves, (along, step)])
+        return Position(*self._moves, (along, step))
 
     def distance(self, block: WeightMatrix) -> float:
         """Frobenius norm of the block's change since the start, after at most one move."""
@@ -94,9 +81,10 @@ class Position(Mapping[WeightMatrix, Pieces]):
         whole: Direction = {}
         for along, step in self._moves:
             for block, matrix in along.items():
-                moved = step * matrix
-                whole[block] = moved.add_(whole[block]) if block in whole else moved
-        return Position(self._start_of, [(whole, 1.0)])
+                here = whole.get(block)
+                own = step * matrix if here is None else torch.add(here, matrix, alpha=step)
+                whole[block] = own
+        return Position((whole, 1.0))
 
 
 class Landscape:
@@ -115,7 +103,7 @@ class Landscape:
 
     Attributes:
         blocks: the covered blocks that are called.
-        position: the weights of the blocks that moved; all others are as they were.
+        position: the moves so far, of the blocks that moved; all others are as they were.
         loss: at the start.
         dtype: of the loss.
         precision: the coarsest that products were computed in; coarser under autocast.
@@ -155,8 +143,7 @@ class Landscape:
         self.fixed = {block for block, depends in self._depends.items() if not depends}
         self._kept = kept or {}
         self._start: dict[WeightMatrix, Pieces] = {}  # of what was written to
-        self.position = Position(self.start_of)
-        self._written: Mapping[WeightMatrix, Pieces] | None = self.position
+        self.position = Position()
         self._move_norms: dict[WeightMatrix, float] = {}  # at the position
         self._seen: Position | None = self.position  # where the gradient was taken last
         self._ahead: tuple[Direction, float, Position] | None = None
@@ -213,8 +200,6 @@ class Landscape:
         self.position = there.joined()
         if self._seen is there:
             self._seen = self.position
-            if self.tape is not None:
-                self.tape.moved = self.position
         self._move_norms = {}
 
     def degree(self, along: Collection[WeightMatrix]) -> int | None:
@@ -234,15 +219,13 @@ class Landscape:
             self._look_at(self.position)
 
     def _look_at(self, position: Position) -> None:
-        """Take the gradient at a position."""
-        self._estimate = None
+        """Put a position into the model and take the gradient there."""
+        self._estimate = self._seen = None
+        self._write(position, noticed=False)
         if self.tape is not None:
-            self.tape.moved = position
             self.tape.backward()
             self._seen = position
             return
-        self._seen = None
-        self._write(position)
         self._gradient = {}
         with self.ranks.together():
             for tape, share in self._recorded():
@@ -382,17 +365,11 @@ class Landscape:
 
     def write_start(self) -> None:
         """Put the start back into the model's parameters."""
-        self._write({})
+        self._write(Position())
 
     def start_of(self, block: WeightMatrix) -> tuple[Tensor, ...]:
         """A block's weights at the start."""
         return self._start.get(block) or block.part.pieces()
-
-    def pieces(self, block: WeightMatrix) -> Pieces:
-        """A block's weights at the position, which are not formed anew if they are in the model."""
-        if self._written is self.position:
-            return block.part.pieces()
-        return self.position.get(block, self.start_of(block))
 
     def _kept_of(self, block: WeightMatrix) -> Pieces | None:
         held = all(slot.parameter in self._kept for slot in block.part.slots)
@@ -415,17 +392,16 @@ class Landscape:
         def length(block: WeightMatrix) -> float:
             return math.sqrt(sum(map(squared_norm, self.start_of(block))))
 
-        return all(self.move_norm(block) <= length(block) for block in self.position)
+        return all(self.move_norm(block) <= length(block) for block in self.position.blocks)
 
-    def _write(self, position: Mapping[WeightMatrix, Pieces]) -> None:
+    def _write(self, position: Position, noticed: bool = True) -> None:
         """Put a position into the parameters; what it does not name goes back to the start."""
-        for block in position.keys() - self._start.keys():
-            kept = self._kept_of(block)
-            self._start[block] = kept or tuple(piece.clone() for piece in block.part.pieces())
-        self._written = None
+        for block in position.blocks:
+            if block not in self._start:
+                kept = self._kept_of(block)
+                self._start[block] = kept or tuple(piece.clone() for piece in block.part.pieces())
         for block, start in self._start.items():
-            block.part.put(position.get(block, start))
-        self._written = position
+            block.part.put(start, position.changes(block), noticed)
 
     # ---- the start
 

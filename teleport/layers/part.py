@@ -185,6 +185,10 @@ class LinearMap(ABC):
         Carries a tangent of the inputs to the outputs.
         """
 
+    def push_onto(self, z: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """`push` added to ``z``, in place."""
+        return z.add_(self.push(x, weight))
+
     def push_affine(self, x: Tensor, pieces: Pieces, like: Tensor) -> Tensor:
         """``W x + b`` for given pieces, in the shape of the output ``like``."""
         z = self.push(x, pieces[0])
@@ -220,11 +224,21 @@ class LinearMap(ABC):
         """The present weights, copied."""
         return self.join(self.pieces())
 
-    def put(self, pieces: Pieces) -> None:
-        """Put values into the parameters, in place."""
-        with torch.no_grad():
-            for slot, piece in zip(self.slots, pieces, strict=True):
-                slot.of(slot.parameter).copy_(piece)
+    def put(
+        self, pieces: Pieces, changes: Sequence[tuple[Pieces, float]] = (), noticed: bool = True
+    ) -> None:
+        """Put values into the parameters, in place, with changes added, each times its factor.
+
+        A graph that holds the parameters for its backward pass refuses them from then on, unless
+        the change is not to be ``noticed``.
+        """
+        for number, slot in enumerate(self.slots):
+            parameter = slot.parameter.detach() if noticed else slot.parameter.data
+            place, value = slot.of(parameter), pieces[number]
+            for change, factor in changes:
+                value = torch.add(value, change[number], alpha=factor, out=place)
+            if value is not place:
+                place.copy_(value)
 
     def write(self, matrix: Float[Tensor, "*groups d_out d_in"]) -> None:
         """Put a matrix into the parameters, in place."""
@@ -280,6 +294,11 @@ class DenseMap(LinearMap):
 
     def push(self, x: Tensor, weight: Tensor) -> Tensor:
         return x @ self._upright(weight).T
+
+    def push_onto(self, z: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.features)
+        z.view(-1, self.d_out).addmm_(rows, self._upright(weight).T)  # no second output
+        return z
 
     def push_affine(self, x: Tensor, pieces: Pieces, like: Tensor) -> Tensor:
         return functional.linear(x, self._upright(pieces[0]), *pieces[1:])

@@ -5,9 +5,8 @@ the layer as before, notes inputs and outputs, and puts a relay into the autogra
 the layer: `record` gives a `Tape`. `watch` only looks at the inputs.
 """
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -110,8 +109,7 @@ def replaced(sites: Sequence[CoveredModule], product: CoveredProduct) -> Any:
 
 def _record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) -> Tape:
     calls: list[Call] = []
-    called: set[WeightMatrix] = set()
-    tapes: list[weakref.ref[Tape]] = []  # for the relays: the tape is made once the loss is known
+    recording = _Recording()
     anchor = torch.zeros((), requires_grad=True)
     empty: dict[str, torch.Size] = {}
     passed_by: dict[WeightMatrix, str] = {}
@@ -130,8 +128,8 @@ def _record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) 
         x = as_computed(x, z)
         call = Call(block, part, x, z.detach(), constant=not torch.is_grad_enabled())
         calls.append(call)
-        called.add(block)
-        return _Relay.put(call, z, anchor, called, tapes)
+        recording.called.add(block)
+        return _Relay.put(call, z, anchor, recording)
 
     with torch.enable_grad(), backward_forbidden(model), replaced(sites, product):
         try:
@@ -153,9 +151,8 @@ def _record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) 
         )
     covered = {p for call in calls for p in call.block.parameters}
     others = [p for p in model.parameters() if p.requires_grad and p not in covered]
-    tape = Tape(loss, calls, list(sites), others, anchor, left_out=passed_by)
-    tapes.append(weakref.ref(tape))
-    return tape
+    recording.ended = True
+    return Tape(loss, calls, list(sites), others, anchor, left_out=passed_by)
 
 
 def _passed_by(part: LinearMap, x: Tensor) -> str:
@@ -201,7 +198,7 @@ def _depends_on(loss: Tensor, model: nn.Module, calls: list[Call]) -> bool:
 
 
 class _Relay(torch.autograd.Function):
-    """Stands for ``z = W x`` in the graph, with the tape's ``W`` when it is differentiated.
+    """Stands for ``z = W x`` in the graph, with the ``W`` there is when it is differentiated.
 
     ``anchor`` is a leaf that needs a gradient, so that autograd reaches every relay even where no
     parameter lies behind it. The block's parameters are inputs, too, so that a closure that itself
@@ -212,14 +209,10 @@ class _Relay(torch.autograd.Function):
     """
 
     @classmethod
-    def put(
-        cls, call: Call, z: Tensor, anchor: Tensor, called: set[WeightMatrix], tapes: list[Any]
-    ) -> Tensor:
-        """``z`` with a relay before it; ``tapes`` is filled once the loss is known."""
+    def put(cls, call: Call, z: Tensor, anchor: Tensor, recording: "_Recording") -> Tensor:
+        """``z`` with a relay before it."""
         made = _Output(z)
-        output: Tensor = cls.apply(
-            call.x, anchor, call, made, called, tapes, *call.block.parameters
-        )
+        output: Tensor = cls.apply(call.x, anchor, call, made, recording, *call.block.parameters)
         return output
 
     @staticmethod
@@ -229,25 +222,37 @@ class _Relay(torch.autograd.Function):
         anchor: Tensor,
         call: Call,
         made: "_Output",
-        called: set[WeightMatrix],
-        tapes: list[Any],
+        recording: "_Recording",
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.called, ctx.call, ctx.tapes, ctx.anchor = called, call, tapes, anchor
+        ctx.recording, ctx.call, ctx.anchor = recording, call, anchor
         ctx.parameters = len(parameters)
         return made.z
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         call = ctx.call
-        if not ctx.tapes:
-            raise _DifferentiatedError(ctx.called)
+        if not ctx.recording.ended:
+            raise _DifferentiatedError(ctx.recording.called)
         call.delta = delta
         grad = None
         if ctx.needs_input_grad[0]:
-            weight = ctx.tapes[0]().pieces(call)[0].to(delta.dtype)
+            weight = call.part.pieces()[0].to(delta.dtype)
             grad = call.part.pull(delta, weight, call.x.detach())
-        return grad, torch.zeros_like(ctx.anchor), *[None] * (4 + ctx.parameters)
+        return grad, torch.zeros_like(ctx.anchor), *[None] * (3 + ctx.parameters)
+
+
+@dataclass
+class _Recording:
+    """What relays know of theirs.
+
+    Attributes:
+        called: the blocks so far.
+        ended: whether the loss is known. A derivative before is one that the closure takes.
+    """
+
+    called: set[WeightMatrix] = field(default_factory=set)
+    ended: bool = False
 
 
 @dataclass

@@ -50,7 +50,7 @@ def push_tangents(
             an iterator that computes it then saves memory.
         velocity: tangents of the parameters in ``tape.others``.
         wanted: blocks whose tangents are needed; all by default.
-        done: told each of them when its last call has its tangent.
+        done: told each block when its last call has its tangent, and its drive was taken.
 
     Raises:
         ClosureError: if the closure calls other layers than when it was recorded.
@@ -117,8 +117,7 @@ class _Replay:
             output, tangent = (x, x) if end else (call.output(), self._tangent(call, x_dot))
             if call is self.tape.calls_of(call.block)[-1]:
                 self._drive.pop(call.block)  # and the gradient in it
-                if call.block in self._wanted:
-                    self._done(call.block)  # not before its drive, which takes cotangents
+                self._done(call.block)  # not before its drive, which takes cotangents
         if end:
             raise _LastCallReached
         if call.constant:
@@ -141,7 +140,7 @@ class _Replay:
         own = next(self._drive[call.block]).to(call.z.dtype)
         if x_dot is None:
             return own
-        return own.add_(call.part.push(x_dot, self.tape.pieces(call)[0].to(x_dot.dtype)))
+        return call.part.push_onto(own, x_dot, call.part.pieces()[0].to(x_dot.dtype))
 
 
 class _LastCallReached(BaseException):

@@ -2,7 +2,7 @@
 
 A `Tape` holds the graph of one run of the closure in which covered layers are replaced by relays
 (see `capture`). The graph between two relays holds no weight of a covered layer, so it serves any
-weights: `Tape.backward` propagates cotangents through those in `Tape.moved`.
+weights: `Tape.backward` propagates cotangents through those that the model has then.
 
 That is exact wherever the layer outputs do not change with the weights, which is what a move in the
 joint null space guarantees (theorem ``thm-invariance``): the forward pass is frozen, only the
@@ -10,7 +10,7 @@ backward pass is repeated.
 """
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import reduce
@@ -50,7 +50,7 @@ class Call:
         x, z: input and output as the product saw them; autocast may have lowered their dtype. The
             memory of ``z`` is the model's, which may overwrite it in place.
         constant: made without gradients, as in a frozen backbone: ``z`` is a number to the loss.
-        delta: dL/dz for the matrices of the last `Tape.backward`; None if the loss ignores ``z``.
+        delta: dL/dz at the last `Tape.backward`; None if the loss ignores ``z``.
         x_dot: tangent of ``x`` from the last `push_tangents`; None if ``x`` does not depend on
             trainable parameters (theorem ``thm-fixed``).
     """
@@ -98,7 +98,6 @@ class Tape:
         others: trainable parameters that no covered layer holds (or that leak out of one).
         anchor: a leaf behind every relay.
         left_out: blocks that were called and cannot be recorded, and why.
-        moved: weights for `backward` and `push_tangents` instead of the present ones, per block.
         other_gradients: dL/dp of ``others`` from the last `backward`.
         precision: the coarsest that anything was computed in.
     """
@@ -109,7 +108,6 @@ class Tape:
     others: list[nn.Parameter]
     anchor: Tensor
     left_out: dict[WeightMatrix, str] = field(default_factory=dict)
-    moved: Mapping[WeightMatrix, Pieces] = field(default_factory=dict)
     other_gradients: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -126,7 +124,6 @@ class Tape:
         self.precision = coarsest([self.loss.dtype, *self._dtypes.values()])
         self._half = is_half(self.precision)
         self._forgotten = False
-        self._formed: dict[WeightMatrix, Pieces | None] = {}  # of blocks with several calls
         self._grams: dict[WeightMatrix, Tensor] = {}
         self._gradients: dict[WeightMatrix, Tensor] = {}
         self._shares: dict[Metric, Shares] = {}
@@ -139,14 +136,6 @@ class Tape:
     def calls_of(self, block: WeightMatrix) -> list[Call]:
         """The calls of one block, in order of execution."""
         return self._calls.get(block, [])
-
-    def pieces(self, call: Call) -> Pieces:
-        """The weights of a call: those of its block in ``moved``, or the present ones."""
-        block = call.block
-        pieces = self._formed[block] if block in self._formed else self.moved.get(block)
-        if len(self._calls[block]) > 1:
-            self._formed[block] = pieces
-        return call.part.pieces() if pieces is None else pieces[: len(call.part.slots)]
 
     def depends_on_parameters(self, block: WeightMatrix) -> bool:
         """Whether any input of the block depends on a trainable parameter."""
@@ -197,7 +186,7 @@ class Tape:
     def differentiate(self, suspects: Sequence[nn.Parameter]) -> set[nn.Parameter]:
         """`backward`; the ``others`` and ``suspects`` it reaches, not counting calls."""
         self.forget()
-        self._shares, self._formed, self._forgotten = {}, {}, False
+        self._shares, self._forgotten = {}, False
         asked = [self.anchor, *self.others, *suspects]
         try:
             _, *grads = torch.autograd.grad(self.loss, asked, retain_graph=True, allow_unused=True)

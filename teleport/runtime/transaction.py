@@ -192,7 +192,8 @@ class _Kept:
             if _place(tensor) != _place(self.alias):
                 tensor.data = self.alias
             if not _same_bits(_once(self.alias), self.values):
-                _once(self.alias).copy_(self.values)
+                # Unnoticed by graphs recorded before: they find what they saw.
+                _once(self.alias.data).copy_(self.values)
             if tensor.requires_grad == self.requires_grad:
                 return tensor
             if tensor.is_leaf:

@@ -106,6 +106,10 @@ def test_push_is_the_derivative_of_the_layer(case: Layer) -> None:
     x_dot, pieces = torch.randn_like(x), part.pieces()
     wanted = call(module, x + x_dot) - call(module, x)  # exact: the layer is affine
     assert (part.push(x_dot, pieces[0]) - wanted).abs().max() <= TOLERANCE
+    z = torch.randn_like(wanted)
+    added, found = z + wanted, part.push_onto(z, x_dot, pieces[0])
+    assert found is z
+    assert (found - added).abs().max() <= TOLERANCE
     if part.has_bias_column or part.bias is None:
         like = call(module, x)
         assert (part.push_affine(x, pieces, like) - like).abs().max() <= TOLERANCE

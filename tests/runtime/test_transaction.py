@@ -77,6 +77,36 @@ def fail_with(error: type[BaseException]) -> Callable[[], None]:
     return fail
 
 
+def test_a_graph_of_the_user_serves_after_a_teleport_that_did_not_move() -> None:
+    """Looks write into the model, and what is written is taken back."""
+    problem = task("residual")
+    before, loss = fingerprint(problem.model), problem.closure()
+    trouble = Trouble(problem, at=3, before=fail_with(InterruptionError))
+    with pytest.raises(InterruptionError):  # at the second direction, after a look
+        Teleporter(problem.model, lr=1e-3, cap=1e9, steps=2).step(trouble)
+    assert fingerprint(problem.model) == before
+    loss.backward()
+    loss = problem.closure()
+    assert Teleporter(problem.model).step(problem.closure).steps == 1
+    with pytest.raises(RuntimeError, match="inplace"):  # its weights are gone
+        loss.backward()
+
+
+@pytest.mark.parametrize("made", ["detached", "data"])
+def test_a_weight_that_the_closure_holds_by_another_name_is_no_accident(made: str) -> None:
+    """Its graph needs a weight that moves; what it gives cannot be kept."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 2))
+    model.double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    weight = model[2].weight
+    other = (weight.detach() if made == "detached" else weight.data).T
+    before = fingerprint(model)
+    report = Teleporter(model).step(lambda: (model(x).sum(1) * (model[0](x) @ other)[:, 0]).mean())
+    assert report.rolled_back
+    assert fingerprint(model) == before
+
+
 @names
 @given(at=kth, method=methods)
 def test_after_an_exception_everything_is_as_before(name: str, at: int, method: str) -> None:
@@ -407,7 +437,7 @@ def test_random_generators_go_on_where_they_were() -> None:
     [
         *((Tensor, "clone", good) for good in (0, 3)),
         *((torch, "add", good) for good in (0, 3)),
-        (Tensor, "add_", 0),
+        (Tensor, "addmm_", 0),
         (torch, "zeros_like", 0),
     ],
 )
