@@ -2,7 +2,8 @@
 
 At τ = 1 and on one batch activations are frozen (``thm-invariance``): one tape is kept, and the
 norm at another position costs one backward pass over it. In all other cases the closures run again
-wherever it looks, one at a time, so that memory stays at what one of them needs.
+wherever it looks, one at a time, so that memory stays at what one of them needs. A look leaves its
+weights in the model.
 """
 
 import math
@@ -82,8 +83,7 @@ class Position:
         for along, step in self._moves:
             for block, matrix in along.items():
                 here = whole.get(block)
-                own = step * matrix if here is None else torch.add(here, matrix, alpha=step)
-                whole[block] = own
+                whole[block] = step * matrix if here is None else here.add(matrix, alpha=step)
         return Position((whole, 1.0))
 
 
