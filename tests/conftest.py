@@ -214,6 +214,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return cores()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("extra"):
+        pytest.importorskip(mark.args[0], reason="of an extra that '.[test]' does not bring")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Take the tier; long files first, so that at the end no process waits for the other."""
     slow = {item for item in items if item.get_closest_marker("slow")}

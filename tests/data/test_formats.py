@@ -584,8 +584,8 @@ def test_wrong_text_is_named() -> None:
         sequences(np.zeros(3, np.int32), 3)
 
 
+@pytest.mark.extra("nltk")
 def test_treebank_tokenizer_splits_contractions() -> None:
-    pytest.importorskip("nltk", reason="needs the extra 'text'")
     from teleport.data.text import treebank_tokenizer
 
     assert treebank_tokenizer()("it 's n't <unk> cannot") == [

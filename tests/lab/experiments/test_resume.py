@@ -129,19 +129,19 @@ def test_the_state_of_every_optimizer_is_kept(optimizer: str, tmp_path: Path) ->
     check_optimizer(optimizer, tmp_path)
 
 
+@pytest.mark.extra("pytorch_optimizer")
 @pytest.mark.parametrize("optimizer", ["AdamP", "diffGrad", "Lion"])
 def test_the_state_of_optimizers_of_the_extra_package_is_kept(
     optimizer: str, tmp_path: Path
 ) -> None:
-    pytest.importorskip("pytorch_optimizer")
     check_optimizer(optimizer, tmp_path)
 
 
+@pytest.mark.extra("pytorch_optimizer")
 @pytest.mark.parametrize("optimizer", ["AdaShift", "Scion"])
 def test_an_optimizer_that_keeps_objects_of_its_own_starts_over(
     optimizer: str, tmp_path: Path
 ) -> None:
-    pytest.importorskip("pytorch_optimizer")
     check_optimizer(optimizer, tmp_path)
     (path,) = tmp_path.glob("*.jsonl")
     assert '"resumed"' not in path.read_text()

@@ -296,15 +296,16 @@ def socket_free() -> Iterator[int]:
 
 
 def wait_for_workers(address: str, count: int) -> None:
-    distributed = pytest.importorskip("distributed")
-    with distributed.Client(address, timeout=HANG) as client:
+    from distributed import Client
+
+    with Client(address, timeout=HANG) as client:
         client.wait_for_workers(count, timeout=HANG)
 
 
+@pytest.mark.extra("distributed")
 def test_a_cluster_does_what_one_process_does_though_a_worker_is_killed(
     small: str, swept: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("distributed")
     jobs = plan(small, seeds=1).jobs(tmp_path, checkpoint_seconds=0.0)
     with cluster(2) as (address, (_, *workers)):
         wait_for_workers(address, 2)
@@ -434,11 +435,11 @@ def test_the_threads_of_a_worker_do_what_one_does(small: str, swept: Path, tmp_p
     assert all(theirs[name] == rows for name, rows in mine.items())
 
 
+@pytest.mark.extra("distributed")
 @pytest.mark.parametrize("protocol", ["tcp", "tls", "ucx", "nonsense"])
 def test_a_scheduler_that_does_not_answer_is_named(
     protocol: str,
 ) -> None:
-    pytest.importorskip("distributed")
     with (
         socket_free() as port,
         pytest.raises(RunError, match="does not answer"),

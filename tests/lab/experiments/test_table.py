@@ -163,9 +163,9 @@ def test_an_optimizer_by_name_descends_and_leaves_random_numbers_alone(name: str
     descends(name)
 
 
+@pytest.mark.extra("pytorch_optimizer")
 @pytest.mark.parametrize("name", ["AdamP", "diffGrad", "Lion"])
 def test_an_optimizer_of_the_extra_package_descends(name: str) -> None:
-    pytest.importorskip("pytorch_optimizer")
     descends(name)
     assert (
         name.lower()
@@ -201,9 +201,9 @@ def test_an_optimizer_that_cannot_be_used_is_refused(name: str, message: str) ->
         find_optimizer(name)
 
 
+@pytest.mark.extra("pytorch_optimizer")
 @pytest.mark.parametrize("name", ["SAM", "lookahead", "PCGrad"])
 def test_a_class_of_the_extra_package_around_an_optimizer_is_refused_as_one(name: str) -> None:
-    pytest.importorskip("pytorch_optimizer")
     with pytest.raises(ValueError, match=f"optimizer '{name}' needs more than"):
         find_optimizer(name)
 

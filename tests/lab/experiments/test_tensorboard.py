@@ -20,14 +20,15 @@ TINY = ["run", "--preset", "tiny", "--lr", "0.1"]
 
 
 def events(folder: Path) -> "object":
-    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = module.EventAccumulator(str(folder))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder))
     found.Reload()
     return found
 
 
+@pytest.mark.extra("tensorboard")
 def test_event_files_hold_what_the_records_hold(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     out, board = tmp_path / "job", tmp_path / "board"
     assert cli.main([*TINY, "--out", str(out), "--tensorboard", str(board)]) == 0
     runs = read_runs(out)
@@ -48,8 +49,8 @@ def test_event_files_hold_what_the_records_hold(tmp_path: Path) -> None:
             assert row["reason"].encode() in text.tensor_proto.string_val[0]
 
 
+@pytest.mark.extra("tensorboard")
 def test_accuracy_of_a_regression_is_left_out_and_later_steps_are_purged(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     row = dict.fromkeys(SCALARS, 1.0) | {"test_accuracy": float("nan")}
     with Board(tmp_path) as board:
         for step in (0, 5, 10):
@@ -62,10 +63,10 @@ def test_accuracy_of_a_regression_is_left_out_and_later_steps_are_purged(tmp_pat
     assert [(p.step, p.value) for p in points] == [(0, 1.0), (5, 1.0), (10, 2.0)]
 
 
+@pytest.mark.extra("tensorboard")
 def test_a_full_disk_ends_with_a_message_and_complete_records(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("tensorboard")
     out, board = tmp_path / "job", tmp_path / "board"
 
     def full(*_: object, **__: object) -> None:
@@ -80,8 +81,8 @@ def test_a_full_disk_ends_with_a_message_and_complete_records(
     assert {run.status for run in read_runs(out)} == {"finished"}
 
 
+@pytest.mark.extra("tensorboard")
 def test_a_run_that_starts_over_shows_nothing_of_the_earlier_try(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     out, board = tmp_path / "job", tmp_path / "board"
     command = [*TINY, "--out", str(out), "--tensorboard", str(board)]
     assert cli.main(command) == 0
@@ -98,10 +99,10 @@ def test_a_run_that_starts_over_shows_nothing_of_the_earlier_try(tmp_path: Path)
         assert shown == teleports
 
 
+@pytest.mark.extra("tensorboard")
 def test_a_disk_that_fills_up_shows_no_traceback_of_a_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("tensorboard")
     row = {**dict.fromkeys(SCALARS, 1.0), "step": 0}
     shown: list[object] = []
     monkeypatch.setattr(threading, "excepthook", shown.append)
@@ -119,10 +120,10 @@ def test_a_disk_that_fills_up_shows_no_traceback_of_a_thread(
         assert shown == []
 
 
+@pytest.mark.extra("tensorboard")
 def test_only_the_errors_of_the_board_s_own_thread_are_kept_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("tensorboard")
     shown: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", shown.append)
 
@@ -136,9 +137,9 @@ def test_only_the_errors_of_the_board_s_own_thread_are_kept_back(
     assert [str(ended.exc_value) for ended in shown] == ["mine"]
 
 
+@pytest.mark.extra("tensorboard")
 @pytest.mark.parametrize("step", [9, 10, 11])
 def test_a_run_that_goes_on_shows_every_evaluation_once(step: int, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     cell = Cell(RunSettings("sample-rows", "tiny"), Arm(0.1), 0, 0)
     dataset = load("mnist-sample-rows")
     left = [step + 1]  # an evaluation is due every ten steps; a checkpoint follows every step
@@ -173,10 +174,10 @@ def test_without_tensorboard_the_error_says_how_to_get_it(
     assert not out.exists()
 
 
+@pytest.mark.extra("tensorboard")
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("tensorboard")
     (tmp_path / "file").write_text("in the way")
     out = tmp_path / "job"
     board = tmp_path / "file" / "board"
