@@ -234,7 +234,7 @@ class Ascent(GuardedMove):
         if limit <= start:
             return f"the {self.norm_name} {start:.6g} is already at the cap {limit:.6g}"
         for number in range(1, settings.steps + 1):
-            along = self._direction(room)
+            along = self._direction(room, last=number == settings.steps)
             if number == settings.steps:
                 room = {}
                 self.bases = {block: basis.numbers() for block, basis in self.bases.items()}
@@ -256,10 +256,10 @@ class Ascent(GuardedMove):
                 return self._limit_reached(limit)
         return self._limit_reached(limit) if settings.lr is None else "all steps taken"
 
-    def _direction(self, room: dict[WeightMatrix, Projector]) -> Direction:
+    def _direction(self, room: dict[WeightMatrix, Projector], last: bool) -> Direction:
         if self.settings.method == "tangent" and not self.fallback:
             try:
-                return self.landscape.tangent_direction(room)
+                return self.landscape.tangent_direction(room, last)
             except NotImplementedError as error:  # no forward-mode derivative of some operation
                 self.fallback = "double backward: " + str(error).partition("\n")[0].split(". ")[0]
         return self.landscape.double_backward_direction(room)

@@ -56,6 +56,7 @@ def direction(
     bases: Mapping[WeightMatrix, Projector],
     metric: Metric = EUCLIDEAN,
     scale: float = 1.0,
+    last: bool = False,
 ) -> Direction:
     """π(H M⁻¹ g) for the blocks in ``bases``, by one forward-mode pass over the tape.
 
@@ -69,6 +70,7 @@ def direction(
         bases: what to project out, for each block that may move.
         metric: whose norm is ascended; π(Hg) by default.
         scale: of the velocity, so that it stays within the range of the dtype.
+        last: no other direction is asked of the tape, so that outputs of layers may go.
 
     Returns:
         One matrix per block, zero where nothing but rounding survives the projection.
@@ -85,7 +87,7 @@ def direction(
             found[block] = scaled(_survivor(tape, block, bases[block]), 1 / scale)
         tape.free(block)
 
-    push_tangents(tape, model, closure, drive, velocity, wanted=bases.keys(), done=done)
+    push_tangents(tape, model, closure, drive, velocity, bases.keys(), done, last)
     return {block: found[block] for block in bases}
 
 

@@ -308,12 +308,15 @@ class Landscape:
             return block.basis(self._spaces[block], tau)
         return recorded_basis(self.tape, block, tau)
 
-    def tangent_direction(self, bases: Mapping[WeightMatrix, Projector]) -> Direction:
-        """π(H M⁻¹ g) of the given blocks at the position (``thm-survivor``)."""
+    def tangent_direction(
+        self, bases: Mapping[WeightMatrix, Projector], last: bool = False
+    ) -> Direction:
+        """π(H M⁻¹ g) of the given blocks at the position (``thm-survivor``); whether the last."""
         scale = self._velocity_scale()
         if self.tape is not None:
             self._first = {} if self.precision == torch.float64 else self.tape.formed()
-            along = direction(self.tape, self._model, self._closures[0], bases, self.metric, scale)
+            model, closure = self._model, self._closures[0]
+            along = direction(self.tape, model, closure, bases, self.metric, scale, last)
             self.forget()
             return along
         velocity = {p: self.metric.velocity(p, g, scale) for p, g in self._gradient.items()}

@@ -34,6 +34,7 @@ def push_tangents(
     velocity: Mapping[nn.Parameter, Tensor],
     wanted: AbstractSet[WeightMatrix] | None = None,
     done: Callable[[WeightMatrix], None] = lambda block: None,
+    last: bool = False,
 ) -> None:
     """One forward-mode pass: fill ``x_dot`` of the tape's calls of the blocks ``wanted``.
 
@@ -51,6 +52,7 @@ def push_tangents(
         velocity: tangents of the parameters in ``tape.others``.
         wanted: blocks whose tangents are needed; all by default.
         done: told each block when its last call has its tangent, and its drive was taken.
+        last: no other pass will follow, so that outputs are freed as soon as they have served.
 
     Raises:
         ClosureError: if the closure calls other layers than when it was recorded.
@@ -65,7 +67,7 @@ def push_tangents(
         if begun:  # without gradients, which the closure needs: it has used up cotangents
             tape.remember()
         begun = True
-        replay = _Replay(tape, drive, wanted, done)
+        replay = _Replay(tape, drive, wanted, done, last)
         others = {p: velocity[p] for p in tape.others}
         with (
             _FORWARD_MODE,
@@ -96,13 +98,14 @@ class _Replay:
         drive: Mapping[WeightMatrix, Callable[[], Iterable[Tensor]]],
         wanted: AbstractSet[WeightMatrix],
         done: Callable[[WeightMatrix], None],
+        last: bool,
     ) -> None:
-        self.tape, self._done = tape, done
+        self.tape, self._done, self._frees = tape, done, last
         self.position = 0
         self._drive = {block: iter(tangents()) for block, tangents in drive.items()}
         self._wanted = wanted
-        last = [n for n, call in enumerate(tape.calls, 1) if call.block in wanted]
-        self._last = max(last, default=len(tape.calls))
+        ends = [n for n, call in enumerate(tape.calls, 1) if call.block in wanted]
+        self._last = max(ends, default=len(tape.calls))
 
     def product(self, block: WeightMatrix, part: LinearMap, x: Tensor) -> Tensor:
         if part.bypassed() or x.numel() == 0:
@@ -115,6 +118,8 @@ class _Replay:
         end = self.position == self._last
         with torch.no_grad():
             output, tangent = (x, x) if end else (call.output(), self._tangent(call, x_dot))
+            if self._frees:
+                call.free_output()
             if call is self.tape.calls_of(call.block)[-1]:
                 self._drive.pop(call.block)  # and the gradient in it
                 self._done(call.block)  # not before its drive, which takes cotangents

@@ -69,7 +69,7 @@ class Call:
         self.version = None if self.z.is_inference() else self.z._version
 
     def output(self) -> Tensor:
-        """What ``z`` was; computed again if an in-place activation has overwritten it.
+        """What ``z`` was; computed again if it was freed or an in-place activation overwrote it.
 
         Whoever overwrites this will find it computed again, too.
         """
@@ -78,6 +78,11 @@ class Call:
         if self.z._version == self.version:
             return self.z
         return self.part.compute(self.x.detach()).to(self.z.dtype)
+
+    def free_output(self) -> None:
+        """Keep of ``z`` what it looked like; the model may hold its memory still."""
+        if not self.constant:
+            self.z, self.version = torch.empty_like(self.z, device="meta"), -1
 
     def weight_gradient(self, x: Tensor | None, bias_input: float) -> Tensor | None:
         """``δ xᵀ`` of some input in the shape of the block's matrix, for the last `backward`."""
@@ -124,7 +129,7 @@ class Tape:
         self.precision = coarsest([self.loss.dtype, *self._dtypes.values()])
         self._half = is_half(self.precision)
         self._forgotten = False
-        self._grams: dict[WeightMatrix, Tensor] = {}
+        self._grams: dict[Any, Tensor] = {}
         self._gradients: dict[WeightMatrix, Tensor] = {}
         self._shares: dict[Metric, Shares] = {}
 
@@ -164,10 +169,14 @@ class Tape:
         return block if None in keys or block.other is not None else keys
 
     def row_gram(self, block: WeightMatrix) -> Float[Tensor, "*groups rows rows"]:
-        """Inner products of all pairs of input rows, float64: a basis is made of them, too."""
-        if block not in self._grams:
-            self._grams[block] = gram_matrix(self.rows(block).double().mT)
-        return self._grams[block]
+        """Inner products of all pairs of input rows, float64: a basis is made of them, too.
+
+        Blocks whose rows are the same, as queries, keys and values, have one.
+        """
+        key = self.rows_key(block)
+        if key not in self._grams:
+            self._grams[key] = gram_matrix(self.rows(block).double().mT)
+        return self._grams[key]
 
     def _single(self, rows: Tensor) -> Tensor:
         return at_least_single(rows) if self._half else rows
@@ -227,7 +236,9 @@ class Tape:
     def deltas(self, block: WeightMatrix) -> Float[Tensor, "*groups rows d_out"]:
         """Cotangents of a block's outputs in the order of `rows`; 0 where the loss ignores them."""
         calls = self.calls_of(block)
-        deltas = (torch.zeros_like(c.z) if c.delta is None else c.delta for c in calls)
+        deltas = (
+            torch.zeros_like(c.z, device=c.x.device) if c.delta is None else c.delta for c in calls
+        )
         return _below([block.part.out_rows(delta) for delta in deltas])
 
     def weight_gradient(self, block: WeightMatrix) -> Float[Tensor, "*groups d_out d_in"]:
@@ -382,7 +393,7 @@ def _basis_of_rows(tape: Tape, block: WeightMatrix, space: RowSpace) -> Projecto
     count = tape.row_count(block)
     if count < d_in:
         tape.collect(block, space)
-        return space.basis_if_independent(tape._grams.get(block)) or space.basis()
+        return space.basis_if_independent(tape._grams.get(tape.rows_key(block))) or space.basis()
     norms = (call.part.row_norms(at_least_single(call.x.detach())) for call in calls)
     energy = sum(map(squared_norm, norms))
 

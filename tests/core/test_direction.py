@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teleport.direction import direction, project_ascent
+from teleport.direction import Direction, direction, project_ascent
 from teleport.layers.support import WeightMatrix, cover
 from teleport.line_search import step_to_norm
 from teleport.objective import ascent_double_backward, trainable
@@ -84,6 +84,25 @@ def test_tangent_direction_holds_in_any_graph(name: str, seed: int) -> None:
     problem = task(name, seed)
     without_dropout(problem.model)
     assert agree(problem)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@given(seed=seeds)
+def test_the_last_direction_frees_outputs_and_another_computes_them_again(
+    name: str, seed: int
+) -> None:
+    problem = task(name, seed)
+    without_dropout(problem.model)
+    tape, bases = recorded(problem)
+
+    def find(**last: bool) -> Direction:
+        tape.remember()
+        return direction(tape, problem.model, problem.closure, bases, **last)
+
+    plain, last, again = find(), find(last=True), find()
+    assert all(torch.equal(last[block], plain[block]) for block in bases)
+    assert any(call.z.is_meta for call in tape.calls)
+    assert norm({b: again[b] - plain[b] for b in bases}) <= 1e-12 * (1.0 + norm(plain))
 
 
 @pytest.mark.verifies("thm-survivor")

@@ -92,6 +92,14 @@ def test_a_norm_by_gram_matrices_is_right_where_rows_cancel_or_leave_the_range(
         assert share == pytest.approx(float(gradient.square().sum()), rel=max(1e-5, rounding))
 
 
+def test_blocks_whose_rows_are_the_same_have_one_gram_matrix() -> None:
+    tape = tape_of(task("attention"))
+    grams = {block.name: tape.row_gram(block) for block in tape.blocks}
+    assert grams["q"] is grams["k"] is grams["v"]
+    assert len({id(gram) for gram in grams.values()}) == len(grams) - 2
+    assert all(torch.equal(tape.rows(b) @ tape.rows(b).mT, grams[b.name]) for b in tape.blocks)
+
+
 @pytest.mark.parametrize("left", [1.0, 1e-1, 1e-2, 1e-3])
 def test_it_is_seen_where_little_is_left_of_a_gradient(left: float) -> None:
     tape = tape_of(opposed(left, 1.0, torch.float64))
