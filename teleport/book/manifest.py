@@ -23,7 +23,6 @@ holds ``book.toml``, and have to exist.
 The checks are by hand: pydantic knows neither the lines of a file nor what it may name.
 """
 
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -33,11 +32,7 @@ from typing import Any
 from teleport.book.places import Keys, key_lines
 from teleport.errors import BookError
 from teleport.lab.records.schema import POSITIVE, Kind
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from teleport.runtime.toml import tomllib
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,9 @@
 """Where the keys of a TOML document are, so that an error can name the line."""
 
 import re
-import sys
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from teleport.runtime.toml import tomllib
 
 Keys = tuple[str | int, ...]
 """The way to a key: ``("title",)``, or ``("chapter", 2, "file")`` in the third ``[[chapter]]``."""

@@ -3,14 +3,10 @@
 The same table is run by the tests, case by case, so that the page says what happens.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from teleport.runtime.toml import tomllib
 
 OUTCOMES = {
     "moves": "the loss stays, the gradient grows",

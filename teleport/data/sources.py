@@ -1,14 +1,9 @@
 """The files of every data set, from ``sources.toml`` beside this module."""
 
-import sys
 from importlib import resources
 
 from teleport.data.download import SourceFile
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from teleport.runtime.toml import tomllib
 
 
 def _read() -> dict[str, tuple[SourceFile, ...]]:

@@ -15,7 +15,6 @@ from teleport.rivals.controls import (
     rehearse,
 )
 from teleport.rivals.equi_normalization import EquiNormalization
-from teleport.rivals.gpm import gpm_rank, kept_energy
 from teleport.rivals.group_action import Bend, group_action
 from teleport.rivals.level_set import LevelSetTeleporter
 from teleport.rivals.optimizer_controls import (
@@ -54,10 +53,8 @@ __all__ = [
     "SymmetryTeleporter",
     "factors_by_parameter",
     "flatter_curvature",
-    "gpm_rank",
     "group_action",
     "growth_duration",
-    "kept_energy",
     "layer_norms",
     "preactivation_action",
     "rehearse",

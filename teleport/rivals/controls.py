@@ -106,28 +106,20 @@ def as_still(report: TeleportReport) -> Move:
 class NoiseTeleporter(Rival):
     """Gaussian noise, not projected, of the norm of a teleport's move in every layer.
 
-    Leaves the level set; nothing is rolled back unless ``max_drift`` is given. Where the teleport
-    moved nothing, this moves nothing either. Cost: two gradients.
+    Leaves the level set, and is not rolled back for that. Where the teleport moved nothing, this
+    moves nothing either. Cost: two gradients.
 
     Args:
         model: any module with the layers of the report.
         like: report of the teleport to match.
         seed: of the noise; successive steps draw on.
-        max_drift: largest relative change of the batch loss; None for no bound.
 
     Raises:
         ValueError: if the model has not the report's layers.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        like: TeleportReport,
-        *,
-        seed: int = 0,
-        max_drift: float | None = None,
-    ) -> None:
-        super().__init__(model, max_drift)
+    def __init__(self, model: nn.Module, like: TeleportReport, *, seed: int = 0) -> None:
+        super().__init__(model, max_drift=None)
         self._like = like
         self._norms = _of_blocks(self.coverage.blocks, move_norms(like))
         self._generator = torch.Generator().manual_seed(seed)
@@ -145,21 +137,18 @@ class NoiseTeleporter(Rival):
 class RescaleLayers(Rival):
     """Every layer times one number, so that its norm is the one a teleport reaches.
 
-    Leaves the level set; nothing is rolled back unless ``max_drift`` is given. Cost: two gradients.
+    Leaves the level set, and is not rolled back for that. Cost: two gradients.
 
     Args:
         model: any module with these layers.
         norms: wanted Frobenius norm (bias included) by layer name, as in `Rehearsal.norms`.
-        max_drift: largest relative change of the batch loss; None for no bound.
 
     Raises:
         ValueError: if the model has not these layers, or a norm is not positive.
     """
 
-    def __init__(
-        self, model: nn.Module, norms: Mapping[str, float], *, max_drift: float | None = None
-    ) -> None:
-        super().__init__(model, max_drift)
+    def __init__(self, model: nn.Module, norms: Mapping[str, float]) -> None:
+        super().__init__(model, max_drift=None)
         for name, size in norms.items():
             require(f"norm of layer {name!r}", size, 0.0 < size < math.inf, "> 0 and finite")
         self._norms = _of_blocks(self.coverage.blocks, norms)
@@ -187,9 +176,7 @@ class RandomNullDirection(Rival):
         model: any module with a covered layer.
         growth: wanted factor on the gradient norm; moves the layers a teleport could move.
         like: report of the teleport to match; moves the layers that moved there, none if none did.
-        tau: as in `Teleporter`.
         seed: of the directions; successive steps draw on.
-        max_drift: largest relative change of the batch loss. Default 0.01.
 
     Raises:
         ValueError: unless exactly one of ``growth`` and ``like`` is given, in range.
@@ -201,16 +188,13 @@ class RandomNullDirection(Rival):
         *,
         growth: float | None = None,
         like: TeleportReport | None = None,
-        tau: float = 1.0,
         seed: int = 0,
-        max_drift: float | None = MAX_DRIFT,
     ) -> None:
-        super().__init__(model, max_drift)
+        super().__init__(model, MAX_DRIFT)
         if (growth is None) == (like is None):
             raise ValueError("give either growth or like, a report")
         require("growth", growth, growth is None or 1.0 < growth < math.inf, "> 1 and finite")
-        require("tau", tau, 0.0 < tau <= 1.0, "in (0, 1]")
-        self._growth, self._tau, self._like = growth, tau, like
+        self._growth, self._like = growth, like
         norms = {} if like is None else move_norms(like)
         self._norms = _of_blocks(self.coverage.blocks, norms)
         self._generator = torch.Generator().manual_seed(seed)
@@ -218,9 +202,9 @@ class RandomNullDirection(Rival):
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
         if self._like is not None and not self._norms:
             return as_still(self._like)
-        landscape = null_landscape(self, batch, self._tau)
+        landscape = null_landscape(self, batch)
         wanted = self._norms or {b: 1.0 for b in landscape.blocks if b not in landscape.fixed}
-        bases = landscape.bases([block for block in wanted if block in landscape.blocks], self._tau)
+        bases = landscape.bases([block for block in wanted if block in landscape.blocks], 1.0)
         room = {block: basis for block, basis in bases.items() if basis.null_dim > 0}
         if not room:
             return Move((), "nothing can move: no layer has a null space on this batch")
@@ -258,9 +242,9 @@ class RandomNullDirection(Rival):
         return None if step is None else sign * step
 
 
-def null_landscape(rival: Rival, batch: Batch, tau: float) -> Landscape:
+def null_landscape(rival: Rival, batch: Batch) -> Landscape:
     """What finds the null space of a batch and moves in it, without bound on the steps."""
-    frozen = tau == 1.0 and len(batch.closures) == 1
+    frozen = len(batch.closures) == 1
     return Landscape(rival.model, rival.coverage.sites, batch.closures, frozen=frozen)
 
 

@@ -10,20 +10,16 @@ tangent of the level set, and ``c = (L(ω) - L(ω₀)) / ‖g‖²``, a Newton s
 leaves the level set by ``½ dᵀ H d``, of the order of η²; without the way back these errors add up.
 
 Source: the problem and its solution by linearisation are those of Mishkin, Bietti and Gower 2024
-(arXiv 2403.03362). They admit ``L(ω) <= L(ω₀)``, under which the solution drops λ and c together
-where they would raise the loss (``constraint="at_most"``). The step above is derived here from the
-problem; their rule for the step size is not reproduced.
+(arXiv 2403.03362). They admit ``L(ω) <= L(ω₀)``; here it is the level itself, as of a teleport.
+The step above is derived here from the problem; their rule for the step size is not reproduced.
 """
 
 import torch
 from torch import nn
 
-from teleport.errors import require
 from teleport.rivals.batch import Batch
 from teleport.rivals.climb import Move, Ray, StepRule, climb
 from teleport.rivals.rival import MAX_DRIFT, Rival
-
-CONSTRAINTS = ("equal", "at_most")
 
 
 class LevelSetTeleporter(Rival):
@@ -38,7 +34,6 @@ class LevelSetTeleporter(Rival):
         steps: directions, one after the other.
         lr: step size η.
         growth: instead of ``lr``: wanted factor on the gradient norm.
-        constraint: ``"equal"``, or ``"at_most"``, which lets the loss fall.
         return_to_level: whether each step also corrects the drift of those before it; without it
             every step is the bare projected gradient.
         max_drift: largest relative change of the batch loss. Default 0.01.
@@ -54,15 +49,11 @@ class LevelSetTeleporter(Rival):
         lr: float | None = None,
         *,
         growth: float | None = None,
-        constraint: str = "equal",
         return_to_level: bool = True,
         max_drift: float | None = MAX_DRIFT,
     ) -> None:
         super().__init__(model, max_drift)
-        known = constraint in CONSTRAINTS
-        require("constraint", constraint, known, f"one of {CONSTRAINTS}")
         self._rule = StepRule(steps, lr, growth)
-        self._at_most = constraint == "at_most"
         self._return = return_to_level
 
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
@@ -79,7 +70,7 @@ class LevelSetTeleporter(Rival):
 
         def go(step: float) -> None:
             back = (step * rise + above) / square if square else 0.0
-            move = step * along - (max(back, 0.0) if self._at_most else back) * flat
+            move = step * along - back * flat
             pieces = move.split([p.numel() for p in start])
             with torch.no_grad():
                 for parameter, place, piece in zip(batch.parameters, start, pieces, strict=True):

@@ -113,34 +113,18 @@ class ObjectiveStep(Rival):
         model: any module with a covered layer.
         slope: gradient of the objective that is to grow.
         like: report of the teleport to match in length; moves nothing if that did not.
-        tau: as in `teleport.Teleporter`.
-        max_drift: largest relative change of the batch loss. Default 0.01.
-
-    Raises:
-        ValueError: if ``tau`` or ``max_drift`` is out of range.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        slope: Slope,
-        like: TeleportReport,
-        *,
-        tau: float = 1.0,
-        max_drift: float | None = MAX_DRIFT,
-    ) -> None:
-        super().__init__(model, max_drift)
-        require("tau", tau, 0.0 < tau <= 1.0, "in (0, 1]")
-        self._slope, self._like, self._tau = slope, like, tau
+    def __init__(self, model: nn.Module, slope: Slope, like: TeleportReport) -> None:
+        super().__init__(model, MAX_DRIFT)
+        self._slope, self._like = slope, like
         self._length = math.hypot(*move_norms(like).values())
 
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
         if not self._length:
             return as_still(self._like)
-        landscape = null_landscape(self, batch, self._tau)
-        bases = landscape.bases(
-            [b for b in landscape.blocks if b not in landscape.fixed], self._tau
-        )
+        landscape = null_landscape(self, batch)
+        bases = landscape.bases([b for b in landscape.blocks if b not in landscape.fixed], 1.0)
         slopes = dict(zip(batch.parameters, self._of_batch(batch), strict=True))
         along: Direction = {
             block: basis.project(block.part.of(slopes))

@@ -199,5 +199,3 @@ def test_bad_values_are_refused(value: float) -> None:
         step_decrease(value)
     with pytest.raises(ValueError, match="rho must be > 0"):
         sharpness(value)
-    with pytest.raises(ValueError, match="tau must be in"):
-        ObjectiveStep(Work(0).model, shorter_gradient, moving(), tau=value or 2.0)

@@ -18,14 +18,11 @@ from teleport.rivals import (
     PlanarFunction,
     RandomNullDirection,
     RescaleLayers,
-    gpm_rank,
-    kept_energy,
     layer_norms,
     rehearse,
     so2_teleport,
 )
 from teleport.rivals.rival import Rival
-from teleport.subspace import energy_rank
 from tests.support.fingerprint import all_but_weights, fingerprint, weights
 from tests.support.strategies import gradient_norm, seeds
 
@@ -69,7 +66,6 @@ RIVALS: dict[str, Callable[[Work], Rival]] = {
     "rescale": lambda w: RescaleLayers(w.model, report_of(w).norms),
     "null, same norm": lambda w: RandomNullDirection(w.model, like=report_of(w).report),
     "null, same growth": lambda w: RandomNullDirection(w.model, growth=1.3),
-    "null, tau": lambda w: RandomNullDirection(w.model, growth=1.3, tau=0.999),
 }
 KEEP = ("symmetry", "basis", "best basis", "null, same norm", "null, same growth")
 names = pytest.mark.parametrize("name", RIVALS)
@@ -347,25 +343,6 @@ def test_the_control_of_a_teleport_that_cannot_move_is_the_identity(name: str) -
     why = "no layer has a null space" if name != "rescale" else "has the wanted norm already"
     assert why in report.reason
     assert report.growth == 1.0
-
-
-# --- The published rank rule ---------------------------------------------------------------------
-
-
-@example([1, 1], 0.5)  # a partial sum that is exactly the threshold
-@given(
-    st.lists(st.integers(1, 9), min_size=1, max_size=8),
-    st.sampled_from([0.1, 0.5, 0.9, 0.97, 0.999]),
-)
-def test_the_published_rank_rule_is_one_short(values: list[int], tau: float) -> None:
-    spectrum = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
-    published, ours = gpm_rank(spectrum, tau), int(energy_rank(spectrum, tau))
-    assert published == ours - 1
-    assert kept_energy(spectrum, published) < tau <= kept_energy(spectrum, ours) + 1e-12
-
-
-def test_the_published_basis_is_empty_under_a_dominant_direction() -> None:
-    assert gpm_rank(torch.tensor([100.0, 1.0, 1.0]), 0.97) == 0
 
 
 # --- Functions of two variables ------------------------------------------------------------------

@@ -7,7 +7,6 @@ The checks are by hand. Pydantic, tried on presets and tuning, names no known ke
 one and takes integers that TOML does not have; with what mends that it would save thirty lines.
 """
 
-import sys
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import fields, replace
@@ -28,11 +27,7 @@ from teleport.lab.experiments.entry import (
     one_of,
 )
 from teleport.lab.records.schema import COUNT, POSITIVE, WIDTH, Kind
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from teleport.runtime.toml import tomllib
 
 MARKS = ("paper", "ours")
 TOO_LONG = "a chain of `like`, or of tables in tables, is too long to follow; shorten it"

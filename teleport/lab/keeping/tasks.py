@@ -1,6 +1,5 @@
 """Sequences of tasks for one network with one head: what is to be learned, and how much of it."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,11 +11,7 @@ from torch import Tensor
 
 from teleport.data import Dataset
 from teleport.lab.experiments.choices import METHOD_NAMES
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from teleport.runtime.toml import tomllib
 
 VALIDATION = 5000
 """Images at the end of each training split that are never trained on; tuning looks at them.
