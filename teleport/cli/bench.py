@@ -7,8 +7,9 @@ import typer
 
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE, DeviceOption, checked_threads, out_option
-from teleport.cli.progress import step_progress
+from teleport.cli.study import interruptible
 from teleport.lab.experiments.choices import BENCHMARK_NAMES, NOT_IN_ALL
+from teleport.runtime.progress import progress_of
 
 
 def bench(
@@ -54,7 +55,7 @@ def bench(
     where = device_of(device)
     folder = new_folder(f"bench-{what}", out)
     command = COMMAND_LINE.get()
-    with step_progress(None, folder, "job") as progress:
+    with interruptible(folder), progress_of(None, "job") as progress:
         benchmarks.run_benchmarks(
             names, preset, where, folder, threads=threads, command=command, progress=progress
         )

@@ -23,10 +23,11 @@ from teleport.cli.options import (
     out_option,
 )
 from teleport.cli.output import count_of, print_tables, say
-from teleport.cli.progress import step_progress
+from teleport.cli.study import interruptible
 from teleport.errors import RunError
 from teleport.lab.experiments.choices import CHECKPOINT_SECONDS, INITS, OPTIMIZER_NAMES
 from teleport.lab.experiments.entry import SCHEDULES
+from teleport.runtime.progress import progress_of
 
 if TYPE_CHECKING:
     from teleport.lab.experiments.arms import Arm
@@ -178,7 +179,11 @@ def run(
     if tensorboard is not None:
         check_tensorboard(tensorboard)
     folder = open_folder(slug(name), out, resume, force)
-    with step_progress(total, folder) as progress, using_threads(threads_for(threads)):
+    with (
+        interruptible(folder),
+        progress_of(total, "step") as progress,
+        using_threads(threads_for(threads)),
+    ):
         run_arms(
             settings,
             arms,
@@ -283,7 +288,8 @@ def _sweep(
     from teleport.lab.experiments.sweep import Job, total_steps
 
     with (
-        step_progress(total_steps(cells), folder) as progress,
+        interruptible(folder),
+        progress_of(total_steps(cells), "step") as progress,
         Processes(processes) if scheduler is None else cluster(scheduler) as executor,
     ):
         done = 0
@@ -310,7 +316,6 @@ def report(
     with loading():
         from teleport.cli.show import draw_report
         from teleport.lab.analysis.outcomes import blocks, matrix_markdown
-        from teleport.runtime.progress import progress_of
 
     with progress_of(None, "folder") as progress:
         found = blocks(folder, lambda done, of: progress("reading", done, of))

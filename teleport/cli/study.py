@@ -1,16 +1,29 @@
-"""Around the commands that write the records of a study."""
+"""Around the commands that write records."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from teleport.cli.loading import loading
 from teleport.cli.options import COMMAND_LINE
-from teleport.cli.progress import part_progress, step_progress
+from teleport.cli.output import say
+from teleport.runtime.progress import parts_of, progress_of
 
 if TYPE_CHECKING:
     from teleport.lab.records.record_folder import RecordFolder
+
+
+@contextmanager
+def interruptible(folder: Path) -> Iterator[None]:
+    """Ctrl-C says where the records are and ends with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"interrupted; the records so far are complete in {folder}")
+        raise typer.Exit(130) from None
 
 
 @contextmanager
@@ -37,7 +50,7 @@ def recording(
         load_search()
 
     folder = open_folder(study, out, resume)
-    bar = part_progress if unit == "part" else step_progress
-    with bar(total, folder) as progress, using_threads(threads_for(threads)):
+    bar = parts_of(total, unit) if unit == "part" else progress_of(total, unit)
+    with interruptible(folder), bar as progress, using_threads(threads_for(threads)):
         yield RecordFolder(folder, resume, COMMAND_LINE.get(), progress)
     show(folder)

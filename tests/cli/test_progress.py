@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from teleport import cli
-from teleport.cli.progress import step_progress
+from teleport.cli.study import interruptible
 from teleport.lab.paper.input_energy import FIGURE_TAUS
 from teleport.lab.paper.snapshot import moment
 from teleport.runtime.progress import parts_of, progress_of
@@ -14,13 +14,13 @@ from tests.support.records import LAYER, write_record
 
 
 def test_a_terminal_sees_how_far_how_fast_and_how_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("teleport.runtime.progress.SECONDS", 0.0)
     monkeypatch.setenv("COLUMNS", "120")
-    with step_progress(None, tmp_path) as progress:
+    with progress_of(None, "step") as progress:
         progress("lr 0.1", 0, 40)
         progress("lr 0.1", 10)
         progress("lr 0.1", 10)
@@ -34,10 +34,10 @@ def test_a_terminal_sees_how_far_how_fast_and_how_long(
 def test_a_log_sees_nothing_but_that_it_was_interrupted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with step_progress(40, tmp_path) as progress:
+    with interruptible(tmp_path), progress_of(40, "step") as progress:
         progress("lr 0.1", 40)
     assert capsys.readouterr().err == ""
-    with pytest.raises(typer.Exit) as left, step_progress(40, tmp_path) as progress:
+    with pytest.raises(typer.Exit) as left, interruptible(tmp_path):
         raise KeyboardInterrupt
     assert left.value.exit_code == 130
     assert str(tmp_path) in capsys.readouterr().err
