@@ -8,7 +8,7 @@ library refuses, ``<!-- citation -->`` on that of how to cite.
 import json
 import re
 import shutil
-from collections.abc import Set
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +87,19 @@ def _fill_in(app: Sphinx, document: str, source: list[str]) -> None:
             source[0] = _one_cell(exercise_markdown(chapter.exercises))
         if book.document(chapter.file) == document:
             source[0] = _with_sliders(source[0], shown=app.builder.name == "html")
-    if "<!-- contents -->" in source[0]:
-        source[0] = source[0].replace("<!-- contents -->", contents(book))
-    if "<!-- public names -->" in source[0]:
-        source[0] = source[0].replace("<!-- public names -->", public_names())
-    if "<!-- refusals -->" in source[0]:
-        table = read_refusals(book.front.parent / "refusals.toml")
-        source[0] = source[0].replace("<!-- refusals -->", refusals_page(table))
-    if "<!-- citation -->" in source[0]:
-        cff = yaml.safe_load((book.file.parent / "CITATION.cff").read_text(encoding="utf-8"))
-        source[0] = source[0].replace("<!-- citation -->", citation(cff))
+    for name, made in _GENERATED.items():
+        if (mark := f"<!-- {name} -->") in source[0]:
+            source[0] = source[0].replace(mark, made(book))
+
+
+_GENERATED: dict[str, Callable[[Book], str]] = {
+    "contents": contents,
+    "public names": lambda book: public_names(),
+    "refusals": lambda book: refusals_page(read_refusals(book.source / "refusals.toml")),
+    "citation": lambda book: citation(
+        yaml.safe_load((book.file.parent / "CITATION.cff").read_text(encoding="utf-8"))
+    ),
+}
 
 
 def _one_cell(text: str) -> str:

@@ -37,6 +37,7 @@ from teleport.lab.bench import against
 from teleport.lab.bench.plots import scaling_figure
 from teleport.lab.bench.tables import Sheet, curves, holds_benchmarks, read_benchmarks, sheets
 from teleport.lab.experiments.table import EXPERIMENTS
+from teleport.lab.keeping.comparison import table_of
 from teleport.lab.keeping.frontier_report import frontier_figure, frontier_table
 from teleport.lab.keeping.leak import leak_table
 from teleport.lab.keeping.report import forgetting_figure, forgetting_tables
@@ -347,8 +348,7 @@ def show_changes(found: list[against.Change]) -> None:
 
 
 def _sheet(sheet: Sheet) -> Table:
-    table = Table(*sheet.columns, title=sheet.title, caption=sheet.caption or None)
-    return _with_rows(table, sheet.rows)
+    return table_of([sheet.columns, *sheet.rows], sheet.title, sheet.caption or None)
 
 
 def _with_rows(table: Table, rows: Iterable[Iterable[str]]) -> Table:

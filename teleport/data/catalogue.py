@@ -63,6 +63,20 @@ def _mnist(what: str, folder: str, files: tuple[SourceFile, ...], train: int) ->
     }
 
 
+def _cifar(classes: int, lists: str, label_bytes: int) -> Source:
+    build = partial(builders.cifar, classes=classes, label_bytes=label_bytes, lists=lists)
+    name, note = f"cifar{classes}", "official parts; pixels / 255 when prepared"
+    what = f"50,000 + 10,000 colour images, 32 x 32, {classes} classes"
+    return Source(what, "images", FILES[name], name, build, note, "official", classes)
+
+
+def _tiny_imagenet(what: str, recipe: str, resize: int = 0) -> Source:
+    name, build = "tiny-imagenet", builders.tiny_imagenet
+    note = "official training part, official validation part as test; pixels / 255 when prepared"
+    note += f", then resized to {resize} x {resize}, bilinear" if resize else ""
+    return Source(what, "images", FILES[name], name, build, note, recipe, 200, resize)
+
+
 def _series(what: str, folder: str, variables: int, unit: str, **how: Any) -> Source:
     note = (
         f"168 {unit}s in, the value 24 {unit}s after the last one out; 60 % of the {unit}s for "
@@ -84,8 +98,6 @@ def _ptb(how: str, *, treebank: bool) -> Source:
     return Source(f"Penn Treebank, {how}", "tokens", FILES["ptb"], "ptb", build, note, recipe)
 
 
-_BYTES = "official parts; pixels / 255 when prepared"
-_TINY = "official training part, official validation part as test; pixels / 255 when prepared"
 _SAMPLE = _mnist("8,000 + 2,000 digits", "", FILES["mnist-test"], 8_000)
 _DIGITS = FILES["mnist-train"] + FILES["mnist-test"]
 _MNIST = _mnist("60,000 + 10,000 digits", "mnist", _DIGITS, 60_000)
@@ -95,16 +107,7 @@ SOURCES: dict[str, Source] = {
     **{f"{SAMPLE_NAME}{ending}": source for ending, source in _SAMPLE.items()},
     **{f"mnist{ending}": source for ending, source in _MNIST.items()},
     "fashion-mnist": _FASHION[""],
-    "cifar10": Source(
-        "50,000 + 10,000 colour images, 32 x 32, 10 classes",
-        "images",
-        FILES["cifar10"],
-        "cifar10",
-        partial(builders.cifar, classes=10, label_bytes=1, lists="batches.meta.txt"),
-        _BYTES,
-        "official",
-        classes=10,
-    ),
+    "cifar10": _cifar(10, "batches.meta.txt", label_bytes=1),
     "cifar10-jpeg": Source(
         "CIFAR-10 with JPEG loss (quality 75), 10 classes",
         "images",
@@ -115,36 +118,10 @@ SOURCES: dict[str, Source] = {
         "packed",
         classes=10,
     ),
-    "cifar100": Source(
-        "50,000 + 10,000 colour images, 32 x 32, 100 classes",
-        "images",
-        FILES["cifar100"],
-        "cifar100",
-        partial(builders.cifar, classes=100, label_bytes=2, lists="fine_label_names.txt"),
-        _BYTES,
-        "official",
-        classes=100,
-    ),
-    "tiny-imagenet": Source(
-        "100,000 + 10,000 colour images, 64 x 64, 200 classes",
-        "images",
-        FILES["tiny-imagenet"],
-        "tiny-imagenet",
-        builders.tiny_imagenet,
-        _TINY,
-        "64",
-        classes=200,
-    ),
-    "tiny-imagenet-224": Source(
-        "Tiny-ImageNet resized to 224 x 224 as in the paper",
-        "images",
-        FILES["tiny-imagenet"],
-        "tiny-imagenet",
-        builders.tiny_imagenet,
-        f"{_TINY}, then resized to 224 x 224, bilinear",
-        "224",
-        classes=200,
-        resize=224,
+    "cifar100": _cifar(100, "fine_label_names.txt", label_bytes=2),
+    "tiny-imagenet": _tiny_imagenet("100,000 + 10,000 colour images, 64 x 64, 200 classes", "64"),
+    "tiny-imagenet-224": _tiny_imagenet(
+        "Tiny-ImageNet resized to 224 x 224 as in the paper", "224", resize=224
     ),
     "tiny-imagenet-32": Source(
         "16,000 + 4,000 of Tiny-ImageNet, 32 x 32, JPEG loss, 200 classes",

@@ -87,7 +87,14 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
 
 def available(root: str | Path | None = None) -> list[SetInfo]:
     """The known data sets and where their files are, unchecked; ``root`` as in `load`."""
-    return [_info(name, root) for name in SOURCES]
+    found = []
+    for name, source in SOURCES.items():
+        folder = _folder(name, root)
+        missing = [file for file in source.files if locate(folder, file) is None]
+        where = "not fetched" if missing else str(folder) if source.folder else "embedded"
+        how = _how(name, folder, missing)
+        found.append(SetInfo(name, source.kind, source.what, where, how))
+    return found
 
 
 def fetch(name: str, root: str | Path | None = None) -> Path:
@@ -162,13 +169,6 @@ def _status(name: str, folder: Path, file: SourceFile) -> FileStatus:
     except DataError as error:
         return FileStatus(path, "damaged", str(error))
     return FileStatus(path, "ok")
-
-
-def _info(name: str, root: str | Path | None) -> SetInfo:
-    source, folder = _source(name), _folder(name, root)
-    missing = [file for file in source.files if locate(folder, file) is None]
-    where = "not fetched" if missing else str(folder) if source.folder else "embedded"
-    return SetInfo(name, source.kind, source.what, where, _how(name, folder, missing))
 
 
 def _how(name: str, folder: Path, missing: Sequence[SourceFile]) -> str:

@@ -158,17 +158,6 @@ def points_on_line(to: str, first: Training, second: Training, count: int) -> It
         yield LinePoint(to, share, train, test)
 
 
-def settings_of(
-    name: str, preset: str = "cpu", epochs: int | None = None
-) -> tuple[RunSettings, float]:
-    """As of `design_settings`, with the tuned rate.
-
-    Raises:
-        ValueError: as there, or for an experiment whose rate is not known.
-    """
-    return design_settings(name, preset, epochs), tuning(name, "sgd").tuned
-
-
 def check_connectivity(name: str, preset: str = "cpu", epochs: int | None = None) -> int:
     """Refuse, before anything is written, what would be refused later.
 
@@ -176,11 +165,11 @@ def check_connectivity(name: str, preset: str = "cpu", epochs: int | None = None
         Training steps of one seed.
 
     Raises:
-        ValueError: as `settings_of`.
+        ValueError: as `design_settings`, or for an experiment whose rate is not known.
         RunError: as `check_fits` and `between`, or if the training is too short.
         DataError: if the data cannot be had.
     """
-    settings, lr = settings_of(name, preset, epochs)
+    settings, lr = design_settings(name, preset, epochs), tuning(name, "sgd").tuned
     dataset = load(settings.recipe().data)
     check_fits(settings, dataset)
     model = settings.recipe().build(dataset, settings.size())
@@ -208,7 +197,7 @@ def write_lines(
     There are ``points`` >= 3 on every line, its ends included.
 
     Raises:
-        ValueError: as `settings_of`.
+        ValueError: as `check_connectivity`.
         RunError: as `RecordFolder`, or if a training diverges.
     """
     asked = {"preset": preset, "epochs": epochs, "points": points, "growths": list(GROWTHS)}
@@ -221,7 +210,7 @@ def write_lines(
                 if path is None:
                     told(check_connectivity(name, preset, epochs))
                     continue
-                settings, lr = settings_of(name, preset, epochs)
+                settings, lr = design_settings(name, preset, epochs), tuning(name, "sgd").tuned
                 dataset = load(settings.recipe().data)
                 shared = {"command": out.command, "order": order, "figure": "connectivity", **asked}
                 about = _about(settings, lr, dataset)

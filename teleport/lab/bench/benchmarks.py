@@ -39,7 +39,6 @@ from teleport.lab.bench.timing import (
     Measurement,
     Stopwatch,
     TimedTask,
-    Timing,
     interleaved,
     peak_bytes,
     stopwatch_for,
@@ -512,7 +511,10 @@ def rivals_jobs(setting: Setting) -> list[BenchmarkJob]:
 
     def same_batch() -> list[Measurement]:
         table = same_batch_table(hidden=(base.d, base.d), samples=base.n, **spent)
-        return [{"part": "same batch", **_rival_row(asdict(row), row.timing)} for row in table]
+        rows = [{"part": "same batch", **asdict(row), **row.timing.row} for row in table]
+        for row in rows:
+            del row["timing"]
+        return rows
 
     def same_budget() -> list[Measurement]:
         """Every round on its own: how many steps fit depends on the machine."""
@@ -531,16 +533,11 @@ def rivals_jobs(setting: Setting) -> list[BenchmarkJob]:
             base.d, base.n, base.l, base.t, batches=base.b, activation=activation, **spent
         )
         note = {"part": "speed", "activation": ACTIVATIONS[activation].__name__}
-        return [{**note, **_rival_row({"way": w}, timing)} for w, timing in found.items()]
+        return [{**note, "way": way, **timing.row} for way, timing in found.items()]
 
     jobs: list[BenchmarkJob] = [("same batch", same_batch), ("same budget", same_budget)]
     kinds = ("leaky_relu", "tanh")
     return jobs + [(f"speed, {ACTIVATIONS[k].__name__}", partial(speed, k)) for k in kinds]
-
-
-def _rival_row(row: Measurement, timing: Timing) -> Measurement:
-    times = {"seconds": list(timing.seconds), "gradient_seconds": list(timing.reference)}
-    return {**{key: value for key, value in row.items() if key != "timing"}, **times}
 
 
 def ranks_jobs(setting: Setting) -> list[BenchmarkJob]:
@@ -687,16 +684,8 @@ def _timed(
         stopwatch=stopwatch or stopwatch_for(setting.device, setting.threads),
         warm_up=warm_up,
     )
-    return [
-        {
-            "network": case.name,
-            "shape": case.shape,
-            "operation": name,
-            "seconds": list(timing.seconds),
-            "gradient_seconds": list(timing.reference),
-        }
-        for name, timing in timings.items()
-    ]
+    what = {"network": case.name, "shape": case.shape}
+    return [{**what, "operation": name, **timing.row} for name, timing in timings.items()]
 
 
 def _teleport_task(case: Workload, steps: int | None, method: str) -> TimedTask:

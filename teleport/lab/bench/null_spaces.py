@@ -120,13 +120,8 @@ def _rows(
     tasks: dict[str, TimedTask],
     spent: dict[str, Any],
 ) -> list[Measurement]:
-    return [
-        {
-            "network": against,
-            "shape": case.shape,
-            "operation": name,
-            "seconds": list(timing.seconds),
-            "gradient_seconds": list(timing.reference),
-        }
-        for name, timing in interleaved(reference, tasks, **spent).items()
-    ]
+    what, timings = (
+        {"network": against, "shape": case.shape},
+        interleaved(reference, tasks, **spent),
+    )
+    return [{**what, "operation": name, **timing.row} for name, timing in timings.items()]

@@ -80,6 +80,11 @@ class Timing:
         """Seconds over the reference's, repeat by repeat."""
         return Spread.of([s / r for s, r in zip(self.seconds, self.reference, strict=True)])
 
+    @property
+    def row(self) -> Measurement:
+        """As a record holds them."""
+        return {"seconds": list(self.seconds), "gradient_seconds": list(self.reference)}
+
 
 def interleaved(
     reference: TimedTask,

@@ -148,7 +148,7 @@ def _record(rows: Iterator[Row], writer: RecordWriter) -> None:
         writer.write("end", status=status)
 
 
-def table_of(rows: Sequence[Sequence[str]], title: str, caption: str) -> Table:
+def table_of(rows: Sequence[Sequence[str]], title: str, caption: str | None) -> Table:
     """Rows of text for the terminal, their head first."""
     head, *others = rows
     table = Table(*head, title=title, caption=caption)
