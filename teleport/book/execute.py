@@ -37,8 +37,7 @@ def execute(
 def run_notebook(file: Path, limit: float) -> float:
     """Run a notebook in its folder and write the outputs into it; return the seconds it took.
 
-    Raises:
-        BookError: if a cell fails, or if all cells together take longer than ``limit`` seconds.
+    BookError if a cell fails, or if all cells together take longer than ``limit`` seconds.
     """
     nbformat, nbclient = needed("nbformat"), needed("nbclient")
     exceptions = needed("nbclient.exceptions")

@@ -9,8 +9,7 @@ from teleport.errors import BookError
 def needed(name: str, extra: str = "book", task: str = "building the book") -> ModuleType:
     """Import a module of an extra, ``book`` if no other is named, for a task.
 
-    Raises:
-        BookError: if it is not installed, with the line that installs it.
+    BookError if it is not installed, with the line that installs it.
     """
     try:
         return import_module(name)

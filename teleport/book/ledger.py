@@ -142,11 +142,7 @@ def _marks(function: ast.FunctionDef, path: Path) -> dict[str, ProofKind]:
 
 
 def read_mark(labels: Iterable[object], options: dict[str, object]) -> dict[str, ProofKind]:
-    """What the arguments of one mark say.
-
-    Raises:
-        ValueError: they are not labels and at most ``exact=True`` or ``exact=False``.
-    """
+    """What one mark says; ValueError but for labels and at most ``exact=True`` or ``False``."""
     exact = options.get("exact", False)
     names = [label for label in labels if isinstance(label, str)]
     if set(options) - {"exact"} or not isinstance(exact, bool) or not names or names != [*labels]:
@@ -163,20 +159,12 @@ def file_digest(path: Path) -> str:
 
 
 def read_ledger(path: Path) -> dict[str, LedgerRow]:
-    """The ledger in a file; empty if there is none.
-
-    Raises:
-        ValueError: the file is not a ledger.
-    """
+    """The ledger in a file; empty if there is none; ValueError if the file is something else."""
     return _rows(path, "tests", LedgerRow, REGENERATE)
 
 
 def read_proof_rows(path: Path) -> dict[str, ProofRow]:
-    """The machine-checked statements in a ledger, by file and name; empty if there are none.
-
-    Raises:
-        ValueError: the file is not a ledger.
-    """
+    """The machine-checked statements in a ledger, by file and name; errors as of `read_ledger`."""
     return _rows(path, "proofs", ProofRow, REGENERATE_PROOFS)
 
 

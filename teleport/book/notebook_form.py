@@ -30,11 +30,7 @@ _FENCE = re.compile(r"^\s*(?P<fence>`{3,}|~{3,}|:{3,})\s*(?P<info>[^`]*)$")
 
 
 def load_notebook(path: Path) -> dict[str, Any]:
-    """The notebook in a file.
-
-    Raises:
-        ValueError: the file is not a notebook.
-    """
+    """The notebook in a file; ValueError if it is none."""
     try:
         notebook = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -138,11 +134,7 @@ def _normal_output(output: NotebookCell) -> NotebookCell:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Bring the notebooks of the book into normal form.
-
-    Returns:
-        The exit code: 0, or 1 if with ``--check`` a file is not in normal form.
-    """
+    """Bring notebooks into normal form; return 1 if with ``--check`` one is not, else 0."""
     parser = argparse.ArgumentParser("python -m teleport.book.notebook_form", description=__doc__)
     parser.add_argument("paths", nargs="*", type=Path, help="default: chapters/*.ipynb")
     parser.add_argument("--check", action="store_true", help="change no file")

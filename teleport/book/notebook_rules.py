@@ -226,11 +226,7 @@ TEXT_CHECKS: tuple[Callable[[NotebookCell], Iterator[str]], ...] = (_paths, _ima
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """List the faults of notebooks.
-
-    Returns:
-        The exit code: 1 if there are any.
-    """
+    """List the faults of notebooks; return the exit code, 1 if there are any."""
     parser = argparse.ArgumentParser(
         "python -m teleport.book.notebook_rules", description=faults.__doc__
     )

@@ -57,11 +57,7 @@ class Audited:
 
 
 def coq_tool(name: str) -> str:
-    """The path of a program of Coq.
-
-    Raises:
-        BookError: it is not installed, with the line that installs it.
-    """
+    """The path of a program of Coq; BookError if it is not installed, with what installs it."""
     found = shutil.which(name)
     if found is None:
         raise BookError(f"{name} is not installed: {INSTALL}")

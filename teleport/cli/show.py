@@ -57,8 +57,7 @@ from teleport.lab.records.sameness import check_alike
 def show(folder: Path) -> None:
     """Print the tables of a folder of records and draw its figures, whatever it holds.
 
-    Raises:
-        RunError: if it holds no records, or damaged ones, or cannot be written to.
+    RunError if it holds no records, or damaged ones, or cannot be written to.
     """
     if holds_benchmarks(folder):
         _show_benchmarks(folder)

@@ -30,15 +30,9 @@ def interruptible(folder: Path) -> Iterator[None]:
 def recording(
     study: str, out: Path | None, resume: bool, threads: int | None, total: int, unit: str = "part"
 ) -> "Iterator[RecordFolder]":
-    """Where the records of a study are written; afterwards they are shown.
+    """Where the records of a study are written, a new folder or ``out``; afterwards they are shown.
 
-    Args:
-        study: names a new folder.
-        out: the folder that was given, if any.
-        resume: whether to go on in it.
-        threads: of PyTorch, if given.
-        total: how many of ``unit``, which is ``"part"``, told by name, or ``"step"``.
-        unit: of the bar.
+    There are ``total`` of the ``unit``, which is ``"part"``, told by name, or ``"step"``.
     """
     with loading():
         from teleport.cli.show import show

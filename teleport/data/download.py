@@ -95,8 +95,7 @@ def _from_mirror(url: str, part: Path, expected: str) -> None:
 def _transfer(url: str, part: Path) -> bool:
     """Append to the partial file until it is whole; go on as long as the server gives more.
 
-    Returns:
-        Whether the file is put together from more than one answer.
+    Returns whether the file is put together from more than one answer.
     """
     from requests import RequestException  # late: it is slow to load and mostly not needed
     from urllib3.exceptions import HTTPError

@@ -184,8 +184,7 @@ class Teleports:
     def _teleporter(self, model: nn.Module, optimizer: Any, scale: float) -> Teleporter:
         """For a loss times ``scale``: gradients grow by it, the way to more of them by its square.
 
-        Raises:
-            ValueError, UnsupportedModelError: as `Teleporter` does.
+        Errors as of `Teleporter`.
         """
         own = {name: value for name, value in self.arguments.items() if value is not None}
         if self._decides:  # one for the whole training, whose steps it counts

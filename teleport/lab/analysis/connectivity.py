@@ -194,11 +194,8 @@ def write_lines(
 ) -> None:
     """Record the lines between the trainings of named experiments, one file for every seed.
 
-    There are ``points`` >= 3 on every line, its ends included.
-
-    Raises:
-        ValueError: as `check_connectivity`.
-        RunError: as `RecordFolder`, or if a training diverges.
+    There are ``points`` >= 3 on every line, its ends included. Errors as of `check_connectivity`
+    and `RecordFolder`; RunError, too, if a training diverges.
     """
     asked = {"preset": preset, "epochs": epochs, "points": points, "growths": list(GROWTHS)}
     with out.held("connectivity", asked):
@@ -269,8 +266,7 @@ class Lines:
 def read_lines(folder: Path) -> list[Lines]:
     """The lines that a folder holds, experiment by experiment in the order they were asked for.
 
-    Raises:
-        RunError: as `read_records`, or if the lines of a record are not those of the others.
+    RunError as of `read_records`, or if the lines of a record are not those of the others.
     """
     found: dict[tuple[int, str], list[Record]] = {}
     for path, config, rows in read_records(folder, "connectivity", "lines"):

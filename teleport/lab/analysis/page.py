@@ -89,11 +89,7 @@ def watch_page(
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write a page so that at every moment the old or the new one is there, whole.
-
-    Raises:
-        RunError: if it cannot be written; the old one stays.
-    """
+    """Write a page, at every moment the old or the new one whole; RunError if it cannot be."""
     fresh = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # one in a packed study need not be there

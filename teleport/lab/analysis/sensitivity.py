@@ -74,8 +74,7 @@ class Values:
 def latin_hypercube(count: int, seed: int = 0) -> FloatArray:
     """A Latin hypercube ``[count, factors]`` in [0, 1): one point in each stratum of a factor.
 
-    Raises:
-        ValueError: for fewer points than the regression has terms, and two more.
+    ValueError for fewer points than the regression has terms, and two more.
     """
     least = len(NAMES) + 5
     if count < least:
@@ -171,8 +170,7 @@ def effects(design: str, at: FloatArray, response: FloatArray) -> Effects:
 def design_settings(name: str, preset: str = "cpu", epochs: int | None = None) -> RunSettings:
     """How an experiment is trained in these studies: with SGD, the preset's epochs unless given.
 
-    Raises:
-        ValueError: for an unknown name or preset, or a count < 1.
+    ValueError for an unknown name or preset, or a count < 1.
     """
     settings = RunSettings(name, preset, "sgd", epochs, teleport=teleport_settings(name))
     settings.size()
@@ -223,11 +221,7 @@ def write_design(
 
     A point of one design is at the same place as that of the other, and shares its training without
     a teleport. Every point has a seed of its own, so that the spread between seeds is in the
-    intervals.
-
-    Raises:
-        ValueError: for an unknown name, or too few points for `latin_hypercube`.
-        RunError: as `RecordFolder`.
+    intervals. Errors as of `design_settings`, `latin_hypercube` and `RecordFolder`.
     """
     settings = design_settings(name, preset, epochs)
     dataset = load(settings.recipe().data)
@@ -314,11 +308,7 @@ class Outcomes:
 
 
 def read_outcomes(folder: Path) -> list[Outcomes]:
-    """The designs that a folder holds.
-
-    Raises:
-        RunError: as `read_records`, or if not all points are there.
-    """
+    """The designs of a folder; RunError as of `read_records`, or if not all points are there."""
     found = read_records(folder, "sensitivity", "points of a design")
     points = [(config, _checked(path, config, rows)) for path, config, rows in found]
     wanted = points[0][0]["points"]

@@ -44,11 +44,7 @@ def require_preset(preset: str, before: Mapping[str, Benchmark]) -> None:
 
 
 def changes(now: Mapping[str, Benchmark], before: Mapping[str, Benchmark]) -> list[Change]:
-    """What both records hold, of the same preset, the largest factor first.
-
-    Raises:
-        RunError: if they have nothing in common.
-    """
+    """What both records hold, largest factor first; RunError if they have nothing in common."""
     new, old = ({k: v for b in found.values() for k, v in _costs(b)} for found in (now, before))
     if not (both := new.keys() & old.keys()):
         raise RunError(

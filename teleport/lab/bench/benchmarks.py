@@ -599,11 +599,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[BenchmarkJob]]] = {
 
 
 def chosen(what: str, preset: str) -> tuple[list[str], BenchmarkSize]:
-    """Names of the benchmarks meant, and the preset of that name.
-
-    Raises:
-        ValueError: for an unknown one, with those there are.
-    """
+    """Names of the benchmarks meant, and the preset of that name; ValueError for an unknown one."""
     one_of("benchmark", what, dict.fromkeys((*BENCHMARKS, "all")))
     every = [name for name in BENCHMARKS if name not in NOT_IN_ALL]
     return (every if what == "all" else [what]), one_of("preset", preset, PRESETS)

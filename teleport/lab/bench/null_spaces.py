@@ -24,11 +24,7 @@ AT_ONCE = 10
 def comparisons(
     small: bool, device: torch.device, **spent: Any
 ) -> list[tuple[str, Callable[[], list[Measurement]]]]:
-    """The two comparisons by name; ``spent`` is for `interleaved`.
-
-    Raises:
-        RunError: if Hugging Face's libraries are not there.
-    """
+    """By name; ``spent`` is for `interleaved`. RunError if Hugging Face's libraries are missing."""
     missing = [name for name in ("transformers", "peft") if not find_spec(name)]
     if missing:
         raise RunError(

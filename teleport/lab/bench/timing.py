@@ -57,11 +57,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """The spread of at least one value.
-
-        Raises:
-            ValueError: if there is none.
-        """
+        """The spread of values; ValueError if there is none."""
         if not values:
             raise ValueError("no values were given: a median needs at least one")
         low, median, high = (float(q) for q in np.percentile(values, [25, 50, 75]))

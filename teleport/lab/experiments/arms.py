@@ -22,11 +22,7 @@ from teleport.teleporter import Teleporter
 
 
 def tuning(experiment: str, optimizer: str) -> Tuning:
-    """The learning rates and initial gain found best.
-
-    Raises:
-        ValueError: if they were not tuned for this optimizer.
-    """
+    """The learning rates and initial gain found best; ValueError for an optimizer not tuned for."""
     known = find_experiment(experiment).tuning
     if optimizer not in known:
         only = f", only those of {', '.join(known)}" if known else ""
@@ -231,18 +227,13 @@ class RunSettings:
     teleport: TeleportSettings = TeleportSettings()
 
     def recipe(self) -> Experiment:
-        """The experiment's entry in the table.
-
-        Raises:
-            ValueError: for an unknown name.
-        """
+        """The experiment's entry in the table; ValueError for an unknown name."""
         return find_experiment(self.experiment)
 
     def size(self) -> Preset:
         """The preset, with ``epochs`` replaced if given.
 
-        Raises:
-            ValueError: for an unknown experiment, preset or optimizer, or a count < 1.
+        ValueError for an unknown experiment, preset or optimizer, or a count < 1.
         """
         preset = one_of("preset", self.preset, self.recipe().presets)
         find_optimizer(self.optimizer)

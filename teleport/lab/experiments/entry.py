@@ -36,11 +36,7 @@ SCHEDULES = {
 
 
 def one_of(what: str, name: str, known: Mapping[str, Entry]) -> Entry:
-    """The entry of this name.
-
-    Raises:
-        ValueError: for an unknown name, with the known ones.
-    """
+    """The entry of this name; ValueError for an unknown one, with those there are."""
     if name not in known:
         raise ValueError(f"unknown {what} {name!r}; there are: {', '.join(known)}")
     return known[name]
@@ -135,11 +131,7 @@ class Experiment:
             raise ValueError(f"the network {kind!r} of {self.name} has relu; got {activation!r}")
 
     def build(self, dataset: Dataset, preset: Preset, activation: str = "relu") -> Module:
-        """The network for a data set, at PyTorch's initial values.
-
-        Raises:
-            ValueError: as `check_activation`.
-        """
+        """The network for data, at PyTorch's initial values; errors as of `check_activation`."""
         # Late, for the table is read without PyTorch.
         from teleport.lab.experiments.networks import MAKERS
 

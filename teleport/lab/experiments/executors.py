@@ -96,11 +96,7 @@ def _why_not_done(future: Future[str], job: Job) -> str:
 
 
 def reason_of_failure(job: Job) -> str:
-    """Run one cell, in another process.
-
-    Returns:
-        Why it failed; empty if it did not.
-    """
+    """Run one cell, in another process; return why it failed, nothing if it did not."""
     try:
         run_job(job, _count_steps)
     except Exception as error:  # whatever it is: the other cells go on

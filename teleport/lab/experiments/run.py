@@ -178,11 +178,7 @@ def run_cell(
 
 
 def _begun_with(record: Path, asked: int | None) -> int | None:
-    """The threads with which a run has to go on, if its record names them.
-
-    Raises:
-        RunError: if others are asked for.
-    """
+    """The threads a run has to go on with, if its record names any; RunError for others."""
     hardware = first_row(record).get("hardware", {})
     begun: int | None = hardware.get("threads", asked)  # records of other programs name none
     if asked is not None and asked != begun:
@@ -238,11 +234,7 @@ def configuration(cell: Cell, dataset: Dataset) -> dict[str, Any]:
 
 
 def check_beside(cells: Sequence[Cell], dataset: Dataset, folder: Path) -> None:
-    """Refuse a folder where the records of cells with the same settings do not belong.
-
-    Raises:
-        RunError: as `check_folder`.
-    """
+    """Refuse, as `check_folder` does, a folder where records of cells do not belong."""
     if not cells:
         return
     config = configuration(cells[0], dataset)
@@ -252,11 +244,7 @@ def check_beside(cells: Sequence[Cell], dataset: Dataset, folder: Path) -> None:
 
 
 def device_of(name: str) -> torch.device:
-    """The device of this name, if it can be used here.
-
-    Raises:
-        RunError: if it cannot.
-    """
+    """The device of this name; RunError if it cannot be used here."""
     device = device_named(name)
     try:
         float(torch.zeros((), device=device))  # which "meta", for one, does not have
@@ -266,11 +254,7 @@ def device_of(name: str) -> torch.device:
 
 
 def device_named(name: str) -> torch.device:
-    """The device of this name, wherever it is.
-
-    Raises:
-        RunError: if no device can have this name.
-    """
+    """The device of this name, wherever it is; RunError if no device can have it."""
     try:
         return torch.device(name)
     except RuntimeError as error:

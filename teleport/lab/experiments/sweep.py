@@ -89,8 +89,7 @@ class Plan:
     ) -> list[Job]:
         """All cells, seed by seed, so that every arm has its first seed early.
 
-        Raises:
-            ValueError: for an unknown name, or an optimizer that was not tuned for an experiment.
+        ValueError for an unknown name, or an optimizer that was not tuned for an experiment.
         """
         arms = control_arms if self.controls else default_arms
         jobs = []
@@ -132,11 +131,7 @@ def check_jobs(jobs: Sequence[Job]) -> list[str]:
 
 
 def check_folders(jobs: Sequence[Job]) -> None:
-    """Refuse folders that hold records of something else.
-
-    Raises:
-        RunError: as `check_beside`.
-    """
+    """Refuse folders that hold records of something else, as `check_beside` does."""
     for folder in dict.fromkeys(job.folder for job in jobs):
         refuse_packed(folder)
     for folder in dict.fromkeys(job.folder for job in jobs if job.folder.is_dir()):
@@ -155,11 +150,7 @@ def _steps(settings: RunSettings) -> int:
 
 
 def is_done(job: Job) -> bool:
-    """Whether its record is there and complete.
-
-    Raises:
-        RunError: if the record there is of another run.
-    """
+    """Whether its record is there and complete; RunError if the one there is of another run."""
     settings = job.cell.settings
     dataset = _data(settings.recipe().data, "cpu")
     return is_complete(job.folder / job.cell.record, configuration(job.cell, dataset), ADDED)

@@ -80,8 +80,7 @@ def _check_integers(where: str, value: Any) -> None:
 def names_in(name: str) -> list[str]:
     """The experiments that a name stands for: all of ``file.toml``, else itself.
 
-    Raises:
-        RunError: if the file cannot be read, is not a table of experiments, or is empty.
+    RunError if the file cannot be read, is not a table of experiments, or is empty.
     """
     if not name.endswith(".toml"):
         return [name]

@@ -48,11 +48,7 @@ class Board:
         self._open = ExitStack()
 
     def write(self, kind: str, row: dict[str, Any]) -> None:
-        """Take in a row of the record.
-
-        Raises:
-            RunError: if it cannot be written, a full disk for one.
-        """
+        """Take in a row of the record; RunError if it cannot be written, a full disk for one."""
         with self._told():
             self._write(kind, row)
 

@@ -116,11 +116,7 @@ STATE = (
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `Training.state` returned, from a checkpoint.
-
-    Raises:
-        RunError: if it cannot be read, or holds something else.
-    """
+    """What `Training.state` returned, from a checkpoint; RunError if it holds none."""
     state = load_checkpoint(path)
     if missing := [name for name in STATE if name not in state]:
         raise foreign(path, f"it has no {', '.join(missing)}")
@@ -197,11 +193,7 @@ class Training:
         return is_plain(self.optimizer.state_dict())
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
-        """Go back to a state of such a run, from a checkpoint.
-
-        Raises:
-            RunError: if it is the state of something else.
-        """
+        """Go back to a state from a checkpoint; RunError if it is not one of such a run."""
         try:
             self._restore(state)
         except (MemoryError, torch.OutOfMemoryError):

@@ -86,11 +86,7 @@ class Recipe:
 
 
 def chosen_ways(ways: Sequence[Recipe], methods: str | None) -> list[Recipe]:
-    """Those of some methods, whose names have commas between them; all by default.
-
-    Raises:
-        ValueError: for a method that none of the ways is of.
-    """
+    """Those of some methods, named with commas, else all; ValueError for one that none is of."""
     known = dict.fromkeys(way.method for way in ways)
     names = list(known) if methods is None else methods.split(",")
     for name in names:
@@ -111,10 +107,7 @@ def run_ways(
 
     ``begin`` makes what all ways of a seed share, and is called only if one has to run. ``rows``
     are the evaluations of one way, which tells its last argument of every step. The ``steps`` are
-    those of one way, for the progress of those that are there already.
-
-    Raises:
-        RunError: as `RecordFolder`.
+    those of one way, for the progress of those that are there already. Errors as of `RecordFolder`.
     """
     paths = []
     with out.held(shared["figure"], shared):
@@ -211,11 +204,7 @@ def looks(
 
 
 def look_row(found: dict[str, float], step: int, seconds: float, space_seconds: float) -> Row:
-    """An evaluation.
-
-    Raises:
-        NonFiniteLossError: if a number is not finite.
-    """
+    """An evaluation; NonFiniteLossError if a number in it is not finite."""
     if not all(map(isfinite, found.values())):
         raise NonFiniteLossError(f"what is measured is not finite after {step} steps")
     return {"step": step, "train_seconds": seconds, "space_seconds": space_seconds, **found}

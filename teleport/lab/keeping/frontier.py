@@ -194,12 +194,8 @@ def run_words(
     """Teach new words in every way, with every seed; one record file each.
 
     Each seed draws words, sentences and order; ``choosing`` draws from those that are for choosing
-    settings.
-
-    Raises:
-        ValueError: for an unknown preset.
-        RunError: as `RecordFolder`, or if a package is missing.
-        DataError: if the old sentences cannot be had.
+    settings. Errors as of `run_ways`, `require_packages` and `teleport.data.load`; ValueError for
+    an unknown preset.
     """
     size = one_of("preset", preset, WORD_SIZES)
     shared = {"figure": "words", "title": WORDS_TITLE, "preset": preset, "choosing": choosing}

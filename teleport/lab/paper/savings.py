@@ -37,12 +37,7 @@ def write_savings(
     """Record what teleports should save, one file for each experiment, optimizer and seed.
 
     Of the optimizers those are taken that an experiment was tuned for. The seeds, from 0, are those
-    of `teleport sweep`.
-
-    Raises:
-        ValueError: for an unknown name, or a value out of range.
-        RunError: as `RecordFolder`.
-        DataError: if the data cannot be had.
+    of `teleport sweep`. Errors as of `tuned_settings`, `load` and `RecordFolder`.
     """
     with out.held("saving", {"preset": preset}):
         for settings in tuned_settings(names, optimizers, preset):
@@ -65,7 +60,10 @@ def write_savings(
 def tuned_settings(
     names: Sequence[str], optimizers: Sequence[str], preset: str
 ) -> list[RunSettings]:
-    """How experiments are trained with those of the optimizers that they were tuned for."""
+    """How experiments are trained with those of the optimizers that they were tuned for.
+
+    ValueError for an unknown name.
+    """
     every = [
         RunSettings(name, preset, optimizer, teleport=teleport_settings(name))
         for name in names
@@ -171,11 +169,7 @@ class Saving:
 
 
 def read_savings(folder: Path) -> list[Saving]:
-    """What teleports should save in the arms whose records a folder holds, in their order.
-
-    Raises:
-        RunError: as `read_records`.
-    """
+    """What teleports should save in the arms of a folder; errors as of `read_records`."""
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for _, config, rows in read_records(folder, "saving", "savings", row="saving"):
         for row in (row for row in rows if row["type"] == "saving"):

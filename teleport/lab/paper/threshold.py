@@ -82,11 +82,8 @@ def write_trajectories(
 ) -> None:
     """Record the trajectories of a named experiment by τ, after some training steps.
 
-    The step size ``lr`` is by default that of the experiment's paper schedule.
-
-    Raises:
-        ValueError: for an unknown name, or a value out of range.
-        RunError: as `RecordFolder`.
+    The step size ``lr`` is by default that of the experiment's paper schedule. Errors as of
+    `moment`, `Teleporter` and `RecordFolder`.
     """
     step_size = lr if lr is not None else find_experiment(name).teleport.lr
     asked = {
@@ -124,11 +121,7 @@ class Trajectories:
 
 
 def read_trajectories(folder: Path) -> Trajectories:
-    """The trajectories that a folder holds.
-
-    Raises:
-        RunError: as `read_records`, or if there is more than one record.
-    """
+    """The trajectories of a folder; RunError as of `read_records`, or for more than one record."""
     found = read_records(folder, "tau", "trajectories", unfinished=True)
     if len(found) > 1:
         names = " and ".join(path.name for path, _, _ in found)

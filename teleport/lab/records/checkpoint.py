@@ -38,11 +38,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote; no code in the file is run.
-
-    Raises:
-        RunError: if it cannot be read, or holds something else.
-    """
+    """Read what `save_checkpoint` wrote, else RunError; no code in the file is run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:  # it may be whole: nobody should delete it for that

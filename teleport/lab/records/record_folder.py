@@ -40,11 +40,7 @@ class RecordFolder:
         added: Collection[str] = (),
         names: Mapping[tuple[str, int], str] | None = None,
     ) -> Iterator[None]:
-        """The folder locked, for records of a study; as `check_folder`.
-
-        Raises:
-            RunError: if it is in use, or holds records that do not belong beside these.
-        """
+        """The folder locked, for records of a study; errors as of `locked` and `check_folder`."""
         with locked(self.path / ".lock", str(self.path)):
             check_folder(self.path, study, shared, added, names)
             yield
@@ -52,8 +48,7 @@ class RecordFolder:
     def missing(self, name: str, own: dict[str, Any]) -> Path | None:
         """Where the record of this name is to be made; None if it is there, and complete.
 
-        Raises:
-            RunError: if it is a record of something else than its first row shall say.
+        RunError if it is a record of something else than its first row shall say.
         """
         path = self.path / f"{name}.jsonl"
         if self.resume:
@@ -66,8 +61,7 @@ class RecordFolder:
     def writing(self, path: Path, **config: Any) -> Iterator[RecordWriter]:
         """The writer of a record, which ends it; with its first row, if that is known already.
 
-        Raises:
-            RunError: if the record exists, or cannot be written.
+        Errors as of `RecordWriter`.
         """
         with RecordWriter(path) as writer:
             if config:

@@ -160,8 +160,7 @@ def first_row(path: Path) -> dict[str, Any]:
 def has_begun(path: Path) -> bool:
     """Whether the first row of a record is whole: a kill or a full disk may come before.
 
-    Raises:
-        RunError: if the file cannot be read.
+    RunError if the file cannot be read.
     """
     return is_packed(path) or b"\n" in _read(path)
 
@@ -229,8 +228,7 @@ def read_runs(folder: Path) -> list[Run]:
 def check_once(runs: Iterable[Run]) -> None:
     """Refuse runs of one arm with the same seed: a seed that counts twice makes chance a finding.
 
-    Raises:
-        RunError: naming two records of one arm and seed, whatever their files are called.
+    RunError names two records of one arm and seed, whatever their files are called.
     """
     first: dict[tuple[str, int], Run] = {}
     for run in runs:

@@ -51,11 +51,7 @@ def as_read(value: Any) -> Any:
 def check_same(
     path: Path, config: dict[str, Any], wanted: dict[str, Any], added: Collection[str] = ()
 ) -> None:
-    """Refuse a record of something else; as `differences`.
-
-    Raises:
-        RunError: naming the record, in what it differs, and what to do.
-    """
+    """Raise RunError for a record of something else, with the `differences` and what to do."""
     differing = differences(config, wanted, added)
     if differing:
         raise RunError(f"{path} is a record with another {', '.join(differing)}; {ELSEWHERE}")
@@ -104,11 +100,7 @@ def check_folder(
 
 
 def check_alike(runs: Sequence[Run]) -> None:
-    """Refuse to compare training runs that differ in more than arm and seed.
-
-    Raises:
-        RunError: naming two of them, and in what they differ.
-    """
+    """Raise RunError for training runs that differ in more than arm and seed, naming two."""
     first = runs[0]
     keys = [key for key in SHARED if key in first.config or key not in ADDED]
     wanted = {key: first.config.get(key) for key in keys}
@@ -124,8 +116,7 @@ def check_alike(runs: Sequence[Run]) -> None:
 def is_complete(path: Path, wanted: dict[str, Any], added: Collection[str] = ()) -> bool:
     """Whether this very record is there, by its first row, and ended by itself.
 
-    Raises:
-        RunError: if it says something else, or is damaged; it stays as it is.
+    RunError if it says something else, or is damaged; it stays as it is.
     """
     if not path.exists() or not has_begun(path):
         return False

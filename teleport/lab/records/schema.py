@@ -313,8 +313,7 @@ def made_by(config: dict[str, Any]) -> str:
 def check_row(path: Path, number: int, row: dict[str, Any], config: dict[str, Any]) -> None:
     """Refuse a row in which a field is missing or of another kind; a record of others is theirs.
 
-    Raises:
-        RunError: naming record, line and field, what is there and what is expected.
+    RunError names record, line and field, what is there and what is expected.
     """
     command = made_by(config)
     known = ROWS.get(command, {})

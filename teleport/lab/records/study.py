@@ -60,11 +60,7 @@ def study_of(folder: Path) -> Path | None:
 
 
 def refuse_packed(folder: Path) -> None:
-    """Refuse to write runs into a packed study.
-
-    Raises:
-        RunError: if the folder is one, or inside one.
-    """
+    """Raise RunError for a folder that is, or is in, a packed study: no runs are written there."""
     study = study_of(folder)
     if study is not None:
         raise RunError(
@@ -105,11 +101,7 @@ def packed_config(path: Path) -> Row:
 
 
 def packed_rows(path: Path) -> list[Row]:
-    """All rows of a record in a packed study.
-
-    Raises:
-        RunError: if the study is damaged, or lacks a table.
-    """
+    """All rows of a record in a packed study; RunError if that is damaged or lacks a table."""
     study = study_of(path.parent)
     assert study is not None
     entry = _entry(path)

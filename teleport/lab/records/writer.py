@@ -64,11 +64,7 @@ class RecordWriter:
         self._also(kind, row)
 
     def sync(self) -> int:
-        """Wait until all rows are on the disk; return their bytes.
-
-        Raises:
-            RunError: if they do not get there.
-        """
+        """Wait until all rows are on the disk, else RunError; return their bytes."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
