@@ -131,12 +131,11 @@ def saving(
     """Predict how many training steps a teleport saves, and whether growth="auto" would go."""
     check_names(names, preset)
     with loading():
-        from teleport.lab.paper.savings import check_savings, count_arms, write_savings
+        from teleport.lab.paper.savings import check_savings, write_savings
 
     chosen = [part.strip() for part in optimizers.split(",")]
-    check_savings(names, chosen, preset)  # before any folder is made
+    total = seeds * check_savings(names, chosen, preset)  # before any folder is made
     names, chosen = list(dict.fromkeys(names)), list(dict.fromkeys(chosen))
-    total = seeds * count_arms(names, chosen, preset)
     with recording("saving", out, resume, threads, total) as to:
         write_savings(names, chosen, to, preset=preset, seeds=seeds)
 

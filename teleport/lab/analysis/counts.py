@@ -18,20 +18,11 @@ def schedule_name(block: FolderOutcome) -> str:
     return "paper" if block.runs[0].config["settings"]["teleport"]["lr"] else "default"
 
 
-def teleporting(block: FolderOutcome) -> list[ArmSummary]:
+def teleporting(block: FolderOutcome, gained: bool = False) -> list[ArmSummary]:
     """The arms with a teleport, controls and rivals left out, the lowest learning rate first.
 
-    Of those that begin with PyTorch's initial gain; `gained` has the others.
+    Those that begin with PyTorch's initial gain, or with another, the tuned one.
     """
-    return _teleporting(block, gained=False)
-
-
-def gained(block: FolderOutcome) -> list[ArmSummary]:
-    """Those of `teleporting` that begin with another initial gain, the tuned one."""
-    return _teleporting(block, gained=True)
-
-
-def _teleporting(block: FolderOutcome, gained: bool) -> list[ArmSummary]:
     training = {arm: runs[0].config["training"] for arm, runs in by_arm(block.runs).items()}
 
     def wanted(arm: ArmSummary) -> bool:
@@ -46,7 +37,7 @@ def _teleporting(block: FolderOutcome, gained: bool) -> list[ArmSummary]:
 def arms_of(found: Sequence[FolderOutcome]) -> Iterator[Place]:
     """Every arm with a teleport, that from another initial gain included."""
     for block in found:
-        for arm in (*teleporting(block), *gained(block)):
+        for arm in (*teleporting(block), *teleporting(block, gained=True)):
             yield block, arm
 
 
@@ -62,7 +53,7 @@ def low_and_tuned(found: Sequence[FolderOutcome]) -> dict[str, list[Place]]:
         if len(arms) > 1:
             places["low rate"].append((block, arms[0]))
         places["tuned rate"] += [(block, arm) for arm in arms[-1:]]
-        places["tuned rate and gain"] += [(block, arm) for arm in gained(block)]
+        places["tuned rate and gain"] += [(block, arm) for arm in teleporting(block, gained=True)]
     return places
 
 

@@ -373,8 +373,7 @@ def draw_trade_off(
         beside: dict[str, Any] = {"xytext": (4, 4 if number % 2 else -11), "color": style["color"]}
         for (note, *_), x, y in zip(points, *places, strict=True):
             axes.annotate(note, (x, y), textcoords="offset points", fontsize=8, **beside)
-    axes.set_xlabel("final accuracy on the new task")
-    axes.set_ylabel("final accuracy on the old task")
+    axes.set(xlabel="final accuracy on the new task", ylabel="final accuracy on the old task")
     axes.grid(alpha=0.25)
 
 
@@ -391,6 +390,5 @@ def draw_accuracy_matrix(axes: Axes, matrix: FloatArray, title: str, lowest: flo
         axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
     axes.set_xticks(range(count), [str(t + 1) for t in range(count)])
     axes.set_yticks(range(count), [str(t + 1) for t in range(count)])
-    axes.set_xlabel("accuracy on task, %")
-    axes.set_ylabel("after learning task")
+    axes.set(xlabel="accuracy on task, %", ylabel="after learning task")
     axes.set_title(title, fontsize=9)

@@ -1,7 +1,7 @@
 """The whole matrix of a folder of records, as Markdown: what teleporting is worth, cell by cell."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,25 +133,18 @@ def folder_outcomes(
     Raises:
         RunError: if a record is damaged or copied.
     """
-    folders = list(_folders(folder, progress))
-    check_no_copies(run for _, runs in folders for run in runs)
-    return [
-        FolderOutcome(path.relative_to(folder), runs, summarise(runs), best_baseline(by_arm(runs)))
-        for path, runs in folders
-    ]
-
-
-def _folders(
-    folder: Path, progress: Callable[[int, int], None]
-) -> Iterator[tuple[Path, list[Run]]]:
-    places = record_folders(folder)
+    places, found = record_folders(folder), dict[Path, list[Run]]()
     for path in places:
         progress(1, len(places))
         records = [record for record in record_paths(path) if has_begun(record)]
         if any(made_by(first_row(record)) == "run" for record in records):
-            runs = read_runs(path)
-            check_alike(runs)
-            yield path, runs
+            found[path] = read_runs(path)
+            check_alike(found[path])
+    check_no_copies(run for runs in found.values() for run in runs)
+    return [
+        FolderOutcome(path.relative_to(folder), runs, summarise(runs), best_baseline(by_arm(runs)))
+        for path, runs in found.items()
+    ]
 
 
 _Cell = Callable[[FolderOutcome, ArmSummary], str]

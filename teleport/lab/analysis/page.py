@@ -78,13 +78,19 @@ def watch_page(
     )
     title = html.escape(f"teleport watch {folder}")
     again = f'<noscript><meta http-equiv="refresh" content="{seconds}"></noscript>'
+    following = (
+        f'<p class="following" data-seconds="{seconds:g}">The run is going on; this page loads '
+        f"itself again every {seconds:g} seconds.</p>"
+        if seconds
+        else ""
+    )
     body = "".join(_section(number, block) for number, block in enumerate(found))
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'{again if seconds else ""}<link rel="icon" href="data:,"><title>{title}</title>'
         f"<style>{style}{hidden}</style></head><body><main><h1>{title}</h1>"
-        f"{_following(seconds)}{_contents(found)}{body}</main><script>{script}</script></body></html>"
+        f"{following}{_contents(found)}{body}</main><script>{script}</script></body></html>"
     )
 
 
@@ -101,15 +107,6 @@ def write_page(path: Path, page: str) -> None:
         raise RunError(
             f"cannot write {path}: {error.strerror}; give another file with --out"
         ) from error
-
-
-def _following(seconds: float | None) -> str:
-    if not seconds:
-        return ""
-    return (
-        f'<p class="following" data-seconds="{seconds:g}">The run is going on; this page loads '
-        f"itself again every {seconds:g} seconds.</p>"
-    )
 
 
 def _contents(found: Sequence[FolderOutcome]) -> str:

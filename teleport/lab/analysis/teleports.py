@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from teleport.lab.analysis.counts import arms_of, gained, gap, schedule_name
+from teleport.lab.analysis.counts import arms_of, gap, schedule_name, teleporting
 from teleport.lab.analysis.outcomes import FolderOutcome, ratio_text
 from teleport.lab.records.compare import ArmSummary
 from teleport.lab.records.runs import Run, by_arm
@@ -45,7 +45,7 @@ def by_the_usual_cut(found: Sequence[FolderOutcome]) -> list[str]:
     No record names its rank rule. Those made by it have a teleport from the tuned initial gain too,
     where an experiment has one.
     """
-    return [str(block.folder) for block in found if not gained(block)]
+    return [str(block.folder) for block in found if not teleporting(block, gained=True)]
 
 
 def schedule_rows(found: Sequence[FolderOutcome]) -> list[list[str]]:

@@ -48,7 +48,13 @@ MOVES = (
 ON_THE_OPTIMIZER = ("lr raised", "lr raised per layer", "warm restarts", "optimizer reset")
 """Controls that move no weight."""
 
-OTHER_OBJECTIVES = ("shorter gradient", "flatter curvature", "step decrease", "sharpness")
+_SLOPES: dict[str, Callable[[float], Slope]] = {
+    "shorter gradient": lambda lr: shorter_gradient,
+    "flatter curvature": lambda lr: flatter_curvature,
+    "step decrease": step_decrease,
+    "sharpness": lambda lr: sharpness(),
+}
+OTHER_OBJECTIVES = tuple(_SLOPES)
 """What else can be climbed in the null space, for as long as the teleport's move is."""
 
 INTERVENTIONS = (*MOVES, *ON_THE_OPTIMIZER, *OTHER_OBJECTIVES)
@@ -103,7 +109,7 @@ def intervene(
         mover = ways(wanted, seed)[name](subject.model, rehearsal)
         return mover.step(closure, held_out=held_out)
     if name in OTHER_OBJECTIVES:
-        slope = _slope(name, float(subject.optimizer.param_groups[0]["lr"]))
+        slope = _SLOPES[name](float(subject.optimizer.param_groups[0]["lr"]))
         mover = ObjectiveStep(subject.model, slope, rehearsal.report)
         return mover.step(closure, held_out=held_out)
     if name == "optimizer reset":
@@ -115,16 +121,6 @@ def intervene(
         steps = lasting(subject, teleporter, closure)
         reason = _raise(subject, rehearsal, steps, per_layer=name == "lr raised per layer")
     return _nothing_moved(rehearsal.report, reason)
-
-
-def _slope(name: str, lr: float) -> Slope:
-    slopes: dict[str, Slope] = {
-        "shorter gradient": shorter_gradient,
-        "flatter curvature": flatter_curvature,
-        "step decrease": step_decrease(lr),
-        "sharpness": sharpness(),
-    }
-    return slopes[name]
 
 
 def lasting(subject: Subject, teleporter: Teleporter, closure: Closure) -> int:

@@ -18,19 +18,16 @@ class ResidualNetwork(nn.Module):
     Args:
         widths: channels of each stage.
         classes: output width.
-        colours: channels of the input.
     """
 
-    def __init__(
-        self, widths: Sequence[int] = (64, 128, 256), classes: int = 200, colours: int = 3
-    ) -> None:
+    def __init__(self, widths: Sequence[int] = (64, 128, 256), classes: int = 200) -> None:
         super().__init__()
-        pairs = pairwise([colours, *widths])
+        pairs = pairwise([3, *widths])
         self.stages = nn.Sequential(*(_Stage(before, after) for before, after in pairs))
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, colours, height, width]`` to ``[batch, classes]``."""
+        """Map ``[batch, 3, height, width]`` to ``[batch, classes]``."""
         out: Tensor = self.head(self.stages(x).mean(dim=(2, 3)))
         return out
 
@@ -58,22 +55,21 @@ class ResNet18(nn.Module):
     Args:
         classes: output width.
         width: channels of the first stage; each later stage has twice those before.
-        colours: channels of the input.
     """
 
-    def __init__(self, classes: int = 10, width: int = 64, colours: int = 3) -> None:
+    def __init__(self, classes: int = 10, width: int = 64) -> None:
         super().__init__()
         widths = [width * factor for factor in (1, 1, 2, 4, 8)]
         blocks: list[nn.Module] = []
         for stage, (before, after) in enumerate(pairwise(widths)):
             stride = 1 if stage == 0 else 2
             blocks += [_Block(before, after, stride), _Block(after, after, 1)]
-        self.stem = _normalised(colours, width, 3, 1)
+        self.stem = _normalised(3, width, 3, 1)
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, colours, height, width]`` to ``[batch, classes]``."""
+        """Map ``[batch, 3, height, width]`` to ``[batch, classes]``."""
         out: Tensor = self.head(self.blocks(self.stem(x).relu()).mean(dim=(2, 3)))
         return out
 

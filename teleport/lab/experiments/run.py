@@ -172,7 +172,7 @@ def run_cell(
             else:
                 writer.write("resumed", step=training.step, **environment())
             progress(training.step)
-            training.run(writer, _Saving(training, checkpoint, checkpoint_seconds, progress))
+            training.run(writer, _saving(training, checkpoint, checkpoint_seconds, progress))
         checkpoint.unlink(missing_ok=True)
     return path
 
@@ -196,23 +196,21 @@ def _show_again(board: Board, record: Path, step: int) -> None:
             board.write("evaluation", row)
 
 
-class _Saving:
+def _saving(
+    training: Training, path: Path, seconds: float, progress: Callable[[int], None]
+) -> Callable[[], None]:
     """What is done after every training step: a checkpoint when one is due, and progress."""
+    saved = time.monotonic()
 
-    def __init__(
-        self, training: Training, path: Path, seconds: float, progress: Callable[[int], None]
-    ) -> None:
-        self.training, self.path, self.seconds, self.progress = training, path, seconds, progress
-        self.saved = time.monotonic()
+    def after_step() -> None:
+        nonlocal saved
+        progress(1)
+        if time.monotonic() - saved >= seconds:
+            if (state := training.state()) is not None:
+                save_checkpoint(path, state)
+            saved = time.monotonic()
 
-    def __call__(self) -> None:
-        self.progress(1)
-        if time.monotonic() - self.saved < self.seconds:
-            return
-        state = self.training.state()
-        if state is not None:
-            save_checkpoint(self.path, state)
-        self.saved = time.monotonic()
+    return after_step
 
 
 def configuration(cell: Cell, dataset: Dataset) -> dict[str, Any]:

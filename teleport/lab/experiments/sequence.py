@@ -54,13 +54,12 @@ class Mamba(nn.Module):
     Args:
         width: of a token.
         state: states per channel.
-        expand: channels per feature of a token.
         kernel: tokens that the convolution sees.
     """
 
-    def __init__(self, width: int, state: int = 16, expand: int = 2, kernel: int = 4) -> None:
+    def __init__(self, width: int, state: int = 16, kernel: int = 4) -> None:
         super().__init__()
-        channels, self.rank, self.state = expand * width, math.ceil(width / 16), state
+        channels, self.rank, self.state = 2 * width, math.ceil(width / 16), state
         self.in_proj = nn.Linear(width, 2 * channels)
         self.conv = nn.Conv1d(channels, channels, kernel, groups=channels, padding=kernel - 1)
         self.x_proj = nn.Linear(channels, self.rank + 2 * state, bias=False)

@@ -129,9 +129,7 @@ def frontier_figure(runs: Sequence[Run]) -> Figure:
     if sheet.goal is not None:
         kept, learned = sheet.goal
         axes.axhspan(learned, 1.02, kept / 1.02, 1.0, alpha=0.12, color="k")
-    axes.set(xlim=(0.0, 1.02), ylim=(-0.02, 1.02))
-    axes.set_xlabel(sheet.kept[1])
-    axes.set_ylabel(sheet.learned[1])
+    axes.set(xlim=(0.0, 1.02), ylim=(-0.02, 1.02), xlabel=sheet.kept[1], ylabel=sheet.learned[1])
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, loc="lower left")
     return figure

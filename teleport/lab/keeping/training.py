@@ -196,7 +196,9 @@ def _run_seed(
         if path is None:
             told(course.steps(sets))
             continue
-        first = first or _learn_first(course.size(), tasks, seed, course.split)
+        if first is None:
+            first = _Learning(course.size(), tasks, seed, course.split)
+            first.learn(0, first.size.first_steps, lambda steps: None)
         with RecordWriter(path) as writer:
             writer.write("config", command=out.command, **config, **environment())
             first.continued(strategy, writer).run(told)
@@ -325,12 +327,6 @@ class _Learning:
         self.rows.append(row)
         if self.writer is not None:
             self.writer.write("evaluation", **row)
-
-
-def _learn_first(size: Size, tasks: list[Task], seed: int, split: str) -> _Learning:
-    first = _Learning(size, tasks, seed, split)
-    first.learn(0, size.first_steps, lambda steps: None)
-    return first
 
 
 def _try_out(strategies: Sequence[Strategy]) -> None:

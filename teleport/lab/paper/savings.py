@@ -74,8 +74,11 @@ def tuned_settings(
     return [settings for settings in every if settings.optimizer in settings.recipe().tuning]
 
 
-def check_savings(names: Sequence[str], optimizers: Sequence[str], preset: str) -> None:
-    """Refuse, before anything is written, what `write_savings` would refuse; errors as there."""
+def check_savings(names: Sequence[str], optimizers: Sequence[str], preset: str) -> int:
+    """Refuse, before anything is written, what `write_savings` would refuse; errors as there.
+
+    Returns the number of arms that it looks at with every seed.
+    """
     found = tuned_settings(names, optimizers, preset)
     for settings in found:
         check_fits(settings, load(settings.recipe().data))
@@ -84,11 +87,7 @@ def check_savings(names: Sequence[str], optimizers: Sequence[str], preset: str) 
             f"none of {', '.join(names)} was tuned for any of {', '.join(optimizers)}; see "
             "`teleport list`"
         )
-
-
-def count_arms(names: Sequence[str], optimizers: Sequence[str], preset: str) -> int:
-    """How many arms `write_savings` looks at with every seed."""
-    return sum(len(plain_arms(settings)) for settings in tuned_settings(names, optimizers, preset))
+    return sum(len(plain_arms(settings)) for settings in dict.fromkeys(found))
 
 
 def plain_arms(settings: RunSettings) -> list[Arm]:

@@ -13,7 +13,6 @@ from teleport.lab.analysis.counts import (
     control_rows,
     controls,
     count,
-    gained,
     holm,
     low_and_tuned,
     outcome_rows,
@@ -156,7 +155,7 @@ def test_teleports_from_another_initial_gain_are_counted_apart(start: dict[str, 
         if run.config["training"]["lr"] == 0.3:
             run.config["training"] |= start
     assert [arm.arm for arm in teleporting(block)] == ["lr 0.1 + teleport"]
-    assert [arm.arm for arm in gained(block)] == ["lr 0.3 + teleport"]
+    assert [arm.arm for arm in teleporting(block, gained=True)] == ["lr 0.3 + teleport"]
     places = low_and_tuned([block])
     assert [len(found) for found in places.values()] == [0, 1, 1]
     assert [row[3] for row in outcome_rows([block])[1:]] == ["lr 0.1", "lr 0.3"]
