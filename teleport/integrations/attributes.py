@@ -44,6 +44,22 @@ def undisturbed(objects: Iterable[Any]) -> Iterator[Callable[[], None]]:
         yield restore
 
 
+@contextmanager
+def mute(objects: Iterable[Any]) -> Iterator[None]:
+    """Meanwhile the method ``log`` of some objects says nothing."""
+    tables = [vars(each) for each in objects]
+    own = [table.get("log") for table in tables]
+    for table in tables:
+        table["log"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        for table, before in zip(tables, own, strict=True):
+            del table["log"]
+            if before is not None:
+                table["log"] = before
+
+
 class _Attributes:
     """The attributes of one object as they are when this is made."""
 

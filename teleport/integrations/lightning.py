@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from teleport.errors import UnsupportedModelError
+from teleport.integrations.attributes import mute
 from teleport.integrations.teleports import ONCE, Teleports, scalars
 from teleport.report import TeleportReport
 from teleport.schedule import Schedule
@@ -162,16 +163,9 @@ def _loss(trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int)
 def _mute(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Nothing is logged: neither by ``self.log`` nor by ``self.logger``."""
     loggers = trainer.loggers
-    tables = [vars(m) for m in module.modules() if isinstance(m, LightningModule)]
-    own = [table.get("log") for table in tables]
     trainer.loggers = [DummyLogger() for _ in loggers]
-    for table in tables:
-        table["log"] = lambda *_, **__: None
     try:
-        yield
+        with mute(m for m in module.modules() if isinstance(m, LightningModule)):
+            yield
     finally:
         trainer.loggers = loggers
-        for table, before in zip(tables, own, strict=True):
-            del table["log"]
-            if before is not None:
-                table["log"] = before

@@ -1,13 +1,13 @@
 """Teleports in the ``Trainer`` of Hugging Face's transformers: `TeleportCallback`."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from teleport.integrations.attributes import mute
 from teleport.integrations.teleports import ONCE, Teleports, scalars
 from teleport.report import TeleportReport
 from teleport.schedule import Schedule
@@ -122,7 +122,7 @@ class TeleportCallback(TrainerCallback):
         if not self._teleports.end_window(state.global_step):
             return
         trainer = self.trainer
-        with _mute(trainer):
+        with mute([trainer]):  # a loss may log, as some trainers' do
             reports = self._teleports.teleport(
                 state.global_step,
                 trainer.model_wrapped,
@@ -228,20 +228,3 @@ def _steps_per_epoch(loader: Any, args: TrainingArguments) -> int | None:
 def _inner(optimizer: Any) -> Any:
     """The optimizer that Accelerate has wrapped."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-@contextmanager
-def _mute(trainer: Trainer) -> Iterator[None]:
-    """A loss that logs, as some trainers' do, logs nothing."""
-    own = vars(trainer).get("log")
-    vars(trainer)["log"] = _say_nothing
-    try:
-        yield
-    finally:
-        del vars(trainer)["log"]
-        if own is not None:
-            vars(trainer)["log"] = own
-
-
-def _say_nothing(*_: Any, **__: Any) -> None:
-    """In the place of ``trainer.log``."""
