@@ -14,16 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from teleport.errors import require
 from teleport.rivals.climb import Move
 from teleport.rivals.rescaling import ROUNDING, Couplings, Rescaling
 from teleport.rivals.rival import Rival
-
-BALANCE_TOLERANCE = 1e-6
-"""Change of a log factor that counts as none: a little more than single precision resolves."""
-
-SWEEPS = 1000
-"""Turns of all layers after which a balance is left as it is."""
 
 NEWTON_STEPS = 50
 HALVINGS = 40
@@ -50,22 +43,24 @@ class Balance:
 class BalancedRescaling(Rival):
     """A rival that rescales neurons by powers of a `Balance`.
 
+    Attributes:
+        tolerance: turns over the layers end when no log y changes by more; by default a little more
+            than single precision resolves.
+        sweeps: or after so many turns.
+
     Args:
         model: the network.
         method: who rescales, for the errors.
-        tolerance: turns over the layers end when no log y changes by more.
-        sweeps: or after so many turns.
 
     Raises:
         UnsupportedModelError: as `Rescaling`.
-        ValueError: for an argument out of range.
     """
 
-    def __init__(self, model: nn.Module, method: str, tolerance: float, sweeps: int) -> None:
+    tolerance = 1e-6
+    sweeps = 1000
+
+    def __init__(self, model: nn.Module, method: str) -> None:
         super().__init__(model, ROUNDING)
-        require("tolerance", tolerance, 0.0 < tolerance < 1.0, "in (0, 1)")
-        require("sweeps", sweeps, isinstance(sweeps, int) and sweeps >= 1, "an integer >= 1")
-        self.tolerance, self.sweeps = tolerance, sweeps
         self._rescaling = Rescaling(model, self.coverage, method)
 
     def _settle(self, found: Balance, power: float) -> Move:

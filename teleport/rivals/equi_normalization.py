@@ -14,7 +14,7 @@ the last hidden layer; here all hidden layers are balanced, as their objective s
 from torch import nn
 
 from teleport.errors import require
-from teleport.rivals.balance import BALANCE_TOLERANCE, SWEEPS, BalancedRescaling, least_sum
+from teleport.rivals.balance import BalancedRescaling, least_sum
 from teleport.rivals.batch import Batch
 from teleport.rivals.climb import Move
 
@@ -32,23 +32,14 @@ class EquiNormalization(BalancedRescaling):
     Args:
         model: the network.
         p: of the norm, >= 1.
-        tolerance: turns over the layers end when no log factor changes by more, > 0.
-        sweeps: or after so many turns.
 
     Raises:
         UnsupportedModelError: for another model, or an activation that is not homogeneous.
-        ValueError: for an argument out of range.
+        ValueError: for a ``p`` out of range.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        p: float = 2.0,
-        *,
-        tolerance: float = BALANCE_TOLERANCE,
-        sweeps: int = SWEEPS,
-    ) -> None:
-        super().__init__(model, "equi-normalisation", tolerance, sweeps)
+    def __init__(self, model: nn.Module, p: float = 2.0) -> None:
+        super().__init__(model, "equi-normalisation")
         require("p", p, 1.0 <= p < float("inf"), ">= 1 and finite")
         self.p = p
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from teleport.errors import ClosureError
-from teleport.rivals.balance import BALANCE_TOLERANCE, SWEEPS, BalancedRescaling, most_even
+from teleport.rivals.balance import BalancedRescaling, most_even
 from teleport.rivals.batch import Batch
 from teleport.rivals.chain import Stage
 from teleport.rivals.climb import Move
@@ -52,18 +52,13 @@ class PathConditioning(BalancedRescaling):
 
     Args:
         model: the network.
-        tolerance: turns over the layers end when no log factor changes by more, > 0.
-        sweeps: or after so many turns.
 
     Raises:
         UnsupportedModelError: for another model, or an activation that is not homogeneous.
-        ValueError: for an argument out of range.
     """
 
-    def __init__(
-        self, model: nn.Module, *, tolerance: float = BALANCE_TOLERANCE, sweeps: int = SWEEPS
-    ) -> None:
-        super().__init__(model, "path conditioning", tolerance, sweeps)
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, "path conditioning")
 
     def _move(self, batch: Batch, loss: float, norm: float) -> Move:
         stages = self._rescaling.stages

@@ -15,15 +15,22 @@ from torch.nn import functional
 
 from teleport import ClosureError, UnsupportedModelError
 from teleport.rivals import ChangeOfBasisTeleporter, EquiNormalization, PathConditioning
-from teleport.rivals.rival import Rival
+from teleport.rivals.balance import BalancedRescaling
 from tests.support.examples import examples
 from tests.support.fingerprint import fingerprint, weights
 from tests.support.homogeneous import Case, cases
 from tests.support.strategies import seeds
 
-METHODS: dict[str, Callable[[nn.Module], Rival]] = {
-    "equi-normalisation": lambda m: EquiNormalization(m, tolerance=1e-10),
-    "path conditioning": lambda m: PathConditioning(m, tolerance=1e-10),
+
+def until(rival: BalancedRescaling, tolerance: float, sweeps: int = 1000) -> BalancedRescaling:
+    """The rival with another end of its turns."""
+    rival.tolerance, rival.sweeps = tolerance, sweeps
+    return rival
+
+
+METHODS: dict[str, Callable[[nn.Module], BalancedRescaling]] = {
+    "equi-normalisation": lambda m: until(EquiNormalization(m), 1e-10),
+    "path conditioning": lambda m: until(PathConditioning(m), 1e-10),
 }
 methods = pytest.mark.parametrize("method", METHODS)
 perceptrons = st.builds(
@@ -90,7 +97,7 @@ def test_incoming_and_outgoing_weights_have_one_norm_and_the_sum_is_least(
         return sum(float(layer.weight.detach().abs().pow(p).sum()) for layer in layers)
 
     start = total()
-    EquiNormalization(model, p, tolerance=1e-10).step(loss_of(model, x, y))
+    until(EquiNormalization(model, p), 1e-10).step(loss_of(model, x, y))
     least = total()
     assert least <= start * (1 + 1e-12)
     for layer, after in itertools.pairwise(layers):
@@ -104,7 +111,7 @@ def test_incoming_and_outgoing_weights_have_one_norm_and_the_sum_is_least(
 def test_all_channels_of_a_convolution_are_balanced_too() -> None:
     case = Case((2, 4, 4, 3, 2), groups=2, convolutions=2, pool="max")
     model, x, y = case.build()
-    EquiNormalization(model, tolerance=1e-10).step(loss_of(model, x, y))
+    until(EquiNormalization(model), 1e-10).step(loss_of(model, x, y))
     first, second, third, last = (m for m in model if hasattr(m, "weight"))
     into = [layer.weight.detach().flatten(1).norm(dim=1) for layer in (first, second, third)]
     grouped = second.weight.detach().view(2, 2, 2, -1)  # group, output, input of the group
@@ -169,7 +176,7 @@ def test_path_conditioning_has_the_least_divergence_counted_path_by_path(case: C
         )
 
     best = minimize(at, np.zeros(sum(hidden)), method="BFGS", options={"gtol": 1e-7}).fun
-    PathConditioning(model, tolerance=1e-10).step(loss_of(model, x, y))
+    until(PathConditioning(model), 1e-10).step(loss_of(model, x, y))
     found = divergence(*arrays(model))
     assert found <= at(np.zeros(sum(hidden))) + 1e-9
     assert found == pytest.approx(best, rel=1e-6, abs=1e-7)
@@ -184,10 +191,11 @@ def test_both_solve_deep_networks_in_a_few_sweeps() -> None:
     model = nn.Sequential(*layers, nn.Linear(16, 3)).double()
     x, y = torch.randn(5, 16, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     for method in (EquiNormalization, PathConditioning):
-        report = method(model, tolerance=1e-8, sweeps=30).step(loss_of(model, x, y))
+        report = until(method(model), 1e-8, sweeps=30).step(loss_of(model, x, y))
         assert "not yet" not in report.reason
         assert report.steps == 1
-    assert "not yet at rest" in EquiNormalization(model, sweeps=1).step(loss_of(model, x, y)).reason
+    once = until(EquiNormalization(model), 1e-6, sweeps=1)
+    assert "not yet at rest" in once.step(loss_of(model, x, y)).reason
 
 
 @methods
@@ -243,10 +251,6 @@ def test_what_is_not_homogeneous_is_refused_by_name(
 
 def test_arguments_out_of_range_are_refused() -> None:
     model, _x, _ = Case((2, 3, 1)).build()
-    for method in (EquiNormalization, PathConditioning):
-        for wrong in ({"tolerance": 0.0}, {"tolerance": math.nan}, {"sweeps": 0}):
-            with pytest.raises(ValueError, match=next(iter(wrong))):
-                method(model, **wrong)
     for p in (0.5, math.inf, math.nan):
         with pytest.raises(ValueError, match="p must be >= 1"):
             EquiNormalization(model, p)

@@ -85,21 +85,6 @@ class _Block(nn.Module):
         return out
 
 
-@dataclass(frozen=True)
-class Leak:
-    """What an update was.
-
-    Attributes:
-        moved: Frobenius norm of the change of all linear layers' weights.
-        inside: norm of its part inside the kept space, as a share of ``moved``.
-        drift: norm of the change of the outputs on old data, as a share of their norm.
-    """
-
-    moved: float
-    inside: float
-    drift: float
-
-
 class _Trial:
     """A model, old data, and something new to learn; float64."""
 
@@ -136,11 +121,16 @@ class _Trial:
         return float((now - was).norm() / was.norm())
 
 
-def leak(way: str, optimizer: str, size: LeakSize, seed: int) -> Leak:
+def leak(way: str, optimizer: str, size: LeakSize, seed: int) -> dict[str, float]:
     """Train in one way with one optimizer of `LEAK_RATES`, and measure.
 
     The ways are those of `PROJECTIONS`: the displacement projected by `NullSpace.attach`, only the
     gradients by `NullSpace.project_`, or PEFT's OSF, which projects gradients, too.
+
+    Returns:
+        ``moved``: Frobenius norm of the change of all linear layers' weights; ``inside``: norm of
+        its part inside the kept space, as a share of it; ``drift``: norm of the change of the
+        outputs on old data, as a share of theirs.
 
     Raises:
         ValueError: for an unknown way or optimizer.
@@ -152,7 +142,7 @@ def leak(way: str, optimizer: str, size: LeakSize, seed: int) -> Leak:
     return _osf(trial, optimizer) if way == "OSF" else _ours(trial, optimizer, way)
 
 
-def _ours(trial: _Trial, optimizer: str, way: str) -> Leak:
+def _ours(trial: _Trial, optimizer: str, way: str) -> dict[str, float]:
     model, space = copy.deepcopy(trial.model), trial.space()
     projected = way == "project_"
     course = trial.train(model, optimizer, lambda: space.project_(model) if projected else None)
@@ -172,7 +162,7 @@ def _ours(trial: _Trial, optimizer: str, way: str) -> Leak:
     return _leak(moved, inside, trial.drift(model))
 
 
-def _osf(trial: _Trial, optimizer: str) -> Leak:
+def _osf(trial: _Trial, optimizer: str) -> dict[str, float]:
     from peft import OSFConfig, get_peft_model
 
     layers = ["query", "key", "value", "out", "up", "down"]
@@ -202,9 +192,9 @@ def _affine(layer: Any) -> Tensor:
     return torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach()
 
 
-def _leak(moved: list[Tensor], inside: list[Tensor], drift: float) -> Leak:
+def _leak(moved: list[Tensor], inside: list[Tensor], drift: float) -> dict[str, float]:
     whole, part = (sqrt(sum(float(m.square().sum()) for m in all_)) for all_ in (moved, inside))
-    return Leak(whole, part / whole, drift)
+    return {"moved": whole, "inside": part / whole, "drift": drift}
 
 
 def run_leak(preset: str, seeds: Sequence[int], out: RecordFolder) -> None:
@@ -224,7 +214,7 @@ def run_leak(preset: str, seeds: Sequence[int], out: RecordFolder) -> None:
             with out.writing(path, **config, **environment()) as writer:
                 for way, name in product(PROJECTIONS, LEAK_RATES):
                     what = {"steps": size.steps, "way": way, "optimizer": name}
-                    writer.write("share", **what, **asdict(leak(way, name, size, seed)))
+                    writer.write("share", **what, **leak(way, name, size, seed))
                     out.progress(f"{way}, {name} (seed {seed})", 1)
 
 
