@@ -12,15 +12,12 @@ from teleport.errors import BookError
 def execute(
     book: Book, folder: Path, started: Callable[[Chapter], None] = lambda chapter: None
 ) -> dict[str, float]:
-    """Run all chapters of a book and replace the notebooks in a folder by the results.
+    """Run all chapters of a book and replace the notebooks in a folder; return seconds by file.
 
     Args:
         book: The book; its own files stay as they are.
         folder: A copy of the book's source folder. The chapters run in it.
         started: Called before each chapter.
-
-    Returns:
-        The seconds that each chapter took, by the name of its file.
 
     Raises:
         BookError: if a cell fails or the chapter takes longer than its budget, with chapter and

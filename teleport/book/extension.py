@@ -20,7 +20,6 @@ from sphinx.environment import BuildEnvironment
 from sphinx.environment.collectors.toctree import TocTreeCollector
 from sphinx.writers.html5 import HTML5Translator
 
-from teleport import data as datasets
 from teleport.book.extras import needed
 from teleport.book.generated import citation, contents, public_names
 from teleport.book.interactive import MIME, page_part
@@ -29,6 +28,7 @@ from teleport.book.notebook_form import joined
 from teleport.book.refusals import read_refusals, refusals_page
 from teleport.book.slides import make_slides
 from teleport.check.exercises import exercise_markdown
+from teleport.data import SOURCES
 
 MATHJAX_FILES = ("tex-chtml.js", "output/chtml/fonts/woff-v2", "input/tex/extensions")
 
@@ -154,7 +154,7 @@ def _in_colab(book: Book, chapter: Chapter, repository: str) -> list[nodes.Node]
 def _box(book: Book, chapter: Chapter, builder: Builder) -> nodes.Node:
     name = chapter.file.relative_to(book.file.parent).as_posix()
     document = book.document(chapter.file)
-    fetch = [f"teleport data fetch {data}" for data in chapter.data if not _embedded(data)]
+    fetch = [f"teleport data fetch {data}" for data in chapter.data if SOURCES[data].folder]
     commands = ["pip install '.[book]'", *fetch, f"jupyter lab {name}"]
     box = nodes.admonition("", classes=["run-it-yourself"])
     box += nodes.title("", "Run it yourself")
@@ -174,10 +174,6 @@ def _box(book: Book, chapter: Chapter, builder: Builder) -> nodes.Node:
             "", "", nodes.Text("There is a notebook with "), exercises, nodes.Text(".")
         )
     return box
-
-
-def _embedded(name: str) -> bool:
-    return any(info.name == name and info.where == "embedded" for info in datasets.available())
 
 
 def _visit_mathml(translator: HTML5Translator, node: nodes.math | nodes.math_block) -> None:

@@ -237,10 +237,6 @@ def _adaptive_pool(dims: int, average: bool) -> Callable[[Any, Tensor], float]:
     return constant
 
 
-def _gelu(module: nn.GELU, x: Tensor) -> float:
-    return GELU if module.approximate == "none" else GELU_TANH
-
-
 def _always(constant: float) -> Callable[[Any, Tensor], float]:
     return lambda module, x: constant
 
@@ -254,7 +250,7 @@ _CONSTANTS: dict[type[nn.Module], Callable[[Any, Tensor], float]] = {
     nn.Sigmoid: _always(0.25),
     nn.LeakyReLU: lambda module, x: max(1.0, abs(module.negative_slope)),
     nn.ELU: lambda module, x: max(1.0, abs(module.alpha)),
-    nn.GELU: _gelu,
+    nn.GELU: lambda module, x: GELU if module.approximate == "none" else GELU_TANH,
     nn.SiLU: _always(SILU),
     **{t: _max_pool(d) for d, t in enumerate((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), 1)},
     **{t: _average_pool(d) for d, t in enumerate((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), 1)},

@@ -4,7 +4,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 
 @contextmanager
@@ -19,7 +18,7 @@ def loading() -> Iterator[None]:
         yield
         return
     try:
-        signal.signal(signal.SIGINT, _leave)
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     except ValueError:  # in another thread, where Ctrl-C does not arrive
         yield
         return
@@ -27,7 +26,3 @@ def loading() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    os._exit(130)

@@ -63,15 +63,8 @@ Threads = Annotated[
 def check_names(
     experiments: Sequence[str], preset: str, schedule: str = "default", init: str = "default"
 ) -> None:
-    """Refuse a wrong name before PyTorch is loaded.
-
-    Raises:
-        ValueError: for an unknown one, with those there are.
-        RunError: if a table of experiments cannot be read.
-    """
-    from teleport.lab.experiments.table import (
-        find_experiment,  # late: reading the table takes a while
-    )
+    """Refuse a wrong name before PyTorch is loaded; errors as of `one_of` and `find_experiment`."""
+    from teleport.lab.experiments.table import find_experiment  # late: its table takes a while
 
     for name in experiments:
         one_of("preset", preset, find_experiment(name).presets)

@@ -62,7 +62,7 @@ def show(folder: Path) -> None:
     if holds_benchmarks(folder):
         _show_benchmarks(folder)
         return
-    kinds = {
+    kinds: dict[str, Callable[[Path], None]] = {
         "spectrum": _show_spectra,
         "tau": _show_trajectories,
         "moves": _show_moves,
@@ -72,7 +72,7 @@ def show(folder: Path) -> None:
         "sensitivity": _show_outcomes,
         "words": _show_ways,
         "edit": _show_ways,
-        "leak": _show_leak,
+        "leak": lambda folder: _keep(folder, [leak_table(folder)]),
     }
     kind = str(read_runs(folder)[0].config.get("figure", ""))
     kinds.get(kind, _show_runs)(folder)
@@ -170,10 +170,6 @@ def _show_outcomes(folder: Path) -> None:
 def _show_ways(folder: Path) -> None:
     runs = read_runs(folder)
     _keep(folder, [frontier_table(runs)], {"figure.png": frontier_figure(runs)})
-
-
-def _show_leak(folder: Path) -> None:
-    _keep(folder, [leak_table(folder)])
 
 
 def _effect_table(outcomes: Outcomes) -> Table:

@@ -159,10 +159,7 @@ def points_on_line(to: str, first: Training, second: Training, count: int) -> It
 
 
 def check_connectivity(name: str, preset: str = "cpu", epochs: int | None = None) -> int:
-    """Refuse, before anything is written, what would be refused later.
-
-    Returns:
-        Training steps of one seed.
+    """Training steps of one seed; refuses, before anything is written, what would be later.
 
     Raises:
         ValueError: as `design_settings`, or for an experiment whose rate is not known.

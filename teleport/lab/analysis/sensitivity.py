@@ -178,10 +178,7 @@ def design_settings(name: str, preset: str = "cpu", epochs: int | None = None) -
 
 
 def check_sensitivity(name: str, preset: str = "cpu", epochs: int | None = None) -> int:
-    """Refuse, before anything is written, what every point would break off with.
-
-    Returns:
-        Training steps of one run.
+    """Training steps of one run; refuses, before anything is written, what every point would.
 
     Raises:
         ValueError: as `design_settings`.

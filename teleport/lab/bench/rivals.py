@@ -87,15 +87,12 @@ def same_batch_table(
     threads: int = 1,
     device: torch.device = CPU,
 ) -> list[WayRow]:
-    """Let every rival and control move the same perceptron on the same batch of embedded images.
+    """Let each of the `ways` move the same perceptron on the same embedded images; a row for each.
 
     The widths ``hidden`` are at least ``samples``, the paper's n, for symmetry teleportation to be
     exact. Where a way can be asked for a growth of the gradient norm, it is. Training steps (SGD,
     learning rate 0.1, batch 32) come before. Of the timing there are ``repeats`` at most, each from
     the same weights, and none is begun after so many ``seconds``.
-
-    Returns:
-        One row per way, in the order of `ways`.
     """
     with _beginning(threads):
         model, batch, others = _work(hidden, samples, warmup_steps, device)
@@ -205,20 +202,15 @@ def same_budget_table(
     threads: int = 1,
     device: torch.device = CPU,
 ) -> list[BudgetRow]:
-    """Let every rival and control repeat its step on the same batch until the same time is spent.
+    """Let each of the `repeated_ways` repeat its step until the same time is spent; a row for each.
 
     All start from the same weights. The time is that of ``gradients`` gradients of the batch; a
     step is begun as long as some of it is left, and finished. A way ends early when a step moves
     nothing or is rolled back. One step of every way comes first and is not timed. Controls of the
     same norm repeat the norm of the first teleport, whose rehearsal is not on their time.
 
-    The budget is > 0, and the growth that of one step; all else is as of `same_batch_table`.
-
-    Returns:
-        One row per way, in the order of `repeated_ways`.
-
-    Raises:
-        ValueError: if the budget is not positive and finite.
+    The budget is > 0 and finite, else a ValueError, and the growth that of one step; all else is as
+    of `same_batch_table`.
     """
     if not 0.0 < gradients < math.inf:
         raise ValueError(f"gradients must be > 0 and finite, got {gradients}")

@@ -43,16 +43,15 @@ def run_jobs(
     stepped: Callable[[int], None] = lambda steps: None,
     ended: Callable[[Job], None] = lambda job: None,
 ) -> list[Failure]:
-    """All cells; one that fails, or whose process dies, does not keep the others from finishing.
+    """All cells; return those that failed, with why.
+
+    One that fails, or whose process dies, does not keep the others from finishing.
 
     Args:
         jobs: the cells; for a cluster, their folders must be absolute.
         executor: a `Processes`, or what `cluster` gives.
         stepped: told about training steps as they are done; on a cluster, by whole cells.
         ended: told about every cell that has come to an end.
-
-    Returns:
-        The cells that failed, with why.
     """
     failures, told = list[Failure](), 0
     running: dict[Future[str], Job] = {}

@@ -73,7 +73,7 @@ def run_arms(
     threads: int | None = None,
     progress: Progress = lambda what, steps: None,
 ) -> list[Path]:
-    """Train every arm with every seed; one record file each.
+    """Train every arm with every seed; return the paths of their records, in this order.
 
     Args:
         settings: what all runs share.
@@ -87,9 +87,6 @@ def run_arms(
         threads: PyTorch's; default as many as it has, and for a broken run as many as it began
             with, since other numbers of threads round otherwise.
         progress: told about every few steps.
-
-    Returns:
-        The records' paths, in the order of the runs.
 
     Raises:
         RunError: if the device is not available, the folder is in use or holds other records

@@ -112,14 +112,10 @@ class Plan:
 
 
 def check_jobs(jobs: Sequence[Job]) -> list[str]:
-    """Refuse, before anything is written, cells that every try would break off with.
+    """What to tell the user: of cells that never teleport, or with another experiment's rates.
 
-    Returns:
-        What to tell the user: of cells that never teleport, or with another experiment's rates.
-
-    Raises:
-        DataError: if the data cannot be had.
-        RunError: as `check_fits`.
+    Refuses, before anything is written, cells that every try would break off with; errors as of
+    `load` and `check_fits`.
     """
     notes = []
     for settings in dict.fromkeys(job.cell.settings for job in jobs):

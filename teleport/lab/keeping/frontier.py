@@ -148,13 +148,9 @@ class _Run:
             yield {**self._row(step, seconds), "alpha": alpha}
 
     def _row(self, step: int, seconds: float) -> Row:
-        return look_row(self.start.examination.of(self.model), step, seconds, self._spent())
-
-    def _spent(self) -> float:
-        if self.way.method not in USES_SPACE:
-            return 0.0
-        seconds = self.start.space_seconds
-        return seconds.get(self.way.method, seconds[""])
+        method, spent = self.way.method, self.start.space_seconds
+        space_seconds = spent.get(method, spent[""]) if method in USES_SPACE else 0.0
+        return look_row(self.start.examination.of(self.model), step, seconds, space_seconds)
 
     def _loss(self, step: int) -> Tensor:
         task, method = self.start.task, self.way.method

@@ -145,17 +145,10 @@ def run_strategies(
     seeds: Sequence[int],
     out: Path | RecordFolder,
 ) -> list[Path]:
-    """Learn the sequence with every strategy and every seed; one record file each, in ``out``.
+    """Learn the sequence with every strategy and every seed; return the paths of their records.
 
     A seed gives an initialisation, an order of the data and, where the tasks have one, an order of
-    the pixels.
-
-    Returns:
-        The records' paths, in the order of the runs.
-
-    Raises:
-        RunError: as `RecordFolder`.
-        DataError: if the data cannot be had.
+    the pixels. Errors as of `RecordFolder` and `load`.
     """
     sets, folder = course.sets(), RecordFolder(out) if isinstance(out, Path) else out
     _try_out(strategies)

@@ -75,10 +75,7 @@ def tuned_settings(
 
 
 def check_savings(names: Sequence[str], optimizers: Sequence[str], preset: str) -> int:
-    """Refuse, before anything is written, what `write_savings` would refuse; errors as there.
-
-    Returns the number of arms that it looks at with every seed.
-    """
+    """Arms of every seed; refuses, before anything is written, what `write_savings` would."""
     found = tuned_settings(names, optimizers, preset)
     for settings in found:
         check_fits(settings, load(settings.recipe().data))
