@@ -25,11 +25,7 @@ UNPACKED_LIMIT = 1 << 30  # bytes; the largest official content is about a quart
 
 
 def gunzip(content: bytes, where: str, limit: int = UNPACKED_LIMIT) -> bytes:
-    """Decompress gzip, but never to more than ``limit`` bytes; ``where`` names it in messages.
-
-    Raises:
-        DataError: The file is damaged or incomplete, or its content is larger than the limit.
-    """
+    """Decompress gzip, the file ``where``; DataError if damaged, or more than ``limit`` bytes."""
     compressed, result = BytesIO(content), BytesIO()
     try:
         with gzip.GzipFile(fileobj=compressed) as file:
@@ -72,12 +68,7 @@ def tar_members(
 def zip_members(
     content: bytes, where: str, limit: int = UNPACKED_LIMIT
 ) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files in a zip archive, in the order of its directory.
-
-    Raises:
-        DataError: The archive is damaged, has a member that is unsafe, or holds more than ``limit``
-            bytes.
-    """
+    """The same of a zip archive, in the order of its directory; errors as of `tar_members`."""
     try:
         with zipfile.ZipFile(BytesIO(content)) as archive:
             members = archive.infolist()

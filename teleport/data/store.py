@@ -69,8 +69,7 @@ def locate(folder: Path, file: SourceFile) -> Path | None:
 def read_checked(path: Path, file: SourceFile) -> Checked:
     """Read a file and compare its digest; ``.gz`` files are decompressed, archives are not.
 
-    Raises:
-        DataError: The file cannot be read or is not what its digest says.
+    DataError if it cannot be read or is not what its digest says.
     """
     try:
         content = path.read_bytes()

@@ -18,11 +18,7 @@ Tokenizer = Callable[[str], list[str]]
 
 
 def treebank_tokenizer() -> Tokenizer:
-    """NLTK's ``TreebankWordTokenizer``, which the paper uses, as a function that splits one line.
-
-    Raises:
-        DataError: NLTK is not installed.
-    """
+    """NLTK's ``TreebankWordTokenizer``, the paper's, to split one line; DataError without NLTK."""
     try:
         from nltk.tokenize import TreebankWordTokenizer
     except ImportError as error:

@@ -88,13 +88,8 @@ def most_even(terms: Couplings, counts: Couplings, tolerance: float, sweeps: int
 
     Minimises n log E(y) - Σ log(terms), which is, but for a constant, the least Bregman (Burg)
     divergence of α times the terms from ones over α > 0. At the minimum a neuron has its share of
-    E: incoming less outgoing sum over E is incoming less outgoing count over n.
-
-    Args:
-        terms: sums of the terms.
-        counts: how many terms, none of them 0, are in each sum.
-        tolerance: as `least_sum`.
-        sweeps: likewise.
+    E: incoming less outgoing sum over E is incoming less outgoing count over n. The ``terms`` are
+    sums, and ``counts`` says how many terms, none of them 0, are in each.
     """
     ones = [torch.ones_like(each) for each in terms.alone[:-1]]
     surplus = [counts.incoming(n, ones) - counts.outgoing(n, ones) for n in range(len(ones))]

@@ -191,8 +191,7 @@ def pseudo_inverse_of(rows: Float[Tensor, "n d_in"], layer: int, kind: str) -> T
 def only_activation(after: Sequence[tuple[str, nn.Module]]) -> tuple[str, nn.Module]:
     """Name and module of what is between two linear layers; the identity if nothing is.
 
-    Raises:
-        UnsupportedModelError: if there are several.
+    UnsupportedModelError if there are several.
     """
     if len(after) > 1:
         raise UnsupportedModelError(
@@ -205,8 +204,7 @@ def only_activation(after: Sequence[tuple[str, nn.Module]]) -> tuple[str, nn.Mod
 def bend_of(after: Sequence[tuple[str, nn.Module]]) -> Bend:
     """The activation between two linear layers.
 
-    Raises:
-        UnsupportedModelError: if there are several, or it has no inverse in `INVERSES`.
+    UnsupportedModelError if there are several, or it has no inverse in `INVERSES`.
     """
     name, module = only_activation(after)
     if type(module) not in INVERSES:

@@ -79,8 +79,7 @@ def preactivation_action(
 def elementwise_of(after: Sequence[tuple[str, nn.Module]]) -> Elementwise:
     """The activation between two linear layers.
 
-    Raises:
-        UnsupportedModelError: if there are several, or it is not in `ELEMENTWISE`.
+    UnsupportedModelError if there are several, or it is not in `ELEMENTWISE`.
     """
     name, module = only_activation(after)
     if type(module) not in ELEMENTWISE:

@@ -108,10 +108,8 @@ def blocks(
 ) -> list[FolderOutcome]:
     """Every folder below with runs that teleport and their baselines.
 
-    The same runs may be in several folders, recorded again each time, but not copied.
-
-    Raises:
-        RunError: if there is none, or a record is damaged or copied.
+    The same runs may be in several folders, recorded again each time, but not copied. RunError if
+    there is none, or as of `folder_outcomes`.
     """
     found = folder_outcomes(folder, progress)
     compared = [b for b in found if any(s.to_own is not None for s in b.summaries)]
@@ -128,10 +126,8 @@ def folder_outcomes(
 ) -> list[FolderOutcome]:
     """Every folder with records of runs, this one and those below, compared or not.
 
-    ``progress`` is told how many folders were read since, and how many there are.
-
-    Raises:
-        RunError: if a record is damaged or copied.
+    ``progress`` is told how many folders were read since, and how many there are. RunError if a
+    record is damaged or copied.
     """
     places, found = record_folders(folder), dict[Path, list[Run]]()
     for path in places:

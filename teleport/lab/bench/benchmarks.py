@@ -619,11 +619,8 @@ def run_benchmarks(
 
     The folder exists, and holds none of these records yet. ``progress`` is told the name of a job,
     how many ended since the last call, and how many there are: when a job begins and when it has
-    ended.
-
-    Raises:
-        ValueError: if ``threads`` is less than 1.
-        RunError: if a teleport did not do what was to be timed.
+    ended. ValueError for less than one of the ``threads``; RunError if a teleport did not do what
+    was to be timed.
     """
     check_threads(threads)
     setting = Setting(PRESETS[preset], device, threads)

@@ -94,12 +94,10 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time tasks in turn, each right after the reference, again and again.
 
-    One more round than ``rounds`` comes first and is not kept, because first calls load and
+    One more round than ``rounds`` >= 1 comes first and is not kept, because first calls load and
     allocate what later ones find there: not with ``warm_up`` off, for callers that have run all
-    before. No round is begun after ``seconds`` of the clock, but one is always kept.
-
-    Raises:
-        ValueError: if ``rounds`` is less than 1.
+    before. No round is begun after ``seconds`` of the clock, but one is always kept. ValueError for
+    fewer ``rounds``.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be >= 1, got {rounds}")

@@ -88,10 +88,8 @@ def teleport_settings(
 
     The schedule ``paper`` brings the paper's step control (8 steps of a fixed size, bounded norm)
     unless ``lr`` or ``growth`` is given; its step size, cap and warm-up are the experiment's.
-    ``after`` is the number of training steps before the first teleport.
-
-    Raises:
-        ValueError: for an unknown experiment or schedule, or a value out of range.
+    ``after`` is the number of training steps before the first teleport. ValueError for an unknown
+    experiment or schedule, or a value out of range.
     """
     values = find_experiment(experiment).teleport
     chosen = one_of("schedule", schedule, SCHEDULES)

@@ -64,9 +64,8 @@ def find_optimizer(name: str) -> Build:
 def within_range() -> Iterator[None]:
     """Around a step of an optimizer: a step too long for the parameters' type is a divergence.
 
-    Raises:
-        NonFiniteLossError: if a number of the step is beyond the range of its type, which PyTorch
-            and Python report as errors of other kinds.
+    NonFiniteLossError for a number of the step beyond the range of its type, which PyTorch and
+    Python report as errors of other kinds.
     """
     try:
         yield

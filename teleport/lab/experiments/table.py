@@ -93,9 +93,8 @@ def names_in(name: str) -> list[str]:
 def find_experiment(name: str) -> Experiment:
     """The experiment of this name, or of ``file.toml:name``.
 
-    Raises:
-        ValueError: for an unknown name, with the known ones, and for a file without a name.
-        RunError: if the file cannot be read or is not a table of experiments.
+    ValueError for an unknown name, with the known ones, and for a file without a name; RunError if
+    the file cannot be read or is not a table of experiments.
     """
     if name.endswith(".toml"):
         choice = " or ".join(names_in(name))

@@ -17,9 +17,7 @@ SCALARS = ("train_loss", "test_loss", "test_accuracy", "grad_norm")
 def check_tensorboard(folder: Path) -> None:
     """Make the folder, before anything runs.
 
-    Raises:
-        RunError: if TensorBoard is not installed, which tells how to get it, or if the folder
-            cannot be made.
+    RunError if it cannot be made, or, with how to get it, if TensorBoard is not installed.
     """
     _event_writer()
     try:

@@ -125,16 +125,13 @@ def leak(way: str, optimizer: str, size: LeakSize, seed: int) -> dict[str, float
     """Train in one way with one optimizer of `LEAK_RATES`, and measure.
 
     The ways are those of `PROJECTIONS`: the displacement projected by `NullSpace.attach`, only the
-    gradients by `NullSpace.project_`, or PEFT's OSF, which projects gradients, too.
+    gradients by `NullSpace.project_`, or PEFT's OSF, which projects gradients, too. ValueError for
+    another way or optimizer.
 
     Returns:
         ``moved``: Frobenius norm of the change of all linear layers' weights; ``inside``: norm of
         its part inside the kept space, as a share of it; ``drift``: norm of the change of the
         outputs on old data, as a share of theirs.
-
-    Raises:
-        ValueError: for an unknown way or optimizer.
-        RunError: if OSF is asked for and PEFT is not installed.
     """
     one_of("way", way, dict.fromkeys(PROJECTIONS))
     one_of("optimizer", optimizer, LEAK_RATES)

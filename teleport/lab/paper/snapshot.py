@@ -70,12 +70,8 @@ def moment(
     """A named experiment after some training steps, with the optimizer of `rate_of`.
 
     The teleport batch has ``n`` examples, by default the experiment's; ``stepped`` is called after
-    every training step.
-
-    Raises:
-        ValueError: for an unknown name, or ``steps`` out of range.
-        RunError: as `check_fits`.
-        DataError: if the data cannot be had.
+    every training step. ValueError for an unknown name, or ``steps`` out of range; other errors as
+    of `check_fits` and `load`.
     """
     if steps < 0:
         raise ValueError(f"steps must be an integer >= 0, got {steps}")

@@ -81,10 +81,8 @@ def is_plain(state: dict[str, Any]) -> bool:
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold a lock file; the operating system frees it when the process ends, however it ends.
 
-    The file is removed afterwards; the message names what it guards.
-
-    Raises:
-        RunError: if another process holds it, or the file cannot be made.
+    The file is removed afterwards. RunError, with what it guards, if another process holds it, or
+    it cannot be made.
     """
     lock = FileLock(path)
     try:

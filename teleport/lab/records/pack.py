@@ -47,9 +47,8 @@ def pack(
 def unpack(folder: Path, out: Path) -> int:
     """Write the records of a packed study, or of a folder in one, as JSON lines; return how many.
 
-    Raises:
-        RunError: if there are none, the study is damaged, or ``out`` is there already, inside a
-            study, or cannot be written.
+    RunError if there are none, the study is damaged, or ``out`` is there, in a study, or cannot be
+    written.
     """
     records = _records(folder)
     with _new(out) as fresh:

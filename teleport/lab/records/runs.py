@@ -114,9 +114,8 @@ def log(losses: FloatArray) -> FloatArray:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of one record, its configuration first.
 
-    Raises:
-        RunError: if the file cannot be read, or a line other than a torn last one is damaged or
-            lacks what `teleport.lab.records.schema` says it must have.
+    RunError if the file cannot be read, or a line other than a torn last one is damaged or lacks
+    what `teleport.lab.records.schema` says it must have.
     """
     if is_packed(path):
         packed = packed_rows(path)
@@ -141,11 +140,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def first_row(path: Path) -> dict[str, Any]:
-    """The first row of one record, whatever the others are.
-
-    Raises:
-        RunError: if the file cannot be read, or the line is damaged.
-    """
+    """The first row of one record, whatever the others are; RunError if it cannot be read."""
     if is_packed(path):
         return packed_config(path)
     try:

@@ -68,12 +68,8 @@ def check_folder(
 
     It exists, and the ``command``, as `made_by` names it, writes there. The first row of all its
     records must say what is ``shared``; the ``added`` keys older ones do not have. The ``names``
-    are of the records to be written, by arm and seed.
-
-    Raises:
-        RunError: naming the first record that does not belong, or that is one of those to be
-            written under another name, or two records of one arm and seed; or if the folder is in
-            a packed study.
+    are of the records to be written, by arm and seed. RunError names the first record that does not
+    belong, or is one to be written under another name, or two of one arm and seed, or the study.
     """
     refuse_packed(folder)
     kept: dict[tuple[str, int], Path] = {}
