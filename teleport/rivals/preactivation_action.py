@@ -47,17 +47,15 @@ def preactivation_action(
 ) -> list[Tensor]:
     """Let one group element act between every two consecutive layers, first to last.
 
+    Matrices, rows, elements and what is returned are as of `group_action`.
+
     Args:
-        matrices: ``[d_out, d_in]`` per layer; a bias is the last column.
-        rows: inputs of the first layer, with a 1 for the bias if it has one.
-        elements: ``g [d, d]`` per hidden layer.
+        matrices: ``[d_out, d_in]`` per layer.
+        rows: ``[n, d_in]``.
+        elements: ``[d, d]`` per hidden layer.
         activations: σ per hidden layer.
         pseudo_inverse: ``"qr"``, for independent activations; ``"svd"`` also solves in the
             least-squares sense where they are not, and then the outputs move.
-
-    Returns:
-        New matrices. Differentiable in ``elements``, and right at the identity, where the change of
-        the pseudo-inverse is multiplied by zero; elsewhere that term is left out.
 
     Raises:
         ClosureError: if the new activations of a layer are not independent (``"qr"`` only).
