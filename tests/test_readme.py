@@ -99,7 +99,11 @@ def cost_lines() -> list[str]:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     both = read_benchmarks(RESULTS / "bench" / "two-threads")["step"].rows
     whole = [timing(row).ratio.median for row in both if row["operation"] == COSTS[-1][1]]
-    return [*lines, f"| the same on two threads | {' | '.join(f'{cost:.2f}' for cost in whole)} |"]
+    lines.append(f"| the same on two threads | {' | '.join(f'{cost:.2f}' for cost in whole)} |")
+    pairs = zip(now["memory"].rows, then["memory"].rows, strict=True)
+    peaks = [[row["tangent"] / row["gradient"] for row in rows] for rows in pairs]
+    cells = " | ".join("{:.2f} ({:.2f})".format(*peak) for peak in peaks)
+    return [*lines, f"| memory at the peak, in that of a gradient | {cells} |"]
 
 
 def tool_lines() -> list[str]:

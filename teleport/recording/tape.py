@@ -129,7 +129,7 @@ class Tape:
         self.precision = coarsest([self.loss.dtype, *self._dtypes.values()])
         self._half = is_half(self.precision)
         self._forgotten = False
-        self._grams: dict[Any, Tensor] = {}
+        self._grams: dict[Any, Tensor] = {}  # by blocks and by the keys of their rows
         self._gradients: dict[WeightMatrix, Tensor] = {}
         self._shares: dict[Metric, Shares] = {}
 
@@ -173,10 +173,12 @@ class Tape:
 
         Blocks whose rows are the same, as queries, keys and values, have one.
         """
-        key = self.rows_key(block)
-        if key not in self._grams:
-            self._grams[key] = gram_matrix(self.rows(block).double().mT)
-        return self._grams[key]
+        if block not in self._grams:
+            key = self.rows_key(block)
+            if key not in self._grams:
+                self._grams[key] = gram_matrix(self.rows(block).double().mT)
+            self._grams[block] = self._grams[key]
+        return self._grams[block]
 
     def _single(self, rows: Tensor) -> Tensor:
         return at_least_single(rows) if self._half else rows
@@ -393,7 +395,7 @@ def _basis_of_rows(tape: Tape, block: WeightMatrix, space: RowSpace) -> Projecto
     count = tape.row_count(block)
     if count < d_in:
         tape.collect(block, space)
-        return space.basis_if_independent(tape._grams.get(tape.rows_key(block))) or space.basis()
+        return space.basis_if_independent(tape._grams.get(block)) or space.basis()
     norms = (call.part.row_norms(at_least_single(call.x.detach())) for call in calls)
     energy = sum(map(squared_norm, norms))
 
