@@ -1,12 +1,14 @@
 """Comparing answers: is this of the right kind, and is it the same value?"""
 
+import math
 import numbers
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from teleport.check.literal import cut
+from teleport.check.literal import cut, dense
 
 ANSWER_TOLERANCE = 1e-9
 """Relative to the largest entry: rounding of float64 in cases as small as ours stays far below."""
@@ -19,6 +21,9 @@ def misfit(answer: Any, like: Any) -> tuple[str, str] | None:
     """
     if answer is None:
         return "nothing was returned", "End your function with a `return` of its result."
+    if isinstance(answer, Tensor) and not dense(answer):
+        advice = "Return a dense tensor: x.to_dense()."
+        return f"a tensor with its values was expected, not {_kind(answer)}", advice
     if isinstance(like, bool):
         return _not_bool(answer)
     if isinstance(like, (int, float)):
@@ -53,6 +58,22 @@ def near(a: Tensor, b: Tensor, tolerance: float = ANSWER_TOLERANCE) -> bool:
     return bool(same.all())
 
 
+def finite(value: Any) -> bool:
+    """Whether no number of an answer is infinite or NaN."""
+    if isinstance(value, (list, tuple)):
+        return all(map(finite, value))
+    tensor = _as_tensor(value)
+    return tensor is None or bool(tensor.double().isfinite().all())
+
+
+def plain(value: Any) -> Any:
+    """A number out of its tensor or array of one element; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.item() if dense(value) and value.numel() == 1 else value
+    one = isinstance(value, (np.generic, np.ndarray)) and value.size == 1
+    return value.item() if one else value
+
+
 def vanishes(tensor: Tensor) -> bool:
     """Whether all entries are 0 up to rounding."""
     return near(tensor, torch.zeros_like(tensor))
@@ -85,26 +106,34 @@ def _flat(value: Any) -> Tensor | None:
 
 def _as_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
-        return None if value.is_complex() else value
-    if isinstance(value, numbers.Real):
-        return torch.tensor(float(value), dtype=torch.float64)
+        return value.cpu() if dense(value) and not value.is_complex() else None
+    number = plain(value)
+    if isinstance(number, numbers.Real):
+        return torch.tensor(_float(number), dtype=torch.float64)
     return None
 
 
+def _float(number: Any) -> float:
+    """A real number; infinite where it is too large for a float."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+
+
 def _not_bool(answer: Any) -> tuple[str, str] | None:
-    if isinstance(answer, bool) or (isinstance(answer, Tensor) and answer.dtype == torch.bool):
+    if isinstance(plain(answer), bool):
         return None
     return f"True or False was expected, not {_kind(answer)}", ""
 
 
 def _not_number(answer: Any, whole: bool) -> tuple[str, str] | None:
-    if isinstance(answer, Tensor) and answer.numel() == 1 and not answer.is_complex():
-        answer = answer.item()
+    answer = plain(answer)
     wanted = "a whole number" if whole else "a number"
     if not isinstance(answer, numbers.Real) or isinstance(answer, bool):
         return f"{wanted} was expected, not {_kind(answer)}", ""
-    if whole and float(answer) != round(float(answer)):
-        return f"{wanted} was expected, not {float(answer)}", ""
+    if whole and not _float(answer).is_integer():
+        return f"{wanted} was expected, not {_float(answer)}", ""
     return None
 
 
@@ -124,6 +153,8 @@ def _not_tensor(answer: Any, like: Tensor) -> tuple[str, str] | None:
             f"the dtype is {answer.dtype} instead of {like.dtype}",
             "Give new tensors the dtype of the inputs: torch.eye(n, dtype=x.dtype), x.new_ones(n).",
         )
+    if answer.device != like.device:
+        return f"the tensor is on {answer.device} instead of {like.device}", "Return x.cpu()."
     return None
 
 

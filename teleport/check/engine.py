@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from teleport.check.answers import alike, factor, misfit, transposed
+from teleport.check.answers import alike, factor, finite, misfit, transposed
 from teleport.check.draw import Draw, hypothesis
 from teleport.check.guard import CALL_SECONDS, Outcome, Watch, call, copied
 from teleport.check.literal import cut, literal, statements
@@ -27,6 +27,9 @@ CASES = 40
 
 SMALLER = 80
 """Cases that the search for a smaller one may try."""
+
+ROUGH = 1e-3
+"""Of answers that are wrong by no more, relative to the largest entry, rounding is the cause."""
 
 BUDGET = 4.0
 """Seconds after which no new case is tried, see `Watch`."""
@@ -177,8 +180,11 @@ def examine(check: Check, fn: Any) -> Verdict:
         CheckError: if Hypothesis is not installed.
     """
     refused = _unusable(check, fn)
-    if refused is not None:
-        return refused
+    return _tried(check, fn) if refused is None else refused
+
+
+@torch.enable_grad()
+def _tried(check: Check, fn: Callable[..., Any]) -> Verdict:
     watch = Watch(BUDGET)
     survey: list[Trial] = []
     _search(check, fn, survey, watch)
@@ -258,7 +264,7 @@ def _problem(check: Check, case: Case, outcome: Outcome) -> Problem | None:
     wrong_kind = check.fits(case, outcome.value, right)
     if wrong_kind is not None:
         return problem(f"{wrong_kind[0]}: {literal(outcome.value)}", wrong_kind[1])
-    if not _finite(outcome.value):
+    if not finite(outcome.value):
         advice = "NaN comes from 0/0, infinity from a division by 0: which divisor can be 0 here?"
         return problem(literal(outcome.value), advice)
     for order, (statement, prop) in enumerate(check.properties.items()):
@@ -275,6 +281,8 @@ def _exception(error: BaseException) -> tuple[str, str]:
     if isinstance(error, SystemExit):
         raised = "exit() was called"
         advice = "Leave a function with `return`; exit() and sys.exit() end the whole program."
+    elif isinstance(error, EOFError):
+        advice = "Nobody is there to answer an input(): work with the arguments alone."
     elif isinstance(error, NotImplementedError):
         advice = "Replace the line that raises NotImplementedError by your answer."
     elif isinstance(error, ModuleNotFoundError):
@@ -289,12 +297,6 @@ def _exception(error: BaseException) -> tuple[str, str]:
     return raised, advice
 
 
-def _finite(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_finite, value))
-    return bool(torch.as_tensor(value).isfinite().all())
-
-
 def _unusable(check: Check, fn: Any) -> Verdict | None:
     """The verdict on what cannot be called with the arguments of the check."""
     takes = f"The function is {check.signature}."
@@ -306,12 +308,14 @@ def _unusable(check: Check, fn: Any) -> Verdict | None:
         got = f"{type(fn).__name__} {cut(repr(fn), 60)}"
         return wrong(got, f"Pass the function itself: check.{check.name}(my_function).")
     try:
-        inspect.signature(fn).bind(*check.takes)
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # compiled functions have no signature to look at
+        return None
+    try:
+        signature.bind(*check.takes)
     except TypeError as error:
         hint = f"It is called with {len(check.takes)} arguments, in this order."
-        return wrong(f"{_name(fn)}{inspect.signature(fn)}: {error}", hint)
-    except ValueError:  # compiled functions have no signature to look at
-        return None
+        return wrong(f"{_name(fn)}{signature}: {error}", hint)
     return None
 
 
@@ -345,8 +349,21 @@ def _diagnosis(check: Check, survey: list[Trial]) -> str:
         pairs = zip(same_hint, survey, strict=True)
         if all(_explains(check, wrong, attempt) for (_, wrong), attempt in pairs):
             return str(same_hint[0][0])
+    if any(attempt.order < 0 for attempt in survey):
+        return ""  # of another kind than the right ones, which the advice is about
+    if all(_is_rough(check, attempt) for attempt in survey):
+        return (
+            "Every answer is right in its first digits only: is it rounded, or calculated in "
+            "float32 on the way? The inputs are float64."
+        )
     constant = _constant(check, survey)
     return "" if constant is None else f"Every answer is {constant:g} times what it should be."
+
+
+def _is_rough(check: Check, attempt: Trial) -> bool:
+    """Whether an answer is near the right one."""
+    right = check.answer(*map(copied, attempt.case.values()))
+    return alike(check.view(attempt.outcome.value), check.view(right), ROUGH)
 
 
 def _explains(check: Check, wrong: Wrong, attempt: Trial) -> bool:
@@ -376,7 +393,7 @@ def _constant(check: Check, survey: list[Trial]) -> float | None:
     found = set()
     for attempt in survey:
         right = check.answer(*map(copied, attempt.case.values()))
-        value = factor(attempt.outcome.value, right) if attempt.outcome.returned else None
+        value = factor(attempt.outcome.value, right)
         if value is not None:
             found.add(round(value, 9))
         elif factor(right, right) is not None or not alike(attempt.outcome.value, right):

@@ -7,6 +7,7 @@ process is left out, and the rest is run again without it.
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 from teleport.check.draw import hypothesis
 from teleport.check.submission import read_submission
-from teleport.check.units import Unit
+from teleport.check.units import Unit, bound
 from teleport.check.verdict import Verdict
 from teleport.errors import CheckError
 
@@ -170,9 +171,16 @@ def _follow(
         if current < 0:
             how = "did not start in time" if alive else f"ended with code {code}"
             raise CheckError(f"the process that runs the answers {how}")
-        ended = f"it ended the process (exit code {code})"
-        run.broken[current] = f"no end after {limit:g} seconds" if alive else ended
+        late = f"no end after {limit:g} seconds (--time-limit gives more)"
+        run.broken[current] = late if alive else f"it ended the process ({_how(code)})"
         return False
+
+
+def _how(code: int | None) -> str:
+    """How a process ended, in words."""
+    if code == -9:  # the signal that nothing can hold up
+        return "killed, as where the memory does not suffice"
+    return f"exit code {code}"
 
 
 @dataclass(frozen=True)
@@ -202,9 +210,15 @@ def _graded(units: list[Unit], run: _Run) -> list[Exercise]:
         passed = not error and all(verdicts)
         # The text of a verdict that an assertion repeats is in the verdict already.
         reason = "" if passed or (verdicts and not all(verdicts)) else error
-        missing = any("NameError" in text for text in (error, *(v.got for v in verdicts)))
-        if missing and failures:
-            reason = "\n".join(filter(None, [reason, "earlier, in " + "; in ".join(failures)]))
+        said = " ".join([error, *(verdict.got for verdict in verdicts)])
+        missing = re.search(r"NameError: .*'(\w+)'", said)
+        if missing:
+            later = [other.place for other in units[index + 1 :] if missing[1] in bound(other.tree)]
+            more = [
+                "earlier, in " + "; in ".join(failures) if failures else "",
+                f"{missing[1]} is only made in {later[0]}, and cells run in order" if later else "",
+            ]
+            reason = "\n".join(filter(None, [reason, *more]))
         found.setdefault(unit.exercise, []).append(_Tried(unit, passed, reason, verdicts))
     return [_exercise(name, tried) for name, tried in found.items()]
 
@@ -221,12 +235,13 @@ def _exercise(name: str, tried: list[_Tried]) -> Exercise:
     best = [next((one for one in same if one.passed), same[0]) for same in contents.values()]
     shown = next((one for one in best if not one.passed), best[0])
     places = [one.unit.place for one in tried]
-    note = ""
+    notes = [f"{one.unit.place} is not as it was handed out" for one in tried if one.unit.changed]
     if len(tried) > 1:
-        note = f"{', '.join(places[:-1])} and {places[-1]} grade this exercise: it counts once"
+        listed = f"{', '.join(places[:-1])} and {places[-1]}"
+        notes.append(f"{listed} grade this exercise: it counts once")
     if len(best) > 1:
-        note += ", and only if every one of the different cells passes; delete the copies"
-    unit, passed = shown.unit, shown.passed
+        notes[-1] += ", and only if every one of the different cells passes; delete the copies"
+    unit, passed, note = shown.unit, shown.passed, "; ".join(notes)
     points = unit.points if passed else 0.0
     return Exercise(
         name, unit.place, points, unit.points, passed, shown.reason, shown.verdicts, note

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from teleport.check.literal import cut
+
 CALL_SECONDS = 3.0
 """Seconds that one call may take, see `Watch`. The cases are tiny: a right answer takes
 milliseconds."""
@@ -85,6 +87,8 @@ class Outcome:
 class Bounded(io.TextIOBase):
     """A text stream that keeps the beginning of what is written and counts the rest."""
 
+    encoding = "utf-8"
+
     def __init__(self, most: int = PRINTED) -> None:
         super().__init__()
         self._most = most
@@ -100,7 +104,7 @@ class Bounded(io.TextIOBase):
     def getvalue(self) -> str:
         """The beginning, and how much more there was."""
         more = self._count - len(self._kept)
-        return self._kept + (f" … ({more} more characters)" if more else "")
+        return cut(self._kept) + (f" … ({more} more characters)" if more else "")
 
 
 def each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -9,6 +9,10 @@ MOST_CHARACTERS = 600
 """Characters of a value that is not ours to print whole."""
 
 
+MOST_ENTRIES = 200
+"""Entries of a tensor or list that is printed whole."""
+
+
 def statements(name: str, value: Any) -> list[str]:
     """Code that binds ``name`` to a value of a case, which may have a method that knows it."""
     if hasattr(value, "statements"):
@@ -18,8 +22,10 @@ def statements(name: str, value: Any) -> list[str]:
 
 def literal(value: Any) -> str:
     """An expression for tensors, numbers and lists of them; a cut ``repr`` for anything else."""
-    if type(value) is Tensor or isinstance(value, torch.nn.Parameter):
+    if (type(value) is Tensor or isinstance(value, torch.nn.Parameter)) and dense(value):
         return _tensor(value.detach())
+    if isinstance(value, (list, tuple)) and len(value) > MOST_ENTRIES:
+        return f"a {type(value).__name__} of {len(value)} entries"
     if isinstance(value, list):
         return f"[{', '.join(map(literal, value))}]"
     if type(value) is tuple:
@@ -28,13 +34,19 @@ def literal(value: Any) -> str:
 
 
 def cut(text: str, longest: int = MOST_CHARACTERS) -> str:
-    """The text, or its beginning and how much was left out."""
+    """The text, or its beginning and how much was left out; without what terminals act on."""
     left_out = len(text) - longest
-    return text if left_out <= 0 else f"{text[:longest]} … ({left_out} more characters)"
+    text = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text[:longest])
+    return text if left_out <= 0 else f"{text} … ({left_out} more characters)"
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether it has a value at each place: it is not sparse, nested or of the device "meta"."""
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
 
 
 def _tensor(value: Tensor) -> str:
-    if value.numel() > 200:
+    if value.numel() > MOST_ENTRIES:
         return f"a tensor of shape {tuple(value.shape)}"
     dtype = "" if value.dtype in (torch.int64, torch.bool) else f", dtype={value.dtype}"
     if value.numel() == 0:

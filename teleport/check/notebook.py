@@ -5,9 +5,10 @@ cannot be tried any more, would otherwise change the points without a word.
 """
 
 import ast
+import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def _unit(path: Path, cell: AnswerCell, marked: bool, names: Names) -> tuple[Uni
             return None, ""
         fault = f"the graded cell is {cell.kind} now, not code: nothing is tried"
         return Unit(NOTHING, cell.place, exercise, points, fault), ""
-    tree, text, fault = NOTHING, cell.source, ""
+    tree, text, fault, lost = NOTHING, cell.source, "", False
     try:
         tree, text, magic = parse_cell(cell.source)
     except SyntaxError as error:
@@ -159,10 +160,29 @@ def _unit(path: Path, cell: AnswerCell, marked: bool, names: Names) -> tuple[Uni
             fault = f"the graded cell begins with {magic}: its code is not run as Python"
         elif exercise and not tree.body:
             fault = "the graded cell is empty: nothing is tried"
+        elif lost := _changed(cell) and not _tries(tree):
+            fault = "the graded cell is not as it was handed out: nothing is tried"
     calls: list[str] = []
     if not marked and (calls := checks_called(tree)):
         exercise, points = names.new(calls[0]), float(len(calls))
-    return Unit(tree, cell.place, exercise, points, fault, tuple(calls), cell.source.strip()), text
+    source = "" if lost else cell.source.strip()
+    unit = Unit(tree, cell.place, exercise, points, fault, tuple(calls), source, _changed(cell))
+    return unit, text
+
+
+def _changed(cell: AnswerCell) -> bool:
+    """Whether a graded cell is another than the one of which nbgrader noted the checksum."""
+    noted = cell.graded.get("checksum")
+    if not isinstance(noted, str):
+        return False
+    # As nbgrader does it: source, kind, that it grades, is no solution and locked, name, points.
+    name, points = cell.graded["grade_id"], float(cell.graded["points"])
+    handed = f"{cell.source[:-1]}codeTrueFalseTrue{name}{points}".encode("utf-8", "replace")
+    return hashlib.md5(handed, usedforsecurity=False).hexdigest() != noted
+
+
+def _tries(tree: ast.Module) -> bool:
+    return bool(checks_called(tree)) or any(isinstance(n, ast.Assert) for n in ast.walk(tree))
 
 
 def _deleted(cells: list[AnswerCell]) -> Iterator[Unit]:
@@ -202,6 +222,8 @@ def _check_copies(path: Path, units: list[Unit]) -> None:
 
 
 def _without_text(units: list[Unit]) -> list[Unit]:
-    """Copies of a graded cell that are text now, or empty, are nothing, if the cell is there."""
+    """Copies of a graded cell that try nothing grade nothing, if the cell is there."""
     tried = {unit.exercise for unit in units if unit.source}
-    return [u for u in units if u.source or not u.exercise or u.exercise not in tried]
+    lost = (unit for unit in units if not unit.source and unit.exercise in tried)
+    plain = {id(unit): replace(unit, exercise="", fault="") for unit in lost}
+    return [plain.get(id(unit), unit) for unit in units]

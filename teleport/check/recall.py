@@ -10,6 +10,7 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+from teleport.check.answers import plain
 from teleport.check.engine import tell
 from teleport.check.literal import cut
 from teleport.check.verdict import Verdict
@@ -49,7 +50,7 @@ def value(
     ``why`` says of the numbers that usual mistakes give what is wrong with them. The tolerance is
     relative, for numbers that are not whole. The rest is as of `choice`.
     """
-    answer, number = _plain(answer)
+    answer, number = _number(answer)
 
     def equal(other: float | int) -> bool:
         return number and math.isclose(answer, other, rel_tol=tolerance, abs_tol=tolerance)
@@ -70,7 +71,7 @@ def answer(given: Any, seal: str, think: str, *, theorem: str = "", quiet: bool 
         ValueError: if the seal is none.
     """
     name, digits, _ = _parts(seal)
-    given, number = _plain(given)
+    given, number = _number(given)
     letter = isinstance(given, str) and len(given.strip()) == 1
     if number if digits else letter:
         passed, hint = seal_of(given, name, digits) == seal, f"Not quite: think of {think}."
@@ -102,10 +103,9 @@ def seal_of(right: str | float | int, name: str, digits: int = 0) -> str:
     return f"{name}:{digits}:{digest}"
 
 
-def _plain(answer: Any) -> tuple[Any, bool]:
+def _number(answer: Any) -> tuple[Any, bool]:
     """The answer, out of its tensor or array of one element, and whether it is a number."""
-    if hasattr(answer, "item") and getattr(answer, "numel", lambda: 1)() == 1:
-        answer = answer.item()
+    answer = plain(answer)
     return answer, isinstance(answer, numbers.Real) and not isinstance(answer, bool)
 
 

@@ -83,4 +83,4 @@ def _reason(error: BaseException) -> str:
     text = "".join(traceback.format_exception_only(error)).strip()
     if isinstance(error, FileNotFoundError):
         text += " (answers are run in an empty folder and should not read files)"
-    return cut(text.encode("utf-8", "backslashreplace").decode(), 2000)
+    return cut(text, 2000)

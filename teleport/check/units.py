@@ -21,6 +21,7 @@ class Unit:
         fault: why it is not run, or empty.
         calls: checks that it has to call for the points.
         source: what stands there; of two pieces that grade one exercise, whether they are the same.
+        changed: whether it is not what nbgrader handed out.
     """
 
     tree: ast.Module
@@ -30,6 +31,7 @@ class Unit:
     fault: str = ""
     calls: tuple[str, ...] = ()
     source: str = ""
+    changed: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,16 @@ def _calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
                 match owner:
                     case ast.Name("check") | ast.Attribute(ast.Name("teleport"), "check"):
                         yield name, node
+
+
+def bound(tree: ast.AST) -> set[str]:
+    """Names that a piece gives to functions, classes and values."""
+    names = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name) | ast.ClassDef(name) | ast.Name(name, ast.Store()):
+                names.add(name)
+    return names
 
 
 class Names:

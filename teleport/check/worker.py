@@ -29,13 +29,12 @@ def run_pieces(path: Path, results: TextIO, skip: set[int]) -> None:
         if index in skip:
             continue
         _tell(results, {"begin": index})
-        stream = Bounded(2000)
+        stream = Bounded()
         quiet = contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream)
         with quiet[0], quiet[1], hearing() as heard:
             error = unit.fault or session.run(unit.tree)
         verdicts = [asdict(verdict) for verdict in heard]
-        printed = stream.getvalue()
-        _tell(results, {"end": index, "error": error, "verdicts": verdicts, "printed": printed})
+        _tell(results, {"end": index, "error": error, "verdicts": verdicts})
 
 
 def _tell(results: TextIO, message: dict[str, Any]) -> None:
