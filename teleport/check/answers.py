@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from teleport.check.literal import cut, dense
+from teleport.check.literal import dense, shown
 
 ANSWER_TOLERANCE = 1e-9
 """Relative to the largest entry: rounding of float64 in cases as small as ours stays far below."""
@@ -171,4 +171,4 @@ def _not_sequence(answer: Any, like: Any) -> tuple[str, str] | None:
 
 
 def _kind(value: Any) -> str:
-    return f"{type(value).__name__} {cut(repr(value), 60)}"
+    return f"{type(value).__name__} {shown(value, 60)}"

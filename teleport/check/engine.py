@@ -9,7 +9,7 @@ a hint is a finding, not a guess.
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from teleport.check.answers import alike, factor, finite, misfit, transposed
 from teleport.check.draw import Draw, hypothesis
 from teleport.check.guard import CALL_SECONDS, Outcome, Watch, call, copied
-from teleport.check.literal import cut, literal, statements
+from teleport.check.literal import cut, literal, shown, statements
 from teleport.check.verdict import Verdict
 
 CASES = 40
@@ -180,10 +180,15 @@ def examine(check: Check, fn: Any) -> Verdict:
         CheckError: if Hypothesis is not installed.
     """
     refused = _unusable(check, fn)
-    return _tried(check, fn) if refused is None else refused
+    if refused is not None:
+        return refused
+    # Cases lie on the CPU and their answers need gradients, whatever a notebook has set.
+    away = torch.get_default_device().type != "cpu"
+    usual = torch.device("cpu") if away else nullcontext()
+    with torch.inference_mode(False), torch.enable_grad(), usual:
+        return _tried(check, fn)
 
 
-@torch.enable_grad()
 def _tried(check: Check, fn: Callable[..., Any]) -> Verdict:
     watch = Watch(BUDGET)
     survey: list[Trial] = []
@@ -305,7 +310,7 @@ def _unusable(check: Check, fn: Any) -> Verdict | None:
         return Verdict(check.name, False, check.theorem, takes, "", check.signature, got, hint)
 
     if not callable(fn):
-        got = f"{type(fn).__name__} {cut(repr(fn), 60)}"
+        got = f"{type(fn).__name__} {shown(fn, 60)}"
         return wrong(got, f"Pass the function itself: check.{check.name}(my_function).")
     try:
         signature = inspect.signature(fn)

@@ -30,7 +30,15 @@ def literal(value: Any) -> str:
         return f"[{', '.join(map(literal, value))}]"
     if type(value) is tuple:
         return f"({', '.join(map(literal, value))}{',' if len(value) == 1 else ''})"
-    return cut(repr(value))
+    return shown(value)
+
+
+def shown(value: Any, longest: int = MOST_CHARACTERS) -> str:
+    """The beginning of its ``repr``, or why it has none."""
+    try:
+        return cut(repr(value), longest)
+    except Exception as error:  # a number of too many digits, a method of a learner's own
+        return f"(its repr raises {type(error).__name__})"
 
 
 def cut(text: str, longest: int = MOST_CHARACTERS) -> str:

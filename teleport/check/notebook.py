@@ -66,6 +66,8 @@ def read_notebook(path: Path, content: bytes) -> Submission:
 
 
 def _cells(path: Path, content: bytes) -> list[AnswerCell]:
+    if not content.strip():
+        raise CheckError(f"{path} is empty: save the notebook in Jupyter first")
     try:
         book = json.loads(content)  # UTF-8, UTF-16 or UTF-32, with a byte order mark or without
     except (ValueError, RecursionError) as error:

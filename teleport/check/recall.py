@@ -12,7 +12,7 @@ from typing import Any
 
 from teleport.check.answers import plain
 from teleport.check.engine import tell
-from teleport.check.literal import cut
+from teleport.check.literal import shown
 from teleport.check.verdict import Verdict
 
 
@@ -121,5 +121,5 @@ def _verdict(
 ) -> Verdict:
     if passed:
         return tell(Verdict(name, True, theorem), quiet)
-    got, statement = cut(repr(answer), 100), "The answer has to be right."
+    got, statement = shown(answer, 100), "The answer has to be right."
     return tell(Verdict(name, False, theorem, statement, "", expected, got, hint), quiet)

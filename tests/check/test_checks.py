@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -307,6 +308,11 @@ def rejected(gradient, basis):
     return gradient @ torch.eye(basis.shape[0])
 
 
+class Unspeakable:
+    def __repr__(self):
+        raise ZeroDivisionError
+
+
 BAD = {
     "nothing": (lambda g, b: None, "nothing was returned", "`return`"),
     "array": (lambda g, b: g.numpy(), "not ndarray", "torch.as_tensor"),
@@ -332,6 +338,18 @@ BAD = {
     "transposed": (lambda g, b: (g - g @ b @ b.T).T, "the shape is (2, 1)", "transposed"),
     "negative": (lambda g, b: g @ b @ b.T - g, "tensor", "Every answer is -1 times"),
     "complex": (lambda g, b: g.to(torch.complex128), "complex", ""),
+    "sparse": (lambda g, b: g.to_sparse(), "a tensor with its values", "to_dense"),
+    "without values": (lambda g, b: g.to("meta"), "a tensor with its values", ""),
+    "without a text": (lambda g, b: Unspeakable(), "its repr raises ZeroDivisionError", ""),
+    "a huge number": (lambda g, b: 10**5000, "not int", "torch.as_tensor"),
+    "a long list": (lambda g, b: [0.0] * 1_000_000, "a list of 1000000 entries", ""),
+    "input": (lambda g, b: (_ for _ in ()).throw(EOFError), "EOFError", "input()"),
+    "single precision": (
+        lambda g, b: (g.float() - g.float() @ b.float() @ b.float().T).double(),
+        "tensor",
+        "first digits only",
+    ),
+    "three digits": (lambda g, b: (g - g @ b @ b.T) * 1.0004, "tensor", "first digits only"),
     "arguments": (lambda g: g, "too many positional arguments", "2 arguments"),
     "no function": (7, "int 7", "check.projection(my_function)"),
 }
@@ -345,6 +363,66 @@ def test_whatever_a_function_does_the_answer_is_kind(case):
     assert got in verdict.got
     assert hint in verdict.hint
     assert verdict.statement
+
+
+NOT_WHOLE = {
+    "infinite": (math.inf, "a whole number was expected, not inf"),
+    "NaN": (torch.tensor(math.nan), "a whole number was expected, not nan"),
+    "too large": (10**400, "1000"),
+    "a half": (Fraction(1, 2), "a whole number was expected, not 0.5"),
+    "two": (np.array([1, 2]), "a whole number was expected, not ndarray"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_WHOLE)
+def test_of_a_number_nothing_ends_the_check(case):
+    answer, got = NOT_WHOLE[case]
+    verdict = check.path_degree(lambda blocks: answer, quiet=True)
+    assert not verdict.passed
+    assert got in verdict.got
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("stationary", np.bool_),
+        ("stationary", torch.tensor),
+        ("path_degree", Fraction),
+        ("path_degree", np.array),
+        ("leak", np.float64),
+        ("leak", lambda value: torch.tensor([value], dtype=torch.float64)),
+    ],
+)
+def test_a_right_number_may_be_of_any_kind(name, made):
+    one = check.CHECKS[name]
+    verdict = one(lambda *arguments: made(one.answer(*arguments)), quiet=True)
+    assert verdict.passed, str(verdict)
+
+
+@pytest.mark.parametrize("name", ["rotation", "teleport_step", "half_width"])
+def test_what_a_notebook_has_set_does_not_matter(name):
+    one = check.CHECKS[name]
+    with torch.device("meta"), torch.inference_mode():
+        torch.set_grad_enabled(False)
+        assert one(one.answer, quiet=True)
+
+
+def test_what_a_terminal_would_act_on_is_written_out():
+    def wild(gradient, basis):
+        sys.stdout.write("\x1b[2J\ud800")
+        raise ValueError("\x1b[31m\ud800 é")
+
+    verdict = check.projection(wild, quiet=True)
+    assert verdict.got == "ValueError: \\x1b[31m\\ud800 é"
+    assert verdict.printed == "\\x1b[2J\\ud800"
+
+
+def test_the_stream_of_a_function_has_an_encoding():
+    def encodes(gradient, basis):
+        sys.stdout.write("é".encode(sys.stdout.encoding).decode())
+        return gradient - gradient @ basis @ basis.T
+
+    assert check.projection(encodes, quiet=True)
 
 
 @pytest.mark.slow
@@ -528,7 +606,8 @@ def test_questions_with_one_answer(capsys):
     assert check.value(np.float64(0.1 + 0.2), 0.3, quiet=True)
     assert check.value(54, 53, {54: "one too many"}, quiet=True).hint == "one too many"
     assert check.value(55, 53, {54: "one too many"}, quiet=True).hint == ""
-    assert "a number" in check.value(None, 53, quiet=True).hint
+    for none in (None, np.array([53, 53])):
+        assert "a number" in check.value(none, 53, quiet=True).hint
     assert not check.value(True, 1, quiet=True)
     assert not check.value(math.nan, 1, quiet=True)
     assert "that is the other one" in capsys.readouterr().out
@@ -609,7 +688,7 @@ def test_every_exercise_of_an_unruly_file_is_graded_on_its_own(tmp_path):
     assert "line 3: ModuleNotFoundError" in found["rank"].reason
     assert "FileNotFoundError" in found["basis"].verdicts[0].got
     assert found["held_out_drift"].reason == "it ended the process (exit code 3)"
-    assert found["drift_bound"].reason == "no end after 10 seconds"
+    assert found["drift_bound"].reason == "no end after 10 seconds (--time-limit gives more)"
     assert [path.name for path in tmp_path.iterdir()] == ["unruly.py"]
 
 

@@ -6,7 +6,9 @@ import sys
 import textwrap
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbgrader.utils import compute_checksum
 
 from teleport.check import worker
 from teleport.check.grading import Grades, _graded, _Run, grade
@@ -205,6 +207,7 @@ ODD = {
     "deep": ("[" * 100_000, "not a notebook"),
     "a long number": ('{"nbformat": ' + "9" * 5000 + "}", "not a notebook"),
     "bytes": (b"\xff\xfe\xff", "not a notebook"),
+    "nothing": (b" \n", "is empty: save"),
 }
 
 
@@ -332,6 +335,65 @@ def test_a_graded_cell_that_is_copied_counts_once(how, tmp_path, graded):
     if note:
         assert "it counts once" in note
         assert f"cell {len(cells) + 1}" in note
+
+
+def handed_out(path, cells):
+    """A notebook as nbgrader hands it out, with what its cells are now."""
+    read = nbformat.from_dict(book(*cells))
+    for one in read["cells"]:
+        if one.metadata:
+            one.metadata.nbgrader["checksum"] = compute_checksum(one)
+    return written(path, json.loads(json.dumps(read)))
+
+
+CHANGED = {
+    "not": (TEST, True, ""),
+    "the end of a line": (TEST + "\n", True, ""),
+    "made better": ("v = check.projection(projection)\nassert v, v", True, "as it was handed out"),
+    "a function": (GOOD, False, "as it was handed out"),
+    "no call": ("verdict = True", False, "as it was handed out"),
+    "a look": ("print(projection(torch.eye(2), torch.eye(2)))", False, "as it was handed out"),
+}
+
+
+@pytest.mark.parametrize("how", CHANGED)
+def test_a_graded_cell_is_as_nbgrader_handed_it_out(how, tmp_path, graded):
+    now, passes, words = CHANGED[how]
+    path = handed_out(tmp_path / "a.ipynb", [IMPORTS, GOOD, cell(TEST, 2)])
+    sheet = json.loads(path.read_text())
+    sheet["cells"][2]["source"] = now
+    (exercise,) = graded(written(path, sheet)).exercises
+    assert exercise.passed == passes
+    assert words in exercise.note
+    assert bool(words) == bool(exercise.note)
+    assert passes or "nothing is tried" in exercise.reason
+
+
+def test_a_graded_cell_may_be_split(tmp_path, graded):
+    path = handed_out(tmp_path / "a.ipynb", [IMPORTS, GOOD, cell(f"mine = projection\n{TEST}", 2)])
+    sheet = json.loads(path.read_text())
+    first, second = (
+        sheet["cells"][2],
+        {**sheet["cells"][2], "source": "assert check.projection(mine)"},
+    )
+    sheet["cells"][2:] = [{**first, "source": "mine = projection"}, second]
+    (exercise,) = graded(written(path, sheet)).exercises
+    assert exercise.passed, exercise.reason
+
+
+def test_a_name_that_is_made_below_is_found(tmp_path, graded):
+    path = written(tmp_path / "a.ipynb", book(IMPORTS, cell(TEST, 2), GOOD, cell(TEST, 2, "f")))
+    first, second = graded(path).exercises
+    assert "projection is only made in cell 3, and cells run in order" in first.reason
+    assert second.passed
+
+
+def test_a_process_that_was_killed_is_said_to_be(tmp_path):
+    kill = "import os\nos.kill(os.getpid(), 9)"
+    path = written(tmp_path / "a.ipynb", book(IMPORTS + GOOD, cell(kill, 1), cell(TEST, 2, "f")))
+    killed, other = grade(path).exercises
+    assert killed.reason == "it ended the process (killed, as where the memory does not suffice)"
+    assert other.passed
 
 
 @pytest.mark.slow
