@@ -67,11 +67,15 @@ class Draw:
         return self.matrix(*shape, low=1, high=high)
 
     def orthonormal(self, size: int, count: int, turned: bool = True) -> Tensor:
-        """``[size, count]``, orthonormal: axes, and if ``turned``, some by the 3-4-5 triangle."""
+        """``[size, count]``, orthonormal: axes, and if ``turned``, some by a right triangle.
+
+        The entries of 3-4-5 are short, and no decimals hold those of 5-12-13: rounding shows.
+        """
         order = self.order(size)
         vectors = torch.eye(size, dtype=torch.float64)
-        if turned and size > 1 and self.choice(False, True):
-            turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]], dtype=torch.float64)
+        if turned and size > 1 and (sides := self.choice((), (3, 4, 5), (5, 12, 13))):
+            a, b, c = sides
+            turn = torch.tensor([[a, -b], [b, a]], dtype=torch.float64) / c
             pair = torch.tensor([order[0], order[-1]])
             vectors[:, pair] = vectors[:, pair] @ turn
         return vectors[:, order[:count]].contiguous()

@@ -349,6 +349,7 @@ BAD = {
         "tensor",
         "first digits only",
     ),
+    "rounded": (lambda g, b: (g - g @ b @ b.T).round(decimals=4), "tensor", "first digits only"),
     "three digits": (lambda g, b: (g - g @ b @ b.T) * 1.0004, "tensor", "first digits only"),
     "arguments": (lambda g: g, "too many positional arguments", "2 arguments"),
     "no function": (7, "int 7", "check.projection(my_function)"),
@@ -516,6 +517,23 @@ def test_megabytes_of_output_are_not_kept(capsys):
     stream = Bounded(3)
     assert stream.write("ab") + stream.write("cd") == 4
     assert stream.getvalue() == "abc … (1 more characters)"
+
+
+def test_a_function_of_two_entries_only_is_wrong_where_there_are_three():
+    def flat(gradient, hessian):
+        image = hessian @ gradient
+        return bool(gradient[0] * image[1] == gradient[1] * image[0])
+
+    verdict = check.stationary(flat, quiet=True)
+    assert not verdict
+    assert verdict.counterexample.count("[") == 5
+
+    def plane(first, second):
+        incoming = (first[:, 0].square() + first[:, 1].square()).sqrt()
+        factors = (second[:, :-1].norm(dim=0) / incoming).sqrt()
+        return factors[:, None] * first, second / torch.cat([factors, factors.new_ones(1)])
+
+    assert not check.balanced(plane, quiet=True)
 
 
 def test_the_hint_is_of_the_mistake_that_explains_all_answers():

@@ -111,13 +111,16 @@ def _stationary(gradient: Tensor, hessian: Tensor) -> bool:
 
 
 def _stationary_case(draw: Draw) -> Case:
-    hessian = torch.diag(draw.positive(2))
+    size = draw.choice(2, 3)
+    hessian = torch.diag(draw.positive(size))
     hessian[0, 1] = hessian[1, 0] = float(draw.integer(0, 3))
     kind = draw.choice("any", "eigenvector")
-    gradient = draw.positive(2, high=3) * torch.tensor([1.0, draw.choice(1.0, -1.0)]).double()
-    if kind == "eigenvector":
+    gradient = draw.positive(size, high=3)
+    gradient[1] *= draw.choice(1.0, -1.0)
+    if kind == "eigenvector":  # as long as the third entry is 0
         hessian[1, 1] = hessian[0, 0]
-        gradient = gradient[0] * gradient.sign()
+        gradient[1] = gradient[0] * gradient[1].sign()
+        gradient[2:] *= float(draw.integer(0, 1))
     return {"gradient": gradient, "hessian": hessian}
 
 

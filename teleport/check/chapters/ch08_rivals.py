@@ -186,7 +186,7 @@ def _balance(first: Tensor, second: Tensor) -> WeightPair:
 
 def _balance_case(draw: Draw) -> Case:
     width = draw.choice(1, 2, 3)
-    first, second = draw.matrix(width, 2), draw.matrix(draw.choice(1, 2), width + 1)
+    first, second = draw.matrix(width, draw.choice(2, 3)), draw.matrix(draw.choice(1, 2), width + 1)
     first[:, 0] = draw.positive(width)  # no neuron without incoming or outgoing weights
     second[0, :-1] = draw.positive(width)
     return {"first": first, "second": second}
