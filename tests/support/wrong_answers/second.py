@@ -28,7 +28,8 @@ def largest_gradient(hessian, value):
 def stationary(gradient, hessian):
     """thm-newton Just the other way round"""
     image = hessian @ gradient
-    return abs(float(image[0] * gradient[1] - image[1] * gradient[0])) > 1e-9
+    across = image * (gradient @ gradient) - gradient * (gradient @ image)
+    return bool(across.norm() > 1e-9)
 
 
 def level_set_step(gradient, ascent, eta, drift):
