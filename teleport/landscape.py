@@ -221,7 +221,7 @@ class Landscape:
     def _look_at(self, position: Position) -> None:
         """Put a position into the model and take the gradient there."""
         self._estimate = self._seen = None
-        self._write(position, noticed=False)
+        self._write(position)
         if self.tape is not None:
             self.tape.backward()
             self._seen = position
@@ -397,14 +397,14 @@ class Landscape:
 
         return all(self.move_norm(block) <= length(block) for block in self.position.blocks)
 
-    def _write(self, position: Position, noticed: bool = True) -> None:
+    def _write(self, position: Position) -> None:
         """Put a position into the parameters; what it does not name goes back to the start."""
         for block in position.blocks:
             if block not in self._start:
                 kept = self._kept_of(block)
                 self._start[block] = kept or tuple(piece.clone() for piece in block.part.pieces())
         for block, start in self._start.items():
-            block.part.put(start, position.changes(block), noticed)
+            block.part.put(start, position.changes(block), noticed=False)
 
     # ---- the start
 

@@ -211,6 +211,7 @@ class RandomNullDirection(Rival):
         along = {block: self._draw(block, basis) for block, basis in room.items()}
         step = 1.0 if self._growth is None else self._step(landscape, along, norm)
         if step is None:
+            landscape.write_start()
             return Move((), "no step along the random direction reaches the wanted growth")
         landscape.advance(along, step)
         landscape.write()

@@ -91,7 +91,9 @@ class Transaction:
         return {kept.tensor: kept.values for kept in own}  # type: ignore[misc]
 
     def commit(self) -> None:
-        """Keep the parameters as they are now."""
+        """Keep the parameters as they are now; graphs recorded before refuse those that moved."""
+        for parameter in self._parameters:
+            parameter.tell()
         self._committed = True
 
     def rewind_random(self) -> None:
@@ -173,6 +175,14 @@ class _Kept:
             self.size = self.alias.untyped_storage().nbytes()
         else:
             self.values, self.version = self.alias.clone(), tensor._version
+
+    def tell(self) -> None:
+        """Let graphs notice what was written without their notice, if anything was."""
+        if not (self.strided and self.requires_grad):
+            return
+        there = self.alias.untyped_storage().nbytes() == self.size
+        if not there or not _same_bits(_once(self.alias), self.values):
+            torch.autograd.graph.increment_version(self.tensor)
 
     def restore(self) -> Tensor:
         """Make the tensor what it was, writing only what has changed.

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import count
@@ -77,19 +78,24 @@ def fail_with(error: type[BaseException]) -> Callable[[], None]:
     return fail
 
 
-def test_a_graph_of_the_user_serves_after_a_teleport_that_did_not_move() -> None:
-    """Looks write into the model, and what is written is taken back."""
+@pytest.mark.parametrize("at", range(1, 11))
+@pytest.mark.parametrize("drift", [None, 0.0])
+@given(method=methods, parts=st.integers(1, 2))
+def test_a_graph_of_the_user_serves_after_a_teleport_that_did_not_move(
+    at: int, drift: float | None, method: str, parts: int
+) -> None:
+    """Looks write into the model, and what is written is taken back: raised or rolled back."""
     problem = task("residual")
     before, loss = fingerprint(problem.model), problem.closure()
-    trouble = Trouble(problem, at=3, before=fail_with(InterruptionError))
-    with pytest.raises(InterruptionError):  # at the second direction, after a look
-        Teleporter(problem.model, lr=1e-3, cap=1e9, steps=2).step(trouble)
-    assert fingerprint(problem.model) == before
-    loss.backward()
-    loss = problem.closure()
-    assert Teleporter(problem.model).step(problem.closure).steps == 1
-    with pytest.raises(RuntimeError, match="inplace"):  # its weights are gone
-        loss.backward()
+    trouble = Trouble(problem, at, before=fail_with(InterruptionError))
+    teleporter = Teleporter(problem.model, growth=9.0, steps=2, method=method, max_drift=drift)
+    try:
+        moved = not teleporter.step([trouble] * parts).rolled_back
+    except InterruptionError:
+        moved = False
+    assert (fingerprint(problem.model) == before) is not moved
+    with pytest.raises(RuntimeError, match="inplace") if moved else nullcontext():
+        loss.backward()  # its weights are there, or gone
 
 
 @pytest.mark.parametrize("made", ["detached", "data"])
@@ -519,16 +525,18 @@ def test_a_buffer_of_any_form_comes_back(
         assert torch.equal(module.base, base)
 
 
+@pytest.mark.parametrize("at", [0, 1])
 def test_what_cannot_be_put_back_keeps_nothing_else_from_it(
-    monkeypatch: pytest.MonkeyPatch,
+    at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error is raised once everything else is as before; the move is not kept."""
+    """Raised once everything else is as before, in a commit or after it; the move is not kept."""
     problem = used("zoo")
     before, calls = fingerprint(problem.model), count()
     same = transaction_module._same_bits
+    committed = len(list(problem.model.parameters()))
 
-    def refuse_first(a: Tensor, b: Tensor) -> bool:
-        if next(calls) == 0:
+    def refuse(a: Tensor, b: Tensor) -> bool:
+        if next(calls) == at * committed:
             raise InterruptionError
         return same(a, b)
 
@@ -540,10 +548,10 @@ def test_what_cannot_be_put_back_keeps_nothing_else_from_it(
             torch.rand(3)
             transaction.commit()
 
-    monkeypatch.setattr(transaction_module, "_same_bits", refuse_first)
+    monkeypatch.setattr(transaction_module, "_same_bits", refuse)
     with pytest.raises(InterruptionError):
         commit_all()
-    assert next(calls) > 1
+    assert next(calls) > 1 + at * committed
     assert fingerprint(problem.model) == before
 
 
