@@ -92,9 +92,10 @@ class Transaction:
 
     def commit(self) -> None:
         """Keep the parameters as they are now; graphs recorded before refuse those that moved."""
-        for parameter in self._parameters:
-            parameter.tell()
-        self._committed = True
+        moved = [kept.tensor for kept in self._parameters if kept.moved()]
+        self._committed = True  # an error from here on still undoes everything
+        for parameter in moved:
+            torch.autograd.graph.increment_version(parameter)
 
     def rewind_random(self) -> None:
         """Back to the random state at entry, so that every call of a closure draws the same."""
@@ -176,13 +177,12 @@ class _Kept:
         else:
             self.values, self.version = self.alias.clone(), tensor._version
 
-    def tell(self) -> None:
-        """Let graphs notice what was written without their notice, if anything was."""
+    def moved(self) -> bool:
+        """Whether something else stands where a trainable tensor stood."""
         if not (self.strided and self.requires_grad):
-            return
+            return False
         there = self.alias.untyped_storage().nbytes() == self.size
-        if not there or not _same_bits(_once(self.alias), self.values):
-            torch.autograd.graph.increment_version(self.tensor)
+        return not there or not _same_bits(_once(self.alias), self.values)
 
     def restore(self) -> Tensor:
         """Make the tensor what it was, writing only what has changed.
