@@ -235,10 +235,11 @@ class LinearMap(ABC):
         for number, slot in enumerate(self.slots):
             parameter = slot.parameter.detach() if noticed else slot.parameter.data
             place, value = slot.of(parameter), pieces[number]
-            for change, factor in changes:
-                value = torch.add(value, change[number], alpha=factor, out=place)
-            if value is not place:
-                place.copy_(value)
+            with torch.no_grad():  # whatever the values were made from
+                for change, factor in changes:
+                    value = torch.add(value, change[number], alpha=factor, out=place)
+                if value is not place:
+                    place.copy_(value)
 
     def write(self, matrix: Float[Tensor, "*groups d_out d_in"]) -> None:
         """Put a matrix into the parameters, in place."""

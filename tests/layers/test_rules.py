@@ -83,6 +83,10 @@ def test_split_undoes_join_and_write_undoes_matrix(case: Layer) -> None:
     assert all(torch.equal(p, s.of(s.parameter)) for p, s in zip(pieces, part.slots, strict=True))
     part.write(matrix + 1.0)
     assert torch.equal(part.matrix(), matrix + 1.0)
+    change = part.split(torch.ones_like(matrix).requires_grad_())  # of some graph, which ends here
+    part.put(pieces, [(change, 1.0), (change, 2.0)], noticed=False)
+    assert torch.equal(part.matrix(), matrix + 1.0 + 2.0)
+    assert all(slot.parameter.is_leaf for slot in part.slots)
 
 
 @given(layers)

@@ -1,7 +1,7 @@
 """Other objectives in the null space: their slopes are derivatives, their steps keep the loss."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from teleport.rivals import (
     step_decrease,
 )
 from teleport.rivals.other_objectives import Slope
+from teleport.runtime.closures import Closure
 from tests.support.fingerprint import weights
 
 seeds = st.integers(0, 2**31)
@@ -175,6 +176,16 @@ def test_a_loss_whose_gradient_is_constant_has_no_slope() -> None:
     for slope in (shorter_gradient, flatter_curvature, step_decrease(0.1)):
         for part in slope(closure, list(layer.parameters())):
             assert not part.any()
+
+
+def test_a_slope_may_come_with_its_graph() -> None:
+    work = Work(3)
+    like = Teleporter(work.model).step(work.closure)
+
+    def live(closure: Closure, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        return list(torch.autograd.grad(closure(), parameters, create_graph=True))
+
+    assert ObjectiveStep(work.model, live, like, max_drift=1.0).step(work.closure).steps == 1
 
 
 def test_several_closures_are_one_batch() -> None:
