@@ -6,7 +6,7 @@ the layer: `record` gives a `Tape`. `watch` only looks at the inputs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from teleport.errors import ClosureError, NonFiniteLossError
 from teleport.layers.part import LinearMap
 from teleport.layers.support import CoveredModule, CoveredProduct, WeightMatrix
 from teleport.layers.weight_uses import WeightUses
-from teleport.recording.tape import Call, Tape
+from teleport.recording.tape import Call, Relays, Tape
 from teleport.runtime.closures import Closure, evaluate, refuse_freed
 from teleport.runtime.interception import backward_forbidden, in_checkpoint, replaced_forwards
 from teleport.runtime.precision import as_computed, uncached_casts
@@ -33,6 +33,11 @@ DIFFERENTIATED = (
 _CHECKPOINT = (
     "the closure uses activation checkpointing, whose second forward pass runs past the recorded "
     "one. Switch checkpointing off while teleporting"
+)
+
+_KEPT = (
+    "a loss that a closure computed during a teleport holds no gradient of the layers that the "
+    "teleport covers. Call the closure again for one to train on"
 )
 
 
@@ -109,7 +114,7 @@ def replaced(sites: Sequence[CoveredModule], product: CoveredProduct) -> Any:
 
 def _record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) -> Tape:
     calls: list[Call] = []
-    recording = _Recording()
+    relays = Relays()
     anchor = torch.zeros((), requires_grad=True)
     empty: dict[str, torch.Size] = {}
     passed_by: dict[WeightMatrix, str] = {}
@@ -128,8 +133,8 @@ def _record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) 
         x = as_computed(x, z)
         call = Call(block, part, x, z.detach(), constant=not torch.is_grad_enabled())
         calls.append(call)
-        recording.called.add(block)
-        return _Relay.put(call, z, anchor, recording)
+        relays.called.add(block)
+        return _Relay.put(call, z, anchor, relays)
 
     with torch.enable_grad(), backward_forbidden(model), replaced(sites, product):
         try:
@@ -151,8 +156,8 @@ def _record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) 
         )
     covered = {p for call in calls for p in call.block.parameters}
     others = [p for p in model.parameters() if p.requires_grad and p not in covered]
-    recording.ended = True
-    return Tape(loss, calls, list(sites), others, anchor, left_out=passed_by)
+    relays.ended = True
+    return Tape(loss, calls, list(sites), others, anchor, relays, left_out=passed_by)
 
 
 def _passed_by(part: LinearMap, x: Tensor) -> str:
@@ -209,10 +214,10 @@ class _Relay(torch.autograd.Function):
     """
 
     @classmethod
-    def put(cls, call: Call, z: Tensor, anchor: Tensor, recording: "_Recording") -> Tensor:
+    def put(cls, call: Call, z: Tensor, anchor: Tensor, relays: Relays) -> Tensor:
         """``z`` with a relay before it."""
         made = _Output(z)
-        output: Tensor = cls.apply(call.x, anchor, call, made, recording, *call.block.parameters)
+        output: Tensor = cls.apply(call.x, anchor, call, made, relays, *call.block.parameters)
         return output
 
     @staticmethod
@@ -222,37 +227,26 @@ class _Relay(torch.autograd.Function):
         anchor: Tensor,
         call: Call,
         made: "_Output",
-        recording: "_Recording",
+        relays: Relays,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.recording, ctx.call, ctx.anchor = recording, call, anchor
+        ctx.relays, ctx.call, ctx.anchor = relays, call, anchor
         ctx.parameters = len(parameters)
         return made.z
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor | None, ...]:
         call = ctx.call
-        if not ctx.recording.ended:
-            raise _DifferentiatedError(ctx.recording.called)
+        if not ctx.relays.ended:
+            raise _DifferentiatedError(ctx.relays.called)
+        if not ctx.relays.asked:
+            raise ClosureError(_KEPT)
         call.delta = delta
         grad = None
         if ctx.needs_input_grad[0]:
             weight = call.part.pieces()[0].to(delta.dtype)
             grad = call.part.pull(delta, weight, call.x.detach())
         return grad, torch.zeros_like(ctx.anchor), *[None] * (3 + ctx.parameters)
-
-
-@dataclass
-class _Recording:
-    """What relays know of theirs.
-
-    Attributes:
-        called: the blocks so far.
-        ended: whether the loss is known. A derivative before is one that the closure takes.
-    """
-
-    called: set[WeightMatrix] = field(default_factory=set)
-    ended: bool = False
 
 
 @dataclass

@@ -93,6 +93,22 @@ class Call:
 
 
 @dataclass(eq=False)
+class Relays:
+    """What the calls of one recording leave in its graph, and who may differentiate them.
+
+    Attributes:
+        called: the blocks so far.
+        ended: whether the loss is known. A derivative before is one that the closure takes.
+        asked: whether the tape asks. It takes gradients of weights from the calls: anybody else,
+            with a loss that was kept, would find none.
+    """
+
+    called: set[WeightMatrix] = field(default_factory=set)
+    ended: bool = False
+    asked: bool = False
+
+
+@dataclass(eq=False)
 class Tape:
     """A recorded closure: its loss, its layer calls in order of execution, its graph.
 
@@ -102,6 +118,7 @@ class Tape:
         sites: the modules that were covered.
         others: trainable parameters that no covered layer holds (or that leak out of one).
         anchor: a leaf behind every relay.
+        relays: of its calls.
         left_out: blocks that were called and cannot be recorded, and why.
         other_gradients: dL/dp of ``others`` from the last `backward`.
         precision: the coarsest that anything was computed in.
@@ -112,6 +129,7 @@ class Tape:
     sites: list[CoveredModule]
     others: list[nn.Parameter]
     anchor: Tensor
+    relays: Relays
     left_out: dict[WeightMatrix, str] = field(default_factory=dict)
     other_gradients: list[Tensor] = field(default_factory=list)
 
@@ -199,11 +217,14 @@ class Tape:
         self.forget()
         self._shares, self._forgotten = {}, False
         asked = [self.anchor, *self.others, *suspects]
+        self.relays.asked = True
         try:
             _, *grads = torch.autograd.grad(self.loss, asked, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             refuse_freed(error)
             raise
+        finally:
+            self.relays.asked = False
         self.other_gradients = [
             torch.zeros_like(p) if g is None else g
             for p, g in zip(self.others, grads, strict=False)

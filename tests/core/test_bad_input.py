@@ -311,6 +311,21 @@ def test_a_closure_that_draws_its_batch_does_not_move_the_model(
     assert fingerprint(problem.model) == before
 
 
+@pytest.mark.parametrize("tau", [1.0, 0.99])
+def test_a_loss_kept_from_a_teleport_is_refused_as_one_to_train_on(tau: float) -> None:
+    """Its graph holds no gradient of what the teleport covers: there would be none, in silence."""
+    problem, kept = task("residual"), list[Tensor]()
+
+    def closure() -> Tensor:
+        kept.append(problem.closure())
+        return kept[-1]
+
+    assert Teleporter(problem.model, tau=tau).step(closure).steps == 1
+    with pytest.raises(ClosureError, match="Call the closure again"):
+        kept[0].backward()
+    assert all(p.grad is None for p in problem.model.head.parameters())
+
+
 def test_a_loss_of_shape_one_is_a_number() -> None:
     problem = task("plain")
     report = Teleporter(problem.model, growth=2.0).step(lambda: problem.closure().reshape(1))
