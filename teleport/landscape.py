@@ -170,7 +170,7 @@ class Landscape:
         return self._norm_squared_seen(self.metric)
 
     def norm_squared_at(self, along: Direction, step: float) -> float:
-        """The squared norm at a step along a direction; the position stays."""
+        """The squared norm at a step along a direction, left in the model; the position stays."""
         if step > torch.finfo(self.dtype).max:
             return math.inf
         if self.tape is not None and (self._ahead is None or self._ahead[0] is not along):
@@ -398,7 +398,10 @@ class Landscape:
         return all(self.move_norm(block) <= length(block) for block in self.position.blocks)
 
     def _write(self, position: Position) -> None:
-        """Put a position into the parameters; what it does not name goes back to the start."""
+        """Put a position into the parameters; what it does not name goes back to the start.
+
+        Graphs recorded before notice nothing, unless it is kept: see `Transaction.commit`.
+        """
         for block in position.blocks:
             if block not in self._start:
                 kept = self._kept_of(block)

@@ -182,7 +182,9 @@ class _Kept:
         if not (self.strided and self.requires_grad):
             return False
         there = self.alias.untyped_storage().nbytes() == self.size
-        return not there or not _same_bits(_once(self.alias), self.values)
+        if not there or _place(self.tensor) != _place(self.alias):
+            return True
+        return not _same_bits(_once(self.alias), self.values)
 
     def restore(self) -> Tensor:
         """Make the tensor what it was, writing only what has changed.
