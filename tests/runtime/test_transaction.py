@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from teleport import ClosureError, Teleporter, TeleportReport
 from teleport.runtime import transaction as transaction_module
@@ -111,6 +112,22 @@ def test_a_weight_that_the_closure_holds_by_another_name_is_no_accident(made: st
     report = Teleporter(model).step(lambda: (model(x).sum(1) * (model[0](x) @ other)[:, 0]).mean())
     assert report.rolled_back
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("method", ["tangent", "double_backward"])
+def test_a_weight_held_by_another_name_on_its_own_inputs_counts_as_it_is(method: str) -> None:
+    """The move keeps what it gives, and the graph of the start reads it where it is by then."""
+    problem = task("plain")
+    first, inputs, layer, *rest = problem.model
+
+    def closure() -> Tensor:
+        h = inputs(first(problem.x))
+        again = functional.linear(h, layer.weight.detach(), layer.bias.detach())
+        return nn.Sequential(*rest)(layer(h)).square().mean() + again.tanh().square().mean()
+
+    report = Teleporter(problem.model, growth=3.0, steps=3, method=method).step(closure)
+    assert not report.rolled_back
+    assert gradient_norm(problem.model, closure) == pytest.approx(report.grad_norm_after, rel=1e-9)
 
 
 @names
