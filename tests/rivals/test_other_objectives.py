@@ -185,7 +185,7 @@ def test_a_slope_may_come_with_its_graph() -> None:
     def live(closure: Closure, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         return list(torch.autograd.grad(closure(), parameters, create_graph=True))
 
-    assert ObjectiveStep(work.model, live, like, max_drift=1.0).step(work.closure).steps == 1
+    assert ObjectiveStep(work.model, live, like).step(work.closure).steps == 1
 
 
 def test_several_closures_are_one_batch() -> None:
