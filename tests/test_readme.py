@@ -361,6 +361,16 @@ def test_the_costs_are_those_of_the_records() -> None:
     assert between("costs", "end of costs") == cost_lines()
 
 
+def test_the_costs_of_deep_networks_are_those_of_the_record() -> None:
+    _, blocks, resnet = read_benchmarks(RESULTS / "bench" / "deep")["deep"].rows
+    (cost, memory), (other, its) = (
+        (timing(row).ratio.median, row["tangent"] / row["gradient"]) for row in (blocks, resnet)
+    )
+    words = " ".join((ROOT / "chapters/results.md").read_text("utf-8").split())
+    assert f"{cost:.1f} gradients and {memory:.1f} times the memory of one for twelve" in words
+    assert f"{other:.1f} and {its:.1f} for ResNet-18 with 64 images" in words
+
+
 def test_the_costs_of_the_tool_are_those_of_the_record() -> None:
     assert between("tool costs", "end of tool costs") == tool_lines()
 
