@@ -98,6 +98,12 @@ def test_every_command_of_the_readme_runs_in_the_workflow() -> None:
     assert wanted - ran == NOT_IN_THE_JOB
 
 
+def test_the_book_brings_what_its_chapters_check_with() -> None:
+    """Their boxes say ``pip install '.[book]'``, and their cells call `teleport.check`."""
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert ranges(extras["course"])["hypothesis"] == ranges(extras["book"])["hypothesis"]
+
+
 @pytest.mark.parametrize("line", ["numpy>=1.26", "numpy >=1.26"])
 def test_bounds_are_read_as_pip_and_conda_write_them(line: str) -> None:
     assert ranges([line]) == {"numpy": {">=1.26"}}
