@@ -7,9 +7,10 @@ A checksum tells a damaged file, whose bases would keep something else; older fi
 
 import json
 import os
+import tempfile
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,28 @@ def write(path: Path, bases: dict[str, Projector], frozen: dict[str, str]) -> No
         "frozen": json.dumps(frozen),
     }
     about["checksum"] = _checksum(tensors, about)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, str(unfinished), metadata=about)
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            save_file(tensors, str(unfinished), metadata=about)
     except (OSError, SafetensorError) as error:
         raise NullSpaceError(
             f"the null space cannot be written to {path}: {error}. Give a file in a folder that "
             "exists, may be written to and has room"
         ) from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what gets this name at the end; if that fails, a file that was there stays.
+
+    It has the same name in a folder of its own: another process, on another machine with the same
+    folder too, has another, and a name is as long as it was given.
+    """
+    with tempfile.TemporaryDirectory(
+        prefix=".new-", dir=path.parent, ignore_cleanup_errors=True
+    ) as scratch:
+        yield Path(scratch) / path.name
+        os.replace(Path(scratch) / path.name, path)
 
 
 def read(path: Path) -> tuple[dict[str, Projector], dict[str, str]]:

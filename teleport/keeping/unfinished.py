@@ -1,10 +1,8 @@
 """A survey of old data that was interrupted and goes on: what it has taken in so far, in a file."""
 
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from teleport.errors import NullSpaceError
+from teleport.keeping.file import replacing
 from teleport.keeping.survey import OF_ANOTHER_MODEL, Survey
 from teleport.layers.one_hot import AxisSpace
 from teleport.layers.shared_weight import TiedSpace
@@ -32,7 +31,7 @@ class Unfinished:
         ranks: who takes part.
 
     Raises:
-        NullSpaceError: for a file of something else, which stays, or one whose folder is missing.
+        NullSpaceError: for a file of something else, which stays, or a path that cannot be one.
     """
 
     def __init__(
@@ -45,8 +44,13 @@ class Unfinished:
         self._path, self._of = Path(f"{path}{rank}"), _digest(model)
         if not self._path.parent.is_dir():
             raise NullSpaceError(f"{self._path.parent} is no folder: make it before the survey")
-        if self._path.exists():
-            self._read(self._path)
+        try:
+            self._path.stat()
+        except FileNotFoundError:
+            return
+        except OSError as error:  # a name that is too long, for one
+            raise _unwritten(self._path, error) from error
+        self._read(self._path)
 
     def rest(self, closures: Iterable[Callable[[], Any]]) -> Iterator[Callable[[], Any]]:
         """The closures that have not been taken in; they must be before the next is asked for."""
@@ -69,18 +73,12 @@ class Unfinished:
             self._path.unlink(missing_ok=True)
 
     def _write(self, path: Path, done: int) -> None:
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        state = {"of": self._of, "done": done, "survey": self._survey.state()}
         try:
-            torch.save({"of": self._of, "done": done, "survey": self._survey.state()}, part)
-            os.replace(part, path)
+            with replacing(path) as part:
+                torch.save(state, part)
         except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError
-            raise NullSpaceError(
-                f"the unfinished survey cannot be written to {path}: {error}. Give a file in a "
-                "folder that may be written to and has room"
-            ) from error
-        finally:
-            with suppress(OSError):  # as where its name was too long
-                part.unlink()
+            raise _unwritten(path, error) from error
 
     def _read(self, path: Path) -> None:
         try:
@@ -102,6 +100,13 @@ class Unfinished:
         if why := OF_ANOTHER_MODEL if of != self._of else self._survey.restore(state):
             raise NullSpaceError(f"{path} is {why}. Delete it, or give another file")
         self._done = done
+
+
+def _unwritten(path: Path, why: Exception) -> NullSpaceError:
+    return NullSpaceError(
+        f"the unfinished survey cannot be written to {path}: {why}. Give a file in a folder that "
+        "may be written to and has room"
+    )
 
 
 def _digest(model: nn.Module) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """A null space whose making was interrupted goes on where its file ends."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,10 +142,44 @@ def test_a_missing_folder_is_said_before_anything_is_taken_in(model: Words, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_cannot_be_written_is_said_in_our_words(model: Words, tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_said_before_anything_is_taken_in(
+    model: Words, tmp_path: Path
+) -> None:
+    called: list[int] = []
     with pytest.raises(NullSpaceError, match=r"cannot be written to .*longer") as caught:
-        null_space(model, closures(model, []), unfinished=tmp_path / ("longer" * 41))
-    assert isinstance(caught.value.__cause__, RuntimeError | OSError)
+        null_space(model, closures(model, called), unfinished=tmp_path / ("longer" * 43))
+    assert isinstance(caught.value.__cause__, OSError)
+    assert called == []
+
+
+def test_a_name_may_be_as_long_as_the_folder_takes(model: Words, tmp_path: Path) -> None:
+    file = tmp_path / ("n" * os.pathconf(tmp_path, "PC_NAME_MAX"))
+    interrupted(model, file)
+    assert list(tmp_path.iterdir()) == [file]
+    null_space(model, closures(model, []), unfinished=file).save(file)
+    assert list(tmp_path.iterdir()) == [file]
+    assert NullSpace.load(file).bases
+
+
+@pytest.mark.parametrize("left", [0, 1000])
+def test_a_disk_that_is_full_is_said_in_our_words(
+    model: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """The file that was there stays, and nothing else does."""
+    file, whole = tmp_path / "survey", torch.save
+    interrupted(model, file)
+    before = file.read_bytes()
+
+    def full(state: object, path: Path) -> None:
+        whole(state, path)
+        path.write_bytes(path.read_bytes()[:left])
+        raise RuntimeError("unexpected pos")  # as PyTorch's writer does
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(NullSpaceError, match=r"cannot be written to .*survey: unexpected pos"):
+        null_space(model, closures(model, []), unfinished=file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_buffers_of_any_form_are_part_of_the_model(model: Words, tmp_path: Path) -> None:
