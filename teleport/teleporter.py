@@ -21,6 +21,7 @@ from teleport.recording import load_tangents
 from teleport.report import TeleportReport
 from teleport.runtime.clock import now
 from teleport.runtime.closures import Closure, closures_of, require_closure
+from teleport.runtime.memory import keep_freed_memory
 from teleport.runtime.precision import Autocast
 from teleport.runtime.ranks import Ranks, ranks_of, silenced
 from teleport.runtime.sharded import gathered, without_values
@@ -158,6 +159,7 @@ class Teleporter:
         )
         load_search()  # now, so that the first step takes no longer than the second
         load_tangents()
+        keep_freed_memory()
 
     def step(
         self, closure: Closure | Sequence[Closure], *, held_out: Closure | None = None

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from teleport.runtime.cores import cores, number_is_given
 
@@ -13,7 +14,7 @@ Item = TypeVar("Item")
 _Result = TypeVar("_Result")
 
 
-WORTH_THREADS = 2.5e8
+WORTH_THREADS = 1.2e8
 """Multiplications beside the largest job from which on threads pay; see `worth_threads`."""
 
 
@@ -46,6 +47,22 @@ def in_parallel(
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
         return list(pool.map(work, items))
+
+
+FACTORISED_BY_ONE = 1024
+"""Below this order a matrix is factorised by one thread; see `factorised`."""
+
+
+def factorised(how: Callable[..., _Result], matrix: Tensor, **options: Any) -> _Result:
+    """``how(matrix)``, a factorisation as of `torch.linalg`, by as many threads as pay.
+
+    Its threads meet after every few columns. On cores that do nothing else a second one saves at
+    most a third below `FACTORISED_BY_ONE`; where they share cores with other programs, or sleep
+    while they wait, it makes small ones several times slower.
+    """
+    small = matrix.device.type == "cpu" and min(matrix.shape[-2:]) < FACTORISED_BY_ONE
+    with using_threads(1) if small else nullcontext():
+        return how(matrix, **options)
 
 
 LEFT_FREE = 2

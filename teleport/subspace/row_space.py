@@ -11,6 +11,7 @@ from torch import Tensor
 from teleport.errors import NonFiniteInputError
 from teleport.runtime.precision import PRECISIONS, coarsest
 from teleport.runtime.ranks import Ranks
+from teleport.runtime.threads import factorised
 from teleport.subspace.projector import Projector, Space
 from teleport.subspace.rank import kept_rank, mark_first, rank_cut, relative_cut, require_tau
 
@@ -260,7 +261,7 @@ class RowSpace(Space):
         # A Cholesky factor of G - c exists just if no eigenvalue of G is as small as c.
         diagonal -= cut + rounding
         diagonal.masked_fill_(~alive, 1.0)  # zero is all that its row and column hold beside it
-        if bool(torch.linalg.cholesky_ex(gram).info.any()):
+        if bool(factorised(torch.linalg.cholesky_ex, gram).info.any()):
             return None
         # Zeros and ones, exact in any precision: a quarter of the memory.
         first = torch.argsort(~alive, stable=True)
@@ -288,9 +289,9 @@ class RowSpace(Space):
         total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         smallest = max(1e-6, relative_cut(rows.shape[-1], self._dtype) ** 2)
         shifted = gram - (smallest * total)[..., None, None] * torch.eye(gram.shape[-1]).to(gram)
-        if bool(torch.linalg.cholesky_ex(shifted).info.any()):
+        if bool(factorised(torch.linalg.cholesky_ex, shifted).info.any()):
             return None
-        factor = torch.linalg.cholesky(gram)
+        factor = factorised(torch.linalg.cholesky, gram)
         vectors = torch.linalg.solve_triangular(factor, rows, upper=False).mT
         bound = total.sqrt()[..., None].expand(*gram.shape[:-1])
         ranks = torch.full(gram.shape[:-2], gram.shape[-1], device=gram.device)
@@ -385,7 +386,7 @@ class RowSpace(Space):
         if self._exact():
             factor = _triangle(waiting[0].double())
             both = factor if self._reduced is None else torch.cat([self._reduced, factor], dim=-2)
-            self._reduced = torch.linalg.qr(both, mode="r").R
+            self._reduced = factorised(torch.linalg.qr, both, mode="r").R
             return
         if self._reduced is None:
             *groups, _, d_in = waiting[0].shape
@@ -402,7 +403,7 @@ class RowSpace(Space):
         if self._exact():
             if not bool(rows.isfinite().all()):
                 raise NonFiniteInputError
-            _, values, transposed = torch.linalg.svd(rows, full_matrices=False)
+            _, values, transposed = factorised(torch.linalg.svd, rows, full_matrices=False)
             return values, transposed.mT
         if self._reduced is not None:
             return _singular_from_gram(rows)
@@ -420,7 +421,7 @@ def _triangle(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*group
     count, d_in = rows.shape[-2:]
     if count > max(64, 2 * d_in):
         rows = torch.cat([_triangle(half) for half in rows.tensor_split(2, dim=-2)], dim=-2)
-    factor: Tensor = torch.linalg.qr(rows, mode="r").R
+    factor: Tensor = factorised(torch.linalg.qr, rows, mode="r").R
     return factor
 
 
@@ -473,7 +474,7 @@ def _mirror(gram: Float[Tensor, "*groups d_in d_in"]) -> None:
 def _singular_from_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
     if not bool(gram.diagonal(dim1=-2, dim2=-1).isfinite().all()):
         raise NonFiniteInputError
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = factorised(torch.linalg.eigh, gram)
     return values.flip(-1).clamp(min=0).sqrt(), vectors.flip(-1)
 
 
