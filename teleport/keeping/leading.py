@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from teleport.errors import NonFiniteInputError
+from teleport.runtime.threads import factorised, factorising_threads
 from teleport.subspace import PIECE, Basis, RowSpace, energy_rank, relative_cut
 
 ENOUGH = 0.999
@@ -89,12 +90,12 @@ def _candidates(
 
 
 def _eigh(gram: Float[Tensor, "*groups d_in d_in"]) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, smallest first, and vectors; by SciPy on one thread of a CPU.
+    """Eigenvalues, smallest first, and vectors; by SciPy where one thread of a CPU does it.
 
     It is quicker than PyTorch there, which in turn makes use of more threads.
     """
-    if gram.device.type != "cpu" or gram.dim() > 2 or torch.get_num_threads() > 1:
-        values, vectors = torch.linalg.eigh(gram)
+    if gram.device.type != "cpu" or gram.dim() > 2 or factorising_threads(gram) > 1:
+        values, vectors = factorised(torch.linalg.eigh, gram)
         return values, vectors
     from scipy import linalg  # late: its libraries have threads of their own
 

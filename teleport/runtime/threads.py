@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -49,19 +49,24 @@ def in_parallel(
         return list(pool.map(work, items))
 
 
-FACTORISED_BY_ONE = 1024
-"""Below this order a matrix is factorised by one thread; see `factorised`."""
+BY_ONE = 1024
+"""Below this order a matrix is factorised by one thread; see `factorising_threads`."""
+
+
+def factorising_threads(matrix: Tensor) -> int:
+    """How many threads a factorisation of a matrix as of `torch.linalg` is worth.
+
+    They meet after every few columns. On cores that do nothing else a second one saves at most a
+    third below `BY_ONE`; where threads share cores with other programs, or sleep while they wait,
+    it makes small factorisations several times slower.
+    """
+    threads = torch.get_num_threads()
+    return threads if matrix.device.type != "cpu" or min(matrix.shape[-2:]) >= BY_ONE else 1
 
 
 def factorised(how: Callable[..., _Result], matrix: Tensor, **options: Any) -> _Result:
-    """``how(matrix)``, a factorisation as of `torch.linalg`, by as many threads as pay.
-
-    Its threads meet after every few columns. On cores that do nothing else a second one saves at
-    most a third below `FACTORISED_BY_ONE`; where they share cores with other programs, or sleep
-    while they wait, it makes small ones several times slower.
-    """
-    small = matrix.device.type == "cpu" and min(matrix.shape[-2:]) < FACTORISED_BY_ONE
-    with using_threads(1) if small else nullcontext():
+    """``how(matrix)``, a factorisation, by as many threads as it is worth."""
+    with using_threads(factorising_threads(matrix)):
         return how(matrix, **options)
 
 

@@ -214,7 +214,9 @@ def test_settings_that_cannot_be_read_count_as_coarse(monkeypatch: pytest.Monkey
     assert torch.equal(space_of(rows, single=True).gram(), space_of(rows).gram())
 
 
-def test_a_decomposition_takes_one_thread_and_leaves_those_of_others_alone() -> None:
+def test_a_decomposition_takes_one_thread_and_leaves_those_of_others_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def threads() -> list[int]:
         return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
 
@@ -233,4 +235,6 @@ def test_a_decomposition_takes_one_thread_and_leaves_those_of_others_alone() -> 
         assert 2 in before  # some libraries have no threads
         assert [set(counts) for counts in found(1)] == [{1}]
         assert threads() == before
+        assert [set(counts) for counts in found(2)] == [{1}]  # small matrices are not worth more
+    monkeypatch.setattr("teleport.runtime.threads.BY_ONE", 1)
     assert found(2) == []  # PyTorch's own uses both

@@ -1,7 +1,9 @@
 """How many threads compute, how they wait, and what records say of it."""
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from teleport.errors import RunError
 from teleport.lab.experiments.arms import Arm, RunSettings
 from teleport.lab.experiments.run import Cell, run_cell
 from teleport.runtime.cores import cores, wait_without_spinning
-from teleport.runtime.threads import threads_for
+from teleport.runtime.threads import BY_ONE, factorised, threads_for, using_threads
+from teleport.subspace import RowSpace
 from tests.support.tables import small
 
 CELL = Cell(RunSettings("mnist-sample", "tiny", epochs=1), Arm(0.1), 0, 0)
@@ -80,6 +83,44 @@ def test_threads_are_as_asked_or_as_the_environment_says_or_leave_two_cores(
     monkeypatch.setattr("teleport.runtime.threads.cores", lambda: 8)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert threads_for(None) == 1
+
+
+def test_small_matrices_are_factorised_by_one_thread() -> None:
+    def threads(matrix: torch.Tensor, fail: bool = False) -> int:
+        if fail:
+            raise KilledError
+        return torch.get_num_threads()
+
+    with using_threads(3):
+        assert factorised(threads, torch.empty(BY_ONE - 1, BY_ONE)) == 1
+        assert factorised(threads, torch.empty(2, BY_ONE, BY_ONE)) == 3
+        assert factorised(threads, torch.empty(5, 5, device="meta")) == 3
+        with pytest.raises(KilledError):
+            factorised(threads, torch.empty(5, 5), fail=True)
+        assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("make", ["rows", "few rows", "double"])
+def test_a_basis_is_decomposed_by_one_thread(make: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way: of a Gram matrix, of a few rows, of rows in double precision."""
+    count, dtype = {"rows": (40, torch.float32), "few rows": (5, torch.float32)}.get(
+        make, (40, torch.float64)
+    )
+    seen = []
+
+    def watched(how: Any, *args: Any, **options: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return how(*args, **options)
+
+    for name in ("eigh", "svd", "qr", "cholesky_ex", "cholesky"):
+        monkeypatch.setattr(torch.linalg, name, partial(watched, getattr(torch.linalg, name)))
+    space = RowSpace()
+    space.add(torch.randn(count, 12, dtype=dtype))
+    with using_threads(3):
+        space.basis()
+        space.basis_if_independent()
+    assert seen
+    assert set(seen) == {1}
 
 
 def recorded(path: Path) -> list[int]:
