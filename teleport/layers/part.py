@@ -302,7 +302,8 @@ class DenseMap(LinearMap):
         return z
 
     def push_affine(self, x: Tensor, pieces: Pieces, like: Tensor) -> Tensor:
-        return functional.linear(x, self._upright(pieces[0]), *pieces[1:])
+        bias = [piece.contiguous() for piece in pieces[1:]]  # else it is added in a second pass
+        return functional.linear(x, self._upright(pieces[0]), *bias)
 
     def pull(self, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
         return delta @ self._upright(weight)
