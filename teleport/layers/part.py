@@ -314,7 +314,7 @@ class DenseMap(LinearMap):
             return delta.T @ x
         gradient = delta.new_empty(self.d_out, self.features + 1)
         torch.mm(delta.T, x, out=gradient[:, :-1])  # no copy of the rows with their column of 1
-        gradient[:, -1] = delta.sum(0) * bias_input
+        gradient[:, -1] = delta.sum(0) * bias_input if bias_input else 0.0
         return gradient
 
     def chunks(self, x: Tensor, rows: int = CHUNK) -> Sequence[Tensor]:
