@@ -22,10 +22,10 @@ def worth_threads(multiplications: Iterable[float]) -> bool:
     """Whether jobs of so many multiplications each are better done at the same time.
 
     What the other threads can take over is all but the largest job. Against that stands the start
-    of the threads, about 4 ms, and that a single job has PyTorch's threads to itself. Measured with
-    two threads for layers of width 512 and 128 samples, 8.4 million multiplications each
-    (``chapters/results/bench/layers``): twice the time at 4 layers, 1.2 times at 16, and no loss
-    at 32, which is where this says yes.
+    of the threads, which wait for cores on which PyTorch's own still spin. Measured with two
+    threads for layers of width 512 and 128 samples, 8.4 million multiplications each
+    (``chapters/results/bench/layers``): 1.7 times the time at 4 layers, 1.3 times at 8, and .94
+    times at 16, which is where this says yes.
     """
     costs = list(multiplications)
     return sum(costs) - max(costs, default=0.0) >= WORTH_THREADS
