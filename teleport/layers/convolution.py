@@ -57,9 +57,15 @@ class _SpatialMap(LinearMap):
         rows: Tensor = sums[:, :, 0].movedim(1, 0).flatten(1)
         return rows[0] if self.groups == 1 else rows
 
+    @abstractmethod
+    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What the module computes with a given weight and bias."""
+
+    def push(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._apply(x, weight)
+
     def push_affine(self, x: Tensor, pieces: Pieces, like: Tensor) -> Tensor:
-        z = self.push(x, pieces[0])
-        return z + pieces[1].reshape(-1, *[1] * self.dims) if len(pieces) == 2 else z
+        return self._apply(x, pieces[0], *(piece.contiguous() for piece in pieces[1:]))
 
     def live(self, x: Tensor) -> Tensor:
         """From one sample that is 0 only where all are."""
@@ -113,47 +119,71 @@ class ConvolutionMap(_SpatialMap):
             return (matrix.reshape(self.shape),)
         return matrix[..., :-1].reshape(self.shape), matrix[..., -1].reshape(-1)
 
-    def push(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         m = self.module
-        padded = self.padded(_batched(x, self.dims))
-        z: Tensor = self._conv(padded, weight, None, m.stride, 0, m.dilation, m.groups)
+        taken, zeros = self._taken(x)
+        z: Tensor = self._conv(taken, weight, bias, m.stride, zeros, m.dilation, m.groups)
         return z if x.dim() == self.dims + 2 else z[0]
 
     def row_norms(self, x: Tensor) -> Tensor:
         """By a convolution of the squares with ones: no patch is formed."""
-        squares = self.padded(_batched(x, self.dims)).square()
-        squares = squares.unflatten(1, (self.groups, -1)).sum(2)
+        taken, zeros = self._taken(x)
+        squares = taken.square().unflatten(1, (self.groups, -1)).sum(2)
         m = self.module
         ones = squares.new_ones(self.groups, 1, *m.kernel_size)
-        sums = self._conv(squares, ones, None, m.stride, 0, m.dilation, m.groups)
+        sums = self._conv(squares, ones, None, m.stride, zeros, m.dilation, m.groups)
         rows = _grouped(sums, self.groups, axes=0)[..., 0] + float(self.has_bias_column)
         return rows.sqrt()
 
     def pull(self, delta: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-        padded, unpad = carried_back(self.padded, _batched(x, self.dims))
-        (grad,) = self._backward(delta, padded, weight, (True, False, False))
-        return unpad(grad).reshape(x.shape)
+        (taken, zeros), carry = self._taken(x), None
+        if taken.shape != _batched(x, self.dims).shape:
+            taken, carry = carried_back(self.padded, _batched(x, self.dims))
+        (grad,) = self._backward(delta, taken, zeros, weight, (True, False, False))
+        return (grad if carry is None else carry(grad)).reshape(x.shape)
 
     def weight_gradient(self, x: Tensor, delta: Tensor, bias_input: float = 1.0) -> Tensor:
-        padded = self.padded(_batched(x, self.dims))
         weight = self.module.weight.detach().to(delta.dtype)
-        pieces = self._backward(delta, padded, weight, (False, True, self.has_bias_column))
+        wanted = (False, True, self.has_bias_column)
+        pieces = self._backward(delta, *self._taken(x), weight, wanted)
         return self.join([pieces[0], *(bias_input * grad for grad in pieces[1:])])
 
     def _backward(
-        self, delta: Tensor, padded: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+        self,
+        delta: Tensor,
+        taken: Tensor,
+        zeros: Sequence[int],
+        weight: Tensor,
+        wanted: tuple[bool, bool, bool],
     ) -> list[Tensor]:
-        """Gradients of the convolution of a padded input: those wanted of input, weight, bias."""
+        """Gradients of the convolution of what it takes: those wanted of input, weight, bias."""
         m = self.module
-        zeros = [0] * self.dims
         grads: list[Tensor] = torch.ops.aten.convolution_backward(
-            _batched(delta, self.dims), padded, weight, [weight.shape[0]],
-            m.stride, zeros, m.dilation, False, zeros, m.groups, wanted,
+            _batched(delta, self.dims), taken, weight, [weight.shape[0]],
+            m.stride, zeros, m.dilation, False, [0] * self.dims, m.groups, wanted,
         )  # fmt: skip
         return [grad for grad, asked in zip(grads, wanted, strict=True) if asked]
 
     def padded(self, x: Tensor) -> Tensor:
         """The input with the padding of the module's mode."""
+        widths, mode = self._widths(), self.module.padding_mode
+        if not any(widths):
+            return x
+        return functional.pad(x, widths, mode="constant" if mode == "zeros" else mode)
+
+    def _taken(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """A batch as a convolution takes it, and the zeros that it puts around it by itself.
+
+        It does so without a copy of the input, but only the same number on both sides.
+        """
+        x, widths = _batched(x, self.dims), self._widths()
+        before, after = widths[::-2], widths[-2::-2]
+        if self.module.padding_mode == "zeros" and before == after:
+            return x, before
+        return self.padded(x), [0] * self.dims
+
+    def _widths(self) -> list[int]:
+        """How much is put around the input: last axis first, before and after, as `pad` has it."""
         m = self.module
         widths: list[int] = []
         for axis in reversed(range(self.dims)):
@@ -162,10 +192,7 @@ class ConvolutionMap(_SpatialMap):
                 widths += [total // 2, total - total // 2]
             else:
                 widths += [0, 0] if m.padding == "valid" else [m.padding[axis]] * 2
-        if not any(widths):
-            return x
-        mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
-        return functional.pad(x, widths, mode=mode)
+        return widths
 
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -230,10 +257,7 @@ class TransposedConvolutionMap(_SpatialMap):
         weight = upright.movedim(1, 2).reshape(self.shape)
         return (weight, matrix[..., -1].reshape(-1)) if self.has_bias_column else (weight,)
 
-    def push(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._apply(x, weight, None)
-
-    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         m = self.module
         z: Tensor = self._conv(
             x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation
