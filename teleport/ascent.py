@@ -159,9 +159,9 @@ class Ascent(GuardedMove):
     def _arrive(self, before: Standing) -> Standing:
         """Where it ended: the model runs again with the new parameters.
 
-        A move no longer than the weights changes what a layer gives by no more than the layer
-        rounds (``thm-rank``): the gradient is that of the tape, unless it is near zero, and a
-        forward pass shows that the loss is the same. Everywhere else it is taken anew.
+        A move no longer than twice the weights changes what a layer gives by no more than twice
+        what the layer rounds (``thm-rank``): the gradient is that of the tape, unless it is near
+        zero, and a forward pass shows that the loss is the same. Everywhere else it is taken anew.
         """
         if self.landscape.tape is not None and self._same() and self.landscape.is_near():
             shares = self.landscape.shares()

@@ -390,12 +390,12 @@ class Landscape:
         return self._move_norms[block]
 
     def is_near(self) -> bool:
-        """Whether no block moved farther than its weights are long."""
+        """Whether no block moved farther than twice the length of its weights."""
 
         def length(block: WeightMatrix) -> float:
             return math.sqrt(sum(map(squared_norm, self.start_of(block))))
 
-        return all(self.move_norm(block) <= length(block) for block in self.position.blocks)
+        return all(self.move_norm(block) <= 2 * length(block) for block in self.position.blocks)
 
     def _write(self, position: Position) -> None:
         """Put a position into the parameters; what it does not name goes back to the start.
