@@ -210,10 +210,31 @@ def loss(x, y):
 """
 
 
-def test_the_first_step_loads_nothing() -> None:
-    """Neither PyTorch's compiler, two seconds, nor what the search and the tangents need."""
+KINDS = {
+    "dense": "",
+    "convolution": "nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), "
+    "nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 8)",
+    "other padding": "nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1, padding_mode='circular'), "
+    "nn.Flatten(), nn.Linear(16, 8)",
+    "transformer": "nn.TransformerEncoderLayer(2, 1, 8, batch_first=True), nn.Flatten(), "
+    "nn.Linear(8, 8)",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_step_loads_nothing(kind: str) -> None:
+    """Neither PyTorch's compiler, two seconds, nor what the search and the tangents need.
+
+    Where a tangent meets a constant, as in the first residual block, PyTorch itself loads its
+    compiler, but has done so if an optimizer was made before.
+    """
+    shape = {"dense": (8,), "transformer": (4, 2)}.get(kind, (2, 2, 2))
+    front = f"nn.Unflatten(1, {shape}), {KINDS[kind]}, " if KINDS[kind] else ""
+    program = STEP.replace("nn.Sequential(", f"nn.Sequential({front}")
+    if kind == "transformer":
+        program = program.replace("before, ", "torch.optim.SGD(model.parameters())\nbefore, ")
     closure = "print(teleporter.step(lambda: loss(x, y)).steps, *(set(sys.modules) - before))"
-    assert python(STEP + closure).split() == ["1"]
+    assert python(program + closure).split() == ["1"]
 
 
 @pytest.mark.slow
