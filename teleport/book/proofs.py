@@ -23,6 +23,7 @@ from teleport.book.coq_source import (
 )
 from teleport.book.ledger import theorems
 from teleport.errors import BookError
+from teleport.report import text_table
 
 PACKAGES = (
     "coq libcoq-mathcomp-ssreflect libcoq-mathcomp-algebra libcoq-mathcomp-real-closed "
@@ -254,19 +255,8 @@ def check_exercise(folder: Path, answer: Path, out: Path, workers: int) -> str:
 def audit_table(rows: list[Audited]) -> str:
     """The statements as text: theorem, file, name, lines, assumptions."""
     head = ("theorem", "file", "statement", "lines", "assumptions")
-    ordered = sorted(rows, key=lambda row: row.label)
-    cells = [
-        (
-            r.label,
-            r.file.path.name,
-            r.statement.name,
-            str(r.statement.lines),
-            r.assumptions or "none",
-        )
-        for r in ordered
-    ]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *cells)
-    )
+    lines = [head]
+    for row in sorted(rows, key=lambda row: row.label):
+        name, length = row.statement.name, str(row.statement.lines)
+        lines.append((row.label, row.file.path.name, name, length, row.assumptions or "none"))
+    return "\n".join(text_table(lines))

@@ -315,7 +315,7 @@ def _show_runs(folder: Path) -> None:
         tables, drawn = forgetting_tables(runs), forgetting_figure(runs)
     else:
         check_alike(runs)
-        tables, drawn = _tables(runs), _loss_figure(runs)
+        tables, drawn = _compared(runs)
     _keep(folder, tables, {"figure.png": drawn}, runs)
 
 
@@ -352,17 +352,11 @@ def _with_rows(table: Table, rows: Iterable[Iterable[str]]) -> Table:
     return table
 
 
-def _tables(runs: list[Run]) -> list[Table]:
-    summaries = summarise(runs)
+def _compared(runs: list[Run]) -> tuple[list[Table], Figure]:
+    summaries, title = summarise(runs), _title(runs)
     if len(summaries) > MOST_COLUMNS:
-        return [_many(summaries)]
-    return [_losses(runs), _summaries(summaries)]
-
-
-def _loss_figure(runs: list[Run]) -> Figure:
-    summaries = summarise(runs)
-    many = len(summaries) > MOST_COLUMNS
-    return gap_figure(summaries, _title(runs)) if many else loss_figure(runs, _title(runs))
+        return [_many(summaries)], gap_figure(summaries, title)
+    return [_losses(runs), _summaries(summaries)], loss_figure(runs, title)
 
 
 def _title(runs: list[Run]) -> str:

@@ -38,14 +38,8 @@ class TransposedLinearRule(LayerRule[Any]):
     kind = "Conv1D"
 
     def parts(self, module: Any) -> Sequence[LinearMap]:
-        return [
-            DenseMap(
-                "",
-                ParameterSlice(module, "weight"),
-                optional_slice(module, "bias"),
-                transposed=True,
-            )
-        ]
+        weight, bias = ParameterSlice(module, "weight"), optional_slice(module, "bias")
+        return [DenseMap("", weight, bias, transposed=True)]
 
 
 BY_NAME["transformers.pytorch_utils.Conv1D"] = TransposedLinearRule()

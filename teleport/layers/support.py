@@ -390,15 +390,10 @@ def supported(model: nn.Module) -> Support:
         A table; print it.
     """
     coverage = cover(model)
-    lines = [
-        (
-            block.name,
-            block.kind,
-            sum(slot.of(slot.parameter).numel() for slot in block.part.slots),
-            "can move",
-        )
-        for block in coverage.blocks
-    ]
+    lines = []
+    for block in coverage.blocks:
+        count = sum(piece.numel() for piece in block.part.pieces())
+        lines.append((block.name, block.kind, count, "can move"))
     modules = dict(named_modules(model))
     for name, why in coverage.frozen.items():
         module = modules.get(name)

@@ -167,9 +167,7 @@ def basis_misfit(case: Case, answer: Any, right: Tensor) -> tuple[str, str] | No
     """Like `misfit`, but the number of columns is a property, not a shape."""
     found = misfit(answer, right)
     free = isinstance(answer, Tensor) and answer.ndim == 2 and len(answer) == len(right)
-    if found is None or not free or answer.dtype != right.dtype:
-        return found
-    return None
+    return None if free and answer.dtype == right.dtype else found
 
 
 def projector(answer: Any) -> Any:

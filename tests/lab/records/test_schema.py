@@ -30,8 +30,7 @@ from tests.support.results import RESULTS, copy_record, lines_of
 
 def show_runs(folder: Path) -> None:
     runs = read_runs(folder)
-    show._tables(runs)
-    show._loss_figure(runs)
+    show._compared(runs)
     matrix_markdown(blocks(folder))
 
 
