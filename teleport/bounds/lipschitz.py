@@ -8,6 +8,7 @@ In float64, to rounding.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -180,65 +181,60 @@ def _per_axis(module: Any, x: Tensor, dims: int) -> list[list[Any]]:
     return [list(line) for line in zip(x.shape[-dims:], *spread, strict=True)]
 
 
-def _max_pool(dims: int) -> Callable[[Any, Tensor], float]:
+def _max_pool(dims: int, module: Any, x: Tensor) -> float:
     """``√m``, m the largest number of windows one entry is in: the product over the axes.
 
     A maximum moves by no more than the entry of its window that moves most, so the sum of squares
     counts each entry once per window; raising one entry above all others reaches it.
     """
-
-    def constant(module: Any, x: Tensor) -> float:
-        if module.return_indices:
-            raise UnsupportedModelError("return_indices is not handled; leave it out")
-        windows = 1.0
-        for size, kernel, stride, padding, dilation in _per_axis(module, x, dims):
-            eye = torch.eye(size, dtype=torch.float64)
-            found = functional.max_pool1d(eye, kernel, stride, padding, dilation, module.ceil_mode)
-            windows *= float(found.sum(dim=1).max())
-        return math.sqrt(windows)
-
-    return constant
+    if module.return_indices:
+        raise UnsupportedModelError("return_indices is not handled; leave it out")
+    windows = 1.0
+    for size, kernel, stride, padding, dilation in _per_axis(module, x, dims):
+        eye = torch.eye(size, dtype=torch.float64)
+        found = functional.max_pool1d(eye, kernel, stride, padding, dilation, module.ceil_mode)
+        windows *= float(found.sum(dim=1).max())
+    return math.sqrt(windows)
 
 
-def _average_pool(dims: int) -> Callable[[Any, Tensor], float]:
+def _average_pool(dims: int, module: Any, x: Tensor) -> float:
     """The product of the exact norms along the axes: windows and divisors are products, too."""
-
-    def constant(module: Any, x: Tensor) -> float:
-        if getattr(module, "divisor_override", None) is not None:
-            raise UnsupportedModelError("divisor_override is not handled; leave it out")
-        norm = 1.0
-        for size, kernel, stride, padding in _per_axis(module, x, dims):
-            eye = torch.eye(size, dtype=torch.float64)
-            norm *= _spectral(
-                functional.avg_pool1d(
-                    eye, kernel, stride, padding, module.ceil_mode, module.count_include_pad
-                )
+    if getattr(module, "divisor_override", None) is not None:
+        raise UnsupportedModelError("divisor_override is not handled; leave it out")
+    norm = 1.0
+    for size, kernel, stride, padding in _per_axis(module, x, dims):
+        eye = torch.eye(size, dtype=torch.float64)
+        norm *= _spectral(
+            functional.avg_pool1d(
+                eye, kernel, stride, padding, module.ceil_mode, module.count_include_pad
             )
-        return norm
+        )
+    return norm
 
-    return constant
 
-
-def _adaptive_pool(dims: int, average: bool) -> Callable[[Any, Tensor], float]:
+def _adaptive_pool(dims: int, average: bool, module: Any, x: Tensor) -> float:
     """As for pooling with fixed windows; these may overlap by one entry."""
-
-    def constant(module: Any, x: Tensor) -> float:
-        wanted = module.output_size
-        wanted = wanted if isinstance(wanted, tuple) else (wanted,) * dims
-        found = 1.0
-        for size, count in zip(x.shape[-dims:], wanted, strict=True):
-            pooled = functional.adaptive_avg_pool1d(
-                torch.eye(size, dtype=torch.float64), size if count is None else count
-            )
-            windows = float((pooled > 0).sum(dim=1).max())
-            found *= _spectral(pooled) if average else math.sqrt(windows)
-        return found
-
-    return constant
+    wanted = module.output_size
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,) * dims
+    found = 1.0
+    for size, count in zip(x.shape[-dims:], wanted, strict=True):
+        pooled = functional.adaptive_avg_pool1d(
+            torch.eye(size, dtype=torch.float64), size if count is None else count
+        )
+        windows = float((pooled > 0).sum(dim=1).max())
+        found *= _spectral(pooled) if average else math.sqrt(windows)
+    return found
 
 
 def _always(constant: float) -> Callable[[Any, Tensor], float]:
     return lambda module, x: constant
+
+
+def _by_axes(
+    constant: Callable[[int, Any, Tensor], float], *kinds: type[nn.Module]
+) -> dict[type[nn.Module], Callable[[Any, Tensor], float]]:
+    """A constant that needs the number of axes, for kinds with one axis, with two, and so on."""
+    return {kind: partial(constant, dims) for dims, kind in enumerate(kinds, 1)}
 
 
 _CONSTANTS: dict[type[nn.Module], Callable[[Any, Tensor], float]] = {
@@ -252,14 +248,14 @@ _CONSTANTS: dict[type[nn.Module], Callable[[Any, Tensor], float]] = {
     nn.ELU: lambda module, x: max(1.0, abs(module.alpha)),
     nn.GELU: lambda module, x: GELU if module.approximate == "none" else GELU_TANH,
     nn.SiLU: _always(SILU),
-    **{t: _max_pool(d) for d, t in enumerate((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), 1)},
-    **{t: _average_pool(d) for d, t in enumerate((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), 1)},
-    nn.AdaptiveAvgPool1d: _adaptive_pool(1, True),
-    nn.AdaptiveAvgPool2d: _adaptive_pool(2, True),
-    nn.AdaptiveAvgPool3d: _adaptive_pool(3, True),
-    nn.AdaptiveMaxPool1d: _adaptive_pool(1, False),
-    nn.AdaptiveMaxPool2d: _adaptive_pool(2, False),
-    nn.AdaptiveMaxPool3d: _adaptive_pool(3, False),
+    **_by_axes(_max_pool, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    **_by_axes(_average_pool, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    nn.AdaptiveAvgPool1d: partial(_adaptive_pool, 1, True),
+    nn.AdaptiveAvgPool2d: partial(_adaptive_pool, 2, True),
+    nn.AdaptiveAvgPool3d: partial(_adaptive_pool, 3, True),
+    nn.AdaptiveMaxPool1d: partial(_adaptive_pool, 1, False),
+    nn.AdaptiveMaxPool2d: partial(_adaptive_pool, 2, False),
+    nn.AdaptiveMaxPool3d: partial(_adaptive_pool, 3, False),
 }
 
 

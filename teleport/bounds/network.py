@@ -35,6 +35,7 @@ from teleport.bounds.lipschitz import LINEAR, jump, lipschitz
 from teleport.errors import UnsupportedModelError
 from teleport.layers.rule import rule_for
 from teleport.report import text_table
+from teleport.runtime.wrappers import opened
 from teleport.subspace import Basis, RowSpace
 
 
@@ -174,19 +175,10 @@ def _chain(model: nn.Module) -> _Chain:
                 known[module].eval()
         return known[module].requires_grad_(True)  # so that every bias is part of its matrix
 
-    chain = [(name, twin(module)) for name, module in _flat("", model)]
+    chain = [(name, twin(module)) for name, module in opened(model)]
     if not chain:
         raise UnsupportedModelError("the model is an nn.Sequential without layers")
     return chain
-
-
-def _flat(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    if type(module) is not nn.Sequential:
-        yield prefix, module
-        return
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _flat(f"{prefix}.{name}" if prefix else name, child)
 
 
 def _walk(before: _Chain, after: _Chain, inputs: Tensor, tau: float) -> Iterator[LayerBound]:

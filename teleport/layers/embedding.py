@@ -84,7 +84,7 @@ class EmbeddingMap(LinearMap):
 
 
 @register(nn.Embedding)
-class EmbeddingRule(LayerRule[nn.Embedding]):
+class EmbeddingRule(LayerRule[Any]):
     """``z = W e_token``; the rows of tokens that are not in the batch are the null space.
 
     It never moves in a teleport of its own, for its inputs depend on no parameter (``thm-fixed``);
@@ -93,24 +93,22 @@ class EmbeddingRule(LayerRule[nn.Embedding]):
 
     kind = "Embedding"
 
-    def parts(self, module: nn.Embedding) -> Sequence[LinearMap]:
+    def parts(self, module: Any) -> Sequence[LinearMap]:
         return [EmbeddingMap("", ParameterSlice(module, "weight"), module.padding_idx)]
 
-    def obstacle(self, module: nn.Embedding) -> str:
-        return _obstacle(module)
+    def obstacle(self, module: Any) -> str:
+        if module.max_norm is not None:
+            return "max_norm rewrites its weight in the forward pass"
+        if module.scale_grad_by_freq:
+            return "scale_grad_by_freq makes its gradient another one than the loss's"
+        return ""
 
 
 @register(nn.EmbeddingBag)
-class EmbeddingBagRule(LayerRule[nn.EmbeddingBag]):
+class EmbeddingBagRule(EmbeddingRule):
     """Sum, mean or largest of the embeddings of a bag of tokens: lookups, then arithmetic."""
 
     kind = "EmbeddingBag"
-
-    def parts(self, module: nn.EmbeddingBag) -> Sequence[LinearMap]:
-        return [EmbeddingMap("", ParameterSlice(module, "weight"), module.padding_idx)]
-
-    def obstacle(self, module: nn.EmbeddingBag) -> str:
-        return _obstacle(module)
 
     def forward(
         self,
@@ -161,11 +159,3 @@ def _reduced(mode: str, bags: Tensor, inside: Tensor) -> Tensor:
         return largest.masked_fill(~mask.any(1), 0.0)
     total = (bags * mask).sum(1)
     return total if mode == "sum" else total / inside.sum(1).clamp(min=1)[:, None]
-
-
-def _obstacle(module: Any) -> str:
-    if module.max_norm is not None:
-        return "max_norm rewrites its weight in the forward pass"
-    if module.scale_grad_by_freq:
-        return "scale_grad_by_freq makes its gradient another one than the loss's"
-    return ""

@@ -1,12 +1,12 @@
 """A network as a chain of weight layers, for the rivals that need to know what follows what."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from teleport.errors import UnsupportedModelError
 from teleport.layers.support import Coverage, WeightMatrix
+from teleport.runtime.wrappers import opened
 
 PASSES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 """What changes nothing inside a teleport, where dropout is off."""
@@ -52,7 +52,7 @@ def chain(
             f"{method} has to know the order of the layers, and reads it from nn.Sequential; got "
             f"{type(model).__name__}. Pass the nn.Sequential inside it, if there is one"
         )
-    leaves = list(_leaves(model, ""))
+    leaves = list(opened(model))
     blocks = {site.module: block for site in coverage.sites for block in site.blocks}
     stages: list[Stage] = []
     for place, (name, module) in enumerate(leaves):
@@ -89,12 +89,3 @@ def chain(
             f"{method} acts between two consecutive weight layers; the model has {len(stages)}"
         )
     return stages
-
-
-def _leaves(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
-    if type(module) is not nn.Sequential:
-        yield prefix.removesuffix("."), module
-        return
-    for name, child in module._modules.items():  # named_children() names a repeated one once
-        if child is not None:
-            yield from _leaves(child, f"{prefix}{name}.")

@@ -23,6 +23,16 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
 
 
+def opened(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What an ``nn.Sequential`` runs, in its order and by name, nested ones opened, too."""
+    if type(module) is not nn.Sequential:
+        yield name, module
+        return
+    for own, child in module._modules.items():  # named_children() names a repeated one once
+        if child is not None:
+            yield from opened(child, f"{name}.{own}" if name else own)
+
+
 def holder_names(model: nn.Module) -> dict[nn.Parameter, str]:
     """The module that holds a parameter, by its name in `Coverage`; the first of several."""
     holders: dict[nn.Parameter, str] = {}
