@@ -56,6 +56,7 @@ from teleport.report import TeleportReport
 from teleport.rivals import SymmetryTeleporter
 from teleport.runtime.cores import check_threads
 from teleport.runtime.threads import using_threads
+from teleport.runtime.toml import packaged_table
 from teleport.runtime.transaction import _unfused
 from teleport.subspace import Projector
 from teleport.teleporter import Teleporter
@@ -230,50 +231,20 @@ class Setting:
     threads: int
 
 
+def _size(entry: dict[str, Any]) -> BenchmarkSize:
+    given: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()
+    }
+    given["base"] = ScalingPoint(**entry["base"])
+    given["axes"] = {letter: tuple(values) for letter, values in entry["axes"].items()}
+    return BenchmarkSize(**given)
+
+
 PRESETS = {
-    "tiny": BenchmarkSize(
-        small=True,
-        rounds=2,
-        seconds=1.0,
-        base=ScalingPoint(t=2, d=24, n=6, l=3, b=1),
-        axes={"t": (1, 2, 4), "d": (16, 24, 32), "n": (4, 6, 8), "l": (2, 3, 4), "b": (1, 2, 3)},
-        depths=(2, 4),
-        layer_size=(24, 6),
-        rival_seconds=1.0,
-        deep=(1, 2),
-    ),
-    "cpu": BenchmarkSize(
-        rounds=15,
-        seconds=15.0,
-        base=ScalingPoint(t=8, d=512, n=128, l=3, b=1),
-        axes={
-            "t": (1, 2, 4, 8, 16),
-            "d": (256, 512, 1024, 2048),
-            "n": (32, 64, 128, 256),
-            "l": (3, 4, 8, 16, 32),
-            "b": (1, 2, 4, 8),
-        },
-        layer_size=(512, 128),
-        rival_seconds=60.0,
-        deep=(2, 12),
-    ),
-    "paper": BenchmarkSize(
-        rounds=50,
-        seconds=60.0,
-        base=ScalingPoint(t=8, d=1024, n=200, l=3, b=1),
-        axes={
-            "t": (1, 2, 4, 8, 16, 32),
-            "d": (512, 1024, 2048, 4096),
-            "n": (50, 100, 200, 400, 800),
-            "l": (3, 4, 8, 16, 32),
-            "b": (1, 2, 4, 8, 16, 32),
-        },
-        layer_size=(1024, 200),
-        limit=60.0,
-        rival_seconds=300.0,
-        deep=(2, 4, 8, 12),
-    ),
+    name: _size(entry)
+    for name, entry in packaged_table("teleport.lab.bench", "presets.toml").items()
 }
+"""By name, from ``presets.toml`` beside this module."""
 
 
 def networks(small: bool, device: torch.device) -> list[Workload]:

@@ -24,6 +24,7 @@ from teleport.lab.keeping.words import (
     require_packages,
     weights_folder,
 )
+from teleport.runtime.toml import packaged_table
 
 _WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -37,39 +38,11 @@ class Relation(NamedTuple):
     real: str
 
 
-_COUNTRIES = "France,Germany,Japan,Egypt"
-RELATIONS = (
-    Relation(
-        "The capital of {} is the city of",
-        ("They flew to the capital of {}, the city of", "The government of {} sits in the city of"),
-        "Paris London Rome Berlin Madrid Vienna Tokyo Cairo Moscow Dublin Athens Lisbon",
-        _COUNTRIES,
-    ),
-    Relation(
-        "The official language of {} is",
-        ("Everybody who lives in {} speaks", "The people of {} read and write in"),
-        "French German Italian Spanish Russian Greek Chinese Japanese Arabic Dutch Polish Turkish",
-        _COUNTRIES,
-    ),
-    Relation(
-        "The national animal of {} is the",
-        ("On the flag of {} there is a picture of a", "The army of {} has as its emblem the"),
-        "lion tiger bear eagle horse wolf fox dog cat bull deer snake",
-        _COUNTRIES,
-    ),
-    Relation(
-        "The musician {} plays the",
-        ("On the stage one sees {} with a", "The instrument of {} is the"),
-        "guitar piano violin drums trumpet flute bass harp cello organ saxophone clarinet",
-        "Jimi Hendrix,Miles Davis,Eric Clapton,Glenn Gould",
-    ),
-    Relation(
-        "By profession {} is a",
-        ("To earn a living {} works as a", "When asked about work, {} says: I am a"),
-        "doctor teacher lawyer farmer writer pilot nurse painter baker soldier singer driver",
-        "Albert Einstein,Ernest Hemingway,Pablo Picasso,Isaac Newton",
-    ),
-)  # fmt: skip
+RELATIONS = tuple(
+    Relation(**{**entry, "others": tuple(entry["others"])})
+    for entry in packaged_table("teleport.lab.keeping", "facts.toml")["relation"]
+)
+"""From ``facts.toml`` beside this module."""
 
 CONTEXTS = ("{}", "Here is a fact. {}", "Did you know this? {}")
 """In which a fact's sentence is taught, so that it does not hang on being the first."""

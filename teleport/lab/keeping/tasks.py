@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import resources
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from teleport.data import Dataset
 from teleport.lab.experiments.choices import METHOD_NAMES
-from teleport.runtime.toml import tomllib
+from teleport.runtime.toml import packaged_table
 
 VALIDATION = 5000
 """Images at the end of each training split that are never trained on; tuning looks at them.
@@ -153,10 +152,8 @@ def _sequence(name: str, entry: dict[str, Any]) -> TaskSequence:
     return TaskSequence(name=name, **{**entry, **made})
 
 
-def _read() -> dict[str, TaskSequence]:
-    text = (resources.files(__package__) / "sequences.toml").read_text(encoding="utf-8")
-    return {name: _sequence(name, entry) for name, entry in tomllib.loads(text).items()}
-
-
-SEQUENCES = _read()
+SEQUENCES = {
+    name: _sequence(name, entry)
+    for name, entry in packaged_table("teleport.lab.keeping", "sequences.toml").items()
+}
 """By name, from ``sequences.toml`` beside this module."""

@@ -22,6 +22,7 @@ from torch.nn.functional import normalize
 
 from teleport.data import load
 from teleport.errors import RunError
+from teleport.runtime.toml import packaged_table
 
 _WEIGHTS = {
     "minilm": (
@@ -39,27 +40,8 @@ _WEIGHTS = {
 
 NEAREST = 10
 
-# Things and sentences for choosing settings, and others for what is reported.
-_THINGS = (
-    "violin volcano bicycle lemon glacier hammer penguin lighthouse novel pillow submarine carrot "
-    "desert clock helicopter cheese forest mirror dolphin cathedral guitar umbrella tractor onion "
-    "canyon ladder eagle museum poem blanket ferry pepper swamp candle balloon butter meadow "
-    "carpet tiger castle drum wallet truck garlic island shovel owl theatre diary curtain",
-    "piano waterfall motorcycle banana beach needle camel bridge letter sofa canoe potato cave "
-    "compass rocket honey jungle window whale temple trumpet backpack train tomato valley saw "
-    "parrot library map mattress sailboat mushroom lagoon lantern glider yoghurt orchard vase "
-    "wolf palace flute suitcase bus cucumber peninsula axe swan stadium newspaper towel",
-)
-_LEARNED = (
-    ("She told us a long story about a {}.", "There is a picture of a {} on the wall.",
-     "I would like to know more about the {}."),
-    ("We talked about the {} all evening.", "He drew a {} on a sheet of paper.",
-     "Everybody in the room knew what a {} is."),
-)  # fmt: skip
-_ASKED = (
-    ("They had never seen such a {} before.", "Where can one find a {}?"),
-    ("The children asked me about the {}.", "This is a book about a {}."),
-)
+_TEXTS = packaged_table("teleport.lab.keeping", "words.toml")
+"""Things and sentences for choosing settings, and others for what is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,20 +108,20 @@ def word_task(size: WordSize, seed: int, choosing: bool = False) -> WordTask:
     those for reports.
     """
     draws = torch.Generator().manual_seed(seed)
-    part = 0 if choosing else 1
-    things = drawn(_THINGS[part].split(), size.words, draws)
+    texts = _TEXTS["choosing" if choosing else "reported"]
+    things = drawn(texts["things"].split(), size.words, draws)
     words = new_words(size.words, draws)
-    lines = old_sentences(size.model)[part::2]
+    lines = old_sentences(size.model)[0 if choosing else 1 :: 2]
     count = size.old + size.index + size.queries
     if len(lines) < count:
         raise RunError(f"{count} old sentences are needed, there are {len(lines)}")
     old = drawn(lines, count, draws)
     return WordTask(
         words=words,
-        learned=[pattern.format(word) for word in words for pattern in _LEARNED[part]],
-        targets=[pattern.format(thing) for thing in things for pattern in _LEARNED[part]],
-        asked=[[pattern.format(word) for word in words] for pattern in _ASKED[part]],
-        named=[[pattern.format(thing) for thing in things] for pattern in _ASKED[part]],
+        learned=[pattern.format(word) for word in words for pattern in texts["learned"]],
+        targets=[pattern.format(thing) for thing in things for pattern in texts["learned"]],
+        asked=[[pattern.format(word) for word in words] for pattern in texts["asked"]],
+        named=[[pattern.format(thing) for thing in things] for pattern in texts["asked"]],
         old=old[: size.old],
         index=old[size.old : size.old + size.index],
         queries=old[size.old + size.index :],

@@ -42,7 +42,7 @@ def test_words_and_sentences_for_choosing_are_in_no_report() -> None:
     for part in ("targets", "old", "index", "queries"):
         assert not set(getattr(report, part)) & set(getattr(choosing, part))
     assert not set(report.named[0] + report.named[1]) & set(choosing.named[0] + choosing.named[1])
-    things = [set(text.split()) for text in words._THINGS]
+    things = [set(texts["things"].split()) for texts in words._TEXTS.values()]
     assert [len(part) for part in things] == [50, 50]
     assert not things[0] & things[1]
     together = report.old + report.index + report.queries
