@@ -45,6 +45,10 @@ def squared_norm(tensor: Tensor) -> float:
     return found if 1e-30 < found < math.inf else sum_of_squares(rows)  # squares in float32's range
 
 
+BlockOrParameter = WeightMatrix | nn.Parameter
+"""Whose gradient it is: of a block as its matrix ``[*groups, d_out, d_in]``, or of a parameter."""
+
+
 @dataclass(frozen=True, eq=False)
 class Metric:
     """The norm ``√(gᵀ M⁻¹ g)`` of gradients, for a diagonal M that does not change.
@@ -57,27 +61,20 @@ class Metric:
     inverse: Mapping[nn.Parameter, Tensor] | None = None
     name: str = "gradient norm"
 
-    def velocity(self, parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor:
-        """``scale M⁻¹ g`` of one parameter: the tangent direction of the objective."""
-        if self.inverse is None:
-            return scaled(grad, scale)
-        return (self.inverse[parameter] * scale * grad).to(grad.dtype)
+    def velocity(self, of: BlockOrParameter, grad: Tensor, scale: float = 1.0) -> Tensor:
+        """``scale M⁻¹ g``: the tangent direction of the objective."""
+        inverse = self._inverse(of)
+        return scaled(grad, scale) if inverse is None else (inverse * scale * grad).to(grad.dtype)
 
-    def block_velocity(self, block: WeightMatrix, grad: Tensor, scale: float = 1.0) -> Tensor:
-        """The same of a block's matrix ``[*groups, d_out, d_in]``."""
-        if self.inverse is None:
-            return scaled(grad, scale)
-        return (block.part.of(self.inverse) * scale * grad).to(grad.dtype)
+    def squared_norm(self, of: BlockOrParameter, grad: Tensor) -> float:
+        """``gᵀ M⁻¹ g``."""
+        inverse = self._inverse(of)
+        return squared_norm(grad if inverse is None else inverse.sqrt() * grad)
 
-    def squared_norm(self, parameter: nn.Parameter, grad: Tensor) -> float:
-        """``gᵀ M⁻¹ g`` of one parameter."""
-        return squared_norm(grad if self.inverse is None else self.inverse[parameter].sqrt() * grad)
-
-    def block_squared_norm(self, block: WeightMatrix, grad: Tensor) -> float:
-        """The same of a block's matrix."""
+    def _inverse(self, of: BlockOrParameter) -> Tensor | None:
         if self.inverse is None:
-            return squared_norm(grad)
-        return squared_norm(block.part.of(self.inverse).sqrt() * grad)
+            return None
+        return of.part.of(self.inverse) if isinstance(of, WeightMatrix) else self.inverse[of]
 
     def of_velocities(self) -> "Metric":
         """The metric in which the gradient has the norm that its velocity has in the Euclidean."""
@@ -90,7 +87,7 @@ EUCLIDEAN = Metric()
 
 Gradient = dict[nn.Parameter, Tensor]
 
-Shares = dict[WeightMatrix | nn.Parameter, float]
+Shares = dict[BlockOrParameter, float]
 """What each covered block, and each parameter outside of them, has of a squared gradient norm."""
 
 
@@ -102,7 +99,7 @@ def shares_of(
     """The shares in the squared norm of a gradient that is given parameter by parameter."""
     covered = {parameter for block in blocks for parameter in block.parameters}
     shares: Shares = {p: metric.squared_norm(p, g) for p, g in gradient.items() if p not in covered}
-    shares |= {b: metric.block_squared_norm(b, b.part.of(gradient)) for b in blocks}
+    shares |= {b: metric.squared_norm(b, b.part.of(gradient)) for b in blocks}
     return shares
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from teleport.cli.loading import loading
-from teleport.cli.options import COMMAND_LINE, DeviceOption, checked_threads, out_option
+from teleport.cli.options import COMMAND_LINE, DeviceOption, out_option, threads_option
 from teleport.cli.study import interruptible
 from teleport.lab.experiments.choices import BENCHMARK_NAMES, NOT_IN_ALL
 from teleport.runtime.progress import progress_of
@@ -24,11 +24,7 @@ def bench(
     ] = "cpu",
     device: DeviceOption = "cpu",
     threads: Annotated[
-        int,
-        typer.Option(
-            callback=checked_threads,
-            help="PyTorch's threads; with more than one, a busy machine disturbs.",
-        ),
+        int, threads_option("PyTorch's threads; with more than one, a busy machine disturbs.")
     ] = 1,
     out: Annotated[Path | None, out_option("bench-<what>")] = None,
     against: Annotated[

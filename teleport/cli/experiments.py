@@ -10,7 +10,6 @@ import typer
 from teleport.cli.loading import loading
 from teleport.cli.options import (
     COMMAND_LINE,
-    MAX_SEED,
     CheckpointOption,
     ControlsOption,
     DeviceOption,
@@ -19,8 +18,9 @@ from teleport.cli.options import (
     ResumeOption,
     Threads,
     check_names,
-    checked_threads,
     out_option,
+    seed_option,
+    threads_option,
 )
 from teleport.cli.output import count_of, print_tables, say
 from teleport.cli.study import interruptible
@@ -77,12 +77,7 @@ def run(
     epochs: EpochsOption = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 1,
     first_seed: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=MAX_SEED,
-            help="The first of them; rates are tuned on others than compared.",
-        ),
+        int, seed_option("The first of them; rates are tuned on others than compared.")
     ] = 0,
     schedule: Annotated[
         str, typer.Option(help="default: once after 50 steps. paper: first 5 epochs, 32 x 8.")
@@ -227,10 +222,9 @@ def sweep(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(
-            callback=checked_threads,
-            help="PyTorch's threads of every run; default as of `teleport run`, shared by --jobs. "
-            "A run that goes on keeps its number.",
+        threads_option(
+            "PyTorch's threads of every run; default as of `teleport run`, shared by --jobs. "
+            "A run that goes on keeps its number."
         ),
     ] = None,
 ) -> None:

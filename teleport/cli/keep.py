@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from teleport.cli.loading import loading
-from teleport.cli.options import MAX_SEED, ResumeOption, Threads, comma_separated, out_option
+from teleport.cli.options import ResumeOption, Threads, comma_separated, out_option, seed_option
 from teleport.cli.study import recording
 from teleport.lab.experiments.choices import KEEP_NAMES, METHOD_NAMES, SEQUENCE_NAMES
 from teleport.lab.experiments.entry import one_of
@@ -19,10 +19,7 @@ def continual(
     preset: Annotated[str, typer.Option(help="Size: tiny or cpu.")] = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 8,
     first_seed: Annotated[
-        int,
-        typer.Option(
-            min=0, max=MAX_SEED, help="The first one; with --tune it is added to that of tuning."
-        ),
+        int, seed_option("The first one; with --tune it is added to that of tuning.")
     ] = 0,
     methods: Annotated[
         str | None,
@@ -71,7 +68,7 @@ def keep(
         str, typer.Option(help="Size: tiny, in seconds, or cpu; words: many; edit: hundred.")
     ] = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
-    first_seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="The first one.")] = 0,
+    first_seed: Annotated[int, seed_option("The first one.")] = 0,
     methods: Annotated[
         str | None, typer.Option(help="words, edit: some of the methods, with commas; default all.")
     ] = None,

@@ -23,8 +23,7 @@ def comma_separated(given: str | None) -> list[str] | None:
     return None if given is None else [name.strip() for name in given.split(",")]
 
 
-def checked_threads(threads: int | None) -> int | None:
-    """The same number, if it is one of threads, as `check_threads` says."""
+def _checked(threads: int | None) -> int | None:
     if threads is not None:
         check_threads(threads)
     return threads
@@ -35,10 +34,18 @@ def out_option(name: str) -> Any:
     return typer.Option(help=f"New folder; default runs/<date>-{name}.")
 
 
+def seed_option(what: str) -> Any:
+    """A seed of which generators can be made."""
+    return typer.Option(min=0, max=MAX_SEED, help=what)
+
+
+def threads_option(what: str) -> Any:
+    """A number of PyTorch's threads, checked as `check_threads` says."""
+    return typer.Option(callback=_checked, help=what)
+
+
 PresetOption = Annotated[str, typer.Option(help="Size: tiny, cpu or paper.")]
-SeedOption = Annotated[
-    int, typer.Option(min=0, max=MAX_SEED, help="Of initial values, data order, batch.")
-]
+SeedOption = Annotated[int, seed_option("Of initial values, data order, batch.")]
 EpochsOption = Annotated[int | None, typer.Option(help="Epochs; default from the preset.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 ResumeOption = Annotated[
@@ -52,10 +59,9 @@ ControlsOption = Annotated[
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        callback=checked_threads,
-        help="PyTorch's threads; default one for every core of ours but two, at least one. A "
-        "resumed run keeps its number.",
+    threads_option(
+        "PyTorch's threads; default one for every core of ours but two, at least one. A resumed "
+        "run keeps its number."
     ),
 ]
 

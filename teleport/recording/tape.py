@@ -288,7 +288,7 @@ class Tape:
     def _norm_squared(self, block: WeightMatrix, metric: Metric) -> float:
         """``‖Σ δ xᵀ‖²``, or by Gram matrices ``Σ (δδᵀ)∘(xxᵀ)``."""
         if not self._prefers_gram(block, metric):
-            return metric.block_squared_norm(block, self.weight_gradient(block))
+            return metric.squared_norm(block, self.weight_gradient(block))
         deltas, inputs = self._single(self.deltas(block)), self.row_gram(block)
         squares = deltas @ deltas.mT
         products, kind = squares * inputs, torch.finfo(deltas.dtype)
@@ -341,7 +341,7 @@ class Tape:
         for block, calls in self._calls.items():
             if block in first:
                 between = self.weight_gradient(block) - first[block]
-                found[block] = metric.block_squared_norm(block, between)
+                found[block] = metric.squared_norm(block, between)
             elif self.calls.index(calls[0]) >= last:
                 found[block] = 0.0  # nothing behind it has moved
             else:
@@ -360,7 +360,7 @@ class Tape:
         """(M⁻¹ G) x, scaled, for every call: the tangents due to the block's own weights."""
         if not self._prefers_gram(block, metric):
             self.weight_gradient(block)
-            velocity = metric.block_velocity(block, self._gradients.pop(block), scale)
+            velocity = metric.velocity(block, self._gradients.pop(block), scale)
             yield from self.drive_of(block, block.part.split(velocity))
             return
         deltas, calls = scaled(self._single(self.deltas(block)), scale), self.calls_of(block)
