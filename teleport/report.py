@@ -104,10 +104,8 @@ class TeleportReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        return "\n".join([*self._summary(), "", *self._table(), f"{self.seconds:.3f} s"])
-
-    def _table(self) -> list[str]:
-        return text_table([_COLUMNS, *map(_cells, self.layers)])
+        table = text_table([_COLUMNS, *map(_cells, self.layers)])
+        return "\n".join([*self._summary(), "", *table, f"{self.seconds:.3f} s"])
 
     def _repr_html_(self) -> str:
         lines = "<br>".join(html.escape(line) for line in self._summary())

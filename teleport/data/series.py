@@ -79,9 +79,7 @@ def split_windows(
     Raises:
         ValueError: A part is too short for a single window.
     """
-    first, second = (
-        round(len(table) * share) for share in (SPLIT_SHARES[0], SPLIT_SHARES[0] + SPLIT_SHARES[1])
-    )
+    first, second, _ = (round(len(table) * share) for share in np.cumsum(SPLIT_SHARES))
     train = table[:first]
     mean, deviation = train.mean(0), train.std(0)
     # A constant column has no deviation but the rounding of its mean.

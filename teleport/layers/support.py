@@ -158,7 +158,7 @@ def cover(model: nn.Module, at_least_one: bool = False) -> Coverage:
     in_one_memory = _in_one_memory(model)
     for name, site in found.items():
         for part in site.parts.values():
-            full = _join(name, part.name)
+            full = ".".join(filter(None, (name, part.name)))
             if part.key in conflicts:
                 frozen[full] = "shares a parameter with another layer in part"
             elif not in_one_memory.isdisjoint(slot.parameter for slot in part.slots):
@@ -273,10 +273,6 @@ def _no_layer(model: nn.Module, frozen: dict[str, str]) -> str:
         f"{type(model).__name__} has no layer that can move. Covered are {kinds}; a rule for "
         f"another type is added with teleport.layers.register. Found: {found or 'no parameters'}"
     )
-
-
-def _join(module: str, part: str) -> str:
-    return ".".join(name for name in (module, part) if name)
 
 
 def _obstacle(module: nn.Module, parts: Sequence[LinearMap]) -> str:

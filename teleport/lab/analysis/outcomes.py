@@ -209,6 +209,12 @@ def number_text(value: float, form: str = "{:.2f}") -> str:
     return "-" if math.isnan(value) else form.format(value)
 
 
+def range_text(counts: Sequence[int]) -> str:
+    """From the least to the largest of some counts, or the one that they all are."""
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
 def ratio_text(comparison: Comparison | None, axis: str, form: str = "{:.2f}") -> str:
     """The ratio of steps or seconds; empty without a comparison."""
     return "" if comparison is None else number_text(getattr(comparison, axis), form)

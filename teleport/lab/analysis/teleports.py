@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from teleport.lab.analysis.counts import arms_of, gap, schedule_name, teleporting
-from teleport.lab.analysis.outcomes import FolderOutcome, ratio_text
+from teleport.lab.analysis.outcomes import FolderOutcome, range_text, ratio_text
 from teleport.lab.records.compare import ArmSummary
 from teleport.lab.records.runs import Run, by_arm
 
@@ -111,12 +111,7 @@ def _time(runs: Sequence[Run]) -> list[str]:
     config = runs[0].config  # older records do not name the training batch: it was 32
     batch = config["settings"]["teleport"]["batch_size"] / config.get("batch_size", 32)
     return [
-        *(f"{len(runs)}", _range([row["step"] for row in rows]), _range(times)),
+        *(f"{len(runs)}", range_text([row["step"] for row in rows]), range_text(times)),
         *(f"{middle:.0f} ({low:.0f} to {high:.0f})", f"{batch:.2g}"),
         f"{np.median(part):.0%} ({min(part):.0%} to {max(part):.0%})",
     ]
-
-
-def _range(values: Sequence[int]) -> str:
-    low, high = min(values), max(values)
-    return f"{low}" if low == high else f"{low} to {high}"

@@ -116,8 +116,6 @@ def _rows(
     tasks: dict[str, TimedTask],
     spent: dict[str, Any],
 ) -> list[Measurement]:
-    what, timings = (
-        {"network": against, "shape": case.shape},
-        interleaved(reference, tasks, **spent),
-    )
+    timings = interleaved(reference, tasks, **spent)
+    what = {"network": against, "shape": case.shape}
     return [{**what, "operation": name, **timing.row} for name, timing in timings.items()]

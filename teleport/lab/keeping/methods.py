@@ -92,12 +92,8 @@ class Replay(Plain):
         return sum(x.nbytes + y.nbytes for x, y in self._kept), sum(len(y) for _, y in self._kept)
 
 
-class Projected(Plain):
-    """Every gradient is projected into the null space of the kept old images.
-
-    This is Gradient Projection Memory (Saha et al. 2021), with biases and with one tau for all
-    layers; spaces of several tasks are joined whole.
-    """
+class _Spaces(Plain):
+    """The null space of the kept old images; spaces of several tasks are joined whole."""
 
     uses_tau = True
     space: NullSpace | None = None
@@ -106,11 +102,6 @@ class Projected(Plain):
         """Add the null space of these images; labels are not used, images not kept."""
         new = self._space(model, inputs)
         self.space = new if self.space is None else self.space.merge(new)
-
-    def before_step(self, model: nn.Module) -> None:
-        """Project the gradients."""
-        if self.space is not None:
-            self.space.project_(model)
 
     def stored(self) -> tuple[int, int]:
         """Of the bases, and of the singular values that go with them."""
@@ -122,7 +113,20 @@ class Projected(Plain):
         return null_space(model, [lambda: model(inputs)], self.tau)
 
 
-class Lazy(Projected):
+class Projected(_Spaces):
+    """Every gradient is projected into the null space of the kept old images.
+
+    This is Gradient Projection Memory (Saha et al. 2021), with biases and with one tau for all
+    layers; spaces of several tasks are joined whole.
+    """
+
+    def before_step(self, model: nn.Module) -> None:
+        """Project the gradients."""
+        if self.space is not None:
+            self.space.project_(model)
+
+
+class Lazy(_Spaces):
     """The displacement is projected, once every ten steps and at the end of the task."""
 
     EVERY = 10
@@ -133,9 +137,6 @@ class Lazy(Projected):
         super().learned(model, inputs, targets)
         assert self.space is not None
         self._keeper = self.space.keep(model, every=self.EVERY)
-
-    def before_step(self, model: nn.Module) -> None:
-        """Leave the gradients as they are."""
 
     def after_step(self, model: nn.Module) -> None:
         """Project if it is time."""
@@ -158,7 +159,7 @@ class Random(Projected):
         return NullSpace({n: random_basis(b, self.draws) for n, b in bases.items()})
 
 
-class _Grown(Projected):
+class _Grown(_Spaces):
     """Spaces as of Gradient Projection Memory: each task adds only the energy that is missing."""
 
     def learned(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
@@ -203,9 +204,6 @@ class Gpm(_Grown):
         """``[n, 2, width]``: the images, and their parts in the null space."""
         return inputs if self._free is None else torch.stack([inputs, inputs @ self._free[0]], 1)
 
-    def before_step(self, model: nn.Module) -> None:
-        """The gradients are projected already."""
-
     def outputs(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """The model's own, whose gradients are of the projected inputs."""
         if self._free is None:
@@ -229,9 +227,6 @@ class GpmLazy(_Grown):
         """Attach the space."""
         if self.space is not None:
             self._attached = self.space.attach(optimizer, self.EVERY, model=model)
-
-    def before_step(self, model: nn.Module) -> None:
-        """Leave the gradients as they are."""
 
     def ended(self) -> None:
         """Project what has come since, and let the optimizer go."""

@@ -1,10 +1,10 @@
 """What the records of `teleport moves` say, as tables."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from teleport.ascent import FIXED, NO_ROOM
+from teleport.lab.analysis.outcomes import range_text
 from teleport.lab.paper.moves import Moves
 
 REACHED = 0.01
@@ -58,8 +58,8 @@ def move_cells(moves: Moves, tau: float) -> list[str]:
     counts = {what: outcomes.count(what) for what in outcomes}
     return [
         f"{tau:g}",
-        f"{_range(moved)} of {len(layers[0])}",
-        f"{_range(free)} of {inputs}",
+        f"{range_text(moved)} of {len(layers[0])}",
+        f"{range_text(free)} of {inputs}",
         f"{sum(reached) / len(rows):.3f}",
         *(f"{drift:.0e}" for drift in drifts),
         f"{cost:.0f}",
@@ -84,7 +84,3 @@ def room(moves: Moves) -> list[list[str]]:
 def _share(after: float | None, before: float | None) -> float:
     """Their ratio; infinite for what was not finite."""
     return math.inf if after is None or not before else after / before
-
-
-def _range(counts: Sequence[int]) -> str:
-    return f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
