@@ -1,5 +1,8 @@
 """The errors of the package: one small tree, every message says what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TeleportError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -64,3 +67,12 @@ def require(name: str, value: object, valid: bool, allowed: str) -> None:
     """Raise ValueError for an argument out of range, with its value and the range."""
     if not valid:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+@contextmanager
+def os_errors_as(kind: type[TeleportError], failed: str, advice: str = "") -> Iterator[None]:
+    """Say what failed where the operating system refuses something, its reason and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{failed}: {error.strerror}{advice}") from error

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -38,9 +39,7 @@ def _built(
             progress("running", min(begun, 1), chapters)
             begun += 1
 
-        def paged(done: int, of: int) -> None:
-            progress("pages", done, of)
-
+        paged = partial(progress, "pages")
         return build(
             book, out, run=run, form=form, repository=repository, started=started, progress=paged
         )

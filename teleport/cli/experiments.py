@@ -24,7 +24,7 @@ from teleport.cli.options import (
 )
 from teleport.cli.output import count_of, print_tables, say
 from teleport.cli.study import interruptible
-from teleport.errors import RunError
+from teleport.errors import RunError, os_errors_as
 from teleport.lab.experiments.choices import CHECKPOINT_SECONDS, INITS, OPTIMIZER_NAMES
 from teleport.lab.experiments.entry import SCHEDULES
 from teleport.runtime.progress import progress_of
@@ -316,13 +316,10 @@ def report(
     typer.echo(matrix_markdown(found))
     if figures is None:
         return
-    try:
+    failed = f"cannot write figures to {figures}"
+    with os_errors_as(RunError, failed, "; give another --figures"):
         figures.mkdir(parents=True, exist_ok=True)
         draw_report(found, figures)
-    except OSError as error:
-        raise RunError(
-            f"cannot write figures to {figures}: {error.strerror}; give another --figures"
-        ) from error
     typer.echo(f"figures are in {figures}", err=True)
 
 

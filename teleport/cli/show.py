@@ -13,7 +13,7 @@ from rich.table import Column, Table
 
 from teleport.check.grading import Grades
 from teleport.cli.output import console, count_of, print_tables, say
-from teleport.errors import RunError
+from teleport.errors import RunError, os_errors_as
 from teleport.lab.analysis.connectivity import Lines, interval, read_lines
 from teleport.lab.analysis.curves import (
     connectivity_figure,
@@ -197,17 +197,15 @@ def _keep(
     """Print tables and what diverged, keep the tables as text beside the figures, say where."""
     print_tables(*tables)
     say_diverged(runs)
-    try:
+    advice = (
+        f"; the records are complete, and `teleport figure {folder}` draws them when there is room"
+    )
+    with os_errors_as(RunError, f"cannot write the table and the figures to {folder}", advice):
         folder.mkdir(parents=True, exist_ok=True)  # one in a packed study need not be there
         with (folder / "table.txt").open("w", encoding="utf-8") as file:
             console(file=file).print(*tables)
         for name, drawn in (figures or {}).items():
             drawn.savefig(folder / name, dpi=150)
-    except OSError as error:
-        raise RunError(
-            f"cannot write the table and the figures to {folder}: {error.strerror}; the records "
-            f"are complete, and `teleport figure {folder}` draws them when there is room"
-        ) from error
     names = ["records", "table.txt", *(figures or {})]
     typer.echo(f"{', '.join(names[:-1])} and {names[-1]} are in {folder}")
 

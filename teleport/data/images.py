@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from teleport.data.archive import gunzip
-from teleport.errors import DataError
+from teleport.errors import DataError, os_errors_as
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -110,8 +110,6 @@ def _idx_length(content: bytes, offset: int, where: str) -> int:
 
 
 def _content(path: Path) -> bytes:
-    try:
+    with os_errors_as(DataError, f"{path}: expected a readable file, found"):
         raw = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: expected a readable file, found: {error.strerror}") from error
     return gunzip(raw, str(path)) if path.suffix == ".gz" else raw

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from teleport.data.archive import gunzip
 from teleport.data.download import SourceFile, digest, download
-from teleport.errors import DataError
+from teleport.errors import DataError, os_errors_as
 
 ROOT_VARIABLE = "TELEPORT_DATA"
 CACHE_NAME = "nullspace-teleport"
@@ -71,10 +71,8 @@ def read_checked(path: Path, file: SourceFile) -> Checked:
 
     DataError if it cannot be read or is not what its digest says.
     """
-    try:
+    with os_errors_as(DataError, f"{path}: expected a readable file, found"):
         content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: expected a readable file, found: {error.strerror}") from error
     if not file.content:
         _check(path, f"digest of its {len(content):,} bytes", file.download, content)
     if path.suffix == ".gz" and not path.name.endswith(".tar.gz"):

@@ -10,23 +10,20 @@ from teleport.layers.rule import BY_NAME, Apply, LayerRule, register
 
 
 @register(nn.Linear)
-class LinearRule(LayerRule[nn.Linear]):
+class LinearRule(LayerRule[Any]):
     """``z = W x + b``; representation matrix as in the paper's equation (8)."""
 
     kind = "Linear"
 
-    def parts(self, module: nn.Linear) -> Sequence[LinearMap]:
+    def parts(self, module: Any) -> Sequence[LinearMap]:
         return [DenseMap("", ParameterSlice(module, "weight"), optional_slice(module, "bias"))]
 
 
 @register(nn.Bilinear)
-class BilinearRule(LayerRule[nn.Bilinear]):
+class BilinearRule(LinearRule):
     """``z_k = x1ᵀ A_k x2 + b_k``: linear in A, with the outer product of x1 and x2 as the row."""
 
     kind = "Bilinear"
-
-    def parts(self, module: nn.Bilinear) -> Sequence[LinearMap]:
-        return [DenseMap("", ParameterSlice(module, "weight"), optional_slice(module, "bias"))]
 
     def forward(self, module: nn.Bilinear, apply: Apply, x1: Tensor, x2: Tensor) -> Tensor:
         return apply("", (x1[..., :, None] * x2[..., None, :]).flatten(-2))

@@ -106,9 +106,9 @@ def _load_of_extra(name: str, *arguments: Any, **options: Any) -> torch.optim.Op
     return optimizer
 
 
+@torch.random.fork_rng(devices=[])
 def _try_out(name: str, build: Build) -> None:
     """Two steps on a small layer, so that an optimizer that cannot be used is refused by name."""
-    state = torch.get_rng_state()
     layer = nn.Linear(3, 2)
     try:
         optimizer = build(list(layer.parameters()), 0.01)
@@ -121,5 +121,3 @@ def _try_out(name: str, build: Build) -> None:
             f"optimizer {name!r} needs more than parameters, a learning rate and one gradient per "
             f"step: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        torch.set_rng_state(state)

@@ -261,13 +261,12 @@ def _unavailable(name: str, error: Exception) -> RunError:
     return RunError(f"device {name!r} is not available here ({reason}); use cpu")
 
 
+@torch.random.fork_rng(devices=[])
 def _warm_up(settings: RunSettings) -> None:
     """One step and one teleport nobody times: first calls load what later calls find loaded."""
-    state = torch.get_rng_state()
     device = device_of(settings.device)
     model = mlp(4, 2, hidden=(16, 16)).to(device)
     x, y = torch.rand(8, 4, device=device), torch.zeros(8, dtype=torch.long, device=device)
     cross_entropy(model(x), y).backward()
     find_optimizer(settings.optimizer)(list(model.parameters()), 0.01).step()
     Teleporter(model).step(lambda: cross_entropy(model(x), y))
-    torch.set_rng_state(state)

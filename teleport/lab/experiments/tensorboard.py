@@ -4,11 +4,11 @@ import importlib
 import math
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from teleport.errors import RunError
+from teleport.errors import RunError, os_errors_as
 
 SCALARS = ("train_loss", "test_loss", "test_accuracy", "grad_norm")
 """Columns of an evaluation that become curves, but for NaN, as of the accuracy in a regression."""
@@ -77,15 +77,13 @@ class Board:
             if error is None:  # else that one tells what happened first
                 raise
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(
-                f"cannot write the TensorBoard files in {self._folder}: {error.strerror}; the "
-                "records so far are complete. Make room, then run the same command with --resume"
-            ) from error
+    def _told(self) -> AbstractContextManager[None]:
+        advice = (
+            "; the records so far are complete. Make room, then run the same command with --resume"
+        )
+        return os_errors_as(
+            RunError, f"cannot write the TensorBoard files in {self._folder}", advice
+        )
 
 
 @contextmanager

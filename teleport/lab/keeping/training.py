@@ -322,9 +322,9 @@ class _Learning:
             self.writer.write("evaluation", **row)
 
 
+@torch.random.fork_rng(devices=[])
 def _try_out(strategies: Sequence[Strategy]) -> None:
     """A few steps nobody times: first calls load what later calls find loaded."""
-    state = torch.get_rng_state()
     model: nn.Module = mlp(4, 2, hidden=(8,))
     x, y = torch.rand(8, 4), torch.zeros(8, dtype=torch.long)
     for strategy in strategies:
@@ -335,4 +335,3 @@ def _try_out(strategies: Sequence[Strategy]) -> None:
         method.before_step(model)
         method.after_step(model)
         method.ended()
-    torch.set_rng_state(state)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from teleport.errors import RunError
+from teleport.errors import RunError, os_errors_as
 from teleport.lab.records.schema import ROWS, check_row, made_by
 from teleport.lab.records.study import is_packed, packed_config, packed_rows, record_paths
 
@@ -161,10 +161,8 @@ def has_begun(path: Path) -> bool:
 
 
 def _read(path: Path) -> bytes:
-    try:
+    with os_errors_as(RunError, f"cannot read the record {path}"):
         return path.read_bytes()
-    except OSError as error:
-        raise RunError(f"cannot read the record {path}: {error.strerror}") from error
 
 
 def _row(line: bytes) -> dict[str, Any]:

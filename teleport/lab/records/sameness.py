@@ -4,6 +4,7 @@ The records of one folder are made by one command, and but for what that command
 and seeds of `teleport run`, say - with the same settings: else tables and figures would mix them.
 """
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,7 @@ def _differences(where: str, found: Any, wanted: Any) -> Iterator[str]:
 
 def as_read(value: Any) -> Any:
     """A value as it comes back from JSON: tuples are lists there."""
-    if isinstance(value, dict):
-        return {key: as_read(item) for key, item in value.items()}
-    return [as_read(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return json.loads(json.dumps(value))
 
 
 def check_same(

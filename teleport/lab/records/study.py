@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from teleport.errors import RunError
+from teleport.errors import RunError, os_errors_as
 
 if TYPE_CHECKING:
     import polars as pl
@@ -46,11 +46,8 @@ def is_index(path: Path) -> bool:
     """Whether a file is the list of the records of a packed study."""
     if path.name != INDEX or not path.is_file():
         return False
-    try:
-        with path.open("rb") as file:
-            return file.read(len(_BEGINS)) == _BEGINS
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
+    with os_errors_as(RunError, f"cannot read {path}"), path.open("rb") as file:
+        return file.read(len(_BEGINS)) == _BEGINS
 
 
 def study_of(folder: Path) -> Path | None:
@@ -234,10 +231,8 @@ def _stamp(path: Path) -> tuple[int, ...]:
 def _read_index(path: Path, stamp: object) -> dict[str, dict[str, bytes]]:
     """The lines of the list by folder and record."""
     found: dict[str, dict[str, bytes]] = {}
-    try:
+    with os_errors_as(RunError, f"cannot read {path}"):
         lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from error
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from teleport.errors import RunError
+from teleport.errors import RunError, os_errors_as
 from teleport.runtime.clock import clock_name
 
 
@@ -36,12 +36,10 @@ class RecordWriter:
     ) -> None:
         self.path, self._also = path, also
         self.length = keep or 0
-        try:
+        with os_errors_as(RunError, f"cannot write the record {path}"):
             self._file = path.open("xb" if keep is None else "r+b", buffering=0)
             self._file.seek(self.length)
             self._file.truncate()
-        except OSError as error:
-            raise RunError(f"cannot write the record {path}: {error.strerror}") from error
 
     def write(self, kind: str, **row: Any) -> None:
         """Write one row; numbers that are not finite become null, as JSON has no name for them.
@@ -65,10 +63,8 @@ class RecordWriter:
 
     def sync(self) -> int:
         """Wait until all rows are on the disk, else RunError; return their bytes."""
-        try:
+        with os_errors_as(RunError, f"cannot write the record {self.path}"):
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise RunError(f"cannot write the record {self.path}: {error.strerror}") from error
         return self.length
 
     def __enter__(self) -> "RecordWriter":
