@@ -75,4 +75,4 @@ def os_errors_as(kind: type[TeleportError], failed: str, advice: str = "") -> It
     try:
         yield
     except OSError as error:
-        raise kind(f"{failed}: {error.strerror}{advice}") from error
+        raise kind(f"{failed}: {error.strerror or error}{advice}") from error
