@@ -65,8 +65,15 @@ def factorising_threads(matrix: Tensor) -> int:
 
 
 def factorised(how: Callable[..., _Result], matrix: Tensor, **options: Any) -> _Result:
-    """``how(matrix)``, a factorisation, by as many threads as it is worth."""
-    with using_threads(factorising_threads(matrix)):
+    """``how(matrix)``, a factorisation, by as many threads as it is worth.
+
+    PyTorch gives a thread that first uses it the number that was set last, by whichever thread: one
+    that does meanwhile begins with one. So nothing is set, and put back, where it is so already.
+    """
+    threads = factorising_threads(matrix)
+    if threads == torch.get_num_threads():
+        return how(matrix, **options)
+    with using_threads(threads):
         return how(matrix, **options)
 
 

@@ -1,6 +1,8 @@
 """How many threads compute, how they wait, and what records say of it."""
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,26 @@ def test_small_matrices_are_factorised_by_one_thread() -> None:
         with pytest.raises(KilledError):
             factorised(threads, torch.empty(5, 5), fail=True)
         assert torch.get_num_threads() == 3
+
+
+def test_factorising_in_two_threads_leaves_the_number_of_later_ones() -> None:
+    """PyTorch gives a new thread the number that was set last, by whichever thread."""
+
+    def threads(matrix: torch.Tensor) -> int:
+        return torch.get_num_threads()
+
+    def in_a_thread(work: Callable[[], int]) -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+
+    with using_threads(3), ThreadPoolExecutor(1) as pool:
+
+        def meanwhile(matrix: torch.Tensor) -> None:
+            pool.submit(torch.get_num_threads).result()  # it has one thread from then on
+
+        factorised(meanwhile, torch.empty(5, 5))
+        assert pool.submit(factorised, threads, torch.empty(5, 5)).result() == 1
+        assert in_a_thread(torch.get_num_threads) == 3
 
 
 @pytest.mark.parametrize("make", ["rows", "few rows", "double"])
