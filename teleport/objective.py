@@ -176,7 +176,7 @@ def ascent_double_backward(
     with torch.enable_grad():
         pairs = zip(grads, grads if velocity is None else velocity, strict=True)
         products = ((g * v.conj()).sum().real for g, v in pairs)  # complex ones as pairs of reals
-        objective = sum(products, torch.zeros(()))
+        objective = sum(products, torch.zeros((), device="cpu"))
         if not objective.requires_grad:
             return [torch.zeros_like(p) for p in parameters]
         ascent = torch.autograd.grad(objective, parameters, materialize_grads=True)

@@ -156,6 +156,11 @@ def _spectral(matrices: Tensor) -> float:
     return math.sqrt(max(float(torch.linalg.eigvalsh(gram)[..., -1].max()), 0.0))
 
 
+def _eye(size: int) -> Tensor:
+    """Spikes at every entry, to read a map's matrix from."""
+    return torch.eye(size, dtype=torch.float64, device="cpu")
+
+
 def _linear(module: nn.Linear, x: Tensor) -> float:
     return _spectral(module.weight.detach().double())
 
@@ -191,7 +196,7 @@ def _max_pool(dims: int, module: Any, x: Tensor) -> float:
         raise UnsupportedModelError("return_indices is not handled; leave it out")
     windows = 1.0
     for size, kernel, stride, padding, dilation in _per_axis(module, x, dims):
-        eye = torch.eye(size, dtype=torch.float64)
+        eye = _eye(size)
         found = functional.max_pool1d(eye, kernel, stride, padding, dilation, module.ceil_mode)
         windows *= float(found.sum(dim=1).max())
     return math.sqrt(windows)
@@ -203,7 +208,7 @@ def _average_pool(dims: int, module: Any, x: Tensor) -> float:
         raise UnsupportedModelError("divisor_override is not handled; leave it out")
     norm = 1.0
     for size, kernel, stride, padding in _per_axis(module, x, dims):
-        eye = torch.eye(size, dtype=torch.float64)
+        eye = _eye(size)
         norm *= _spectral(
             functional.avg_pool1d(
                 eye, kernel, stride, padding, module.ceil_mode, module.count_include_pad
@@ -218,9 +223,7 @@ def _adaptive_pool(dims: int, average: bool, module: Any, x: Tensor) -> float:
     wanted = wanted if isinstance(wanted, tuple) else (wanted,) * dims
     found = 1.0
     for size, count in zip(x.shape[-dims:], wanted, strict=True):
-        pooled = functional.adaptive_avg_pool1d(
-            torch.eye(size, dtype=torch.float64), size if count is None else count
-        )
+        pooled = functional.adaptive_avg_pool1d(_eye(size), size if count is None else count)
         windows = float((pooled > 0).sum(dim=1).max())
         found *= _spectral(pooled) if average else math.sqrt(windows)
     return found

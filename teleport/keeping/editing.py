@@ -160,6 +160,6 @@ def _checked(
 def _constant(part: DenseMap) -> Tensor:
     """The bias where it does not move, else nothing."""
     if part.bias is None or part.has_bias_column:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     bias: Tensor = part.bias.of(part.bias.parameter).detach().double()
     return bias

@@ -115,7 +115,7 @@ def replaced(sites: Sequence[CoveredModule], product: CoveredProduct) -> Any:
 def _record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) -> Tape:
     calls: list[Call] = []
     relays = Relays()
-    anchor = torch.zeros((), requires_grad=True)
+    anchor = torch.zeros((), device="cpu", requires_grad=True)
     empty: dict[str, torch.Size] = {}
     passed_by: dict[WeightMatrix, str] = {}
 

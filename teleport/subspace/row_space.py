@@ -288,7 +288,8 @@ class RowSpace(Space):
         gram = gram_matrix(rows.mT) if gram is None else gram
         total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         smallest = max(1e-6, relative_cut(rows.shape[-1], self._dtype) ** 2)
-        shifted = gram - (smallest * total)[..., None, None] * torch.eye(gram.shape[-1]).to(gram)
+        shifted = gram.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).sub_((smallest * total)[..., None])
         if bool(factorised(torch.linalg.cholesky_ex, shifted).info.any()):
             return None
         factor = factorised(torch.linalg.cholesky, gram)

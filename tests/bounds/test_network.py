@@ -187,6 +187,15 @@ def test_the_constant_of_adaptive_pooling_is_right(dims: int, wanted: int) -> No
     assert lipschitz(most, x) == pytest.approx(largest_spike(most, shape), rel=1e-9)
 
 
+@pytest.mark.parametrize("make", [nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d])
+def test_the_constant_of_pooling_does_not_ask_for_the_default_device(
+    make: Callable[[int], nn.Module],
+) -> None:
+    x = torch.randn(1, 1, 12)
+    with torch.device("meta"):
+        assert lipschitz(make(3), x) == lipschitz(make(3), x.double())
+
+
 def largest_spike(pool: nn.Module, shape: Sequence[int]) -> float:
     """How much of a batch of zeros one entry raised to 1 changes, at most."""
     return float(jacobian(pool, shape).norm(dim=0).max())

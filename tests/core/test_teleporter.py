@@ -1,7 +1,7 @@
 """`Teleporter`: what is reached, what is kept, what never moves (T2, T5, T6)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -508,6 +508,24 @@ def test_an_optimizer_made_before_stays_valid() -> None:
     problem.closure().backward()
     optimizer.step()
     assert loss(problem) < before
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[None]:
+    """What is made without a device is on none."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_users_default_device_is_not_asked(method: str, parts: int, elsewhere: None) -> None:
+    with torch.device("cpu"):
+        model = mlp(12, 3, hidden=(8,))
+        x, y = torch.randn(5, 12), torch.arange(5) % 3
+    closures = [lambda: functional.cross_entropy(model(x), y)] * parts
+    assert Teleporter(model, method=method).step(closures).steps == 1
 
 
 def test_a_layer_the_loss_ignores_does_no_harm() -> None:

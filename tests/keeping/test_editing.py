@@ -155,6 +155,14 @@ def test_a_frozen_bias_is_a_constant() -> None:
     assert torch.allclose(layer(keys), values, atol=1e-8)
 
 
+def test_a_layer_without_bias_is_edited_whatever_the_default_device() -> None:
+    layer = nn.Linear(5, 3, bias=False)
+    keys, values, rows = torch.randn(1, 5), torch.randn(1, 3), torch.randn(2, 5)
+    with torch.device("meta"):
+        null_space(layer, lambda: layer(rows)).edit(layer, "", keys, values)
+    assert torch.allclose(layer(keys), values, atol=1e-5)
+
+
 def test_float32_weights_are_edited_to_their_rounding() -> None:
     torch.manual_seed(0)
     model, old = nn.Sequential(nn.Linear(32, 16)), torch.randn(8, 32)
