@@ -42,13 +42,13 @@ class Unfinished:
             return
         rank = f".{torch.distributed.get_rank()}" if ranks.size > 1 else ""
         self._path, self._of = Path(f"{path}{rank}"), _digest(model)
-        if not self._path.parent.is_dir():
-            raise NullSpaceError(f"{self._path.parent} is no folder: make it before the survey")
         try:
+            if not self._path.parent.is_dir():
+                raise NullSpaceError(f"{self._path.parent} is no folder: make it before the survey")
             self._path.stat()
         except FileNotFoundError:
             return
-        except OSError as error:  # a name that is too long, for one
+        except (OSError, ValueError) as error:  # a name that is too long, or that none can be
             raise _unwritten(self._path, error) from error
         self._read(self._path)
 

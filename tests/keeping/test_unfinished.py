@@ -152,6 +152,17 @@ def test_a_name_that_is_too_long_is_said_before_anything_is_taken_in(
     assert called == []
 
 
+@pytest.mark.parametrize("name", ["folder" * 50 + "/survey", "no\0name"])
+def test_a_path_that_no_file_has_is_said_before_anything_is_taken_in(
+    model: Words, tmp_path: Path, name: str
+) -> None:
+    called: list[int] = []
+    with pytest.raises(NullSpaceError, match=r"cannot be written to|is no folder"):
+        null_space(model, closures(model, called), unfinished=tmp_path / name)
+    assert called == []
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_name_may_be_as_long_as_the_folder_takes(model: Words, tmp_path: Path) -> None:
     file = tmp_path / ("n" * os.pathconf(tmp_path, "PC_NAME_MAX"))
     interrupted(model, file)
