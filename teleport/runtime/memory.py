@@ -15,4 +15,4 @@ def keep_freed_memory() -> None:
     to that block, so it takes no memory itself. Other C libraries, and one that the user has given
     a ``MALLOC_TRIM_THRESHOLD_``, go on as before.
     """
-    torch.empty(_LARGEST, dtype=torch.uint8, device="cpu")
+    torch.UntypedStorage(_LARGEST, device="cpu")  # what `torch.empty` gives may be filled

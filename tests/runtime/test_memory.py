@@ -32,9 +32,9 @@ print(sorted(found[2:])[3])  # the first ones find their places
 """
 
 
-def page_faults(tmp_path: Path, **more: str) -> int:
-    """Of one teleport."""
-    (tmp_path / "program.py").write_text(PROGRAM)
+def page_faults(tmp_path: Path, program: str = PROGRAM, **more: str) -> int:
+    """Of one teleport, or as another program counts them."""
+    (tmp_path / "program.py").write_text(program)
     mine = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
         [sys.executable, tmp_path / "program.py"],
@@ -52,3 +52,20 @@ def test_a_teleporter_keeps_what_it_frees_unless_the_user_says_otherwise(tmp_pat
     if given_back < 1000:
         pytest.skip(f"{given_back} page faults: they are not counted here, or pages are large")
     assert page_faults(tmp_path) < given_back / 10
+
+
+FILLING = """
+import resource
+import torch
+from teleport.runtime.memory import keep_freed_memory
+
+torch.use_deterministic_algorithms(True)  # PyTorch fills what torch.empty gives then
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+keep_freed_memory()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="what Linux counts as a page fault")
+def test_what_is_taken_and_freed_is_never_written_to(tmp_path: Path) -> None:
+    assert page_faults(tmp_path, FILLING) < 100
