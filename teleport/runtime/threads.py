@@ -97,8 +97,8 @@ def threads_for(asked: int | None) -> int:
 def using_threads(number: int) -> Iterator[None]:
     """So many threads for PyTorch's operations for a while; then as many as before."""
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
     try:
+        torch.set_num_threads(number)  # an interrupt meanwhile is told when it has returned
         yield
     finally:
         torch.set_num_threads(before)

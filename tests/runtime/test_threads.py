@@ -102,6 +102,22 @@ def test_small_matrices_are_factorised_by_one_thread() -> None:
         assert torch.get_num_threads() == 3
 
 
+def test_an_interrupt_while_the_number_is_set_puts_it_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python tells of Ctrl-C when the function of PyTorch's has returned."""
+    real, interrupts = torch.set_num_threads, iter([True])
+
+    def set_num_threads(number: int) -> None:
+        real(number)
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+
+    with using_threads(3):
+        monkeypatch.setattr(torch, "set_num_threads", set_num_threads)
+        with pytest.raises(KeyboardInterrupt):
+            factorised(torch.linalg.eigvalsh, torch.eye(2))
+        assert torch.get_num_threads() == 3
+
+
 def test_factorising_in_two_threads_leaves_the_number_of_later_ones() -> None:
     """PyTorch gives a new thread the number that was set last, by whichever thread."""
 
