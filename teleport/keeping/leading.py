@@ -6,6 +6,7 @@ they may be wrong by counts as energy that is left out.
 """
 
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -99,12 +100,17 @@ def _eigh(gram: Float[Tensor, "*groups d_in d_in"]) -> tuple[Tensor, Tensor]:
         return values, vectors
     from scipy import linalg  # late: its libraries have threads of their own
 
-    with _threads().limit(limits=1, user_api="blas"):
+    with _LIMITING, _threads().limit(limits=1, user_api="blas"):
         found = linalg.eigh(
             gram.numpy(), lower=False, driver="evd", overwrite_a=True, check_finite=False
         )
     values, vectors = map(torch.from_numpy, found)
     return values, vectors
+
+
+_LIMITING = Lock()
+"""SciPy's libraries have one number of threads for the whole process: of two who limit it at a time
+the later puts back the limit of the other. No time is lost: SciPy holds Python's lock meanwhile."""
 
 
 @cache

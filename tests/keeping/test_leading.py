@@ -1,6 +1,11 @@
 """Leading directions by float32, counted by the energies that they have."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import count
+from threading import Event
+from typing import Any
 
 import pytest
 import scipy.linalg
@@ -238,3 +243,43 @@ def test_a_decomposition_takes_one_thread_and_leaves_those_of_others_alone(
         assert [set(counts) for counts in found(2)] == [{1}]  # small matrices are not worth more
     monkeypatch.setattr("teleport.runtime.threads.BY_ONE", 1)
     assert found(2) == []  # PyTorch's own uses both
+
+
+def test_decompositions_in_two_threads_leave_the_threads_of_others_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SciPy's libraries have one number for the whole process."""
+
+    def threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    rows, real, calls = rows_of(5, 12, 1.0), scipy.linalg.eigh, count()
+    begun = [Event(), Event()]
+
+    def eigh(*arguments: Any, **options: Any) -> Any:
+        call = next(calls)
+        begun[call].set()
+        if call == 0:
+            begun[1].wait(0.3)  # the other begins before this ends, if it may
+        else:
+            first.result()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(scipy.linalg, "eigh", eigh)
+
+    def in_a_thread(work: Callable[[], Any]) -> Any:
+        """Whoever sets the number has it to himself, in newer versions, while his thread lives."""
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+
+    limits = in_a_thread(partial(threadpool_limits, 2, user_api="blas"))
+    try:
+        before = threads()
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(leading, rows, 0.9)
+            begun[0].wait()
+            pool.submit(leading, rows, 0.9).result()
+        assert 2 in before
+        assert threads() == before
+    finally:
+        in_a_thread(limits.restore_original_limits)
