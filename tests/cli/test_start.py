@@ -245,3 +245,19 @@ def test_a_closure_may_be_the_first_to_compile() -> None:
     first, calls = told.splitlines()
     assert float(first.split()[0]) == pytest.approx(1.5, rel=1e-5), first
     assert calls.split()[1:] == ["False"] * (len(calls.split()) - 1), calls
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple"])
+def test_threads_sleep_while_they_wait_but_for_bench(kind: str) -> None:
+    """Whose times are those of a user's own process."""
+    code = (
+        "import contextlib, io, os, sys\n"
+        "from teleport.cli import main\n"
+        "for name in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT', 'KMP_BLOCKTIME', 'KMP_LIBRARY'):\n"
+        "    os.environ.pop(name, None)\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    main({kind}(sys.argv[1:]))\n"
+        "print(os.environ.get('OMP_WAIT_POLICY'))\n"
+    )
+    assert python(code, "bench", "--help") == "None\n"
+    assert python(code, "run", "--help") == "PASSIVE\n"
