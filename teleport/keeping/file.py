@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 import torch
@@ -68,8 +69,12 @@ def replacing(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(
         prefix=".new-", dir=path.parent, ignore_cleanup_errors=True
     ) as scratch:
-        yield Path(scratch) / path.name
-        os.replace(Path(scratch) / path.name, path)
+        part = Path(scratch) / path.name
+        part.touch()
+        mode = (path if path.exists() else part).stat().st_mode
+        yield part
+        part.chmod(S_IMODE(mode))  # safetensors makes files that nobody else can read
+        os.replace(part, path)
 
 
 def read(path: Path) -> tuple[dict[str, Projector], dict[str, str]]:

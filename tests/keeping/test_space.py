@@ -1,6 +1,8 @@
 """Which layers and thresholds a space has, who shares a basis, other thresholds, its file."""
 
 import json
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -321,6 +323,18 @@ def test_a_failed_save_leaves_the_file_that_was_there(
         space.save(tmp_path / "space")
     assert (tmp_path / "space").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["space"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of a kind")
+def test_a_file_may_be_read_by_whom_the_user_lets(tmp_path: Path) -> None:
+    """As one that Python makes; one that was there keeps what it had."""
+    (tmp_path / "plain").touch()
+    space = Learner.drawn(0).space()
+    space.save(tmp_path / "space")
+    assert (tmp_path / "space").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "space").chmod(0o640)
+    space.save(tmp_path / "space")
+    assert stat.S_IMODE((tmp_path / "space").stat().st_mode) == 0o640
 
 
 def test_the_file_says_its_format(tmp_path: Path) -> None:
