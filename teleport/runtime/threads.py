@@ -24,7 +24,7 @@ def worth_threads(multiplications: Iterable[float]) -> bool:
     What the other threads can take over is all but the largest job. Against that stands the start
     of the threads, which wait for cores on which PyTorch's own still spin. Measured with two
     threads for layers of width 512 and 128 samples, 8.4 million multiplications each
-    (``chapters/results/bench/layers``): 1.7 times the time at 4 layers, 1.3 times at 8, and .94
+    (``chapters/results/bench/layers``): 1.7 times the time at 4 layers, 1.3 times at 8, and .9
     times at 16, which is where this says yes.
     """
     costs = list(multiplications)
