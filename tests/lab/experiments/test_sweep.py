@@ -342,7 +342,8 @@ def test_cells_that_a_dead_scheduler_took_along_are_listed_and_go_on(
             failures = run_jobs(jobs, executor, ended=kill_it)
     assert sorted(map(str, ended), key=str) == sorted(map(str, jobs), key=str)
     failed = [failure.job for failure in failures]
-    assert [job for job in jobs if job not in failed] == [job for job in jobs if sweep.is_done(job)]
+    # A worker may have ended its cell after nobody was there to be told.
+    assert all(sweep.is_done(job) for job in jobs if job not in failed)
     assert len(failed) >= 2
     assert all("scheduler" in failure.reason for failure in failures)
     with Processes(1) as executor:
