@@ -110,7 +110,7 @@ def _eigh(gram: Float[Tensor, "*groups d_in d_in"]) -> tuple[Tensor, Tensor]:
 
 _LIMITING = Lock()
 """SciPy's libraries have one number of threads for the whole process: of two who limit it at a time
-the later puts back the limit of the other. No time is lost: SciPy holds Python's lock meanwhile."""
+the later puts back the limit of the other. Little is lost: SciPy holds Python's lock most of it."""
 
 
 @cache

@@ -56,9 +56,9 @@ BY_ONE = 1024
 def factorising_threads(matrix: Tensor) -> int:
     """How many threads a factorisation of a matrix as of `torch.linalg` is worth.
 
-    They meet after every few columns. On cores that do nothing else a second one saves at most a
-    third below `BY_ONE`; where threads share cores with other programs, or sleep while they wait,
-    it makes small factorisations several times slower.
+    They meet after every few columns. On cores that do nothing else a second one saves less than
+    half of the time below `BY_ONE`; where threads share cores with other programs, or sleep while
+    they wait, it makes small factorisations several times slower.
     """
     threads = torch.get_num_threads()
     return threads if matrix.device.type != "cpu" or min(matrix.shape[-2:]) >= BY_ONE else 1
