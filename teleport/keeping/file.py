@@ -52,7 +52,7 @@ def write(path: Path, bases: dict[str, Projector], frozen: dict[str, str]) -> No
     try:
         with replacing(path) as unfinished:
             save_file(tensors, str(unfinished), metadata=about)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: of a name none can be
         raise NullSpaceError(
             f"the null space cannot be written to {path}: {error}. Give a file in a folder that "
             "exists, may be written to and has room"

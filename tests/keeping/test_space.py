@@ -325,6 +325,13 @@ def test_a_failed_save_leaves_the_file_that_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["space"]
 
 
+@pytest.mark.parametrize("name", ["a\0b", "longer" * 50, "missing/space"])
+def test_a_name_that_no_file_can_have_is_refused_in_our_words(tmp_path: Path, name: str) -> None:
+    with pytest.raises(NullSpaceError, match="cannot be written to"):
+        Learner.drawn(0).space().save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions of a kind")
 def test_a_file_may_be_read_by_whom_the_user_lets(tmp_path: Path) -> None:
     """As one that Python makes; one that was there keeps what it had."""
