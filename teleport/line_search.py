@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+from weakref import proxy
 
 
 def load_search() -> None:
@@ -87,7 +88,6 @@ def step_to_norm(
 DOUBLINGS = 20
 """Of the step that the slope suggests: a growth of a million is reached after ten."""
 
-
 # To the last digit, however many powers of ten the bracket spans: it is halved every three rounds.
 SEARCH: dict[str, Any] = {"xtol": 1e-300, "rtol": 1e-15, "maxiter": 4000}
 
@@ -132,7 +132,8 @@ def _bracketed(excess: Callable[[float], float], low: float, high: float) -> flo
     """A zero in a bracket by comparing values; what is beyond all numbers counts as huge."""
     from scipy.optimize import toms748  # late: see `load_search`
 
-    return float(toms748(lambda step: min(excess(float(step)), 1e150), low, high, **SEARCH))
+    weak = proxy(excess)  # SciPy leaves its function in a cycle, which must not keep a tape
+    return float(toms748(lambda step: min(weak(float(step)), 1e150), low, high, **SEARCH))
 
 
 def _polynomial_root(

@@ -1,6 +1,9 @@
 """The tangent direction and the projector behind it: T3, T4, T5, T6."""
 
+import gc
 import math
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -349,3 +352,23 @@ def test_line_search_gives_up_on_what_is_bounded() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_line_search_gives_up_on_what_is_not_finite(value: float) -> None:
     assert step_to_norm(lambda s: value, 1.0, 1.0, 3.0, 1e-12) is None
+
+
+@pytest.mark.parametrize("exact_slope", [True, False])
+def test_a_search_keeps_nothing_of_what_it_looked_at(exact_slope: bool) -> None:
+    """Without help from the garbage collector: a look holds a whole tape."""
+
+    def search() -> weakref.ref[Callable[[float], float]]:
+        def look(step: float) -> float:
+            return math.exp(step)
+
+        step = step_to_norm(look, 1.0, 1.0, 3.0, 1e-12, exact_slope=exact_slope)
+        assert step == pytest.approx(math.log(3.0))
+        return weakref.ref(look)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert search()() is None
+    finally:
+        gc.enable()
