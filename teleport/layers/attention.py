@@ -103,8 +103,22 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
-    if not need_weights:
-        return functional.scaled_dot_product_attention(q, k, v, mask), None
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    weights = (scores if mask is None else scores + mask).softmax(-1)
-    return weights @ v, weights
+    """Heads, and weights if they are asked for, by products of the samples' heads as one batch.
+
+    A query that sees no key gets zeros, as from PyTorch's fused attention, if nobody asks for its
+    weights; else NaN, as from PyTorch.
+    """
+    samples = q.shape[:2]
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    scores = torch.bmm(q / math.sqrt(q.shape[-1]), k.mT).unflatten(0, samples)
+    blind = None
+    if mask is not None:
+        unseen = (mask == -math.inf).all(-1, keepdim=True)
+        if not need_weights and bool(unseen.any()):
+            blind, mask = unseen, mask.masked_fill(unseen, 0.0)  # the derivative at NaN is NaN
+        scores = scores + mask
+    weights = scores.softmax(-1)
+    heads = torch.bmm(weights.flatten(0, 1), v).unflatten(0, samples)
+    if blind is not None:  # not of the weights, which would be there twice
+        heads = heads.masked_fill(blind, 0.0)
+    return heads, weights if need_weights else None

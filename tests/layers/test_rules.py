@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport.layers.linear import LinearRule, TransposedLinearRule
 from teleport.layers.part import DenseMap, LinearMap, ParameterSlice
@@ -349,3 +350,41 @@ def test_register_adds_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_register_refuses_what_is_no_module_type(wrong: object) -> None:
     with pytest.raises(TypeError):
         register(wrong)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_query_that_sees_no_key_gets_what_pytorch_gives_it(weighted: bool) -> None:
+    """Zeros from its fused attention, with a finite derivative; NaN where it returns weights."""
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(4, 2, batch_first=True).double()
+    x = torch.randn(2, 3, 4).double().requires_grad_()
+    hidden = torch.tensor([[False, True, True], [True, True, True], [False, False, True]])
+    arguments: dict[str, Any] = {"attn_mask": hidden, "need_weights": weighted}
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = module(x, x, x, **arguments)[0]
+    found = plain(module)(x, x, x, **arguments)[0]
+    torch.testing.assert_close(found, wanted, equal_nan=True)
+    assert bool(found[:, 1].isnan().all()) == weighted
+    (gradient,) = torch.autograd.grad(found[:, 0].sum() if weighted else found.sum(), x)
+    assert weighted or bool(gradient.isfinite().all())
+
+
+def test_queries_that_see_no_key_cost_no_memory() -> None:
+    """The weights of attention, which are the most there is, are in its graph once."""
+    module, x = nn.MultiheadAttention(4, 2, batch_first=True), torch.randn(2, 40, 4)
+
+    def kept(hidden: Tensor) -> int:
+        found: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = plain(module)(x, x, x, attn_mask=hidden, need_weights=False)[0]
+        assert output.requires_grad
+        return sum(found.values())
+
+    hidden = torch.ones(40, 40, dtype=torch.bool).triu(1)
+    weights = 4 * 2 * 2 * 40 * 40  # bytes, samples, heads
+    assert kept(hidden | (torch.arange(40)[:, None] == 3)) < kept(hidden) + weights / 4
