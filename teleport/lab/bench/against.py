@@ -69,7 +69,7 @@ def _costs(benchmark: Benchmark) -> Iterator[tuple[tuple[str, str, str], float]]
     for row in benchmark.rows:
         where = " ".join(f"{row.get(key, '')}" for key in ("network", "shape", "layers")).strip()
         if benchmark.name == "memory":
-            yield ("memory", where, "peak"), (row["tangent"] - row["grams"]) / row["gradient"]
+            yield ("memory", where, "peak"), row["tangent"] / row["gradient"]
         elif "operation" in row:
             yield (benchmark.name, where, row["operation"]), timing(row).ratio.median
 

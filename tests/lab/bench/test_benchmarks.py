@@ -19,9 +19,11 @@ from teleport.errors import RunError
 from teleport.lab.bench import benchmarks
 from teleport.lab.bench.rivals import repeated_ways, speed_ways
 from teleport.lab.bench.tables import Benchmark, curves, read_benchmarks, sheets
+from teleport.lab.bench.timing import peak_bytes
 from teleport.lab.experiments.models import Transformer, cnn, mlp
 from teleport.landscape import Landscape
 from teleport.rivals.ways import ways
+from teleport.runtime.threads import using_threads
 from teleport.runtime.transaction import _unfused
 
 CPU = torch.device("cpu")
@@ -95,13 +97,24 @@ def test_small_networks_have_no_budgets_and_the_real_ones_do() -> None:
     assert sheet.rows[1][2:7] == ("1.00", "1.00 - 1.00 (1)", "1000.0", "<= 1", "met")
 
 
-def test_memory_is_compared_with_the_grams_taken_off() -> None:
+def test_memory_is_compared_with_that_of_a_gradient() -> None:
     row = {
         "network": "MLP", "shape": "", "model": 0, "gradient": 100, "grams": 50,
         "tangent": 200, "double_backward": 350,
     }  # fmt: skip
     (sheet,) = sheets(_benchmark("memory", [row], small=False))
-    assert sheet.rows[0][-4:] == ("1.50", "3.00", "<= 1.5", "met")
+    assert sheet.rows[0][-4:] == ("2.00", "3.50", "<= 2", "met")
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_default_teleport_takes_twice_the_memory_of_a_gradient_at_most(number: int) -> None:
+    """The snapshot of the weights and a direction are a gradient and a half of the perceptron."""
+    case = benchmarks._seeded(benchmarks.networks, False, CPU)[number]
+    task = benchmarks._teleport_task(case, None, "tangent")
+    with using_threads(1):
+        gradient = peak_bytes(lambda: benchmarks.ordinary_gradient(case), CPU)
+        prepared = task.prepare()
+        assert peak_bytes(lambda: task.run(prepared), CPU) <= 2.0 * gradient
 
 
 @given(
