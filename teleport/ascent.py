@@ -123,6 +123,7 @@ class Ascent(GuardedMove):
         return Landscape(
             s.model, s.coverage.sites, self.closures, frozen=frozen, movable=s.movable,
             ranks=self.ranks, metric=self.metric, kept=self.kept,
+            once=s.method == "tangent" and s.steps == 1,
         )  # fmt: skip
 
     def _make_bases(self) -> dict[WeightMatrix, Projector]:
@@ -234,10 +235,10 @@ class Ascent(GuardedMove):
         if limit <= start:
             return f"the {self.norm_name} {start:.6g} is already at the cap {limit:.6g}"
         for number in range(1, settings.steps + 1):
-            along = self._direction(room, last=number == settings.steps)
-            if number == settings.steps:
-                room = {}
+            if last := number == settings.steps:
                 self.bases = {block: basis.numbers() for block, basis in self.bases.items()}
+            along = self._direction(room, last)
+            room = {} if last else room
             squares = {block: squared_norm(matrix) for block, matrix in along.items()}
             along = {block: along[block] for block, square in squares.items() if square != 0.0}
             slope = self.ranks.of_first(sum(squares.values()))

@@ -53,7 +53,7 @@ def direction(
     tape: Tape,
     model: nn.Module,
     closure: Closure,
-    bases: Mapping[WeightMatrix, Projector],
+    bases: dict[WeightMatrix, Projector],
     metric: Metric = EUCLIDEAN,
     scale: float = 1.0,
     last: bool = False,
@@ -70,7 +70,7 @@ def direction(
         bases: what to project out, for each block that may move.
         metric: whose norm is ascended; π(Hg) by default.
         scale: of the velocity, so that it stays within the range of the dtype.
-        last: no other direction is asked of the tape, so that outputs of layers may go.
+        last: no other direction is asked of the tape. Its graph goes, and then ``bases``.
 
     Returns:
         One matrix per block, zero where nothing but rounding survives the projection.
@@ -79,16 +79,36 @@ def direction(
     velocity = {p: metric.velocity(p, g, scale) for p, g in others}
     drive = {block: partial(tape.drive, block, metric, scale) for block in tape.blocks}
     tape.spare(bases.keys(), metric)
-    found: Direction = {}
+    order, found = list(bases), Direction()
+    factors: dict[WeightMatrix, tuple[Tensor, Tensor]] = {}  # δ and ẋ, by rows
+
+    def free(block: WeightMatrix, basis: Projector, rows: Tensor) -> Tensor:
+        return without_rounding(basis.project(rows), rows, tape.computed_in(block))
+
+    def multiply(block: WeightMatrix, own: dict[WeightMatrix, Projector]) -> None:
+        deltas, x_dot = factors.pop(block)
+        x_dot = free(block, own.pop(block), x_dot)
+        whole = (deltas.to(x_dot.dtype).mT @ x_dot).to(block.part.weight.parameter.dtype)
+        found[block] = scaled(whole, 1 / scale)
 
     def done(block: WeightMatrix) -> None:
-        """What a block needed goes as soon as it has served."""
-        if block in bases:
-            found[block] = scaled(_survivor(tape, block, bases[block]), 1 / scale)
+        """What a block needed goes as soon as it has served; large sums of few rows may wait."""
+        few = block.other is None and tape.row_count(block) < block.part.matrix_shape[-2]
+        if few and block in bases and (x_dot := tape.tangents(block)) is not None:
+            factors[block] = tape.deltas(block), at_least_single(x_dot)
+            if not last:
+                multiply(block, {block: bases[block]})
+        elif block in bases:
+            found[block] = scaled(free(block, bases[block], tape.survivor(block)), 1 / scale)
         tape.free(block)
 
     push_tangents(tape, model, closure, drive, velocity, bases.keys(), done, last)
-    return {block: found[block] for block in bases}
+    own = {block: bases[block] for block in factors}
+    if last:
+        bases.clear()
+    for block in list(own):
+        multiply(block, own)
+    return {block: found[block] for block in order}
 
 
 def mean_direction(
@@ -118,7 +138,7 @@ def mean_direction(
         for closure in closures:
             tape, share = next(tapes)
             drive = {b: partial(tape.drive_of, b, b.part.pieces_of(velocity)) for b in tape.blocks}
-            push_tangents(tape, model, closure, drive, velocity, wanted=bases.keys())
+            push_tangents(tape, model, closure, drive, velocity, wanted=bases.keys(), last=True)
             for block in [b for b in tape.blocks if b in whole]:
                 whole[block] += tape.survivor(block) * (share / scale)
             del tape, drive
@@ -142,24 +162,6 @@ def project_ascent(
         block: without_rounding(basis.project(ascent[block]), ascent[block], dtypes.get(block))
         for block, basis in bases.items()
     }
-
-
-def _survivor(
-    tape: Tape, block: WeightMatrix, basis: Projector
-) -> Float[Tensor, "*groups d_out d_in"]:
-    """Σ δ (P ẋ)ᵀ; the projection is done on rows or on the sum, whichever is smaller."""
-    fewer_rows = tape.row_count(block) < block.part.matrix_shape[-2]
-    x_dot = tape.tangents(block) if fewer_rows and block.other is None else None
-    dtype = tape.computed_in(block)
-    if x_dot is None:
-        whole = tape.survivor(block)
-        return without_rounding(basis.project(whole), whole, dtype)
-    for call in tape.calls_of(block):
-        call.x_dot = None  # it has served
-    x_dot = at_least_single(x_dot)
-    x_dot = without_rounding(basis.project(x_dot), x_dot, dtype)
-    deltas = tape.deltas(block).to(x_dot.dtype)
-    return (deltas.mT @ x_dot).to(block.part.weight.parameter.dtype)
 
 
 def without_rounding(

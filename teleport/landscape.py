@@ -100,6 +100,7 @@ class Landscape:
         ranks: the processes that look together.
         metric: of the gradient norm.
         kept: values of parameters at the start, if somebody holds them already.
+        once: no second direction will be asked for, so that of the start no graph need be kept.
 
     Attributes:
         blocks: the covered blocks that are called.
@@ -124,6 +125,7 @@ class Landscape:
         ranks: Ranks = ALONE,
         metric: Metric = EUCLIDEAN,
         kept: Mapping[nn.Parameter, Tensor] | None = None,
+        once: bool = False,
     ) -> None:
         if frozen and (len(closures) != 1 or ranks.size != 1):
             raise ValueError("activations are frozen for one closure on one rank only")
@@ -131,6 +133,7 @@ class Landscape:
         self.tape: Tape | None = None
         self._model, self._sites, self._closures = model, sites, closures
         self._frozen, self._movable = frozen, movable
+        self._once = once or not frozen
         self._gradient: Gradient = {}
         self.by_differences = ""
         self.left_out: dict[WeightMatrix, str] = {}
@@ -240,7 +243,7 @@ class Landscape:
         Whoever takes them forgets each before asking for the next: memory is that of one.
         """
         for closure in self._closures:
-            tape = record(self._model, self._sites, closure)
+            tape = record(self._model, self._sites, closure, self._once)
             yield tape, 1.0 / len(self._closures)
             del tape
 
@@ -259,7 +262,7 @@ class Landscape:
         """Loss and shares of the squared norm of the model as it is written now, from scratch."""
         if self._frozen:
             self.tape = None  # before the next one is recorded: memory is that of one
-            self.tape = record(self._model, self._sites, self._closures[0])
+            self.tape = record(self._model, self._sites, self._closures[0], self._once)
             self._seen, self._estimate = self.position, None
             return float(self.tape.loss.detach()), self.shares()
         loss, found = self.measure_plainly()
@@ -309,7 +312,7 @@ class Landscape:
         return recorded_basis(self.tape, block, tau)
 
     def tangent_direction(
-        self, bases: Mapping[WeightMatrix, Projector], last: bool = False
+        self, bases: dict[WeightMatrix, Projector], last: bool = False
     ) -> Direction:
         """π(H M⁻¹ g) of the given blocks at the position (``thm-survivor``); whether the last."""
         scale = self._velocity_scale()

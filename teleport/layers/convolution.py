@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from teleport.layers.part import (
     CHUNK,
+    PIECES,
     LinearMap,
     ParameterSlice,
     Pieces,
@@ -52,8 +53,9 @@ class _SpatialMap(LinearMap):
 
     def weighted_norms(self, z: Tensor, weights: Tensor) -> Tensor:
         """With channels first, as they lie: no row is formed."""
-        squares = _batched(z, self.dims).square().flatten(2).unflatten(1, (self.groups, -1))
-        sums = (weights.square().reshape(self.groups, 1, -1) @ squares).sqrt()
+        pieces = _batched(z, self.dims).flatten(2).unflatten(1, (self.groups, -1))
+        every = weights.square().reshape(self.groups, 1, -1)
+        sums = torch.cat([every @ some.square() for some in pieces.tensor_split(PIECES)]).sqrt()
         rows: Tensor = sums[:, :, 0].movedim(1, 0).flatten(1)
         return rows[0] if self.groups == 1 else rows
 

@@ -17,6 +17,9 @@ from torch.nn import functional
 
 from teleport.subspace import RowSpace, Space
 
+PIECES = 8
+"""Into which cotangents are cut where something of their own size is made of them."""
+
 CHUNK = 4096
 """Rows decomposed at a time: enough for fast products, few enough to stay in the cache."""
 
@@ -155,8 +158,9 @@ class LinearMap(ABC):
         self, z: Tensor, weights: Float[Tensor, "*groups d_out"]
     ) -> Float[Tensor, "*groups rows"]:
         """Norms of the rows of `out_rows` with a weight for every output."""
-        norms: Tensor = torch.linalg.vector_norm(self.out_rows(z) * weights[..., None, :], dim=-1)
-        return norms
+        pieces = self.out_rows(z).tensor_split(PIECES, dim=-2)
+        norms = [torch.linalg.vector_norm(some * weights[..., None, :], dim=-1) for some in pieces]
+        return torch.cat(norms, dim=-1)
 
     @abstractmethod
     def out_rows(self, z: Tensor) -> Float[Tensor, "*groups rows d_out"]:

@@ -35,13 +35,18 @@ _CHECKPOINT = (
     "one. Switch checkpointing off while teleporting"
 )
 
+_LEAF = 2**64 - 1
+"""The number that autograd gives to what adds to the ``.grad`` of a leaf."""
+
 _KEPT = (
     "a loss that a closure computed during a teleport holds no gradient of the layers that the "
     "teleport covers. Call the closure again for one to train on"
 )
 
 
-def record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) -> Tape:
+def record(
+    model: nn.Module, sites: Sequence[CoveredModule], closure: Closure, once: bool = False
+) -> Tape:
     """Run a closure once and record every product of the given sites.
 
     Args:
@@ -49,6 +54,8 @@ def record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) -
         sites: the layers to cover. A block whose parameters also reach the loss by another way
             is left out of the tape, and its parameters join ``others``.
         closure: returns the scalar loss; must not call ``backward``.
+        once: let the graph go with ``backward``, if nobody else can need it; the tape makes it
+            again where it has to.
 
     Returns:
         The tape, with ``backward`` done once for the present weights.
@@ -65,6 +72,8 @@ def record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) -
         except _DifferentiatedError as error:
             left_out |= dict.fromkeys(error.blocks, DIFFERENTIATED)
             continue
+        if once and _is_newer(tape.loss, tape.anchor):
+            tape.use_once(partial(record_again, model, closure))
         called = tape.blocks
         reached = tape.differentiate([p for block in called for p in block.parameters])
         blocks = dict.fromkeys(block for site in kept for block in site.blocks)
@@ -75,6 +84,72 @@ def record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) -
         passed_by = {b: why for b, why in tape.left_out.items() if b not in called}
         tape.left_out = left_out | dict.fromkeys(leaks, USED_OUTSIDE) | passed_by
         return tape
+
+
+def record_again(model: nn.Module, closure: Closure, tape: Tape) -> None:
+    """Make the graph of a tape again, which has dropped it: layers give the outputs that it kept.
+
+    No product is repeated, and no output kept any longer.
+
+    Raises:
+        ClosureError: if the closure calls other layers than when it was recorded, or its loss has
+            no gradient.
+    """
+    order, relays, anchor = Order(tape), Relays(), _anchor()
+
+    def product(block: WeightMatrix, part: LinearMap, x: Tensor) -> Tensor:
+        if _passed_by(part, x):
+            return part.compute(x)
+        if x.numel() == 0:
+            with torch.no_grad():
+                z = part.compute(x)
+            return z + anchor
+        call = order.next(block, part, x)
+        call.x = as_computed(x, call.z)
+        with torch.no_grad(), uncached_casts():
+            z = call.output()
+        call.free_output()
+        return _Relay.put(call, z, anchor, relays)
+
+    with torch.enable_grad(), backward_forbidden(model), replaced(tape.sites, product):
+        loss = evaluate(partial(_guarded, closure, relays, anchor))
+    order.check_end()
+    if not loss.requires_grad:
+        raise _changed("its loss has no gradient now")
+    relays.ended = True
+    tape.loss, tape.relays, tape.anchor = loss, relays, anchor
+
+
+class Order:
+    """The calls of a tape, one after the other, as another run of its closure has to make them.
+
+    Attributes:
+        position: how many were made.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self._calls, self.position = tape.calls, 0
+
+    def next(self, block: WeightMatrix, part: LinearMap, x: Tensor) -> Call:
+        """The call that this is; ClosureError if it is another."""
+        call = self._calls[self.position] if self.position < len(self._calls) else None
+        if call is None or call.part is not part or call.x.shape != x.shape:
+            shape = tuple(x.shape)
+            raise _changed(f"call {self.position + 1} is now {block.name!r} on {shape}")
+        self.position += 1
+        return call
+
+    def check_end(self) -> None:
+        """ClosureError if calls are missing."""
+        if self.position < len(self._calls):
+            raise _changed(f"{len(self._calls)} layer calls became {self.position}")
+
+
+def _changed(what: str) -> ClosureError:
+    return ClosureError(
+        f"the closure is not deterministic: {what}. It must compute the same loss at every call; "
+        "draw the batch before the closure, not inside it"
+    )
 
 
 def watch(
@@ -114,8 +189,7 @@ def replaced(sites: Sequence[CoveredModule], product: CoveredProduct) -> Any:
 
 def _record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) -> Tape:
     calls: list[Call] = []
-    relays = Relays()
-    anchor = torch.zeros((), device="cpu", requires_grad=True)
+    relays, anchor = Relays(), _anchor()
     empty: dict[str, torch.Size] = {}
     passed_by: dict[WeightMatrix, str] = {}
 
@@ -138,7 +212,7 @@ def _record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) 
 
     with torch.enable_grad(), backward_forbidden(model), replaced(sites, product):
         try:
-            loss = evaluate(closure)
+            loss = evaluate(partial(_guarded, closure, relays, anchor))
         except NonFiniteLossError as error:
             if empty and not calls:
                 raise _empty_batch(empty) from None
@@ -158,6 +232,52 @@ def _record(model: nn.Module, sites: Sequence[CoveredModule], closure: Closure) 
     others = [p for p in model.parameters() if p.requires_grad and p not in covered]
     relays.ended = True
     return Tape(loss, calls, list(sites), others, anchor, relays, left_out=passed_by)
+
+
+def _anchor() -> Tensor:
+    """Needs a gradient, so that autograd reaches every relay; the oldest node of its graph."""
+    with torch.enable_grad():
+        return torch.zeros((), device="cpu", requires_grad=True).clone()
+
+
+def _is_newer(loss: Tensor, anchor: Tensor) -> bool:
+    """Whether all nodes of a graph were made since its anchor: what is freed in it is of this run.
+
+    Each thread counts its own: a node with a number yet to come is of another one, of any time.
+    """
+    first, last = _number(anchor.grad_fn), _number(_anchor().grad_fn)
+    seen, waiting = set[Any](), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if not first <= _number(node) <= last and _number(node) != _LEAF:
+            return False
+        seen.add(node)
+        waiting += [next_ for next_, _ in node.next_functions]
+    return True
+
+
+def _number(node: Any) -> int:
+    number: int = node._sequence_nr()
+    return number
+
+
+def _guarded(closure: Closure, relays: Relays, anchor: Tensor) -> Tensor:
+    """The loss of a closure, of which nobody but the tape may take a derivative.
+
+    A loss that was there before, or a parameter, is not the closure's to guard.
+    """
+
+    def refuse(_: Tensor) -> None:
+        if not relays.asked:
+            raise ClosureError(_KEPT)
+
+    loss = closure()
+    made = loss.grad_fn if isinstance(loss, Tensor) else None
+    if relays.called and made is not None and _number(anchor.grad_fn) < _number(made) < _LEAF:
+        loss.register_hook(refuse)
+    return loss
 
 
 def _passed_by(part: LinearMap, x: Tensor) -> str:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from teleport.errors import ClosureError
 from teleport.layers.part import LinearMap
 from teleport.layers.support import WeightMatrix
-from teleport.recording.capture import replaced
+from teleport.recording.capture import Order, replaced
 from teleport.recording.tape import Call, Tape
 from teleport.runtime.closures import Closure, without_gradients
 from teleport.runtime.interception import dual_parameters
+from teleport.runtime.precision import as_computed
 
 _FORWARD_MODE = RLock()
 """PyTorch has one level of forward mode for all threads; one that is inside another raises."""
@@ -52,7 +52,8 @@ def push_tangents(
         velocity: tangents of the parameters in ``tape.others``.
         wanted: blocks whose tangents are needed; all by default.
         done: told each block when its last call has its tangent, and its drive was taken.
-        last: no other pass will follow, so that outputs are freed as soon as they have served.
+        last: no other pass will follow. If the graph has gone, the inputs go, too; else outputs go
+            as soon as they have served.
 
     Raises:
         ClosureError: if the closure calls other layers than when it was recorded.
@@ -67,7 +68,9 @@ def push_tangents(
         if begun:  # without gradients, which the closure needs: it has used up cotangents
             tape.remember()
         begun = True
-        replay = _Replay(tape, drive, wanted, done, last)
+        if last and tape.is_spent:
+            tape.free_inputs()
+        replay = _Replay(tape, drive, wanted, done, last and not tape.is_spent)
         others = {p: velocity[p] for p in tape.others}
         with (
             _FORWARD_MODE,
@@ -79,7 +82,7 @@ def push_tangents(
                 closure()
             except _LastCallReached:
                 return
-        raise _changed(f"{len(tape.calls)} layer calls became {replay.position}")
+        replay.order.check_end()
 
     try:
         without_gradients(run)
@@ -98,10 +101,10 @@ class _Replay:
         drive: Mapping[WeightMatrix, Callable[[], Iterable[Tensor]]],
         wanted: AbstractSet[WeightMatrix],
         done: Callable[[WeightMatrix], None],
-        last: bool,
+        frees: bool,
     ) -> None:
-        self.tape, self._done, self._frees = tape, done, last
-        self.position = 0
+        self.tape, self._done, self._frees = tape, done, frees
+        self.order = Order(tape)
         self._drive = {block: iter(tangents()) for block, tangents in drive.items()}
         self._wanted = wanted
         ends = [n for n, call in enumerate(tape.calls, 1) if call.block in wanted]
@@ -110,14 +113,18 @@ class _Replay:
     def product(self, block: WeightMatrix, part: LinearMap, x: Tensor) -> Tensor:
         if part.bypassed() or x.numel() == 0:
             return part.compute(x)
-        call = self._next(block, part, x)
-        x_dot = forward_ad.unpack_dual(x).tangent
+        call = self.order.next(block, part, x)
+        primal, x_dot = forward_ad.unpack_dual(x)
+        if dropped := call.x.is_meta:
+            call.x = as_computed(primal.detach(), call.z)
         if x_dot is not None:
             x_dot = x_dot.detach().to(call.z.dtype)
         call.x_dot = x_dot if call.block in self._wanted else None
-        end = self.position == self._last
+        end = self.order.position == self._last
         with torch.no_grad():
             output, tangent = (x, x) if end else (call.output(), self._tangent(call, x_dot))
+            if dropped:
+                call.free_input()
             if self._frees:
                 call.free_output()
             if call is self.tape.calls_of(call.block)[-1]:
@@ -132,15 +139,6 @@ class _Replay:
         dual: Tensor = forward_ad.make_dual(output, tangent)
         return dual
 
-    def _next(self, block: WeightMatrix, part: LinearMap, x: Tensor) -> Call:
-        calls = self.tape.calls
-        call = calls[self.position] if self.position < len(calls) else None
-        if call is None or call.part is not part or call.x.shape != x.shape:
-            shape = tuple(x.shape)
-            raise _changed(f"call {self.position + 1} is now {block.name!r} on {shape}")
-        self.position += 1
-        return call
-
     def _tangent(self, call: Call, x_dot: Tensor | None) -> Tensor:
         own = next(self._drive[call.block]).to(call.z.dtype)
         if x_dot is None:
@@ -150,10 +148,3 @@ class _Replay:
 
 class _LastCallReached(BaseException):
     """Leaves a replayed closure early; a BaseException so that no user handler swallows it."""
-
-
-def _changed(what: str) -> ClosureError:
-    return ClosureError(
-        f"the closure is not deterministic: {what}. It must compute the same loss at every call; "
-        "draw the batch before the closure, not inside it"
-    )

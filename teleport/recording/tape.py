@@ -7,10 +7,14 @@ weights: `Tape.backward` propagates cotangents through those that the model has 
 That is exact wherever the layer outputs do not change with the weights, which is what a move in the
 joint null space guarantees (theorem ``thm-invariance``): the forward pass is frozen, only the
 backward pass is repeated.
+
+The graph is most of what there is in memory. Where one direction alone is asked for, it goes with
+the backward pass before that (`Tape.use_once`): the forward-mode pass needs the outputs of the
+layers, and of these a run of the closure makes the graph again for the looks that follow.
 """
 
 import math
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import reduce
@@ -25,7 +29,7 @@ from teleport.layers.support import CoveredModule, WeightMatrix
 from teleport.objective import EUCLIDEAN, Metric, Shares, squared_norm
 from teleport.runtime.closures import refuse_freed
 from teleport.runtime.precision import at_least_single, coarsest, is_half, scaled
-from teleport.subspace import Projector, RowSpace, Space, gram_matrix
+from teleport.subspace import Projector, RowSpace, Space, products_of_rows
 
 Formed = dict[WeightMatrix | nn.Parameter, Tensor]
 """What is formed of a gradient: of blocks, each as its matrix, and of other parameters."""
@@ -66,7 +70,13 @@ class Call:
     def __post_init__(self) -> None:
         if self.constant:  # nothing tells whether its memory is overwritten afterwards
             self.x, self.z = self.x.clone(), self.z.clone()
+        self.depends = self.x.requires_grad
         self.version = None if self.z.is_inference() else self.z._version
+
+    @property
+    def intact(self) -> bool:
+        """Whether ``z`` is still what it was."""
+        return self.constant or (self.version is not None and self.z._version == self.version)
 
     def output(self) -> Tensor:
         """What ``z`` was; computed again if it was freed or an in-place activation overwrote it.
@@ -75,7 +85,7 @@ class Call:
         """
         if self.constant:
             return self.z.clone()
-        if self.z._version == self.version:
+        if self.intact:
             return self.z
         return self.part.compute(self.x.detach()).to(self.z.dtype)
 
@@ -83,6 +93,10 @@ class Call:
         """Keep of ``z`` what it looked like; the model may hold its memory still."""
         if not self.constant:
             self.z, self.version = torch.empty_like(self.z, device="meta"), -1
+
+    def free_input(self) -> None:
+        """Keep of ``x`` what it looked like, and with it nothing of the graph."""
+        self.x = torch.empty_like(self.x, device="meta", requires_grad=False)
 
     def weight_gradient(self, x: Tensor | None, bias_input: float) -> Tensor | None:
         """``δ xᵀ`` of some input in the shape of the block's matrix, for the last `backward`."""
@@ -117,7 +131,7 @@ class Tape:
         calls: one entry per product with a covered matrix.
         sites: the modules that were covered.
         others: trainable parameters that no covered layer holds (or that leak out of one).
-        anchor: a leaf behind every relay.
+        anchor: behind every relay, and older.
         relays: of its calls.
         left_out: blocks that were called and cannot be recorded, and why.
         other_gradients: dL/dp of ``others`` from the last `backward`.
@@ -147,6 +161,7 @@ class Tape:
         self.precision = coarsest([self.loss.dtype, *self._dtypes.values()])
         self._half = is_half(self.precision)
         self._forgotten = False
+        self._again: Callable[[Tape], None] | None = None
         self._grams: dict[Any, Tensor] = {}  # by blocks and by the keys of their rows
         self._gradients: dict[WeightMatrix, Tensor] = {}
         self._shares: dict[Metric, Shares] = {}
@@ -162,7 +177,7 @@ class Tape:
 
     def depends_on_parameters(self, block: WeightMatrix) -> bool:
         """Whether any input of the block depends on a trainable parameter."""
-        return any(call.x.requires_grad for call in self.calls_of(block))
+        return any(call.depends for call in self.calls_of(block))
 
     def computed_in(self, block: WeightMatrix) -> torch.dtype:
         """The coarsest precision a block's products were computed in."""
@@ -194,7 +209,7 @@ class Tape:
         if block not in self._grams:
             key = self.rows_key(block)
             if key not in self._grams:
-                self._grams[key] = gram_matrix(self.rows(block).double().mT)
+                self._grams[key] = products_of_rows(self.rows(block))
             self._grams[block] = self._grams[key]
         return self._grams[block]
 
@@ -214,17 +229,25 @@ class Tape:
 
     def differentiate(self, suspects: Sequence[nn.Parameter]) -> set[nn.Parameter]:
         """`backward`; the ``others`` and ``suspects`` it reaches, not counting calls."""
+        if self._again is not None and self.is_spent:
+            again, self._again = self._again, None
+            again(self)
+        kept = self._again is None
         self.forget()
         self._shares, self._forgotten = {}, False
         asked = [self.anchor, *self.others, *suspects]
         self.relays.asked = True
         try:
-            _, *grads = torch.autograd.grad(self.loss, asked, retain_graph=True, allow_unused=True)
+            _, *grads = torch.autograd.grad(self.loss, asked, retain_graph=kept, allow_unused=True)
         except RuntimeError as error:
             refuse_freed(error)
             raise
         finally:
             self.relays.asked = False
+        if not kept:
+            self.loss = self.loss.detach()
+            for call in self.calls:
+                call.x = call.x.detach()
         self.other_gradients = [
             torch.zeros_like(p) if g is None else g
             for p, g in zip(self.others, grads, strict=False)
@@ -233,11 +256,40 @@ class Tape:
         return {parameter for parameter, grad in pairs if grad is not None}
 
     def spare(self, bases: AbstractSet[WeightMatrix], metric: Metric = EUCLIDEAN) -> None:
-        """Free the cotangents that a direction in the given blocks does not need."""
-        for block in self._calls.keys() - bases:
-            if not self._prefers_gram(block, metric):
-                self.weight_gradient(block)  # which `drive` takes instead
+        """Free the cotangents that a direction in the given blocks does not need.
+
+        Nor, where the graph has gone, the inputs: `drive` takes what is formed of them here.
+        """
+        for block in self._calls:
+            if self._prefers_gram(block, metric):
+                self.row_gram(block)
+            elif block not in bases:
+                self.weight_gradient(block)
                 self.free(block)
+            elif self.is_spent:
+                self.weight_gradient(block)
+
+    def use_once(self, again: Callable[["Tape"], None]) -> None:
+        """The next derivative takes the graph with it, and another one makes it again.
+
+        Not if an output was overwritten, which would have to be computed again.
+
+        Args:
+            again: makes the graph, from the outputs; see `record_again`.
+        """
+        if all(call.intact for call in self.calls):
+            self._again = again
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the graph has gone, so that the outputs have to make it again."""
+        return not self.loss.requires_grad
+
+    def free_inputs(self) -> None:
+        """Free, when the graph has gone, what a forward-mode pass finds again."""
+        self._grams = {b: gram for b, gram in self._grams.items() if b in self._calls}
+        for call in self.calls:
+            call.free_input()
 
     def forget(self) -> None:
         """Free what the last `backward` and forward-mode pass left, but for known shares."""
@@ -258,9 +310,9 @@ class Tape:
 
     def deltas(self, block: WeightMatrix) -> Float[Tensor, "*groups rows d_out"]:
         """Cotangents of a block's outputs in the order of `rows`; 0 where the loss ignores them."""
-        calls = self.calls_of(block)
+        calls, device = self.calls_of(block), block.part.weight.parameter.device
         deltas = (
-            torch.zeros_like(c.z, device=c.x.device) if c.delta is None else c.delta for c in calls
+            torch.zeros_like(c.z, device=device) if c.delta is None else c.delta for c in calls
         )
         return _below([block.part.out_rows(delta) for delta in deltas])
 
@@ -288,7 +340,12 @@ class Tape:
     def _norm_squared(self, block: WeightMatrix, metric: Metric) -> float:
         """``‖Σ δ xᵀ‖²``, or by Gram matrices ``Σ (δδᵀ)∘(xxᵀ)``."""
         if not self._prefers_gram(block, metric):
-            return metric.squared_norm(block, self.weight_gradient(block))
+            share = metric.squared_norm(block, self.weight_gradient(block))
+            if not self._has_gram(block, metric):
+                return share
+            rounded = torch.finfo(self._dtypes[block]).eps ** 2 * self._row_squares(block)
+            if rounded <= CANCELLED**2 * share:
+                return share
         deltas, inputs = self._single(self.deltas(block)), self.row_gram(block)
         squares = deltas @ deltas.mT
         products, kind = squares * inputs, torch.finfo(deltas.dtype)
@@ -307,15 +364,19 @@ class Tape:
         """
         self.remember()
         block = self.calls[-1].block
+        known = self._shares.get(EUCLIDEAN)
+        share = known[block] if known else self._norm_squared(block, EUCLIDEAN)
+        return LEFT * LEFT * self._row_squares(block) > share
+
+    def _row_squares(self, block: WeightMatrix) -> float:
+        """Squared norms of the gradients of single rows, summed, if rows are of the same length."""
         squares = 0.0
         for call in self.calls_of(block):
             if call.delta is not None and call.x.is_floating_point():
                 delta, x = self._single(call.delta), self._single(call.x.detach())
                 row = float(x.norm()) ** 2 / x.numel() * call.part.matrix_shape[-1]
                 squares += float(delta.norm()) ** 2 * row
-        known = self._shares.get(EUCLIDEAN)
-        share = known[block] if known else self._norm_squared(block, EUCLIDEAN)
-        return LEFT * LEFT * squares > share
+        return squares
 
     def formed(self) -> Formed:
         """The gradient as far as it is formed: of ``others``, and of blocks that need it."""
@@ -349,7 +410,13 @@ class Tape:
         return found
 
     def _prefers_gram(self, block: WeightMatrix, metric: Metric) -> bool:
-        """Whether no gradient need be formed; a preconditioner takes it entry by entry."""
+        """Whether no gradient is formed: its Gram matrices take less time and no more memory."""
+        *_, d_out, d_in = block.part.matrix_shape
+        small = 2 * self.row_count(block) ** 2 <= d_in * d_out  # in float64
+        return small and self._has_gram(block, metric)
+
+    def _has_gram(self, block: WeightMatrix, metric: Metric) -> bool:
+        """Whether Gram matrices serve; a preconditioner takes a gradient entry by entry."""
         if metric.inverse is not None or block.other is not None or not block.part.gram_pays:
             return False
         return self.row_count(block) < block.part.matrix_shape[-1]
@@ -361,6 +428,7 @@ class Tape:
         if not self._prefers_gram(block, metric):
             self.weight_gradient(block)
             velocity = metric.velocity(block, self._gradients.pop(block), scale)
+            self._forgotten = True  # the inputs to form it again may be gone
             yield from self.drive_of(block, block.part.split(velocity))
             return
         deltas, calls = scaled(self._single(self.deltas(block)), scale), self.calls_of(block)
@@ -381,7 +449,8 @@ class Tape:
         calls = self.calls_of(block)
         if all(call.x_dot is None for call in calls):
             return None
-        dots = (torch.zeros_like(c.x) if c.x_dot is None else c.x_dot for c in calls)
+        device = block.part.weight.parameter.device
+        dots = (torch.zeros_like(c.x, device=device) if c.x_dot is None else c.x_dot for c in calls)
         return _below([block.part.rows(x_dot, bias_input=0.0) for x_dot in dots])
 
     def survivor(self, block: WeightMatrix) -> Float[Tensor, "*groups d_out d_in"]:
@@ -416,7 +485,8 @@ def _basis_of_rows(tape: Tape, block: WeightMatrix, space: RowSpace) -> Projecto
     count = tape.row_count(block)
     if count < d_in:
         tape.collect(block, space)
-        return space.basis_if_independent(tape._grams.get(block)) or space.basis()
+        rounded = torch.promote_types(block.part.weight.parameter.dtype, torch.float32)
+        return space.basis_if_independent(tape._grams.get(block), rounded) or space.basis()
     norms = (call.part.row_norms(at_least_single(call.x.detach())) for call in calls)
     energy = sum(map(squared_norm, norms))
 

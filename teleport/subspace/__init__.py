@@ -15,7 +15,7 @@ from teleport.subspace.rank import (
     relative_cut,
     require_tau,
 )
-from teleport.subspace.row_space import PIECE, Basis, RowSpace, gram_matrix
+from teleport.subspace.row_space import PIECE, Basis, RowSpace, products_of_rows
 
 __all__ = [
     "PIECE",
@@ -26,9 +26,9 @@ __all__ = [
     "Space",
     "energy_rank",
     "full_basis",
-    "gram_matrix",
     "kept_rank",
     "numerical_rank",
+    "products_of_rows",
     "rank_cut",
     "relative_cut",
     "require_tau",

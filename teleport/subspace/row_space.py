@@ -271,21 +271,25 @@ class RowSpace(Space):
         return _cut(every, values, ranks, self._dtype)
 
     def basis_if_independent(
-        self, gram: Float[Tensor, "*groups rows rows"] | None = None
+        self,
+        gram: Float[Tensor, "*groups rows rows"] | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> Basis | None:
         """The basis of fewer rows than columns, if they are linearly independent beyond doubt.
 
-        ``gram`` has the inner products of all pairs of rows, float64, where somebody knows them.
+        ``gram`` has the inner products of all pairs of rows, float64, where somebody knows them,
+        and ``dtype`` is that to round the vectors to.
 
         With the Cholesky factor ``R Rᵀ = L Lᵀ`` the columns of ``Rᵀ L⁻ᵀ`` are orthonormal, to the
         square of the condition number of R times the rounding of float64. That is asked to be
         1e-10, far inside what the rank rule calls full (``thm-rank``), and costs a tenth of an
         eigendecomposition. The singular values of the basis are an upper bound.
         """
-        rows = self.factor()
+        self._settle()
         if self._reduced is not None or self._exact():
             return None
-        gram = gram_matrix(rows.mT) if gram is None else gram
+        rows = self._waiting()
+        gram = products_of_rows(rows) if gram is None else gram
         total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         smallest = max(1e-6, relative_cut(rows.shape[-1], self._dtype) ** 2)
         shifted = gram.clone()
@@ -293,10 +297,15 @@ class RowSpace(Space):
         if bool(factorised(torch.linalg.cholesky_ex, shifted).info.any()):
             return None
         factor = factorised(torch.linalg.cholesky, gram)
-        vectors = torch.linalg.solve_triangular(factor, rows, upper=False).mT
-        bound = total.sqrt()[..., None].expand(*gram.shape[:-1])
-        ranks = torch.full(gram.shape[:-2], gram.shape[-1], device=gram.device)
-        return Basis(vectors, bound, ranks, self._dtype)
+        del gram, shifted  # with what follows they would be the most there is in memory
+        vectors = torch.empty_like(rows, dtype=dtype)
+        for start in range(0, rows.shape[-1], BLOCK):  # so that all are never there three times
+            block = slice(start, start + BLOCK)
+            few = rows[..., block].double()
+            vectors[..., block] = torch.linalg.solve_triangular(factor, few, upper=False)
+        bound = total.sqrt()[..., None].expand(*factor.shape[:-1])
+        ranks = torch.full(factor.shape[:-2], factor.shape[-1], device=factor.device)
+        return Basis(vectors.mT, bound, ranks, self._dtype)
 
     def _joined(self, ranks: Ranks, shape: Sequence[int]) -> "RowSpace":
         code = PRECISIONS.index(self.dtype) if self.count else 0
@@ -436,6 +445,18 @@ def gram_matrix(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*gro
         block, rest = slice(start, start + BLOCK), slice(start, None)
         part = rows[..., block].mT @ rows[..., rest]
         gram[..., block, rest], gram[..., rest, block] = part, part.mT
+    return gram
+
+
+def products_of_rows(
+    rows: Float[Tensor, "*groups rows d_in"],
+) -> Float[Tensor, "*groups rows rows"]:
+    """Inner products of all pairs of a few rows, float64: few columns at a time are copied."""
+    *groups, count, _ = rows.shape
+    gram = rows.new_zeros(*groups, count, count, dtype=torch.float64)
+    for some in rows.mT.split(WAITING, dim=-2):
+        _add_products(gram, some.double())
+    _mirror(gram)
     return gram
 
 

@@ -19,14 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from teleport import Teleporter, TeleportReport
 from teleport.ascent import UNSEEN
-from teleport.direction import _survivor
+from teleport.direction import without_rounding
 from teleport.lab.experiments.models import cnn, mlp
 from teleport.landscape import Landscape
 from teleport.layers.support import WeightMatrix, cover
 from teleport.recording import Tape, multiplications
 from teleport.runtime.closures import Closure
 from teleport.runtime.threads import WORTH_THREADS, in_parallel, using_threads, worth_threads
-from teleport.subspace import Basis
+from teleport.subspace import Basis, RowSpace
 from teleport.teleporter import METHODS
 from tests.support.examples import examples
 from tests.support.networks import GRAPHS, Task, task, without_dropout
@@ -133,6 +133,11 @@ def test_an_empty_list_of_closures_is_refused() -> None:
 
 def frozen(model: nn.Module, closure: Callable[[], Tensor]) -> Landscape:
     return Landscape(model, cover(model).sites, [closure], frozen=True)
+
+
+def kept_tape(landscape: Landscape) -> Tape:
+    assert landscape.tape is not None
+    return landscape.tape
 
 
 def both(name: str, seed: int) -> tuple[Landscape, Landscape]:
@@ -261,10 +266,13 @@ def wide(dtype: torch.dtype) -> Landscape:
 def test_a_basis_is_kept_in_the_precision_it_projects_in() -> None:
     """With the same result to the bit."""
     landscape = wide(torch.float32)
+    tape = kept_tape(landscape)
     for block, basis in landscape.bases(landscape.blocks, 1.0).items():
-        whole, matrix = landscape._basis(block, 1.0), block.part.matrix()
+        space, matrix = RowSpace(), block.part.matrix()
+        space.add(tape.rows(block))
+        whole = space.basis_if_independent(tape.row_gram(block))
         assert isinstance(basis, Basis)
-        assert isinstance(whole, Basis)
+        assert whole is not None
         assert (basis.vectors.dtype, whole.vectors.dtype) == (torch.float32, torch.float64)
         assert torch.equal(basis.project(matrix), whole.project(matrix))
     double = wide(torch.float64)
@@ -277,12 +285,15 @@ def test_a_layer_s_cotangents_go_when_its_direction_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     landscape, alive = wide(torch.float32), []
+    deltas = [call.delta for call in kept_tape(landscape).calls if call.delta is not None]
+    memory = [weakref.ref(delta.untyped_storage()) for delta in deltas]
+    del deltas
 
-    def watched(tape: Tape, *rest: Any) -> Tensor:
-        alive.append(sum(call.delta is not None for call in tape.calls))
-        return _survivor(tape, *rest)
+    def watched(*given: Any) -> Tensor:
+        alive.append(sum(of() is not None for of in memory))
+        return without_rounding(*given)
 
-    monkeypatch.setattr("teleport.direction._survivor", watched)
+    monkeypatch.setattr("teleport.direction.without_rounding", watched)
     moving = [block for block in landscape.blocks if block not in landscape.fixed]
     landscape.tangent_direction(landscape.bases(moving, 1.0))
     assert alive == [3, 2, 1]  # the first layer, which cannot move, has used its own

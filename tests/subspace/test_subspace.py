@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teleport.subspace import Basis, RowSpace, energy_rank, numerical_rank
+from teleport.subspace import Basis, RowSpace, energy_rank, numerical_rank, products_of_rows
+from teleport.subspace.row_space import BLOCK, WAITING
 from tests.support.strategies import Rows, rows_of_rank, seeds
 
 EPS = torch.finfo(torch.float64).eps
@@ -355,14 +356,25 @@ def test_inputs_that_are_zero_are_not_asked_for_where_there_are_none() -> None:
 
 @st.composite
 def few_rows(draw: st.DrawFn) -> torch.Tensor:
-    """Fewer rows than columns in float32; the last one depends on the others to a drawn degree."""
+    """Fewer rows than columns in float32; the last one depends on the others to a drawn degree.
+
+    Some have more columns than are taken at a time.
+    """
     count = draw(st.integers(1, 8))
-    width = count + draw(st.integers(1, 8))
+    width = count + draw(st.integers(1, 8) | st.sampled_from([BLOCK, 2 * WAITING]))
     generator = torch.Generator().manual_seed(draw(seeds))
     rows = torch.randn(count, width, generator=generator, dtype=torch.float64)
     if count > 1:
         rows[-1] = rows[:-1].sum(0) + 10.0 ** draw(st.floats(-12, 0)) * rows[-1]
     return rows.float()
+
+
+@given(few_rows(), st.integers(1, 3))
+def test_products_of_rows_are_taken_a_few_columns_at_a_time(rows: Tensor, groups: int) -> None:
+    rows = rows.expand(groups, -1, -1) * torch.arange(1.0, groups + 1.0)[:, None, None]
+    gram, wanted = products_of_rows(rows), rows.double() @ rows.double().mT
+    assert gram.dtype == torch.float64
+    assert bool(((gram - wanted).abs() <= 1e-14 * rows.shape[-1] * wanted.abs().max()).all())
 
 
 @pytest.mark.verifies("thm-rank")
