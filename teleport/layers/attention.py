@@ -110,7 +110,9 @@ def _attend(
     """
     samples = q.shape[:2]
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    scores = torch.bmm(q / math.sqrt(q.shape[-1]), k.mT).unflatten(0, samples)
+    # Not by `/`, which loads PyTorch's compiler, a second, when it first meets a tangent.
+    q = torch.ops.aten.mul.Scalar(q, 1.0 / math.sqrt(q.shape[-1]))
+    scores = torch.bmm(q, k.mT).unflatten(0, samples)
     blind = None
     if mask is not None:
         unseen = (mask == -math.inf).all(-1, keepdim=True)

@@ -218,6 +218,8 @@ KINDS = {
     "nn.Flatten(), nn.Linear(16, 8)",
     "transformer": "nn.TransformerEncoderLayer(2, 1, 8, batch_first=True), nn.Flatten(), "
     "nn.Linear(8, 8)",
+    "attention": "nn.Linear(2, 2), nn.TransformerEncoderLayer(2, 1, 8, batch_first=True), "
+    "nn.Flatten(), nn.Linear(8, 8)",
 }
 
 
@@ -228,7 +230,7 @@ def test_the_first_step_loads_nothing(kind: str) -> None:
     Where a tangent meets a constant, as in the first residual block, PyTorch itself loads its
     compiler, but has done so if an optimizer was made before.
     """
-    shape = {"dense": (8,), "transformer": (4, 2)}.get(kind, (2, 2, 2))
+    shape = {"dense": (8,), "transformer": (4, 2), "attention": (4, 2)}.get(kind, (2, 2, 2))
     front = f"nn.Unflatten(1, {shape}), {KINDS[kind]}, " if KINDS[kind] else ""
     program = STEP.replace("nn.Sequential(", f"nn.Sequential({front}")
     if kind == "transformer":
