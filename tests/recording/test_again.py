@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from threading import Thread
 
@@ -39,10 +40,7 @@ def assert_same(once: Tape, kept: Tape) -> None:
 def push_last(tape: Tape, problem: Problem | Task, last: bool) -> list[Tensor | None]:
     """The tangents along the gradient of every call."""
     gradients = {block: tape.weight_gradient(block) for block in tape.blocks}
-    drive = {
-        block: lambda b=block: tape.drive_of(b, b.part.split(gradients[b]))  # type: ignore[misc]
-        for block in tape.blocks
-    }
+    drive = {b: partial(tape.drive_of, b, b.part.split(gradients[b])) for b in tape.blocks}
     velocity = dict(zip(tape.others, tape.other_gradients, strict=True))
     push_tangents(tape, problem.model, problem.closure, drive, velocity, last=last)
     return [call.x_dot for call in tape.calls]
