@@ -54,6 +54,7 @@ class Call:
         x, z: input and output as the product saw them; autocast may have lowered their dtype. The
             memory of ``z`` is the model's, which may overwrite it in place.
         constant: made without gradients, as in a frozen backbone: ``z`` is a number to the loss.
+        depends: whether ``x`` depends on a trainable parameter; still known when ``x`` has gone.
         delta: dL/dz at the last `Tape.backward`; None if the loss ignores ``z``.
         x_dot: tangent of ``x`` from the last `push_tangents`; None if ``x`` does not depend on
             trainable parameters (theorem ``thm-fixed``).
