@@ -45,6 +45,7 @@ class Transaction:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._committed = False
+        self._listens = False  # whether to, at every module, for which of them draws
         self._noisy: dict[str, None] = {}
 
     def __enter__(self) -> "Transaction":
@@ -107,7 +108,8 @@ class Transaction:
         Modules that draw in train mode are put into evaluation mode, as dropout is.
 
         Raises:
-            DrewError: from a call that found any such module; `until_quiet` begins again.
+            DrewError: from a call that found any such module, or drew and has yet to be asked
+                where; `until_quiet` begins again.
         """
         heard = False
 
@@ -118,6 +120,13 @@ class Transaction:
             _unfused.stay_eager()
             if heard:
                 return closure()
+            if not self._listens:
+                result = closure()
+                heard = not self._random.moved()
+                if heard:
+                    return result
+                self._listens = True
+                raise DrewError("random numbers were drawn, by whom is yet to be seen")
             results: list[_Result] = []
             drawing = drawing_modules(self.model, lambda: results.append(closure()))
             if self.quiet.add(drawing):
