@@ -42,6 +42,7 @@ from teleport.layers.support import WeightMatrix
 from teleport.objective import EUCLIDEAN, Metric
 from teleport.recording import Tape, push_tangents
 from teleport.runtime.closures import Closure
+from teleport.runtime.memory import product
 from teleport.runtime.precision import at_least_single, rounding_unit, scaled
 from teleport.runtime.ranks import Ranks
 from teleport.subspace import Projector
@@ -88,8 +89,8 @@ def direction(
     def multiply(block: WeightMatrix, own: dict[WeightMatrix, Projector]) -> None:
         deltas, x_dot = factors.pop(block)
         x_dot = free(block, own.pop(block), x_dot)
-        whole = (deltas.to(x_dot.dtype).mT @ x_dot).to(block.part.weight.parameter.dtype)
-        found[block] = scaled(whole, 1 / scale)
+        whole, dtype = product(deltas.to(x_dot.dtype).mT, x_dot), block.part.weight.parameter.dtype
+        found[block] = scaled(whole.to(dtype), 1 / scale)
 
     def done(block: WeightMatrix) -> None:
         """What a block needed goes as soon as it has served; large sums of few rows may wait."""

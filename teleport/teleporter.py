@@ -184,8 +184,7 @@ class Teleporter:
                 preconditioner; likewise.
         """
         started = now()
-        deciding = self._decision
-        if deciding is not None and (reason := deciding.waiting(ranks_of(self.model))):
+        if self._decision is not None and (reason := self._decision.waiting(ranks_of(self.model))):
             return not_moved(reason, None)
         autocast = Autocast()
         with (

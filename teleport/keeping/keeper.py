@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from teleport.errors import NullSpaceError, require
 from teleport.layers.one_hot import AxisBasis
 from teleport.layers.support import WeightMatrix
+from teleport.runtime.memory import empty_rows, product
 from teleport.runtime.precision import Autocast, at_least_single
 from teleport.subspace import Basis, Projector
 
@@ -217,15 +218,19 @@ class _Ready:
         if vectors is None:
             vectors = self._vectors[matrix.dtype] = self._directions().to(matrix.dtype)
         if self._free:
-            return (matrix @ vectors) @ vectors.mT
-        once = torch.addmm(matrix, matrix @ vectors, vectors.mT, alpha=-1)
-        if 2 * once.norm() > matrix.norm():
-            return once
-        return torch.addmm(once, once @ vectors, vectors.mT, alpha=-1)
+            return product(matrix @ vectors, vectors.mT)
+        once = _rest(matrix, vectors)
+        return once if 2 * once.norm() > matrix.norm() else _rest(once, vectors)
 
     def _directions(self) -> Tensor:
         assert isinstance(self.basis, Basis)
         return self.basis.free_directions() if self._free else self.basis.vectors
+
+
+def _rest(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """``M - M B Bᵀ`` in one pass over what is left."""
+    place = empty_rows(matrix, *matrix.shape)
+    return torch.addmm(matrix, matrix @ vectors, vectors.mT, alpha=-1, out=place)
 
 
 class Attachment:

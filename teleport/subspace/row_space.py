@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from teleport.errors import NonFiniteInputError
+from teleport.runtime.memory import product
 from teleport.runtime.precision import PRECISIONS, coarsest
 from teleport.runtime.ranks import Ranks
 from teleport.runtime.threads import factorised
@@ -147,10 +148,10 @@ class Basis(Projector):
         result that is (Kahan and Parlett: twice is enough).
         """
         vectors = self.vectors.to(matrix.dtype)
-        once = matrix - (matrix @ vectors) @ vectors.mT
+        once = matrix - product(matrix @ vectors, vectors.mT)
         if 2 * once.norm() > matrix.norm():
             return once
-        return once - (once @ vectors) @ vectors.mT
+        return once - product(once @ vectors, vectors.mT)
 
 
 class RowSpace(Space):
