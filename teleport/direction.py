@@ -24,11 +24,12 @@ projection                            2 rank / max(rows, d_out), both
 ====================================  ==============  ===================================
 
 Gram matrices are ``‖g_l‖² = Σ (δδᵀ)∘(xxᵀ)`` and ``G x = (xxᵀ) δ``, products of size rows x rows x
-(d_in + d_out). So a step costs at least 3/3 of a gradient where the batch is smaller than the
-layers, and 5/3 elsewhere. Not counted: the first layer needs no ẋ and no direction; ẋ ends at the
-last layer that can move; activations, and the float64 bases, which are made once per batch. One
-look of the line search is the first two lines. A preconditioner (``thm-geometry``) is applied to
-the gradient entry by entry, so that no Gram matrix serves and the right column holds.
+(d_in + d_out); where another step follows, one serves both: ``‖g_l‖² = Σ δ∘(G x)``. So a step costs
+at least 3/3 of a gradient where the batch is smaller than the layers, and 5/3 elsewhere. Not
+counted: the first layer needs no ẋ and no direction; ẋ ends at the last layer that can move;
+activations, and the float64 bases, which are made once per batch. One look of the line search is
+the first two lines. A preconditioner (``thm-geometry``) is applied to the gradient entry by entry,
+so that no Gram matrix serves and the right column holds.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,10 +43,9 @@ from teleport.layers.support import WeightMatrix
 from teleport.objective import EUCLIDEAN, Metric
 from teleport.recording import Tape, push_tangents
 from teleport.runtime.closures import Closure
-from teleport.runtime.memory import product
 from teleport.runtime.precision import at_least_single, rounding_unit, scaled
 from teleport.runtime.ranks import Ranks
-from teleport.subspace import Projector
+from teleport.subspace import Projector, product
 
 Direction = dict[WeightMatrix, Float[Tensor, "*groups d_out d_in"]]
 

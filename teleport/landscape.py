@@ -81,9 +81,9 @@ class Position:
             return self
         whole: Direction = {}
         for along, step in self._moves:
-            for block, matrix in along.items():
-                here = whole.get(block)
-                whole[block] = step * matrix if here is None else here.add(matrix, alpha=step)
+            for block, new in along.items():
+                old = whole.get(block)
+                whole[block] = scaled(new, step) if old is None else old.add(new, alpha=step)
         return Position((whole, 1.0))
 
 

@@ -12,9 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from teleport.errors import NullSpaceError, require
 from teleport.layers.one_hot import AxisBasis
 from teleport.layers.support import WeightMatrix
-from teleport.runtime.memory import empty_rows, product
 from teleport.runtime.precision import Autocast, at_least_single
-from teleport.subspace import Basis, Projector
+from teleport.subspace import Basis, Projector, empty_rows, product
 
 EVERYTHING: Any = ...
 

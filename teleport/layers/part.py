@@ -15,8 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport.runtime.memory import empty_rows, product
-from teleport.subspace import RowSpace, Space
+from teleport.subspace import RowSpace, Space, empty_rows, product
 
 PIECES = 8
 """Into which cotangents are cut where something of their own size is made of them."""

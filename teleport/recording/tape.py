@@ -163,8 +163,10 @@ class Tape:
         self._half = is_half(self.precision)
         self._forgotten = False
         self._again: Callable[[Tape], None] | None = None
+        self._once = False
         self._grams: dict[Any, Tensor] = {}  # by blocks and by the keys of their rows
         self._gradients: dict[WeightMatrix, Tensor] = {}
+        self._driven: dict[WeightMatrix, Tensor] = {}  # K δ, as far as a norm was taken by it
         self._shares: dict[Metric, Shares] = {}
 
     @property
@@ -279,7 +281,7 @@ class Tape:
             again: makes the graph, from the outputs; see `record_again`.
         """
         if all(call.intact for call in self.calls):
-            self._again = again
+            self._once, self._again = True, again
 
     @property
     def is_spent(self) -> bool:
@@ -294,7 +296,7 @@ class Tape:
 
     def forget(self) -> None:
         """Free what the last `backward` and forward-mode pass left, but for known shares."""
-        self._gradients = {}
+        self._gradients, self._driven = {}, {}
         for block in self._calls:
             self.free(block)
 
@@ -339,7 +341,7 @@ class Tape:
         return sum(self.shares(metric).values())
 
     def _norm_squared(self, block: WeightMatrix, metric: Metric) -> float:
-        """``‖Σ δ xᵀ‖²``, or by Gram matrices ``Σ (δδᵀ)∘(xxᵀ)``."""
+        """``‖Σ δ xᵀ‖²``, or by Gram matrices ``Σ (δδᵀ)∘(xxᵀ)``; where more follow, of the drive."""
         if not self._prefers_gram(block, metric):
             share = metric.squared_norm(block, self.weight_gradient(block))
             if not self._has_gram(block, metric):
@@ -348,6 +350,10 @@ class Tape:
             if rounded <= CANCELLED**2 * share:
                 return share
         deltas, inputs = self._single(self.deltas(block)), self.row_gram(block)
+        if not self._once and self._prefers_gram(block, metric):
+            by_drive = self._norm_squared_by_drive(block, deltas, inputs)
+            if by_drive is not None:
+                return by_drive
         squares = deltas @ deltas.mT
         products, kind = squares * inputs, torch.finfo(deltas.dtype)
         largest = float(squares.diagonal(dim1=-2, dim2=-1).amax()) if squares.numel() else 0.0
@@ -356,6 +362,21 @@ class Tape:
         if not in_range or rounded > CANCELLED * abs(float(products.sum())):
             products = (deltas.double() @ deltas.double().mT) * inputs
         return max(float(products.sum()), 0.0)
+
+    def _norm_squared_by_drive(
+        self, block: WeightMatrix, deltas: Tensor, inputs: Tensor
+    ) -> float | None:
+        """``Σ δ∘(K δ)``, for which `drive` is spared its product; None if it may round too much."""
+        driven = self._driven[block] = inputs.to(deltas.dtype) @ deltas
+        share = float(torch.linalg.vecdot(driven, deltas).sum(dtype=torch.float64))
+        lengths, sizes = deltas.square().sum(dim=-1), inputs.diagonal(dim1=-2, dim2=-1)
+        longest, largest, kind = lengths.amax().double(), sizes.amax(), torch.finfo(deltas.dtype)
+        for scale in map(float, (longest, largest, longest * largest)):
+            if not kind.tiny / kind.eps < scale < kind.max:
+                return None
+        terms = lengths[..., None] * lengths[..., None, :] * inputs.square()
+        rounded = kind.eps * math.sqrt(float(terms.sum()))
+        return share if rounded <= CANCELLED * share < math.inf else None
 
     def cancels(self) -> bool:
         """Whether little is left of the gradients of single rows in their sum, at the last call.
@@ -432,10 +453,12 @@ class Tape:
             self._forgotten = True  # the inputs to form it again may be gone
             yield from self.drive_of(block, block.part.split(velocity))
             return
-        deltas, calls = scaled(self._single(self.deltas(block)), scale), self.calls_of(block)
-        products = self.row_gram(block).to(deltas.dtype) @ deltas
+        calls, products = self.calls_of(block), self._driven.pop(block, None)
+        if products is None:
+            deltas = self._single(self.deltas(block))
+            products = self.row_gram(block).to(deltas.dtype) @ deltas
         counts = [call.part.row_count(call.z) for call in calls]
-        for call, rows in zip(calls, products.split(counts, dim=-2), strict=True):
+        for call, rows in zip(calls, scaled(products, scale).split(counts, dim=-2), strict=True):
             yield call.part.from_out_rows(rows, call.z)
 
     def drive_of(self, block: WeightMatrix, velocity: Pieces) -> Iterator[Tensor]:

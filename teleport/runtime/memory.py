@@ -1,7 +1,6 @@
-"""How large matrices lie in memory, and what becomes of it when it is freed."""
+"""What becomes of memory that was freed."""
 
 import torch
-from torch import Tensor
 
 _LARGEST = 2**25 - 2**17
 """Bytes; glibc learns from blocks of at most 32 MiB with all that stands beside them."""
@@ -17,21 +16,3 @@ def keep_freed_memory() -> None:
     a ``MALLOC_TRIM_THRESHOLD_``, go on as before.
     """
     torch.UntypedStorage(_LARGEST, device="cpu")  # what `torch.empty` gives may be filled
-
-
-def empty_rows(like: Tensor, *shape: int) -> Tensor:
-    """A matrix of the dtype of another, each row of which begins at a multiple of eight numbers.
-
-    A product of a width such as 1,025, inputs and a bias, takes up to half as long again to write
-    where rows begin anywhere.
-    """
-    *rows, width = shape
-    return like.new_empty(*rows, -(-width // 8) * 8)[..., :width]
-
-
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, in `empty_rows` where that is possible: no gradient is asked for."""
-    width = right.shape[-1]
-    if width % 8 == 0 or left.requires_grad or right.requires_grad:
-        return left @ right
-    return torch.matmul(left, right, out=empty_rows(left, *left.shape[:-1], width))

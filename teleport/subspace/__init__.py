@@ -15,7 +15,14 @@ from teleport.subspace.rank import (
     relative_cut,
     require_tau,
 )
-from teleport.subspace.row_space import PIECE, Basis, RowSpace, products_of_rows
+from teleport.subspace.row_space import (
+    PIECE,
+    Basis,
+    RowSpace,
+    empty_rows,
+    product,
+    products_of_rows,
+)
 
 __all__ = [
     "PIECE",
@@ -24,10 +31,12 @@ __all__ = [
     "Projector",
     "RowSpace",
     "Space",
+    "empty_rows",
     "energy_rank",
     "full_basis",
     "kept_rank",
     "numerical_rank",
+    "product",
     "products_of_rows",
     "rank_cut",
     "relative_cut",

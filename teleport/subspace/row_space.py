@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from teleport.errors import NonFiniteInputError
-from teleport.runtime.memory import product
 from teleport.runtime.precision import PRECISIONS, coarsest
 from teleport.runtime.ranks import Ranks
 from teleport.runtime.threads import factorised
@@ -434,6 +433,24 @@ def _triangle(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*group
         rows = torch.cat([_triangle(half) for half in rows.tensor_split(2, dim=-2)], dim=-2)
     factor: Tensor = factorised(torch.linalg.qr, rows, mode="r").R
     return factor
+
+
+def empty_rows(like: Tensor, *shape: int) -> Tensor:
+    """A matrix of the dtype of another, each row of which begins at a multiple of eight numbers.
+
+    A product of a width such as 1,025, inputs and a bias, takes up to half as long again to write
+    where rows begin anywhere.
+    """
+    *rows, width = shape
+    return like.new_empty(*rows, -(-width // 8) * 8)[..., :width]
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, in `empty_rows` where that is possible: no gradient is asked for."""
+    width = right.shape[-1]
+    if width % 8 == 0 or left.requires_grad or right.requires_grad:
+        return left @ right
+    return torch.matmul(left, right, out=empty_rows(left, *left.shape[:-1], width))
 
 
 def gram_matrix(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*groups d_in d_in"]:

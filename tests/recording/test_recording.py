@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from teleport.layers.support import WeightMatrix, cover
+from teleport.objective import EUCLIDEAN
 from teleport.recording import Tape, push_tangents, record
 from tests.support.fingerprint import fingerprint
 from tests.support.networks import GRAPHS, Task, task, without_dropout
@@ -30,8 +31,8 @@ TOLERANCE = 1e-12
 """A few hundred roundings in float64 of gradients of size 1."""
 
 
-def tape_of(problem: Problem | Task) -> Tape:
-    return record(problem.model, cover(problem.model).sites, problem.closure)
+def tape_of(problem: Problem | Task, once: bool = False) -> Tape:
+    return record(problem.model, cover(problem.model).sites, problem.closure, once)
 
 
 def drive_by_gradient(tape: Tape, block: WeightMatrix) -> Callable[[], Iterator[Tensor]]:
@@ -78,18 +79,38 @@ def test_gradient_of_any_graph_is_on_the_tape(name: str) -> None:
         assert close(own, wanted[parameter])
 
 
-@given(st.floats(-6.0, 0.0), st.floats(-25.0, 15.0))
+@pytest.mark.parametrize("once", [False, True], ids=["by drives", "by products of cotangents"])
+@given(left=st.floats(-6.0, 0.0), scale=st.floats(-25.0, 15.0))
 def test_a_norm_by_gram_matrices_is_right_where_rows_cancel_or_leave_the_range(
-    left: float, scale: float
+    once: bool, left: float, scale: float
 ) -> None:
-    tape = tape_of(opposed(10.0**left, 10.0**scale))
-    tape.backward()
+    tape = tape_of(opposed(10.0**left, 10.0**scale), once)
+    if not once:
+        tape.backward()
     for block in tape.blocks[1:]:  # the first has more rows than columns
         share = tape.shares()[block]
         gradient = tape.deltas(block).double().mT @ tape.rows(block).double()
         # A sum in float64 of products that are 1 / left² times as large as it.
         rounding = 2 * torch.finfo(torch.float64).eps / 10.0 ** (2 * left)
         assert share == pytest.approx(float(gradient.square().sum()), rel=max(1e-5, rounding))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-14])
+def test_a_drive_is_the_same_whether_a_norm_was_taken_by_it_or_not(scale: float) -> None:
+    tape = tape_of(opposed(1.0, 1.0))
+
+    def drives() -> list[Tensor]:
+        return [torch.cat(list(tape.drive(b, EUCLIDEAN, scale))) for b in tape.blocks]
+
+    alone = drives()
+    tape.backward()
+    tape.norm_squared()
+    known = [drive.clone() for drive in tape._driven.values()]
+    with_norm = drives()
+    assert len(known) == 1
+    assert not tape._driven  # they were taken from there
+    assert all(map(torch.equal, alone, with_norm))
+    assert torch.equal(scale * known[0], with_norm[1])
 
 
 def test_blocks_whose_rows_are_the_same_have_one_gram_matrix() -> None:

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from teleport.subspace import Basis, RowSpace, energy_rank, numerical_rank, products_of_rows
+from teleport.subspace import (
+    Basis,
+    RowSpace,
+    energy_rank,
+    numerical_rank,
+    product,
+    products_of_rows,
+)
 from teleport.subspace.row_space import BLOCK, WAITING
 from tests.support.strategies import Rows, rows_of_rank, seeds
 
@@ -34,6 +41,26 @@ def projector(basis: Basis) -> Tensor:
 
 def spectral(matrix: Tensor) -> float:
     return float(torch.linalg.matrix_norm(matrix, 2)) if matrix.numel() else 0.0
+
+
+@given(st.lists(st.integers(1, 3), max_size=2), st.tuples(*[st.integers(0, 20)] * 3), st.booleans())
+def test_a_product_is_that_of_matmul_with_aligned_rows(
+    groups: list[int], sizes: tuple[int, int, int], transposed: bool
+) -> None:
+    rows, inner, width = sizes
+    left = torch.arange(1.0, 1 + rows * inner).reshape(rows, inner).expand(*groups, rows, inner)
+    right = torch.ones(inner, width).cumsum(-1).expand(*groups, inner, width)
+    left = left.mT.contiguous().mT if transposed else left
+    found = product(left, right)
+    assert torch.equal(found, left @ right)
+    assert found.dtype == left.dtype
+    assert rows < 2 or found.stride(-2) % 8 == 0
+
+
+def test_a_product_can_be_differentiated() -> None:
+    left, right = torch.ones(2, 3, requires_grad=True), torch.ones(3, 5)
+    product(left, right).sum().backward()
+    assert torch.equal(left.grad, torch.full((2, 3), 5.0))
 
 
 @given(rows_of_rank())
