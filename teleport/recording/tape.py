@@ -367,15 +367,16 @@ class Tape:
         self, block: WeightMatrix, deltas: Tensor, inputs: Tensor
     ) -> float | None:
         """``Σ δ∘(K δ)``, for which `drive` is spared its product; None if it may round too much."""
-        driven = self._driven[block] = inputs.to(deltas.dtype) @ deltas
+        products, kind = inputs.to(deltas.dtype), torch.finfo(deltas.dtype)
+        driven = self._driven[block] = products @ deltas
         share = float(torch.linalg.vecdot(driven, deltas).sum(dtype=torch.float64))
-        lengths, sizes = deltas.square().sum(dim=-1), inputs.diagonal(dim1=-2, dim2=-1)
-        longest, largest, kind = lengths.amax().double(), sizes.amax(), torch.finfo(deltas.dtype)
-        for scale in map(float, (longest, largest, longest * largest)):
-            if not kind.tiny / kind.eps < scale < kind.max:
-                return None
-        terms = lengths[..., None] * lengths[..., None, :] * inputs.square()
-        rounded = kind.eps * math.sqrt(float(terms.sum()))
+        lengths = torch.linalg.vector_norm(deltas, dim=-1)
+        longest, largest = float(lengths.amax()), float(inputs.diagonal(dim1=-2, dim2=-1).amax())
+        together, least = longest * longest * largest, kind.tiny / kind.eps
+        if min(longest * longest, largest, together * together) <= least:
+            return None
+        terms = products * lengths[..., None] * lengths[..., None, :]
+        rounded = kind.eps * float(torch.linalg.vector_norm(terms))
         return share if rounded <= CANCELLED * share < math.inf else None
 
     def cancels(self) -> bool:

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -81,6 +81,7 @@ def test_gradient_of_any_graph_is_on_the_tape(name: str) -> None:
 
 @pytest.mark.parametrize("once", [False, True], ids=["by drives", "by products of cotangents"])
 @given(left=st.floats(-6.0, 0.0), scale=st.floats(-25.0, 15.0))
+@example(left=0.0, scale=-21.5)
 def test_a_norm_by_gram_matrices_is_right_where_rows_cancel_or_leave_the_range(
     once: bool, left: float, scale: float
 ) -> None:
