@@ -81,7 +81,7 @@ def test_gradient_of_any_graph_is_on_the_tape(name: str) -> None:
 
 @pytest.mark.parametrize("once", [False, True], ids=["by drives", "by products of cotangents"])
 @given(left=st.floats(-6.0, 0.0), scale=st.floats(-25.0, 15.0))
-@example(left=0.0, scale=-21.5)
+@example(left=-4.0, scale=-14.0)
 def test_a_norm_by_gram_matrices_is_right_where_rows_cancel_or_leave_the_range(
     once: bool, left: float, scale: float
 ) -> None:
@@ -93,7 +93,8 @@ def test_a_norm_by_gram_matrices_is_right_where_rows_cancel_or_leave_the_range(
         gradient = tape.deltas(block).double().mT @ tape.rows(block).double()
         # A sum in float64 of products that are 1 / left² times as large as it.
         rounding = 2 * torch.finfo(torch.float64).eps / 10.0 ** (2 * left)
-        assert share == pytest.approx(float(gradient.square().sum()), rel=max(1e-5, rounding))
+        allowed = {"rel": max(1e-5, rounding), "abs": torch.finfo(torch.float32).tiny}
+        assert share == pytest.approx(float(gradient.square().sum()), **allowed)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-14])
