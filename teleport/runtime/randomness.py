@@ -5,8 +5,8 @@ What draws shows in the generators, whatever it is called.
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,10 @@ from torch import nn
 
 from teleport.errors import ClosureError
 from teleport.runtime.wrappers import named_modules
+
+OF_TORCH = {"PyTorch", "CUDA"}
+GENERATORS = OF_TORCH | {"NumPy", "Python", "module"}
+"""Whose they are; ``module`` for what the model's modules hold."""
 
 
 class RandomState:
@@ -34,9 +38,28 @@ class RandomState:
         for generator, state in self._kept:
             generator.write(state)
 
-    def moved(self) -> set[str]:
-        """Whose generators something was drawn from since."""
-        return {g.name for g, state in self._kept if not _same(g.read(), state)}
+    def moved(self, only: Container[str] = GENERATORS) -> set[str]:
+        """Whose generators something was drawn from since, of those with these names."""
+        named = ((g, state) for g, state in self._kept if g.name in only)
+        return {g.name for g, state in named if not _same(g.read(), state)}
+
+
+def is_drawn_from(model: nn.Module, run: Callable[[], Any], state: RandomState) -> bool:
+    """Whether generators differ from a state around the forward pass of any module, or at the end.
+
+    A closure may put back at its end what its modules drew from, or seed it at its beginning.
+    PyTorch's own modules draw from its generators alone, which are read a hundred times as fast.
+    """
+    found = False
+
+    def look(module: nn.Module, *_: Any) -> None:
+        nonlocal found
+        is_own = type(module).__module__.startswith("torch.nn.")
+        found = found or bool(state.moved(OF_TORCH if is_own else GENERATORS))
+
+    with _hooked(model, look, look):
+        run()
+    return found or bool(state.moved())
 
 
 class DrewError(Exception):
@@ -71,14 +94,23 @@ def drawing_modules(model: nn.Module, run: Callable[[], Any]) -> dict[nn.Module,
         look()
         inside.pop()
 
+    with _hooked(model, enter, leave):
+        run()
+    return found
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module, enter: Callable[..., None], leave: Callable[..., None]
+) -> Iterator[None]:
+    """Tell before the forward pass of a module begins, and when it has ended."""
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
                 continue
             stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
-        run()
-    return found
+        yield
 
 
 class Quiet:

@@ -22,6 +22,7 @@ from teleport.runtime.randomness import (
     Quiet,
     RandomState,
     drawing_modules,
+    is_drawn_from,
     names_of_drawing,
 )
 
@@ -120,14 +121,15 @@ class Transaction:
             _unfused.stay_eager()
             if heard:
                 return closure()
-            if not self._listens:
-                result = closure()
-                heard = not self._random.moved()
-                if heard:
-                    return result
-                self._listens = True
-                raise DrewError("random numbers were drawn, by whom is yet to be seen")
             results: list[_Result] = []
+            if not self._listens:
+                self._listens = is_drawn_from(
+                    self.model, lambda: results.append(closure()), self._random
+                )
+                if self._listens:
+                    raise DrewError("random numbers were drawn, by whom is yet to be seen")
+                heard = True
+                return results.pop()
             drawing = drawing_modules(self.model, lambda: results.append(closure()))
             if self.quiet.add(drawing):
                 raise DrewError("modules of the model drew random numbers")

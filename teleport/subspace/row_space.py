@@ -7,6 +7,7 @@ from functools import reduce
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from teleport.errors import NonFiniteInputError
 from teleport.runtime.precision import PRECISIONS, coarsest
@@ -20,6 +21,9 @@ BLOCK = 128
 
 WAITING = 256
 """Rows that wait for one addition to a Gram matrix: enough to make its traffic in memory small."""
+
+NARROW = 256
+"""Columns of a product below which it does not matter where its rows begin."""
 
 PIECE = 1024
 """Rows at a time whose products are summed, in float32 where that is enough."""
@@ -439,16 +443,23 @@ def empty_rows(like: Tensor, *shape: int) -> Tensor:
     """A matrix of the dtype of another, each row of which begins at a multiple of eight numbers.
 
     A product of a width such as 1,025, inputs and a bias, takes up to half as long again to write
-    where rows begin anywhere.
+    where rows begin anywhere. Of narrow ones it does not.
     """
     *rows, width = shape
-    return like.new_empty(*rows, -(-width // 8) * 8)[..., :width]
+    padding = -width % 8 if width >= NARROW else 0
+    return like.new_empty(*rows, width + padding)[..., :width]
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, in `empty_rows` where that is possible: no gradient is asked for."""
-    width = right.shape[-1]
-    if width % 8 == 0 or left.requires_grad or right.requires_grad:
+    """``left @ right``, into `empty_rows` where they help and nothing else is at work.
+
+    Autograd, transforms of ``torch.func`` and autocast do not know of products into a place.
+    """
+    width, both = right.shape[-1], (left, right)
+    helps = width >= NARROW and width % 8 and left.dim() > 1
+    derived = any(t.requires_grad or unpack_dual(t).tangent is not None for t in both)
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    if not helps or derived or transformed or torch.is_autocast_enabled(left.device.type):
         return left @ right
     return torch.matmul(left, right, out=empty_rows(left, *left.shape[:-1], width))
 

@@ -128,6 +128,7 @@ def test_growth_and_drift_are_as_measured(
     loss, norm = problem.measured(parts)
     assert not report.rolled_back, report.reason
     assert report.steps == 1, report.reason
+    assert "double backward" not in report.reason  # whoever asked for it is told nothing
     assert (report.loss_before, report.loss_after) == pytest.approx((before[0], loss), rel=1e-6)
     assert report.growth == pytest.approx(norm / before[1], rel=1e-5)
     assert report.growth == pytest.approx(GROWTH, rel=4 * torch.finfo(dtype).eps)

@@ -95,11 +95,15 @@ def _gradient_seconds(model: nn.Module, closure: Closure) -> float:
     """What one gradient of the batch takes, the second of two: the first finds nothing warm."""
     with Transaction(model) as transaction:
         run = transaction.repeatable(closure)
-        for _ in range(2):
-            started = now()
-            grad_norm(run, trainable(model))
-            seconds = now() - started
-    return seconds
+
+        def timed() -> float:
+            for _ in range(2):
+                started = now()
+                grad_norm(run, trainable(model))
+                seconds = now() - started
+            return seconds
+
+        return transaction.until_quiet(timed)[0]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,13 @@ from torch.nn.functional import cross_entropy
 
 from teleport import Teleporter, cli
 from teleport.errors import RunError
-from teleport.lab.paper.moves import MOVE_TAUS, Moves, read_moves, try_move
+from teleport.lab.paper.moves import (
+    MOVE_TAUS,
+    Moves,
+    _gradient_seconds,
+    read_moves,
+    try_move,
+)
 from teleport.lab.paper.moves_report import MOVE_COLUMNS, move_cells, outcome, room
 from teleport.lab.paper.snapshot import moment
 from teleport.runtime.transaction import Transaction
@@ -164,3 +170,14 @@ def test_a_moment_with_a_batch_of_another_size_keeps_the_training() -> None:
     assert (own.config["teleport_batch"], other.config["teleport_batch"]) == (200, 30)
     with Transaction(own.model):
         assert float(own.closure().detach()) != float(other.closure().detach())
+
+
+def test_a_gradient_is_timed_of_a_model_that_draws() -> None:
+    class Dropping(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.dropout(x, 0.5, self.training)
+
+    model, x = nn.Sequential(nn.Linear(4, 8), Dropping(), nn.Linear(8, 2)), torch.randn(5, 4)
+    before = fingerprint(model)
+    assert _gradient_seconds(model, lambda: model(x).square().mean()) > 0.0
+    assert fingerprint(model) == before
