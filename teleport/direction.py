@@ -45,7 +45,7 @@ from teleport.recording import Tape, push_tangents
 from teleport.runtime.closures import Closure
 from teleport.runtime.precision import at_least_single, rounding_unit, scaled
 from teleport.runtime.ranks import Ranks
-from teleport.subspace import Projector, product
+from teleport.subspace import Projector, aligned_mm
 
 Direction = dict[WeightMatrix, Float[Tensor, "*groups d_out d_in"]]
 
@@ -89,8 +89,8 @@ def direction(
     def multiply(block: WeightMatrix, own: dict[WeightMatrix, Projector]) -> None:
         deltas, x_dot = factors.pop(block)
         x_dot = free(block, own.pop(block), x_dot)
-        whole, dtype = product(deltas.to(x_dot.dtype).mT, x_dot), block.part.weight.parameter.dtype
-        found[block] = scaled(whole.to(dtype), 1 / scale)
+        whole = aligned_mm(deltas.to(x_dot.dtype).mT, x_dot).to(block.part.weight.parameter.dtype)
+        found[block] = scaled(whole, 1 / scale)
 
     def done(block: WeightMatrix) -> None:
         """What a block needed goes as soon as it has served; large sums of few rows may wait."""

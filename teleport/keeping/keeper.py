@@ -13,7 +13,7 @@ from teleport.errors import NullSpaceError, require
 from teleport.layers.one_hot import AxisBasis
 from teleport.layers.support import WeightMatrix
 from teleport.runtime.precision import Autocast, at_least_single
-from teleport.subspace import Basis, Projector, empty_rows, product
+from teleport.subspace import Basis, Projector, aligned_mm, empty_rows
 
 EVERYTHING: Any = ...
 
@@ -217,7 +217,7 @@ class _Ready:
         if vectors is None:
             vectors = self._vectors[matrix.dtype] = self._directions().to(matrix.dtype)
         if self._free:
-            return product(matrix @ vectors, vectors.mT)
+            return aligned_mm(matrix @ vectors, vectors.mT)
         once = _rest(matrix, vectors)
         return once if 2 * once.norm() > matrix.norm() else _rest(once, vectors)
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport.subspace import RowSpace, Space, empty_rows, product
+from teleport.subspace import RowSpace, Space, aligned_mm, empty_rows
 
 PIECES = 8
 """Into which cotangents are cut where something of their own size is made of them."""
@@ -210,7 +210,7 @@ class LinearMap(ABC):
         self, x: Tensor, delta: Tensor, bias_input: float = 1.0
     ) -> Float[Tensor, "*groups d_out d_in"]:
         """``Σ δ xᵀ`` over the rows."""
-        return product(self.out_rows(delta).mT, self.rows(x, bias_input))
+        return aligned_mm(self.out_rows(delta).mT, self.rows(x, bias_input))
 
     def of(self, tensors: Mapping[nn.Parameter, Tensor]) -> Float[Tensor, "*groups d_out d_in"]:
         """The part's matrix of a value per parameter, for example of a gradient."""
@@ -315,7 +315,7 @@ class DenseMap(LinearMap):
     def weight_gradient(self, x: Tensor, delta: Tensor, bias_input: float = 1.0) -> Tensor:
         delta, x = self.out_rows(delta), x.reshape(-1, self.features)
         if not self.has_bias_column:
-            return product(delta.T, x)
+            return aligned_mm(delta.T, x)
         gradient = empty_rows(delta, self.d_out, self.features + 1)
         torch.mm(delta.T, x, out=gradient[:, :-1])  # no copy of the rows with their column of 1
         gradient[:, -1] = delta.sum(0) * bias_input if bias_input else 0.0

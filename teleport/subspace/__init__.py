@@ -19,8 +19,8 @@ from teleport.subspace.row_space import (
     PIECE,
     Basis,
     RowSpace,
+    aligned_mm,
     empty_rows,
-    product,
     products_of_rows,
 )
 
@@ -31,12 +31,12 @@ __all__ = [
     "Projector",
     "RowSpace",
     "Space",
+    "aligned_mm",
     "empty_rows",
     "energy_rank",
     "full_basis",
     "kept_rank",
     "numerical_rank",
-    "product",
     "products_of_rows",
     "rank_cut",
     "relative_cut",

@@ -151,10 +151,10 @@ class Basis(Projector):
         result that is (Kahan and Parlett: twice is enough).
         """
         vectors = self.vectors.to(matrix.dtype)
-        once = matrix - product(matrix @ vectors, vectors.mT)
+        once = matrix - aligned_mm(matrix @ vectors, vectors.mT)
         if 2 * once.norm() > matrix.norm():
             return once
-        return once - product(once @ vectors, vectors.mT)
+        return once - aligned_mm(once @ vectors, vectors.mT)
 
 
 class RowSpace(Space):
@@ -450,7 +450,7 @@ def empty_rows(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(*rows, width + padding)[..., :width]
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
+def aligned_mm(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``, into `empty_rows` where they help and nothing else is at work.
 
     Autograd, transforms of ``torch.func`` and autocast do not know of products into a place.

@@ -13,9 +13,9 @@ from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 from teleport.subspace import (
     Basis,
     RowSpace,
+    aligned_mm,
     energy_rank,
     numerical_rank,
-    product,
     products_of_rows,
 )
 from teleport.subspace.row_space import BLOCK, NARROW, WAITING
@@ -49,34 +49,34 @@ def spectral(matrix: Tensor) -> float:
     st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 2 * NARROW)),
     st.booleans(),
 )
-def test_a_product_is_that_of_matmul_with_aligned_rows(
+def test_an_aligned_product_is_that_of_matmul_with_aligned_rows(
     groups: list[int], sizes: tuple[int, int, int], transposed: bool
 ) -> None:
     rows, inner, width = sizes
     left = torch.arange(1.0, 1 + rows * inner).reshape(rows, inner).expand(*groups, rows, inner)
     right = torch.ones(inner, width).cumsum(-1).expand(*groups, inner, width)
     left = left.mT.contiguous().mT if transposed else left
-    found = product(left, right)
+    found = aligned_mm(left, right)
     assert torch.equal(found, left @ right)
     assert found.dtype == left.dtype
     if rows > 1 and width >= NARROW:
         assert found.stride(-2) == -(-width // 8) * 8
 
 
-def test_a_product_is_left_to_matmul_where_something_watches() -> None:
+def test_an_aligned_product_is_left_to_matmul_where_something_watches() -> None:
     left, right = torch.ones(2, 3), torch.ones(3, NARROW + 1)
     wanted = left @ right
-    assert torch.equal(product(left[0], right), wanted[0])
+    assert torch.equal(aligned_mm(left[0], right), wanted[0])
     with torch.autocast("cpu", torch.bfloat16):
-        assert product(left, right).dtype == torch.bfloat16
-        assert product(left.bfloat16(), right).dtype == torch.bfloat16
-    _, forward = torch.func.jvp(lambda left: product(left, right), (left,), (left,))
+        assert aligned_mm(left, right).dtype == torch.bfloat16
+        assert aligned_mm(left.bfloat16(), right).dtype == torch.bfloat16
+    _, forward = torch.func.jvp(lambda left: aligned_mm(left, right), (left,), (left,))
     assert torch.equal(forward, wanted)
     with dual_level():
-        assert torch.equal(unpack_dual(product(make_dual(left, left), right)).tangent, wanted)
-    assert torch.equal(torch.func.vmap(product, (0, None))(left[None], right)[0], wanted)
+        assert torch.equal(unpack_dual(aligned_mm(make_dual(left, left), right)).tangent, wanted)
+    assert torch.equal(torch.func.vmap(aligned_mm, (0, None))(left[None], right)[0], wanted)
     left.requires_grad_()
-    product(left, right).sum().backward()
+    aligned_mm(left, right).sum().backward()
     assert torch.equal(left.grad, torch.full((2, 3), NARROW + 1.0))
 
 
