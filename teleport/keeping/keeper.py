@@ -13,7 +13,7 @@ from teleport.errors import NullSpaceError, require
 from teleport.layers.one_hot import AxisBasis
 from teleport.layers.support import WeightMatrix
 from teleport.runtime.precision import Autocast, at_least_single
-from teleport.subspace import Basis, Projector, aligned_mm, empty_rows
+from teleport.subspace import Basis, Projector, aligned_mm, empty_aligned
 
 EVERYTHING: Any = ...
 
@@ -228,7 +228,7 @@ class _Ready:
 
 def _rest(matrix: Tensor, vectors: Tensor) -> Tensor:
     """``M - M B Bᵀ`` in one pass over what is left."""
-    place = empty_rows(matrix, *matrix.shape)
+    place = empty_aligned(matrix, *matrix.shape)
     return torch.addmm(matrix, matrix @ vectors, vectors.mT, alpha=-1, out=place)
 
 

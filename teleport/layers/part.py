@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teleport.subspace import RowSpace, Space, aligned_mm, empty_rows
+from teleport.subspace import RowSpace, Space, aligned_mm, empty_aligned
 
 PIECES = 8
 """Into which cotangents are cut where something of their own size is made of them."""
@@ -316,7 +316,7 @@ class DenseMap(LinearMap):
         delta, x = self.out_rows(delta), x.reshape(-1, self.features)
         if not self.has_bias_column:
             return aligned_mm(delta.T, x)
-        gradient = empty_rows(delta, self.d_out, self.features + 1)
+        gradient = empty_aligned(delta, self.d_out, self.features + 1)
         torch.mm(delta.T, x, out=gradient[:, :-1])  # no copy of the rows with their column of 1
         gradient[:, -1] = delta.sum(0) * bias_input if bias_input else 0.0
         return gradient

@@ -48,7 +48,7 @@ def is_drawn_from(model: nn.Module, run: Callable[[], Any], state: RandomState) 
     """Whether generators differ from a state around the forward pass of any module, or at the end.
 
     A closure may put back at its end what its modules drew from, or seed it at its beginning.
-    PyTorch's own modules draw from its generators alone, which are read a hundred times as fast.
+    PyTorch's own modules draw from its generators alone, which are read much faster.
     """
     found = False
 

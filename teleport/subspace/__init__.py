@@ -20,7 +20,7 @@ from teleport.subspace.row_space import (
     Basis,
     RowSpace,
     aligned_mm,
-    empty_rows,
+    empty_aligned,
     products_of_rows,
 )
 
@@ -32,7 +32,7 @@ __all__ = [
     "RowSpace",
     "Space",
     "aligned_mm",
-    "empty_rows",
+    "empty_aligned",
     "energy_rank",
     "full_basis",
     "kept_rank",

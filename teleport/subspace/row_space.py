@@ -439,11 +439,11 @@ def _triangle(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*group
     return factor
 
 
-def empty_rows(like: Tensor, *shape: int) -> Tensor:
+def empty_aligned(like: Tensor, *shape: int) -> Tensor:
     """A matrix of the dtype of another, each row of which begins at a multiple of eight numbers.
 
-    A product of a width such as 1,025, inputs and a bias, takes up to half as long again to write
-    where rows begin anywhere. Of narrow ones it does not.
+    A product of a width such as 1,025, inputs and a bias, takes longer to write where rows begin
+    anywhere; a narrow one does not.
     """
     *rows, width = shape
     padding = -width % 8 if width >= NARROW else 0
@@ -451,7 +451,7 @@ def empty_rows(like: Tensor, *shape: int) -> Tensor:
 
 
 def aligned_mm(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, into `empty_rows` where they help and nothing else is at work.
+    """``left @ right``, into `empty_aligned` where they help and nothing else is at work.
 
     Autograd, transforms of ``torch.func`` and autocast do not know of products into a place.
     """
@@ -461,7 +461,7 @@ def aligned_mm(left: Tensor, right: Tensor) -> Tensor:
     transformed = torch._C._functorch.maybe_current_level() is not None
     if not helps or derived or transformed or torch.is_autocast_enabled(left.device.type):
         return left @ right
-    return torch.matmul(left, right, out=empty_rows(left, *left.shape[:-1], width))
+    return torch.matmul(left, right, out=empty_aligned(left, *left.shape[:-1], width))
 
 
 def gram_matrix(rows: Float[Tensor, "*groups rows d_in"]) -> Float[Tensor, "*groups d_in d_in"]:
